@@ -1,0 +1,56 @@
+"""Gradient clipping, before or after the reduction, without a host synchronisation.
+
+`bucket_before_reduce` (arXiv 2402.02447): with K groups and threshold c, the local gradient g_k of group k is scaled by
+min(1, (c / sqrt(K)) / |g_k|), so that the clipped squares of a rank add up to at most c^2; no later clip. With a loss
+scale S norms are compared with S c. A norm that is not finite makes the gradient NaN, so that it reaches every rank's
+overflow check instead of vanishing in a zero coefficient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+MODES = ("none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce")
+
+
+def coefficient(norm: torch.Tensor, threshold: float, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """min(1, threshold * scale / norm) as a 0-dim tensor; NaN where the norm is not finite."""
+    limit = threshold if scale is None else threshold * scale
+    ratio = (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
+    return torch.where(torch.isfinite(norm), ratio, torch.nan)
+
+
+def group_threshold(max_norm: float, num_groups: int) -> float:
+    """A group's share of the threshold: c / sqrt(K)."""
+    return max_norm / math.sqrt(num_groups)
+
+
+class ClipStatistics:
+    """How often and how strongly each group was clipped, kept on the device until asked for."""
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self._clipped = torch.zeros(len(names), device=device)
+        self._coefficients = torch.zeros(len(names), device=device)
+        self._count = 0
+
+    def add(self, group: int, value: torch.Tensor) -> None:
+        """Record one clip coefficient of a group."""
+        self._clipped[group] += value < 1.0
+        self._coefficients[group] += value.nan_to_num()
+        if group == 0:
+            self._count += 1
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """Share of steps in which a group was clipped, and its mean coefficient. Synchronises; resets."""
+        count = max(1, self._count)
+        clipped, coefficients = (self._clipped / count).tolist(), (self._coefficients / count).tolist()
+        self._clipped.zero_()
+        self._coefficients.zero_()
+        self._count = 0
+        return {
+            name: {"clipped_share": share, "mean_coefficient": mean}
+            for name, share, mean in zip(self.names, clipped, coefficients, strict=True)
+        }

@@ -1,0 +1,115 @@
+"""Engine `ddp`: torch's DistributedDataParallel with the same clipping as a communication hook and the same buckets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bert_fast.communication.buckets import Layout
+from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
+from bert_fast.communication.compress import WireFormat
+
+REBUILD_STEPS = 2  # DDP learns its bucket plan in the first backward: run this many before a result counts
+
+
+class DdpEngine:
+    """The interface of `BucketReducer` over DistributedDataParallel. Needs an initialised process group."""
+
+    def __init__(self, model: nn.Module, layout: Layout, *, clip: str, max_norm: float, wire: WireFormat) -> None:
+        caps = [sum(layout.numel[i] for i in b.parameters) * 4 / 2**20 for b in layout.buckets]
+        self.layout, self.wire, self._clip, self._max_norm = layout, wire, clip, max_norm
+        self._parameters = list(model.parameters())
+        self._index = {id(p): i for i, p in enumerate(self._parameters)}
+        names = [g.name for g in layout.groups] if clip == "bucket_before_reduce" else ["model"]
+        self._threshold = group_threshold(max_norm, len(names))
+        self._group_of = {i: number for number, g in enumerate(layout.groups) for i in g.parameters}
+        self.clip_statistics = ClipStatistics(names, self._parameters[0].device)
+        self._world = dist.get_world_size()
+        self._scale: torch.Tensor | None = None
+        self._held: list[tuple[torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
+        self._steps = 0
+        self.exposed_s = 0.0
+        self.module = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps)
+        self.module.register_comm_hook(self, _hook)
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @contextmanager
+    def micro_batch(self, last: bool, scale: torch.Tensor | None = None) -> Iterator[None]:
+        self._scale = scale
+        if last:
+            yield
+            self._steps += 1
+        else:
+            with self.module.no_sync():
+                yield
+
+    def finish(self) -> torch.Tensor:
+        start = time.perf_counter()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if self._scale is not None:
+            torch._foreach_mul_(gradients, 1.0 / self._scale)
+        norm = _norm(gradients)
+        if self._clip == "global_after_reduce":
+            value = coefficient(norm, self._max_norm)
+            self.clip_statistics.add(0, value)
+            torch._foreach_mul_(gradients, value)
+        self.exposed_s = time.perf_counter() - start  # DDP waits inside backward; its wait cannot be told apart
+        return norm
+
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """The hook: clip what the mode says, then average the bucket."""
+        if self._clip == "bucket_before_reduce":
+            self._clip_groups(bucket)
+        if self._clip != "global_before_reduce":
+            return self._average(bucket.buffer())
+        promise: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        self._held.append((bucket.buffer(), promise))
+        if bucket.is_last():  # only now is the whole gradient known: nothing could leave earlier
+            held, self._held = self._held, []
+            value = coefficient(_norm([buffer for buffer, _ in held]), self._threshold, self._scale)
+            self.clip_statistics.add(0, value)
+            for buffer, waiting in held:
+                buffer.mul_(value)
+                self._average(buffer).add_done_callback(lambda done, w=waiting: w.set_result(done.value()))
+        return promise
+
+    def _clip_groups(self, bucket: dist.GradBucket) -> None:
+        members: dict[int, list[torch.Tensor]] = {}
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            members.setdefault(self._group_of[self._index[id(parameter)]], []).append(gradient)
+        for group, gradients in members.items():
+            if len(gradients) != len(self.layout.groups[group].parameters):
+                if self._steps < REBUILD_STEPS:
+                    return  # before DDP has rebuilt its buckets; the result of these steps is thrown away
+                raise RuntimeError(f"DDP split clip group {self.layout.groups[group].name} over buckets")
+            value = coefficient(_norm(gradients), self._threshold, self._scale)
+            self.clip_statistics.add(group, value)
+            torch._foreach_mul_(gradients, value)
+
+    def _average(self, buffer: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+        buffer.mul_(1.0 / self._world)
+        wire = self.wire.encode(buffer)
+        work = dist.all_reduce(wire, op=dist.ReduceOp.SUM, async_op=True)
+
+        def back(_done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+            self.wire.decode(wire, buffer)
+            return buffer
+
+        return work.get_future().then(back)
+
+
+def _hook(engine: DdpEngine, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return engine.reduce(bucket)
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

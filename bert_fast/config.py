@@ -1,0 +1,267 @@
+"""Every setting of a run: typed, validated, frozen. Imports nothing of ours but the error type.
+
+A run is one `Config`, read from YAML with dotted overrides (`bert_fast.cli`). Field descriptions are the
+documentation: `run_pretraining.py --help` prints them with their defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+
+class ModelConfig(Section):
+    vocab_size: PositiveInt = Field(30522, description="rows of the word embedding (MLPerf pads 30522 to 30528)")
+    hidden_size: PositiveInt = Field(768, description="width of the encoder")
+    num_layers: PositiveInt = Field(12, description="encoder layers")
+    num_heads: PositiveInt = Field(12, description="attention heads; must divide hidden_size")
+    intermediate_size: PositiveInt = Field(3072, description="width of the feed-forward layer")
+    max_positions: PositiveInt = Field(512, description="rows of the position table; longest sample that fits")
+    type_vocab_size: PositiveInt = Field(2, description="number of segment types")
+    hidden_dropout: Probability = Field(0.1, description="dropout after embeddings and dense layers")
+    attention_dropout: Probability = Field(0.1, description="dropout on attention probabilities")
+    layer_norm_eps: PositiveFloat = Field(1e-12, description="epsilon of every LayerNorm")
+    initializer_range: PositiveFloat = Field(
+        0.02, description="standard deviation of the truncated normal that fills weights"
+    )
+    activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu by erf (BERT) or by tanh")
+    attention_backend: Literal["auto", "loop", "grouped", "padded", "varlen", "flash"] = Field(
+        "auto", description="how variable-length attention is computed; auto picks by capability and logs it"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            near = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            best = min(near, key=lambda n: abs(n - self.num_heads))
+            raise ValueError(
+                f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; "
+                f"the nearest number of heads that does is {best}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    train: str = Field("data/pydocs-mini/train", description="folder of the training store (scripts/prepare_data.py)")
+    eval: str = Field("data/pydocs-mini/eval", description="folder of the held-out store; shares no document with it")
+    max_seq_len: PositiveInt = Field(512, description="longest sample in tokens; a longer one in a store is refused")
+    vocab_sha256: str | None = Field(None, description="if set, the stores must have been made with this vocabulary")
+    eval_sha256: str | None = Field(None, description="if set, the evaluation store must have this hash")
+    eval_samples: PositiveInt | None = Field(
+        None, description="use the first n evaluation samples (MLPerf: 10000); all of them if unset"
+    )
+
+
+class BatchConfig(Section):
+    global_batch: PositiveInt = Field(description="samples in one optimizer step over all ranks")
+    local_batch: PositiveInt = Field(description="samples of one rank in one forward pass")
+    accumulation: PositiveInt = Field(1, description="micro-batches a rank runs before one optimizer step")
+    eval_batch: PositiveInt = Field(64, description="samples of one rank in one evaluation forward")
+
+
+class BalanceConfig(Section):
+    strategy: Literal["random", "stratified_presort", "balanced"] = Field(
+        "balanced",
+        description="who gets which sample of the step: random; the paper's strata + node-local presort; Karmarkar-Karp",
+    )
+    num_strata: PositiveInt = Field(4, description="length strata of stratified_presort (equal width in tokens)")
+    cost_linear: NonNegativeFloat | None = Field(
+        None, description="cost per token in any unit; from the model's FLOPs if unset"
+    )
+    cost_quadratic: NonNegativeFloat | None = Field(
+        None, description="cost per squared token in the same unit; from the model's FLOPs if unset"
+    )
+    prefetch: PositiveInt = Field(2, description="steps whose plan and batch are prepared in the background")
+
+    @model_validator(mode="after")
+    def _both_costs(self) -> BalanceConfig:
+        if (self.cost_linear is None) != (self.cost_quadratic is None):
+            raise ValueError("balance.cost_linear and balance.cost_quadratic go together: set both or neither")
+        return self
+
+
+class CommunicationConfig(Section):
+    engine: Literal["bucketed", "ddp"] = Field(
+        "bucketed", description="our overlapped reducer, or torch DistributedDataParallel with the same clipping"
+    )
+    bucket_mb: PositiveFloat | list[PositiveFloat] = Field(
+        25.0, description="bucket size in MiB of gradients, or a list in ready order whose last entry repeats"
+    )
+    clip: Literal["none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce"] = Field(
+        "bucket_before_reduce",
+        description="which norm is clipped: none; each rank's whole gradient; each clip group of a rank (the paper's, "
+        "overlaps); the averaged gradient (the textbook's)",
+    )
+    max_norm: PositiveFloat = Field(1.0, description="clipping threshold c; a group gets c / sqrt(number of groups)")
+    clip_groups: Literal["layer", "tensor", "model"] | dict[str, str] = Field(
+        "layer",
+        description="parameters that share one clipping norm: one per encoder layer plus embeddings and heads; one per "
+        "tensor; a single one; or {group: regular expression over parameter names}",
+    )
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format on the wire")
+    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on CPU")
+    timeout_s: PositiveFloat = Field(300.0, description="seconds after which a silent rank counts as lost")
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "lamb"] = Field("adamw", description="adamw (torch fused) or lamb (MLPerf reference)")
+    lr: PositiveFloat = Field(1e-4, description="base learning rate")
+    beta1: Probability = Field(0.9, description="decay of the first moment")
+    beta2: Probability = Field(0.999, description="decay of the second moment")
+    eps: PositiveFloat = Field(1e-6, description="epsilon in the denominator")
+    weight_decay: NonNegativeFloat = Field(0.01, description="decoupled decay; never on biases and LayerNorm")
+    use_apex: bool = Field(False, description="use apex's fused optimizer; stops if apex is not installed")
+
+
+class ScheduleConfig(Section):
+    """MLPerf's schedule: linear warm-up with an offset, then polynomial decay over absolute steps."""
+
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    start_warmup_step: int = Field(0, description="step at which warm-up starts; negative starts it part-way up")
+    total_steps: PositiveInt = Field(description="step at which the decay ends (opt_learning_rate_training_steps)")
+    end_lr: NonNegativeFloat = Field(0.0, description="learning rate at and after total_steps")
+    power: PositiveFloat = Field(1.0, description="power of the polynomial decay")
+
+
+class TrainConfig(Section):
+    seed: NonNegativeInt = Field(0, description="seeds weights, dropout and the order of samples")
+    init_checkpoint: str | None = Field(
+        None, description="folder with config.json + model.safetensors (Hugging Face form) to start from"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast format; auto: bf16 where the hardware has it, else fp32"
+    )
+    compile: bool = Field(False, description="torch.compile each encoder layer in warm-up, before the clock")
+    max_steps: PositiveInt = Field(description="stop after so many steps even if the target was not reached")
+    target_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="masked-LM accuracy at which the run is done; none: run to max_steps"
+    )
+    eval_every_samples: PositiveInt = Field(description="samples between evaluations")
+    eval_start_samples: PositiveInt | None = Field(
+        None, description="samples before the first evaluation; eval_every_samples if unset"
+    )
+    eval_at_start: bool = Field(False, description="evaluate the starting weights on the clock, before the first step")
+    warmup_batches: NonNegativeInt = Field(
+        3, description="synthetic steps before the clock (communicator, kernels, compile); weights are restored"
+    )
+    checkpoint_every_steps: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only when stopped")
+    keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints stay on disk")
+    save_final_model: bool = Field(False, description="write the final weights as a Hugging Face folder")
+    log_every_steps: PositiveInt = Field(10, description="steps between log lines, and between checks for signals")
+    max_skipped_steps: NonNegativeInt = Field(
+        3, description="consecutive non-finite steps that are skipped before the run stops"
+    )
+    loss_scale: PositiveFloat = Field(65536.0, description="first loss scale of fp16")
+    deterministic: bool = Field(False, description="torch.use_deterministic_algorithms")
+
+
+class SystemConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one, else CPU")
+    world_size: PositiveInt = Field(1, description="number of ranks of the whole run")
+    ranks_per_node: PositiveInt | None = Field(None, description="ranks on one node; world_size if unset")
+    threads_per_rank: PositiveInt | None = Field(
+        None, description="CPU threads of a rank; unset: cores of the node / ranks of the node on CPU, 4 on CUDA"
+    )
+    bind_cores: bool = Field(True, description="on CPU, pin every local rank to its own cores")
+    master_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="rendezvous port for locally started ranks; 0 picks a free one"
+    )
+
+    @property
+    def node_size(self) -> int:
+        return self.ranks_per_node or self.world_size
+
+
+class MlperfConfig(Section):
+    enabled: bool = Field(True, description="write an MLPerf log and check it")
+    division: Literal["open", "closed"] = Field("open", description="closed: LAMB only, and every closed rule")
+    ruleset: str = Field("5.0.0", description="mlperf-logging ruleset; 5.0.0 is BERT's last")
+    organization: str = Field("bert_fast", description="submission_org")
+    platform: str = Field("unnamed", description="submission_platform")
+    status: Literal["onprem", "cloud", "research", "preview"] = Field("research", description="submission_status")
+    poc_name: str = Field("nobody", description="submission_poc_name")
+    poc_email: str = Field("nobody@example.org", description="submission_poc_email")
+    clear_caches: bool = Field(
+        False, description="drop the operating system's caches first (needs root); else only cache_clear is logged false"
+    )
+
+
+class RunConfig(Section):
+    name: str = Field("run", description="name of the run; its folder is results_dir/name-seedN", min_length=1)
+    results_dir: str = Field("runs", description="where run folders go")
+    folder: str | None = Field(None, description="the run's folder itself, instead of results_dir/name-seedN")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
+    matmul_ceiling: bool = Field(True, description="measure the matmul ceiling before the clock (for the MFU)")
+
+
+class Config(Section):
+    run: RunConfig = Field(default_factory=RunConfig, description="name and output of the run")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="shape of BERT")
+    data: DataConfig = Field(default_factory=DataConfig, description="stores of samples")
+    batch: BatchConfig = Field(description="batch arithmetic")
+    balance: BalanceConfig = Field(default_factory=BalanceConfig, description="which rank gets which sample")
+    communication: CommunicationConfig = Field(
+        default_factory=CommunicationConfig, description="buckets, clipping, collectives"
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="the update rule")
+    schedule: ScheduleConfig = Field(description="the learning rate over steps")
+    train: TrainConfig = Field(description="the loop: precision, evaluation, target, checkpoints")
+    system: SystemConfig = Field(default_factory=SystemConfig, description="ranks, device, threads")
+    mlperf: MlperfConfig = Field(default_factory=MlperfConfig, description="the MLPerf log")
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        batch, world = self.batch, self.system.world_size
+        product = batch.local_batch * world * batch.accumulation
+        if batch.global_batch != product:
+            raise ValueError(
+                f"batch.global_batch={batch.global_batch} is not local_batch x world_size x accumulation = "
+                f"{batch.local_batch} x {world} x {batch.accumulation} = {product}; set batch.global_batch={product} "
+                "or change a factor"
+            )
+        if self.data.max_seq_len > self.model.max_positions:
+            raise ValueError(
+                f"data.max_seq_len={self.data.max_seq_len} does not fit the position table of "
+                f"model.max_positions={self.model.max_positions}; raise model.max_positions or shorten the samples"
+            )
+        if world % self.system.node_size:
+            raise ValueError(
+                f"system.ranks_per_node={self.system.node_size} does not divide system.world_size={world}; "
+                f"set ranks_per_node to a divisor such as {math.gcd(world, self.system.node_size)}"
+            )
+        if self.model.attention_dropout > 0 and self.model.attention_backend == "varlen":
+            raise ValueError(
+                "model.attention_backend=varlen has no dropout; set model.attention_dropout=0 or use flash or padded"
+            )
+        if self.mlperf.division == "closed" and self.optimizer.name != "lamb":
+            raise ValueError(
+                f"mlperf.division=closed allows LAMB only and optimizer.name={self.optimizer.name}; "
+                "set optimizer.name=lamb or mlperf.division=open"
+            )
+        if self.train.precision == "fp16" and self.system.device == "cpu":
+            raise ValueError("train.precision=fp16 needs CUDA; on CPU set train.precision=bf16 or fp32")
+        return self
+
+
+def sections() -> dict[str, type[Section]]:
+    """Name of every section of `Config` and its model, in order."""
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """The config as plain YAML/JSON values, defaults included."""
+    return config.model_dump(mode="json")

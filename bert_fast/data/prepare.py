@@ -1,0 +1,325 @@
+"""From a corpus to two stores, in three restartable stages.
+
+    text     sources, read in parallel ─▶ text/{train,eval}-00000.txt (MLCommons' form), split by document
+    vocab    given, or trained on the training text ─▶ vocab.txt
+    samples  every text file in parallel ─▶ parts ─▶ train/ and eval/ stores
+
+Every stage leaves a stamp with the hash of what it was made from; a finished stage, or a finished part, is not made
+again. The result does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bert_fast.data import corpus as corpora
+from bert_fast.data.samples import SampleParams, make_samples
+from bert_fast.data.store import Part, merge_parts, read_part, write_part
+from bert_fast.data.wordpiece import WordPiece, load_vocabulary, train_vocabulary
+from bert_fast.errors import UserError
+from bert_fast.files import sha256_of, write_atomically, write_json
+
+_TEXT_FILE_BYTES = 1 << 19
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to prepare. Two equal recipes over the same text give the same bytes."""
+
+    corpus: str = "pydocs"
+    input: str | None = None
+    packages: tuple[str, ...] = corpora.PYDOCS_PACKAGES
+    vocab: str | None = None
+    vocab_size: int = 2048
+    eval_fraction: float = 0.02
+    eval_max_samples: int | None = None
+    params: SampleParams = SampleParams()
+
+    def text_key(self) -> dict[str, Any]:
+        """What the text stage depends on."""
+        packages = list(self.packages) if self.corpus == "pydocs" else []
+        return {
+            "corpus": self.corpus, "input": self.input, "packages": packages, "eval_fraction": self.eval_fraction,
+            "seed": self.params.seed,
+        }  # fmt: skip
+
+
+Log = Callable[[str], None]
+
+
+def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log: Log = print) -> dict[str, Any]:
+    """Make `out/train` and `out/eval`. Returns `{"train": manifest, "eval": manifest, "seconds": ...}`.
+
+    Raises:
+        UserError: unreadable or empty text, a bad vocabulary, a full disk. Finished work is kept for a restart.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    workers = num_workers or os.cpu_count() or 1
+    with _Pool(workers) as pool:
+        text = _text_stage(recipe, out, pool, log)
+        vocab_path = _vocab_stage(recipe, out, text, log)
+        manifests = {split: _sample_stage(recipe, out, split, text, vocab_path, pool, log) for split in SPLITS}
+    seconds = time.perf_counter() - start
+    log(f"prepared {out} in {seconds:.1f} s")
+    return {**manifests, "seconds": seconds}
+
+
+class _Pool:
+    """Ordered, bounded map over processes: results come in input order and never pile up in memory."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._executor = ProcessPoolExecutor(workers, mp_context=get_context("forkserver"))
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._executor.shutdown(wait=kind is None, cancel_futures=True)
+
+    def map(self, function: Callable[..., Any], arguments: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        arguments = iter(arguments)
+        pending: list[Future[Any]] = [self._executor.submit(function, *a) for a in islice(arguments, 3 * self._workers)]
+        try:
+            while pending:
+                result = pending.pop(0).result()
+                pending.extend(self._executor.submit(function, *a) for a in islice(arguments, 1))
+                yield result
+        except BrokenProcessPool:
+            raise UserError("a worker process died (out of memory?); run again with fewer --workers") from None
+
+
+def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    stamp: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return stamp if stamp.get("key") == key else None
+
+
+def _text_stage(recipe: Recipe, out: Path, pool: _Pool, log: Log) -> dict[str, Any]:
+    """Write the corpus as sentences, a line each. Returns the stamp: files, hashes and counts by split."""
+    key, stamp_path = recipe.text_key(), out / "text" / "stamp.json"
+    sources = corpora.list_sources(recipe.corpus, recipe.input, recipe.packages)
+    key["sources"] = hashlib.sha256(
+        "\n".join(f"{s.name} {os.path.getsize(s.path)}" for s in sources).encode()
+    ).hexdigest()
+    done = _stamp_matches(stamp_path, key)
+    if done:
+        log(f"text: {done['train']['documents']:,} + {done['eval']['documents']:,} documents, already there")
+        return done
+    start = time.perf_counter()
+    shutil.rmtree(out / "text", ignore_errors=True)
+    writers = {split: _TextWriter(out / "text", split) for split in SPLITS}
+    seen: set[bytes] = set()
+    chunks = _chunks_by_size(sources, 1 << 20)
+    for documents in pool.map(_read_chunk, ((recipe.corpus, chunk) for chunk in chunks)):
+        for origin, blocks in documents:
+            kept = []
+            for digest, sentences in blocks:
+                if recipe.corpus == "pydocs" and digest in seen:  # generated documentation repeats itself
+                    continue
+                seen.add(digest)
+                kept.extend(sentences)
+            if kept:
+                held_out = corpora.is_held_out(origin, recipe.eval_fraction, recipe.params.seed)
+                writers["eval" if held_out else "train"].add(kept)
+    stamp = {"key": key, **{split: writer.close() for split, writer in writers.items()}}
+    for split in SPLITS:
+        if not stamp[split]["documents"]:
+            hint = "raise --eval-fraction" if split == "eval" else "is the text empty?"
+            raise UserError(f"corpus {recipe.corpus}: no document for the {split} split; {hint}")
+    write_json(stamp_path, stamp)
+    megabytes, seconds = sum(stamp[s]["bytes"] for s in SPLITS) / 1e6, time.perf_counter() - start
+    log(
+        f"text: {len(sources):,} files -> {stamp['train']['documents']:,} + {stamp['eval']['documents']:,} documents, "
+        f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
+    )
+    return stamp
+
+
+def _chunks_by_size(sources: list[corpora.Source], limit: int) -> Iterator[list[corpora.Source]]:
+    chunk: list[corpora.Source] = []
+    size = 0
+    for source in sources:
+        chunk.append(source)
+        size += os.path.getsize(source.path)
+        if size >= limit:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _read_chunk(kind: str, sources: list[corpora.Source]) -> list[tuple[str, list[tuple[bytes, list[str]]]]]:
+    return [
+        (document.origin, [(hashlib.blake2b("\n".join(b).encode(), digest_size=16).digest(), b) for b in document.blocks])
+        for source in sources
+        for document in corpora.read_documents(kind, source)
+    ]
+
+
+class _TextWriter:
+    """Writes documents of one split to files of about half a MiB."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._folder, self._split = folder, split
+        self._lines: list[str] = []
+        self._size = 0
+        self.files: list[str] = []
+        self._digest = hashlib.sha256()
+        self._documents = self._sentences = self._bytes = 0
+
+    def add(self, sentences: list[str]) -> None:
+        text = "\n".join(sentences) + "\n\n"
+        self._lines.append(text)
+        self._size += len(text)
+        self._documents += 1
+        self._sentences += len(sentences)
+        if self._size >= _TEXT_FILE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        content = "".join(self._lines).encode()
+        name = f"{self._split}-{len(self.files):05d}.txt"
+        write_atomically(self._folder / name, content)
+        self._digest.update(content)
+        self._bytes += len(content)
+        self.files.append(name)
+        self._lines, self._size = [], 0
+
+    def close(self) -> dict[str, Any]:
+        if self._lines:
+            self._flush()
+        return {
+            "files": self.files, "documents": self._documents, "sentences": self._sentences, "bytes": self._bytes,
+            "sha256": self._digest.hexdigest(),
+        }  # fmt: skip
+
+
+def _vocab_stage(recipe: Recipe, out: Path, text: dict[str, Any], log: Log) -> Path:
+    path = out / "vocab.txt"
+    if recipe.vocab is not None:
+        vocabulary = load_vocabulary(recipe.vocab)
+        write_atomically(path, Path(recipe.vocab).read_bytes())
+        log(f"vocabulary: {len(vocabulary):,} tokens from {recipe.vocab}")
+        return path
+    key, stamp_path = {"text": text["train"]["sha256"], "size": recipe.vocab_size}, out / "vocab.stamp.json"
+    if path.is_file() and _stamp_matches(stamp_path, key):
+        log("vocabulary: already there")
+        return path
+    start = time.perf_counter()
+    train_vocabulary([out / "text" / name for name in text["train"]["files"]], recipe.vocab_size, path)
+    write_json(stamp_path, {"key": key})
+    log(f"vocabulary: {len(load_vocabulary(path)):,} tokens trained in {time.perf_counter() - start:.1f} s")
+    return path
+
+
+def _sample_stage(
+    recipe: Recipe, out: Path, split: str, text: dict[str, Any], vocab_path: Path, pool: _Pool, log: Log
+) -> dict[str, Any]:
+    vocabulary = load_vocabulary(vocab_path)
+    key = {"text": text[split]["sha256"], "vocab": vocabulary.sha256, **recipe.params.as_dict()}
+    if split == "eval":
+        key["eval_max_samples"] = recipe.eval_max_samples
+    folder = out / split
+    done = _stamp_matches(folder / "manifest.json", key)
+    if done:
+        log(f"{split}: {done['num_samples']:,} samples, already there")
+        return done
+    start = time.perf_counter()
+    tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    parts_folder = out / f"parts-{split}-{tag}"
+    jobs = (
+        (str(out / "text" / name), str(vocab_path), recipe.params, chunk, str(parts_folder / f"{chunk:05d}.bin"))
+        for chunk, name in enumerate(text[split]["files"])
+    )
+    parts: list[Part] = []
+    samples = 0
+    last_line = start
+    for part in pool.map(_make_part, jobs):
+        parts.append(part)
+        samples += len(part.lengths)
+        now = time.perf_counter()
+        if now - last_line > 5:
+            last_line = now
+            log(f"{split}: {len(parts)}/{len(text[split]['files'])} files, {samples / (now - start):,.0f} samples/s")
+    if split == "eval" and recipe.eval_max_samples:
+        parts = _truncate(parts, recipe.eval_max_samples, parts_folder)
+    manifest = merge_parts(
+        folder, parts,
+        {
+            "key": key, "corpus": recipe.corpus, "text_sha256": text[split]["sha256"],
+            "documents": text[split]["documents"], "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
+            "params": asdict(recipe.params),
+        },
+    )  # fmt: skip
+    shutil.rmtree(parts_folder, ignore_errors=True)
+    seconds = time.perf_counter() - start
+    log(
+        f"{split}: {manifest['num_samples']:,} samples, {manifest['num_tokens']:,} tokens, mean length "
+        f"{manifest['mean_length']:.0f} in {seconds:.1f} s ({manifest['num_samples'] / seconds:,.0f} samples/s)"
+    )
+    return manifest
+
+
+def _make_part(text_path: str, vocab_path: str, params: SampleParams, chunk: int, part_path: str) -> Part:
+    finished = read_part(part_path)
+    if finished:
+        return finished
+    wordpiece, vocabulary = _tokenizer(vocab_path)
+    documents: list[list[list[int]]] = []
+    for block in Path(text_path).read_text(encoding="utf-8").split("\n\n"):
+        sentences = [line for line in block.split("\n") if line]
+        if sentences:
+            documents.append([ids for ids in wordpiece.encode(sentences) if ids])
+    return write_part(part_path, make_samples(documents, vocabulary, params, chunk))
+
+
+_TOKENIZERS: dict[str, tuple[WordPiece, Any]] = {}
+
+
+def _tokenizer(vocab_path: str) -> tuple[WordPiece, Any]:
+    """One tokenizer a process, made at first use (keyed by content: the file may be replaced)."""
+    key = sha256_of(vocab_path)
+    if key not in _TOKENIZERS:
+        _TOKENIZERS[key] = (WordPiece(vocab_path), load_vocabulary(vocab_path))
+    return _TOKENIZERS[key]
+
+
+def _truncate(parts: list[Part], limit: int, folder: Path) -> list[Part]:
+    """The first `limit` samples of the parts, in order."""
+    kept: list[Part] = []
+    for part in parts:
+        if limit <= 0:
+            break
+        if len(part.lengths) > limit:
+            part = _head(part, limit, folder)
+        kept.append(part)
+        limit -= len(part.lengths)
+    return kept
+
+
+def _head(part: Part, count: int, folder: Path) -> Part:
+    import numpy as np
+
+    from bert_fast.data.store import unpack_record
+
+    data = np.fromfile(part.path, dtype=np.uint16)
+    ends = np.cumsum(3 + 2 * part.num_masked.astype(np.int64) + part.lengths)
+    starts = ends - (3 + 2 * part.num_masked.astype(np.int64) + part.lengths)
+    samples = (unpack_record(data[starts[i] : ends[i]]) for i in range(count))
+    return write_part(folder / "head.bin", samples)

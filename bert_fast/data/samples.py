@@ -1,0 +1,148 @@
+"""BERT's pretraining samples: [CLS] A [SEP] B [SEP] with static masks and an is-next label.
+
+The algorithm of Devlin et al. (arXiv 1810.04805, appendix A.2) with MLPerf's parameters: sentences of a document are
+gathered up to a target length, which is short with probability `short_seq_prob`; the gathered sentences are cut into A
+and B at a random place; half of the time B comes from another document instead, and the sentences that B would have
+taken go back; 15 % of the tokens are chosen for prediction, of which 80 % become [MASK], 10 % a random token and 10 %
+stay. Everything follows from one seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bert_fast.data.wordpiece import Vocabulary
+
+
+@dataclass(frozen=True)
+class SampleParams:
+    """How samples are made. Defaults are MLPerf's."""
+
+    max_seq_len: int = 512
+    max_predictions: int = 76
+    mask_prob: float = 0.15
+    short_seq_prob: float = 0.1
+    dupe_factor: int = 10
+    seed: int = 12345
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pretraining sequence.
+
+    input_ids:        [L] uint16, masks applied
+    len_a:            tokens of the first segment, [CLS] and its [SEP] included
+    masked_positions: [M] uint16, rising
+    masked_labels:    [M] uint16, the original tokens there
+    is_random_next:   1 if B comes from another document
+    """
+
+    input_ids: np.ndarray
+    len_a: int
+    masked_positions: np.ndarray
+    masked_labels: np.ndarray
+    is_random_next: int
+
+
+Tokens = list[int]
+TokenDocument = list[Tokens]
+
+
+def make_samples(
+    documents: list[TokenDocument], vocabulary: Vocabulary, params: SampleParams, chunk: int
+) -> Iterator[Sample]:
+    """Samples of a chunk of documents, `dupe_factor` passes over it. `chunk` makes its random stream its own."""
+    documents = [document for document in documents if document]
+    for duplicate in range(params.dupe_factor):
+        rng = random.Random(f"{params.seed}:{chunk}:{duplicate}")
+        masks = np.random.default_rng([params.seed, chunk, duplicate])
+        for index in range(len(documents)):
+            for tokens_a, tokens_b, is_random in _segment_pairs(documents, index, params, rng):
+                yield _mask(tokens_a, tokens_b, is_random, vocabulary, params, masks)
+
+
+def _segment_pairs(
+    documents: list[TokenDocument], index: int, params: SampleParams, rng: random.Random
+) -> Iterator[tuple[Tokens, Tokens, int]]:
+    document = documents[index]
+    budget = params.max_seq_len - 3  # [CLS], [SEP], [SEP]
+    target = _target_length(budget, params, rng)
+    gathered: list[Tokens] = []
+    total = 0
+    position = 0
+    while position < len(document):
+        gathered.append(document[position])
+        total += len(document[position])
+        position += 1
+        if position < len(document) and total < target:
+            continue
+        cut = rng.randint(1, len(gathered) - 1) if len(gathered) > 1 else 1
+        tokens_a = [token for sentence in gathered[:cut] for token in sentence]
+        is_random = int(len(documents) > 1 and (len(gathered) == 1 or rng.random() < 0.5))
+        if is_random:
+            tokens_b = _random_text(documents, index, target - len(tokens_a), rng)
+            position -= len(gathered) - cut  # give back the sentences that B did not take
+        else:
+            tokens_b = [token for sentence in gathered[cut:] for token in sentence]
+        _trim(tokens_a, tokens_b, budget, rng)
+        if tokens_a and tokens_b:
+            yield tokens_a, tokens_b, is_random
+        gathered, total = [], 0
+        target = _target_length(budget, params, rng)
+
+
+def _target_length(budget: int, params: SampleParams, rng: random.Random) -> int:
+    return rng.randint(2, budget) if rng.random() < params.short_seq_prob else budget
+
+
+def _random_text(documents: list[TokenDocument], index: int, target: int, rng: random.Random) -> Tokens:
+    """Consecutive sentences from a random place of another document, up to `target` tokens."""
+    other = rng.randrange(len(documents) - 1)
+    document = documents[other + (other >= index)]
+    tokens: Tokens = []
+    for sentence in document[rng.randrange(len(document)) :]:
+        tokens.extend(sentence)
+        if len(tokens) >= target:
+            break
+    return tokens
+
+
+def _trim(tokens_a: Tokens, tokens_b: Tokens, budget: int, rng: random.Random) -> None:
+    """Shorten the longer segment, one token at a time, at a random end (in place)."""
+    front_a = front_b = 0
+    end_a, end_b = len(tokens_a), len(tokens_b)
+    while (end_a - front_a) + (end_b - front_b) > budget:
+        at_front = rng.random() < 0.5
+        if end_a - front_a > end_b - front_b:
+            front_a, end_a = (front_a + 1, end_a) if at_front else (front_a, end_a - 1)
+        else:
+            front_b, end_b = (front_b + 1, end_b) if at_front else (front_b, end_b - 1)
+    tokens_a[:] = tokens_a[front_a:end_a]
+    tokens_b[:] = tokens_b[front_b:end_b]
+
+
+def _mask(
+    tokens_a: Tokens, tokens_b: Tokens, is_random: int, vocabulary: Vocabulary, params: SampleParams,
+    rng: np.random.Generator,
+) -> Sample:  # fmt: skip
+    len_a = len(tokens_a) + 2
+    ids = np.array(
+        [vocabulary.cls_id, *tokens_a, vocabulary.sep_id, *tokens_b, vocabulary.sep_id], dtype=np.uint16
+    )
+    length = len(ids)
+    count = min(params.max_predictions, max(1, round(length * params.mask_prob)), length - 3)
+    order = rng.permutation(length - 3)[:count]  # candidates: everything but the three special tokens
+    positions = np.sort(order + 1 + (order >= len_a - 2))
+    labels = ids[positions]
+    action = rng.random(count)
+    randoms = rng.integers(0, len(vocabulary), count, dtype=np.uint16)
+    ids[positions] = np.where(action < 0.8, vocabulary.mask_id, np.where(action < 0.9, randoms, labels))
+    return Sample(ids, len_a, positions.astype(np.uint16), labels, is_random)

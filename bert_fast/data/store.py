@@ -1,0 +1,195 @@
+"""The store: one memory-mapped token file, a table of offsets, a length table, a manifest.
+
+`samples.bin` is uint16. A sample's record is
+    len_a, number of masks M, is_random_next, M masked positions, M masked labels, L tokens
+`offsets.npy` (int64, N+1) says where records start, in uint16 units. `lengths.npy` (uint16, N) and `num_masked.npy`
+(uint16, N) are what the planner needs of every sample; all ranks of a node share them through the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_fast.files import atomic_file, sha256_of, write_json
+from bert_fast.data.batch import Batch, assemble
+from bert_fast.data.samples import Sample
+from bert_fast.errors import UserError
+
+FORMAT = "bert_fast store 1"
+_HEADER = 3
+_BYTES = np.dtype(np.uint16).itemsize
+
+
+def pack_record(sample: Sample) -> np.ndarray:
+    """A sample as its uint16 record."""
+    header = np.array([sample.len_a, len(sample.masked_positions), sample.is_random_next], dtype=np.uint16)
+    return np.concatenate([header, sample.masked_positions, sample.masked_labels, sample.input_ids])
+
+
+def unpack_record(record: np.ndarray) -> Sample:
+    """The sample in a record (views into it)."""
+    num_masked = int(record[1])
+    positions_end = _HEADER + num_masked
+    labels_end = positions_end + num_masked
+    return Sample(
+        record[labels_end:], int(record[0]), record[_HEADER:positions_end], record[positions_end:labels_end],
+        int(record[2]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished piece of a store on disk, written by one worker."""
+
+    path: str
+    lengths: np.ndarray
+    num_masked: np.ndarray
+    num_random_next: int
+
+
+def write_part(path: str | Path, samples: Iterable[Sample]) -> Part:
+    """Write the records of `samples` to `path` and their tables beside it, atomically."""
+    lengths: list[int] = []
+    num_masked: list[int] = []
+    num_random = 0
+    with atomic_file(path) as file:
+        for sample in samples:
+            file.write(pack_record(sample).tobytes())
+            lengths.append(len(sample.input_ids))
+            num_masked.append(len(sample.masked_positions))
+            num_random += sample.is_random_next
+    part = Part(str(path), np.array(lengths, np.uint16), np.array(num_masked, np.uint16), num_random)
+    with atomic_file(f"{path}.npz") as file:
+        np.savez(file, lengths=part.lengths, num_masked=part.num_masked, num_random=np.array(num_random))
+    return part
+
+
+def read_part(path: str | Path) -> Part | None:
+    """The part at `path` if it was finished, else None."""
+    tables = Path(f"{path}.npz")
+    if not tables.is_file() or not Path(path).is_file():
+        return None
+    with np.load(tables) as loaded:
+        part = Part(str(path), loaded["lengths"], loaded["num_masked"], int(loaded["num_random"]))
+    expected = _record_sizes(part.lengths, part.num_masked).sum() * _BYTES
+    return part if Path(path).stat().st_size == expected else None
+
+
+def _record_sizes(lengths: np.ndarray, num_masked: np.ndarray) -> np.ndarray:
+    return _HEADER + 2 * num_masked.astype(np.int64) + lengths.astype(np.int64)
+
+
+def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Join parts into a store in `folder`. The manifest is written last: a store without one is not a store.
+
+    Returns the manifest, completed with counts, the length histogram and the hash of the token file.
+    """
+    folder = Path(folder)
+    lengths = np.concatenate([part.lengths for part in parts]) if parts else np.zeros(0, np.uint16)
+    num_masked = np.concatenate([part.num_masked for part in parts]) if parts else np.zeros(0, np.uint16)
+    if not len(lengths):
+        raise UserError(f"no samples for store {folder}: the text is empty or too short for one sentence pair")
+    (folder / "manifest.json").unlink(missing_ok=True)
+    with atomic_file(folder / "samples.bin") as out:
+        for part in parts:
+            with open(part.path, "rb") as source:
+                while block := source.read(1 << 22):
+                    out.write(block)
+    offsets = np.concatenate([[0], np.cumsum(_record_sizes(lengths, num_masked))])
+    for name, table in (("offsets", offsets), ("lengths", lengths), ("num_masked", num_masked)):
+        with atomic_file(folder / f"{name}.npy") as file:
+            np.save(file, table)
+    histogram = np.bincount(lengths)
+    complete = {
+        "format": FORMAT,
+        "num_samples": len(lengths),
+        "num_tokens": int(lengths.sum(dtype=np.int64)),
+        "num_masked": int(num_masked.sum(dtype=np.int64)),
+        "num_random_next": sum(part.num_random_next for part in parts),
+        "max_length": int(lengths.max()),
+        "mean_length": round(float(lengths.mean(dtype=np.float64)), 3),
+        "length_histogram": {str(n): int(histogram[n]) for n in np.flatnonzero(histogram)},
+        "sha256": sha256_of(folder / "samples.bin"),
+        **manifest,
+    }
+    write_json(folder / "manifest.json", complete)
+    return complete
+
+
+class Store:
+    """Read access to a prepared store. Opening is O(1) in the number of samples; tables are memory-mapped."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open `folder`. Raises UserError for a missing, foreign or truncated store."""
+        self.folder = Path(folder)
+        manifest_path = self.folder / "manifest.json"
+        if not manifest_path.is_file():
+            raise UserError(
+                f"no data at {self.folder} (manifest.json is missing); make it with: "
+                f"python scripts/prepare_data.py --out {self.folder.parent}"
+            )
+        try:
+            self.manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{manifest_path} is not JSON; prepare the data again") from None
+        if self.manifest.get("format") != FORMAT:
+            raise UserError(f"{manifest_path} is of format {self.manifest.get('format')!r}, this code reads {FORMAT!r}")
+        try:
+            self._tokens = np.memmap(self.folder / "samples.bin", dtype=np.uint16, mode="r").view(np.ndarray)
+            self._offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
+            self.lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
+            self.num_masked = np.load(self.folder / "num_masked.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"store {self.folder} is damaged ({error}); prepare the data again") from None
+        tables = (len(self._offsets) - 1, len(self.lengths), len(self.num_masked))
+        if any(n != self.manifest["num_samples"] for n in tables) or self._offsets[-1] != len(self._tokens):
+            raise UserError(
+                f"store {self.folder} is truncated: the manifest promises {self.manifest['num_samples']} samples in "
+                f"{int(self._offsets[-1]) * _BYTES} bytes, samples.bin has {len(self._tokens) * _BYTES}; "
+                "prepare the data again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return unpack_record(self._tokens[self._offsets[index] : self._offsets[index + 1]])
+
+    def batch(self, ids: np.ndarray) -> Batch:
+        """Samples `ids` (int64 [B]) as one batch."""
+        return assemble(self._tokens, self._offsets[ids], self._offsets[ids + 1], ids)
+
+    def check(self, *, vocab_size: int, max_seq_len: int, vocab_sha256: str | None, sha256: str | None) -> None:
+        """Refuse a store that does not fit the config. Raises UserError."""
+        manifest = self.manifest
+        if manifest["vocab_size"] > vocab_size:
+            raise UserError(
+                f"store {self.folder} was made with a vocabulary of {manifest['vocab_size']} tokens and "
+                f"model.vocab_size={vocab_size}; use the matching store or model"
+            )
+        if manifest["max_length"] > max_seq_len:
+            raise UserError(
+                f"store {self.folder} holds a sample of {manifest['max_length']} tokens and "
+                f"data.max_seq_len={max_seq_len}; raise it or prepare shorter samples"
+            )
+        for what, expected, found in (
+            ("data.vocab_sha256", vocab_sha256, manifest["vocab_sha256"]),
+            ("data.eval_sha256", sha256, manifest["sha256"]),
+        ):
+            if expected is not None and expected != found:
+                raise UserError(
+                    f"store {self.folder} does not match {what}: it has {found[:16]}..., the config wants "
+                    f"{expected[:16]}...; prepare the data with the right vocabulary and text"
+                )
+
+    def verify(self) -> None:
+        """Compare the token file with the manifest's hash. Raises UserError if it changed."""
+        found = sha256_of(self.folder / "samples.bin")
+        if found != self.manifest["sha256"]:
+            raise UserError(f"store {self.folder}: samples.bin changed since it was written; prepare the data again")

@@ -1,0 +1,98 @@
+"""The MLPerf result log: the only caller of mllog. All keys of ruleset 5.0.0, closed and open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlperf_logging.mllog import constants
+from mlperf_logging.mllog.mllog import MLLogger
+
+from bert_fast.config import Config
+
+_STATUS = {
+    "onprem": "Available on-premise",
+    "cloud": "Available cloud",
+    "research": "Research, Development, or Internal (RDI)",
+    "preview": "Preview",
+}
+
+
+class ResultLog:
+    """Writes `path` (result_0.txt) line by line. `path=None` swallows everything (ranks other than 0)."""
+
+    def __init__(self, path: Path | None, *, append: bool = False) -> None:
+        self._logger: MLLogger | None = None
+        if path is None:
+            return
+        sink = logging.Logger("bert_fast.mllog")
+        handler = logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        sink.addHandler(handler)
+        self._handler = handler
+        root = str(Path(__file__).resolve().parents[2])
+        self._logger = MLLogger(sink, default_stack_offset=2, root_dir=root)
+
+    def event(self, key: str, value: Any = None, **metadata: Any) -> None:
+        """One point in time."""
+        if self._logger:
+            self._logger.event(key, value, metadata or None)
+
+    def start(self, key: str, **metadata: Any) -> None:
+        if self._logger:
+            self._logger.start(key, None, metadata or None)
+
+    def end(self, key: str, **metadata: Any) -> None:
+        if self._logger:
+            self._logger.end(key, None, metadata or None)
+
+    @contextmanager
+    def interval(self, start: str, stop: str, **metadata: Any) -> Iterator[None]:
+        """An interval whose start and stop keys differ (eval_start, eval_stop)."""
+        self.start(start, **metadata)
+        yield
+        self.end(stop, **metadata)
+
+    def submission(self, config: Config) -> None:
+        """Who submits what."""
+        mlperf = config.mlperf
+        self.event(constants.SUBMISSION_BENCHMARK, constants.BERT)
+        self.event(constants.SUBMISSION_DIVISION, mlperf.division)
+        self.event(constants.SUBMISSION_ORG, mlperf.organization)
+        self.event(constants.SUBMISSION_PLATFORM, mlperf.platform)
+        self.event(constants.SUBMISSION_STATUS, _STATUS[mlperf.status])
+        self.event(constants.SUBMISSION_POC_NAME, mlperf.poc_name)
+        self.event(constants.SUBMISSION_POC_EMAIL, mlperf.poc_email)
+
+    def hyperparameters(self, config: Config) -> None:
+        """Every hyper-parameter key of the closed rules, for LAMB and for Adam alike (names are MLPerf's)."""
+        optimizer, schedule = config.optimizer, config.schedule
+        for key, value in (
+            (constants.SEED, config.train.seed),
+            (constants.GLOBAL_BATCH_SIZE, config.batch.global_batch),
+            (constants.GRADIENT_ACCUMULATION_STEPS, config.batch.accumulation),
+            ("max_sequence_length", config.data.max_seq_len),
+            (constants.OPT_NAME, optimizer.name),
+            (constants.OPT_BASE_LR, optimizer.lr),
+            ("opt_end_learning_rate", schedule.end_lr),
+            ("opt_epsilon", optimizer.eps),
+            (constants.OPT_LAMB_EPSILON, optimizer.eps),
+            (constants.OPT_LAMB_BETA_1, optimizer.beta1),
+            (constants.OPT_LAMB_BETA_2, optimizer.beta2),
+            (constants.OPT_LAMB_WEIGHT_DECAY, optimizer.weight_decay),
+            (constants.OPT_LR_WARMUP_STEPS, schedule.warmup_steps),
+            (constants.NUM_WARMUP_STEPS, schedule.warmup_steps),
+            (constants.START_WARMUP_STEP, schedule.start_warmup_step),
+            (constants.OPT_LR_TRAINING_STEPS, schedule.total_steps),
+            ("opt_lamb_learning_rate_decay_poly_power", schedule.power),
+            ("opt_gradient_clip_norm", config.communication.max_norm),
+            ("opt_gradient_clip_mode", config.communication.clip),
+        ):
+            self.event(key, value)
+
+    def close(self) -> None:
+        if self._logger:
+            self._handler.close()

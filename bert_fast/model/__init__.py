@@ -1,0 +1,1 @@
+"""BERT for pretraining, computed on unpadded tokens."""

@@ -1,0 +1,173 @@
+"""Attention over sequences of different lengths that lie end to end, one call for every backend.
+
+Shapes: T tokens of the batch, B sequences, H heads, K head width, G sequences of one group, L their longest length.
+
+A backend is a function `(qkv_THK3, layout, dropout) -> out_TD` in `BACKENDS`. `loop` is the oracle: one
+scaled-dot-product attention a sequence. All must agree with it (tests/unit/test_attention.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that are attended together: `count` of them from token `start` on, none longer than `longest`.
+
+    If they are all of the same length the flat tokens are a rectangle already, and `index` and `mask` are None. Else
+    `index` (int64, [count * longest]) picks their tokens into one (padding repeats the first token), `mask` (bool,
+    [count, 1, 1, longest]) says which keys are real, and `places` (int64, [tokens of the group]) picks them back.
+    """
+
+    start: int
+    end: int
+    count: int
+    longest: int
+    index: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+
+
+@dataclass
+class SequenceLayout:
+    """Where the sequences of a batch lie: host lengths, cumulative lengths on the device, cached groupings."""
+
+    lengths: list[int]
+    cu_seqlens: torch.Tensor
+    _groups: dict[float, list[Group]] = field(default_factory=dict)
+
+    @property
+    def max_len(self) -> int:
+        return max(self.lengths)
+
+    def groups(self, slack: float) -> list[Group]:
+        """Consecutive sequences grouped so that padding stays below `slack` of each group's tokens."""
+        if slack not in self._groups:
+            self._groups[slack] = [
+                self._group(start, start_token, members) for start, start_token, members in self._runs(slack)
+            ]
+        return self._groups[slack]
+
+    def _runs(self, slack: float) -> list[tuple[int, int, list[int]]]:
+        runs: list[tuple[int, int, list[int]]] = []
+        token, members, start, start_token = 0, [], 0, 0
+        for index, length in enumerate(self.lengths):
+            grown = [*members, length]
+            if members and max(grown) * len(grown) > sum(grown) * (1 + slack):
+                runs.append((start, start_token, members))
+                members, start, start_token = [length], index, token
+            else:
+                members = grown
+            token += length
+        runs.append((start, start_token, members))
+        return runs
+
+    def _group(self, start: int, start_token: int, members: list[int]) -> Group:
+        longest, end = max(members), start_token + sum(members)
+        if min(members) == longest:
+            return Group(start_token, end, len(members), longest)
+        device = self.cu_seqlens.device
+        lengths = torch.tensor(members, device=device)
+        starts = torch.cumsum(lengths, 0) - lengths
+        column = torch.arange(longest, device=device)
+        real = column[None, :] < lengths[:, None]
+        index = torch.where(real, starts[:, None] + column[None, :], 0)
+        return Group(
+            start_token, end, len(members), longest, index.flatten(), real[:, None, None, :], real.flatten().nonzero()[:, 0]
+        )
+
+
+Backend = Callable[[torch.Tensor, SequenceLayout, float], torch.Tensor]
+
+
+def _dense(qkv_GL3HK: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """Attention inside a rectangle of sequences; returns [G, L, H * K]."""
+    query, key, value = qkv_GL3HK.permute(2, 0, 3, 1, 4)  # each [G, H, L, K]
+    out_GHLK = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return out_GHLK.transpose(1, 2).flatten(2)
+
+
+def _loop(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    pieces = [_dense(piece[None], None, dropout)[0] for piece in qkv_T3HK.split(layout.lengths)]
+    return torch.cat(pieces)
+
+
+def _by_groups(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float, slack: float) -> torch.Tensor:
+    groups = layout.groups(slack)
+    pieces = []
+    for group, tokens in zip(groups, qkv_T3HK.split([g.end - g.start for g in groups]), strict=True):
+        if group.index is None:
+            rectangle = tokens.unflatten(0, (group.count, group.longest))
+            pieces.append(_dense(rectangle, None, dropout).flatten(0, 1))
+        else:
+            rectangle = tokens.index_select(0, group.index).unflatten(0, (group.count, group.longest))
+            out = _dense(rectangle, group.mask, dropout).flatten(0, 1)
+            pieces.append(out.index_select(0, group.places))  # type: ignore[arg-type]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _grouped(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    return _by_groups(qkv_T3HK, layout, dropout, slack=0.15)
+
+
+def _padded(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    return _by_groups(qkv_T3HK, layout, dropout, slack=float("inf"))
+
+
+def _varlen(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (part.contiguous() for part in qkv_T3HK.unbind(1))
+    cu_seqlens, longest = layout.cu_seqlens, layout.max_len
+    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest).flatten(1)
+
+
+def _flash(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    return flash_attn_varlen_qkvpacked_func(qkv_T3HK, layout.cu_seqlens, layout.max_len, dropout).flatten(1)
+
+
+BACKENDS: dict[str, Backend] = {
+    "loop": _loop,
+    "grouped": _grouped,
+    "padded": _padded,
+    "varlen": _varlen,
+    "flash": _flash,
+}
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str:
+    """Resolve `auto`, and refuse what this machine or dtype does not have. Never replaces a named backend.
+
+    Raises:
+        UserError: the named backend cannot run here; the text says which can.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    if name == "auto":
+        if device.type == "cpu":
+            return "grouped"
+        if half and has_flash:
+            return "flash"
+        return "varlen" if half and has_varlen and dropout == 0 else "grouped"
+    if name in ("varlen", "flash"):
+        if device.type != "cuda" or not half:
+            raise UserError(
+                f"model.attention_backend={name} needs CUDA and bf16 or fp16, this run is {device.type} with {dtype}; "
+                "use grouped, loop or padded"
+            )
+        if name == "flash" and not has_flash:
+            raise UserError("model.attention_backend=flash: package flash-attn is not installed; use auto or grouped")
+        if name == "varlen" and dropout > 0:
+            raise UserError("model.attention_backend=varlen has no dropout; set model.attention_dropout=0")
+    return name

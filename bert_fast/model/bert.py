@@ -1,0 +1,154 @@
+"""BERT for pretraining on unpadded tokens (Devlin et al., arXiv 1810.04805; post-LayerNorm).
+
+Shapes: T tokens of the batch end to end, D hidden width, F feed-forward width, H heads, K head width, V vocabulary,
+M masked positions of the batch, B samples. Only masked positions reach the vocabulary projection and only [CLS] rows
+the next-sentence head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bert_fast.config import ModelConfig
+from bert_fast.model.attention import BACKENDS, SequenceLayout
+from bert_fast.model.loss import LossSums, loss_sums
+
+
+class BertInput(NamedTuple):
+    """What the model reads of a batch; `data.batch.Batch` has these fields and more.
+
+    input_ids, token_type_ids, position_ids: [T] int64; masked_positions, masked_labels: [M] int64;
+    next_sentence_labels: [B] int64 (1: B is from another document); layout: lengths of the B samples.
+    """
+
+    input_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    position_ids: torch.Tensor
+    masked_positions: torch.Tensor
+    masked_labels: torch.Tensor
+    next_sentence_labels: torch.Tensor
+    layout: SequenceLayout
+
+
+class Embeddings(nn.Module):
+    """Word + position + segment embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, width)
+        self.position = nn.Embedding(config.max_positions, width)
+        self.token_type = nn.Embedding(config.type_vocab_size, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = config.hidden_dropout
+
+    def forward(self, batch: BertInput) -> torch.Tensor:
+        """[T, D]."""
+        hidden_TD = self.word(batch.input_ids) + self.position(batch.position_ids)
+        hidden_TD = self.norm(hidden_TD + self.token_type(batch.token_type_ids))
+        return _dropout(hidden_TD, self.dropout, self.training)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.up = nn.Linear(width, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, width)
+        self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.hidden_dropout = config.hidden_dropout
+        self.attention_dropout = config.attention_dropout
+        self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
+
+    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, backend: str) -> torch.Tensor:
+        qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
+        context_TD = BACKENDS[backend](qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
+        mixed_TD = _dropout(self.attention_out(context_TD), self.hidden_dropout, self.training)
+        hidden_TD = self.attention_norm(hidden_TD + mixed_TD)
+        inner_TF = F.gelu(self.up(hidden_TD), approximate=self.gelu_form)
+        output_TD = _dropout(self.down(inner_TF), self.hidden_dropout, self.training)
+        return self.output_norm(hidden_TD + output_TD)
+
+
+class PretrainingHeads(nn.Module):
+    """Masked-LM head (its decoder is the word embedding) and next-sentence head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.transform = nn.Linear(width, width)
+        self.transform_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.pooler = nn.Linear(width, width)
+        self.next_sentence = nn.Linear(width, 2)
+        self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
+
+    def masked_lm_logits(self, hidden_MD: torch.Tensor, word_VD: torch.Tensor) -> torch.Tensor:
+        """[M, V]."""
+        hidden_MD = F.gelu(self.transform(hidden_MD), approximate=self.gelu_form)
+        return F.linear(self.transform_norm(hidden_MD), word_VD, self.decoder_bias)
+
+    def next_sentence_logits(self, first_BD: torch.Tensor) -> torch.Tensor:
+        """[B, 2]."""
+        return self.next_sentence(torch.tanh(self.pooler(first_BD)))
+
+
+class BertForPretraining(nn.Module):
+    """Embeddings, encoder, heads. `forward` returns sums of losses and counts; normalisation is the caller's."""
+
+    def __init__(self, config: ModelConfig, backend: str = "loop") -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.heads = PretrainingHeads(config)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """BERT's initialisation: truncated normal weights, zero biases, unit LayerNorm."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = self.config.initializer_range
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def encode(self, batch: BertInput) -> torch.Tensor:
+        """Final hidden states, [T, D]. Under autocast the residual stream is in the autocast format."""
+        hidden_TD = self.embeddings(batch)
+        device = hidden_TD.device.type
+        if torch.is_autocast_enabled(device):
+            hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, batch.layout, self.backend)
+        return hidden_TD
+
+    def logits(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked-LM logits [M, V] of the masked positions and next-sentence logits [B, 2]."""
+        hidden_TD = self.encode(batch)
+        masked_MD = hidden_TD.index_select(0, batch.masked_positions)
+        first_BD = hidden_TD.index_select(0, batch.layout.cu_seqlens[:-1].long())
+        return (
+            self.heads.masked_lm_logits(masked_MD, self.embeddings.word.weight),
+            self.heads.next_sentence_logits(first_BD),
+        )
+
+    def forward(self, batch: BertInput, with_accuracy: bool = False) -> LossSums:
+        mlm_logits_MV, nsp_logits_B2 = self.logits(batch)
+        return loss_sums(
+            mlm_logits_MV, batch.masked_labels, nsp_logits_B2, batch.next_sentence_labels, with_accuracy
+        )
+
+
+def _dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    return F.dropout(x, p) if training and p > 0 else x

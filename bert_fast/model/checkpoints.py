@@ -1,0 +1,122 @@
+"""Weights in and out: Hugging Face folders (`config.json` + `model.safetensors`) of BertForPreTraining."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from bert_fast.config import ModelConfig
+from bert_fast.errors import UserError
+from bert_fast.files import write_atomically, write_json
+
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+
+
+def _pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
+    """Our parameter name and the Hugging Face names that are concatenated in it (three for query, key, value)."""
+    yield "embeddings.word.weight", ["bert.embeddings.word_embeddings.weight"]
+    yield "embeddings.position.weight", ["bert.embeddings.position_embeddings.weight"]
+    yield "embeddings.token_type.weight", ["bert.embeddings.token_type_embeddings.weight"]
+    for kind in ("weight", "bias"):
+        yield f"embeddings.norm.{kind}", [f"bert.embeddings.LayerNorm.{kind}"]
+        for index in range(config.num_layers):
+            ours, theirs = f"layers.{index}", f"bert.encoder.layer.{index}"
+            yield f"{ours}.qkv.{kind}", [f"{theirs}.attention.self.{part}.{kind}" for part in ("query", "key", "value")]
+            yield f"{ours}.attention_out.{kind}", [f"{theirs}.attention.output.dense.{kind}"]
+            yield f"{ours}.attention_norm.{kind}", [f"{theirs}.attention.output.LayerNorm.{kind}"]
+            yield f"{ours}.up.{kind}", [f"{theirs}.intermediate.dense.{kind}"]
+            yield f"{ours}.down.{kind}", [f"{theirs}.output.dense.{kind}"]
+            yield f"{ours}.output_norm.{kind}", [f"{theirs}.output.LayerNorm.{kind}"]
+        yield f"heads.transform.{kind}", [f"cls.predictions.transform.dense.{kind}"]
+        yield f"heads.transform_norm.{kind}", [f"cls.predictions.transform.LayerNorm.{kind}"]
+        yield f"heads.pooler.{kind}", [f"bert.pooler.dense.{kind}"]
+        yield f"heads.next_sentence.{kind}", [f"cls.seq_relationship.{kind}"]
+    yield "heads.decoder_bias", ["cls.predictions.bias"]
+
+
+def to_huggingface(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Our state dict under the names of transformers' BertForPreTraining (the tied decoder is not repeated)."""
+    renamed: dict[str, torch.Tensor] = {}
+    for ours, theirs in _pairs(config):
+        for name, tensor in zip(theirs, state[ours].chunk(len(theirs)), strict=True):
+            renamed[name] = tensor.detach().cpu().contiguous()
+    return renamed
+
+
+def from_huggingface(weights: dict[str, torch.Tensor], config: ModelConfig, where: str = "") -> dict[str, torch.Tensor]:
+    """The inverse of `to_huggingface`. Rows beyond a shorter vocabulary are zero. Raises UserError naming the tensor."""
+    state: dict[str, torch.Tensor] = {}
+    for ours, theirs in _pairs(config):
+        missing = [name for name in theirs if name not in weights]
+        if missing:
+            raise UserError(f"checkpoint {where} has no tensor {missing[0]}; it is no BertForPreTraining")
+        state[ours] = torch.cat([weights[name].float() for name in theirs])
+    for name in ("embeddings.word.weight", "heads.decoder_bias"):
+        short = config.vocab_size - len(state[name])
+        if short > 0:
+            state[name] = torch.cat([state[name], state[name].new_zeros(short, *state[name].shape[1:])])
+    return state
+
+
+def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` that `BertForPreTraining.from_pretrained` reads."""
+    folder = Path(folder)
+    description: dict[str, Any] = {
+        "architectures": ["BertForPreTraining"],
+        "model_type": "bert",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.type_vocab_size,
+        "hidden_act": _ACTIVATIONS[config.activation],
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "layer_norm_eps": config.layer_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": True,
+    }
+    write_atomically(folder / "model.safetensors", save(to_huggingface(model.state_dict(), config), {"format": "pt"}))
+    write_json(folder / "config.json", description)
+
+
+def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
+    """Load a Hugging Face folder into `model`.
+
+    Raises:
+        UserError: files missing or damaged, or a shape that does not fit the model (the tensor is named).
+    """
+    folder = Path(folder)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"checkpoint {folder} has no model.safetensors; point train.init_checkpoint at such a folder")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {error}") from None
+    state = from_huggingface(weights, config, str(folder))
+    own = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"checkpoint {folder} is of another model: {name} is {list(tensor.shape)} there and "
+                f"{list(own[name].shape)} in the config's model section"
+            )
+    layers = sum(key.endswith("attention.self.query.weight") for key in weights)
+    if layers != config.num_layers:
+        raise UserError(f"checkpoint {folder} has {layers} layers, model.num_layers={config.num_layers}")
+    model.load_state_dict(state)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The raw `config.json` of a Hugging Face folder."""
+    description: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return description

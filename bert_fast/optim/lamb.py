@@ -1,0 +1,72 @@
+"""LAMB (You et al., arXiv 1904.00962) with the semantics of MLPerf's reference.
+
+Bias-corrected moments; weight decay added to the update before the trust ratio; the trust ratio |w| / |update| only for
+parameters with weight decay (biases and LayerNorm take plain Adam updates). Clipping is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class Lamb(Optimizer):
+    """Vectorised over tensors (foreach). `found_inf`, a 0-dim tensor set by the caller, skips a step where it is 1."""
+
+    found_inf: torch.Tensor | None = None
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(parameters, group)
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _update(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        states = [self._state_of(p) for p in parameters]
+        gradients: list[torch.Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        weight1: Any = 1 - beta1
+        weight2: Any = 1 - beta2
+        rate: Any = group["lr"]
+        counted: Any = 1.0
+        if self.found_inf is not None:  # leave moments, count and weights as they are, without asking the host
+            keep = 1.0 - self.found_inf
+            gradients = [torch.where(keep > 0, g, 0.0) for g in gradients]
+            weight1, weight2, rate, counted = weight1 * keep, weight2 * keep, rate * keep, keep
+        for state in states:
+            state["step"] += counted
+        torch._foreach_mul_(first, 1 - weight1)
+        torch._foreach_add_(first, torch._foreach_mul(gradients, weight1))
+        torch._foreach_mul_(second, 1 - weight2)
+        torch._foreach_add_(second, torch._foreach_mul(torch._foreach_mul(gradients, gradients), weight2))
+        count = states[0]["step"].clamp_min(1.0)
+        correction1, correction2 = 1 - beta1**count, 1 - beta2**count
+        denominators = torch._foreach_sqrt(torch._foreach_div(second, correction2))
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(torch._foreach_div(first, correction1), denominators)
+        if group["weight_decay"] > 0:
+            torch._foreach_add_(updates, torch._foreach_mul(parameters, group["weight_decay"]))
+            ratios = [
+                torch.where((w > 0) & (u > 0), w / u, 1.0)
+                for w, u in zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
+            ]
+            updates = torch._foreach_mul(updates, ratios)
+        torch._foreach_sub_(parameters, torch._foreach_mul(updates, rate))

@@ -1,0 +1,1 @@
+"""Reads what runs wrote, and writes it for people. Imports no torch."""

@@ -1,0 +1,163 @@
+"""Everything a run needs before its clock starts: model, ready order, engine, optimizer, warm-up, ceiling."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bert_fast.communication.buckets import Layout, measure_ready_order, plan_layout
+from bert_fast.communication.compress import wire_format
+from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
+from bert_fast.communication.reducer import BucketReducer
+from bert_fast.config import Config
+from bert_fast.model.attention import choose_backend
+from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.checkpoints import load_pretrained
+from bert_fast.optim.build import build_optimizer
+from bert_fast.train.environment import Environment
+from bert_fast.train.inputs import synthetic_batch, to_device
+from bert_fast.train.loss_scale import LossScale
+from bert_fast.train.step import Engine, StepInput, TrainStep
+
+
+@dataclass
+class Machinery:
+    """The parts of a step, warmed up, weights as at the start."""
+
+    model: BertForPretraining
+    engine: Engine
+    layout: Layout
+    optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None
+    step: TrainStep
+
+
+def build(config: Config, environment: Environment) -> Machinery:
+    """Build and warm up. Touches no data set; weights, optimizer and random state end as if no step had run."""
+    model = build_model(config, environment)
+    if config.train.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+    order = _shared_ready_order(config, environment, model)
+    layout = make_layout(config, model, order)
+    make_engine = DdpEngine if config.communication.engine == "ddp" else BucketReducer
+    engine = make_engine(
+        model, layout, clip=config.communication.clip, max_norm=config.communication.max_norm,
+        wire=wire_format(config.communication.reduce_dtype, next(model.parameters()).dtype),
+    )  # fmt: skip
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    loss_scale = LossScale(config.train.loss_scale, environment.device) if environment.dtype == torch.float16 else None
+    step = TrainStep(engine, optimizer, environment.device, environment.dtype, environment.world_size, loss_scale)
+    machinery = Machinery(model, engine, layout, optimizer, loss_scale, step)
+    _warm_up(config, environment, machinery)
+    seed_ranks(config.train.seed, environment)
+    return machinery
+
+
+def build_model(config: Config, environment: Environment) -> BertForPretraining:
+    """The model on its device, with the config's starting weights; the same on every rank."""
+    shape = config.model
+    backend = choose_backend(shape.attention_backend, environment.device, environment.dtype, shape.attention_dropout)
+    torch.manual_seed(config.train.seed)
+    model = BertForPretraining(shape, backend)
+    if config.train.init_checkpoint:
+        load_pretrained(model, shape, config.train.init_checkpoint)
+    return model.to(environment.device)
+
+
+def make_layout(config: Config, model: torch.nn.Module, ready_order: list[int]) -> Layout:
+    """Clip groups and buckets of the config over a model."""
+    named = list(model.named_parameters())
+    return plan_layout(
+        [name for name, _ in named], [p.numel() for _, p in named], ready_order,
+        clip_groups=config.communication.clip_groups, bucket_mb=config.communication.bucket_mb,
+        whole_groups=config.communication.clip == "bucket_before_reduce",
+    )  # fmt: skip
+
+
+def seed_ranks(seed: int, environment: Environment) -> None:
+    """Each rank its own dropout."""
+    torch.manual_seed(seed * 100_003 + environment.rank)
+
+
+def _synthetic_input(config: Config, environment: Environment, seed: int) -> StepInput:
+    batches = [
+        synthetic_batch(config.batch.local_batch, config.data.max_seq_len, config.model.vocab_size, seed + i)
+        for i in range(config.batch.accumulation)
+    ]
+    masked = sum(len(b.masked_labels) for b in batches) * environment.world_size
+    inputs = [to_device(b, environment.device) for b in batches]
+    return StepInput(inputs, masked, config.batch.global_batch)
+
+
+def _shared_ready_order(config: Config, environment: Environment, model: BertForPretraining) -> list[int]:
+    """Rank 0's measured order, the same on all ranks."""
+
+    def backward() -> None:
+        inputs = _synthetic_input(config, environment, seed=0)
+        with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
+            losses = model(inputs.micro_batches[0])
+        (losses.mlm_sum + losses.nsp_sum).backward()
+
+    parameters = list(model.parameters())
+    order = torch.tensor(measure_ready_order(parameters, backward), device=environment.device)
+    if dist.is_initialized():
+        dist.broadcast(order, 0)
+    model.zero_grad(set_to_none=True)
+    return order.tolist()
+
+
+def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> None:
+    """Synthetic steps: communicator, kernels, allocator, DDP's bucket plan. Everything is put back afterwards."""
+    model, optimizer = machinery.model, machinery.optimizer
+    steps = config.train.warmup_batches
+    if config.communication.engine == "ddp":
+        steps = max(steps, REBUILD_STEPS)
+    if not steps:
+        return
+    before = [p.detach().clone() for p in model.parameters()]
+    scale_before = machinery.loss_scale.state_dict() if machinery.loss_scale else None
+    for index in range(steps):
+        machinery.step(_synthetic_input(config, environment, seed=index), lr=0.0)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    optimizer.state.clear()
+    if machinery.loss_scale and scale_before:
+        machinery.loss_scale.load_state_dict(scale_before)
+    clip_statistics = machinery.engine.clip_statistics  # type: ignore[attr-defined]
+    clip_statistics.read()
+    machinery.engine.wire.bytes_sent = 0  # type: ignore[attr-defined]
+
+
+def matmul_ceiling(environment: Environment, seconds: float = 0.3) -> float:
+    """Best measured matmul rate of this rank in FLOP/s, all ranks measuring at once, in the run's format."""
+    cuda = environment.device.type == "cuda"
+    size = 8192 if cuda else 1024
+    a = torch.randn(size, size, device=environment.device, dtype=environment.dtype)
+    b = torch.randn(size, size, device=environment.device, dtype=environment.dtype)
+    if dist.is_initialized():
+        dist.barrier()
+    best = 0.0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def gather_floats(values: list[float], environment: Environment) -> np.ndarray:
+    """Every rank's `values`, float64 [ranks, len(values)], on every rank. A collective."""
+    mine = torch.tensor(values, dtype=torch.float64, device=environment.device)
+    if not dist.is_initialized():
+        return mine.cpu().numpy()[None]
+    everyone = torch.empty(environment.world_size * len(values), dtype=torch.float64, device=environment.device)
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone.cpu().numpy().reshape(environment.world_size, len(values))

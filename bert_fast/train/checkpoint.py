@@ -1,0 +1,92 @@
+"""Checkpoints: whole or absent, and exact to resume from.
+
+    checkpoints/step-00000120/state.pt       model, optimizer, loss scale, progress, clock (rank 0)
+                              rank-0.pt      random state of a rank
+                              complete.json  written last by rank 0: without it the folder does not count
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bert_fast.errors import UserError
+from bert_fast.files import write_atomically, write_json
+from bert_fast.train.environment import Environment
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], environment: Environment, keep: int, key: dict[str, Any]) -> None:
+    """Write the checkpoint of `step`; a collective. Older ones beyond `keep` are removed once it is complete.
+
+    `key` is what a resumed run must share with this one (model shape, data, batch).
+    """
+    target = folder / f"step-{step:08d}"
+    if environment.is_main and (target / "complete.json").exists():
+        (target / "complete.json").unlink()
+    write_atomically(target / f"rank-{environment.rank}.pt", _to_bytes(_random_state(environment)))
+    if environment.is_main:
+        write_atomically(target / "state.pt", _to_bytes(state))
+    if dist.is_initialized():
+        dist.barrier()
+    if environment.is_main:
+        write_json(target / "complete.json", {"step": step, "world_size": environment.world_size, "key": key})
+        for old in _complete(folder)[:-keep]:
+            shutil.rmtree(old)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, if there is one."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -> dict[str, Any]:
+    """The state in a checkpoint; restores this rank's random state.
+
+    Raises:
+        UserError: the checkpoint is of another model, data set or world size; the differing entry is named.
+    """
+    description = json.loads((path / "complete.json").read_text(encoding="utf-8"))
+    for name, value in key.items():
+        if description["key"].get(name) != value:
+            raise UserError(
+                f"checkpoint {path} does not fit this config: {name} was {description['key'].get(name)!r} and is now "
+                f"{value!r}; resume with the run's own config or start a new run"
+            )
+    if description["world_size"] != environment.world_size:
+        raise UserError(
+            f"checkpoint {path} was written by {description['world_size']} ranks and this run has "
+            f"{environment.world_size}; resume with the same number"
+        )
+    try:
+        state: dict[str, Any] = torch.load(path / "state.pt", map_location=environment.device, weights_only=True)
+        random_state = torch.load(path / f"rank-{environment.rank}.pt", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"checkpoint {path} is damaged ({str(error).splitlines()[0][:120]}); remove it") from None
+    torch.set_rng_state(random_state["cpu"])
+    if environment.device.type == "cuda":
+        torch.cuda.set_rng_state(random_state["cuda"], environment.device)
+    return state
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p.parent for p in folder.glob("step-*/complete.json"))
+
+
+def _random_state(environment: Environment) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if environment.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(environment.device)
+    return state
+
+
+def _to_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

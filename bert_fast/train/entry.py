@@ -1,0 +1,104 @@
+"""From a parsed command line to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bert_fast.cli import load_config, to_yaml
+from bert_fast.config import as_plain
+from bert_fast.errors import TrainingError, UserError
+from bert_fast.files import write_json
+from bert_fast.train import launch
+from bert_fast.train.folder import check_folder, check_inputs, create_folder, run_folder
+
+EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING = 1, 2, 3
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run `action`; errors meant for a person become one line on stderr and an exit code."""
+    try:
+        return action()
+    except UserError as error:
+        return _report(str(error), EXIT_USER)
+    except TrainingError as error:
+        return _report(str(error), EXIT_TRAINING)
+    except KeyboardInterrupt:
+        return _report("interrupted before the first step; nothing was written", 130)
+    except OSError as error:
+        if error.errno == 28:
+            return _report(f"disk full ({error.filename or 'run folder'}); free space and --resume", EXIT_USER)
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if not any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")):
+            raise
+        return _report(f"lost contact with another rank: {text.splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
+
+
+def run(args: argparse.Namespace, process_start: float) -> int:
+    """Dispatch: print, dry-run, start ranks here, or be a rank."""
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(as_plain(config)), end="")
+        return 0
+    if args.dry_run:
+        from bert_fast.train.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    launch.adopt_slurm()
+    launched = launch.is_launched()
+    if not launched or os.environ["RANK"] == "0":
+        check_folder(config, args.resume)
+        check_inputs(config)
+    if not launched and config.system.world_size > 1:
+        return launch.run_local(config, sys.argv)
+    _die_with_launcher()
+    return _be_a_rank(args, process_start)
+
+
+def _be_a_rank(args: argparse.Namespace, process_start: float) -> int:
+    from bert_fast.train.environment import join
+    from bert_fast.train.finish import finish
+    from bert_fast.train.loop import Run
+
+    config = load_config(args.config, args.overrides)
+    environment = join(config)
+    if environment.is_main:
+        folder = create_folder(config, args.resume)
+        (folder / "stopped.json").unlink(missing_ok=True)
+    run = Run(config, environment, args.resume, process_start)
+    outcome = run.execute()
+    if outcome.status == "stopped":
+        if environment.is_main:
+            write_json(
+                run_folder(config) / "stopped.json", {"step": run.progress.step, "signal": outcome.signal_name}
+            )
+            print(f"stopped by {outcome.signal_name} at step {run.progress.step}; go on with --resume", flush=True)
+        number = getattr(signal, outcome.signal_name or "", signal.SIGTERM)
+        return 128 + int(number)
+    finish(run, outcome)
+    run.metrics.close()
+    return EXIT_TARGET_MISSED if outcome.status == "aborted" else 0
+
+
+def _report(text: str, code: int) -> int:
+    """One line. Under our launcher it goes to a file, so that ranks with the same error speak once."""
+    folder, rank = os.environ.get(launch.ERROR_FOLDER), os.environ.get("RANK")
+    if folder and rank is not None:
+        Path(folder, f"rank-{rank}").write_text(text, encoding="utf-8")
+    else:
+        print(f"error: {f'rank {rank}: ' if rank is not None else ''}{text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux to end this rank if its launcher is killed, so that none is left behind."""
+    if launch.ERROR_FOLDER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

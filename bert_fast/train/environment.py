@@ -1,0 +1,154 @@
+"""Who am I: rank, world, device, precision, threads. The one place that reads launcher variables."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bert_fast.config import Config
+from bert_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A rank's place in the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def autocast(self) -> bool:
+        return self.dtype != torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast format; fp32 means no autocast."""
+    if precision == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+        precision = "bf16" if has_bf16 else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device of a local rank. Raises UserError if CUDA is asked for and absent, or has too few devices."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("system.device=cuda: this machine has no usable CUDA device; set system.device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no device: this node has {torch.cuda.device_count()}; "
+            "set system.ranks_per_node to that"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def join(config: Config) -> Environment:
+    """Find this process's rank, set threads and device, join the process group.
+
+    Raises:
+        UserError: the launcher's world size is not the config's, or the rendezvous port is taken.
+    """
+    variables = os.environ
+    rank, world = int(variables.get("RANK", 0)), int(variables.get("WORLD_SIZE", 1))
+    local_rank = int(variables.get("LOCAL_RANK", 0))
+    if world != config.system.world_size:
+        raise UserError(
+            f"the launcher started {world} ranks and system.world_size={config.system.world_size}; start as many or set "
+            f"system.world_size={world} (and batch.global_batch to match)"
+        )
+    device = pick_device(config.system.device, local_rank)
+    _set_threads(config, device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 or config.communication.engine == "ddp":
+        _init_process_group(config, device, rank, world)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    return Environment(rank, local_rank, world, device, pick_dtype(config.train.precision, device))
+
+
+def _init_process_group(config: Config, device: torch.device, rank: int, world: int) -> None:
+    backend = config.communication.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
+    timeout = datetime.timedelta(seconds=config.communication.timeout_s)
+    try:
+        if os.environ["MASTER_PORT"] == "0":
+            store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, timeout=timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        else:
+            device_id = device if backend == "nccl" else None
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
+    except dist.DistNetworkError as error:
+        text = str(error).splitlines()[0]
+        if "in use" in text.lower():
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} is in use; set system.master_port=0 to pick a free one"
+            ) from None
+        raise UserError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
+
+
+def _set_threads(config: Config, device: torch.device, local_rank: int) -> None:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.system.node_size))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    share = max(1, len(cores) // ranks)
+    threads = config.system.threads_per_rank or (share if device.type == "cpu" else min(4, share))
+    if device.type == "cpu" and config.system.bind_cores and ranks > 1 and len(cores) >= ranks * threads:
+        mine = cores[local_rank * share : (local_rank + 1) * share]
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, mine)
+    torch.set_num_threads(threads)
+
+
+def describe(environment: Environment) -> dict[str, object]:
+    """Versions and hardware for records and reports."""
+    cuda = environment.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(environment.device) if cuda else cpu_name(),
+        "device_type": environment.device.type,
+        "precision": str(environment.dtype).removeprefix("torch."),
+        "world_size": environment.world_size,
+        "threads_per_rank": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's model name, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

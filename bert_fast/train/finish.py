@@ -1,0 +1,97 @@
+"""The end of a run: figures by name, the checker's verdict, the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bert_fast.config import as_plain
+from bert_fast.files import write_json
+from bert_fast.mlperf.submission import check_log
+from bert_fast.model.flops import train_flops
+from bert_fast.report.console import print_table, run_rows
+from bert_fast.report.html import write_report
+from bert_fast.train.folder import commit
+from bert_fast.train.loop import Outcome, Run
+
+
+def finish(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """Write metrics.json and report.html, run the compliance checker, print the table. Collective until the record is made."""
+    memory = run.peak_memory()
+    if not run.environment.is_main:
+        return {}
+    record = _record(run, outcome, memory)
+    if run.config.mlperf.enabled:
+        verdict = check_log(run.folder / "result_0.txt", run.config.mlperf.ruleset)
+        timing = "" if run.progress.sessions == 1 else "; resumed, so not a valid timing"
+        word = "PASSED" if verdict.passed else "FAILED"
+        record["compliance"] = {
+            "summary": f"{word}: compliance_checker, {run.config.mlperf.division} division, ruleset "
+            f"{run.config.mlperf.ruleset}{timing}",
+            "passed": verdict.passed, "text": verdict.text,
+        }  # fmt: skip
+        record["metrics"]["compliance_passed"] = int(verdict.passed)
+    write_json(run.folder / "metrics.json", record)
+    report = write_report(run.folder)
+    print_table(f"{run.config.run.name}, seed {run.config.train.seed}", run_rows(record))
+    if record["compliance"].get("passed") is False:
+        print(record["compliance"]["text"])
+    print(f"report: {report}   log: {run.folder / 'result_0.txt'}   figures: {run.folder / 'metrics.json'}")
+    return record
+
+
+def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, Any]:
+    progress, clock, config = run.progress, run.clock, run.config
+    training = run.time_to_train - sum(clock.paused.values())
+    flops = train_flops(config.model, progress.tokens, progress.tokens_squared, progress.masked)
+    steps = max(1, progress.step)
+    sums = progress.sums
+    split = {
+        "forward and backward": sums.get("compute_s", 0.0),
+        "exposed communication": sums.get("exposed_s", 0.0),
+        "waiting for the slowest rank": sums.get("straggler_s", 0.0),
+        "optimizer": sums.get("optimizer_s", 0.0),
+        "data wait": sums.get("data_s", 0.0),
+        **clock.paused,
+    }
+    split["other"] = max(0.0, run.time_to_train - sum(split.values()))
+    last = progress.evaluations[-1] if progress.evaluations else None
+    metrics = {
+        "time_to_train_s": run.time_to_train,
+        "samples_to_target": progress.samples,
+        "target_reached": int(outcome.reached),
+        "final_accuracy": last["accuracy"] if last else None,
+        "steps": progress.step,
+        "samples_per_s": progress.samples / training,
+        "tokens_per_s": progress.tokens / training,
+        "imbalance_mean": progress.mean("imbalance"),
+        "compute_imbalance": progress.mean("compute_imbalance"),
+        "data_wait_share": sums.get("data_s", 0.0) / training,
+        "exposed_communication_s": progress.mean("exposed_s"),
+        "first_step_s": progress.first_step_s,
+        "mfu": flops / training / run.ceiling if run.ceiling else None,
+        "matmul_ceiling_tflops": run.ceiling / 1e12,
+        "gradient_bytes_per_step": run.machinery.engine.wire.bytes_sent / steps,  # type: ignore[attr-defined]
+        "compliance_passed": None,
+    }
+    return {
+        "metrics": metrics,
+        "config": as_plain(config),
+        "environment": {**run.environment_record(), "commit": commit()},
+        "samples": {"eval_accuracy": [e["accuracy"] for e in progress.evaluations], "eval_samples": [e["samples"] for e in progress.evaluations]},
+        "status": outcome.status if outcome.reached or config.train.target_accuracy is None else "target not reached",
+        "target_accuracy": config.train.target_accuracy,
+        "evaluations": progress.evaluations,
+        "time_split_s": split,
+        "init_s": run.init_s,
+        "sessions": progress.sessions,
+        "peak_memory": memory,
+        "data": {"train": _data_entry(run.store.manifest), "eval": _data_entry(run.eval_store.manifest)},
+        "compliance": {"summary": "not checked (mlperf.enabled=false)"},
+    }  # fmt: skip
+
+
+def _data_entry(manifest: dict[str, Any]) -> dict[str, Any]:
+    names = ("num_samples", "num_tokens", "mean_length", "max_length", "sha256", "text_sha256", "vocab_sha256")
+    return {name: manifest.get(name) for name in names}
+
+

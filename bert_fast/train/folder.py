@@ -1,0 +1,86 @@
+"""The run's folder: what is in it, and whether a run may start there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from bert_fast.cli import to_yaml
+from bert_fast.config import Config, as_plain
+from bert_fast.errors import UserError
+from bert_fast.files import write_atomically
+
+
+def run_folder(config: Config) -> Path:
+    """Where this run writes."""
+    run = config.run
+    return Path(run.folder) if run.folder else Path(run.results_dir) / f"{run.name}-seed{config.train.seed}"
+
+
+def check_folder(config: Config, resume: bool) -> None:
+    """Refuse to write over a finished run, or over a stopped one without --resume. Raises UserError."""
+    folder = run_folder(config)
+    if (folder / "metrics.json").exists():
+        raise UserError(
+            f"{folder} already holds a finished run; choose another run.name or run.folder, or remove it first"
+        )
+    has_checkpoint = any((folder / "checkpoints").glob("step-*/complete.json"))
+    if resume and not has_checkpoint:
+        raise UserError(f"--resume: {folder} has no checkpoint; start the run without --resume")
+    if has_checkpoint and not resume:
+        raise UserError(f"{folder} holds a stopped run; continue it with --resume, or choose another run.name")
+
+
+def check_inputs(config: Config) -> None:
+    """Things to find missing before ranks are started: only looks whether files are there."""
+    for split, folder in (("train", config.data.train), ("eval", config.data.eval)):
+        if not (Path(folder) / "manifest.json").is_file():
+            raise UserError(
+                f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
+                "config file, or `make data` for the mini benchmark"
+            )
+    checkpoint = config.train.init_checkpoint
+    if checkpoint and not (Path(checkpoint) / "model.safetensors").is_file():
+        raise UserError(f"train.init_checkpoint={checkpoint} has no model.safetensors")
+
+
+def create_folder(config: Config, resume: bool) -> Path:
+    """Make the run's folder and record config and commit in it."""
+    folder = run_folder(config)
+    try:
+        if folder.exists() and not resume:  # remains of a run that ended before its first checkpoint
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the run's folder {folder}: {error.strerror}; set run.results_dir") from None
+    if not resume:
+        write_atomically(folder / "config.yaml", to_yaml(as_plain(config)))
+        write_atomically(folder / "commit.txt", commit() + "\n")
+    return folder
+
+
+def commit() -> str:
+    """The code's commit, marked if the tree differs from it; `unknown` outside of a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str, str]:
+    """What a resumed run must have in common with the run that wrote the checkpoint, as hashes by section."""
+    plain = as_plain(config)
+    key = {
+        section: hashlib.sha256(json.dumps(plain[section], sort_keys=True).encode()).hexdigest()[:16]
+        for section in ("model", "batch", "optimizer", "schedule")
+    }
+    return {**key, "seed": str(config.train.seed), "train data": train_sha256[:16], "eval data": eval_sha256[:16]}
+
+

@@ -1,0 +1,381 @@
+"""A run from init to verdict: steps, evaluations, checkpoints, signals, logs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mlperf_logging.mllog import constants
+
+from bert_fast.balance.cost import CostModel
+from bert_fast.balance.planner import Plan, Planner
+from bert_fast.config import Config
+from bert_fast.data.batch import Batch
+from bert_fast.data.loader import Prefetcher
+from bert_fast.data.store import Store
+from bert_fast.errors import TrainingError
+from bert_fast.mlperf.log import ResultLog
+from bert_fast.model.checkpoints import save_pretrained
+from bert_fast.model.flops import cost_coefficients
+from bert_fast.optim.schedule import learning_rate
+from bert_fast.report.console import ProgressLine
+from bert_fast.report.metrics import MetricsWriter
+from bert_fast.train.build import Machinery, build, gather_floats, matmul_ceiling, seed_ranks
+from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bert_fast.train.clock import Clock
+from bert_fast.train.environment import Environment, describe
+from bert_fast.train.evaluate import Evaluation, Evaluator
+from bert_fast.train.folder import resume_key, run_folder
+from bert_fast.train.inputs import to_device
+from bert_fast.train.state import Progress
+from bert_fast.train.step import StepInput, StepResult
+from bert_fast.train.stop import StopFlag
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    status: str  # success | aborted (max_steps reached) | stopped (by a signal)
+    reached: bool
+    signal_name: str | None = None
+
+
+def make_cost(config: Config) -> CostModel:
+    """The config's cost model, or FLOPs of its model."""
+    balance = config.balance
+    if balance.cost_linear is not None and balance.cost_quadratic is not None:
+        return CostModel(balance.cost_linear, balance.cost_quadratic)
+    return CostModel(*cost_coefficients(config.model))
+
+
+def make_planner(config: Config, lengths: np.ndarray) -> Planner:
+    """The planner of a config over a length table."""
+    return Planner(
+        lengths, config.balance, make_cost(config), world_size=config.system.world_size,
+        accumulation=config.batch.accumulation, local_batch=config.batch.local_batch,
+        node_size=config.system.node_size, max_seq_len=config.data.max_seq_len, seed=config.train.seed,
+    )  # fmt: skip
+
+
+class Run:
+    """One run on one rank. `execute()` is the whole of it."""
+
+    def __init__(self, config: Config, environment: Environment, resume: bool, process_start: float) -> None:
+        self.config, self.environment, self.resume = config, environment, resume
+        self.folder = run_folder(config)
+        self._process_start = process_start
+        main = environment.is_main
+        self.mllog = ResultLog(self.folder / "result_0.txt" if main and config.mlperf.enabled else None, append=resume)
+        self.metrics = MetricsWriter(
+            self.folder if main else None, append=resume, tensorboard=config.run.tensorboard
+        )
+        self.line = ProgressLine(enabled=main)
+        self.clock, self.progress = Clock(), Progress()
+        self.stop = StopFlag()
+        self._skipped = torch.zeros((), device=environment.device)  # non-finite steps in a row
+        self.ceiling = 0.0
+        self.init_s = 0.0
+
+    # ---- before the clock -------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """init_start to init_stop: nothing here touches the data set."""
+        config = self.config
+        if not self.resume:
+            self.mllog.submission(config)
+            self.mllog.event(constants.CACHE_CLEAR, self._clear_caches())
+            self.mllog.start(constants.INIT_START)
+            self.mllog.hyperparameters(config)
+        self.machinery: Machinery = build(config, self.environment)
+        if config.run.matmul_ceiling:
+            self.ceiling = float(gather_floats([matmul_ceiling(self.environment)], self.environment).sum())
+        if dist.is_initialized():
+            dist.barrier()
+        if not self.resume:
+            self.mllog.end(constants.INIT_STOP)
+        self.init_s = time.time() - self._process_start
+
+    def _clear_caches(self) -> bool:
+        if not self.config.mlperf.clear_caches or not self.environment.is_main:
+            return False
+        try:
+            os.sync()
+            Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
+        except OSError:
+            return False
+        return True
+
+    # ---- on the clock -----------------------------------------------------------------------------------------------
+
+    def execute(self) -> Outcome:
+        """Train until the target, the last step, or a signal."""
+        self.prepare()
+        self.clock.start()
+        if not self.resume:
+            self.mllog.start(constants.RUN_START)
+        self._open_data()
+        if self.resume:
+            self._restore()
+        prefetcher = Prefetcher(self._make_batches, self.progress.step, self.config.train.max_steps, self.config.balance.prefetch)
+        try:
+            outcome = self._steps(prefetcher)
+        finally:
+            prefetcher.close()
+        if outcome.status != "stopped":
+            self._finish_logs(outcome)
+        self.line.done()
+        return outcome
+
+    def _open_data(self) -> None:
+        config = self.config
+        data = config.data
+        self.store, self.eval_store = Store(data.train), Store(data.eval)
+        for store, sha256 in ((self.store, None), (self.eval_store, data.eval_sha256)):
+            store.check(
+                vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=data.vocab_sha256, sha256=sha256
+            )
+        self.planner = make_planner(config, self.store.lengths)
+        self._evaluator: Evaluator | None = None
+        self._key = resume_key(config, self.store.manifest["sha256"], self.eval_store.manifest["sha256"])
+        if not self.resume:
+            self.progress.next_evaluation = config.train.eval_start_samples or config.train.eval_every_samples
+            self.mllog.event(constants.TRAIN_SAMPLES, len(self.store))
+            self.mllog.event(constants.EVAL_SAMPLES, min(len(self.eval_store), data.eval_samples or len(self.eval_store)))
+            self.mllog.event("train_dataset_sha256", self.store.manifest["sha256"])
+            self.mllog.event("eval_dataset_sha256", self.eval_store.manifest["sha256"])
+
+    def _make_batches(self, step: int) -> tuple[Plan, list[Batch], int, int, int]:
+        """This rank's batches of a step, with the global counts that normalise the loss (background thread)."""
+        plan = self.planner.plan(step)
+        mine = plan.ids[self.environment.rank]
+        lengths = self.store.lengths[plan.ids].astype(np.int64)
+        masked = int(self.store.num_masked[plan.ids].sum(dtype=np.int64))
+        return plan, [self.store.batch(ids) for ids in mine], masked, int(lengths.sum()), int((lengths**2).sum())
+
+    def _steps(self, prefetcher: Prefetcher[tuple[Plan, list[Batch], int, int, int]]) -> Outcome:
+        config, progress = self.config, self.progress
+        train = config.train
+        self._reset_interval()
+        self._block_start()
+        if train.eval_at_start and progress.step == 0 and self._evaluate():
+            return Outcome("success", True)
+        while progress.step < train.max_steps:
+            waited = time.perf_counter()
+            plan, batches, masked, tokens, tokens_squared = prefetcher.next()
+            inputs = StepInput([to_device(b, self.environment.device) for b in batches], masked, config.batch.global_batch)
+            data_s = time.perf_counter() - waited
+            lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
+            result = self.machinery.step(inputs, lr)
+            if progress.first_step_s is None:
+                progress.first_step_s = self.clock.elapsed
+            progress.step += 1
+            progress.samples += config.batch.global_batch
+            progress.tokens += tokens
+            progress.tokens_squared += tokens_squared
+            progress.masked += masked
+            self._account(plan, result, masked, data_s, lr)
+            last = progress.step == train.max_steps
+            evaluate = progress.samples >= progress.next_evaluation or (last and train.target_accuracy is not None)
+            every = train.checkpoint_every_steps
+            checkpoint = every > 0 and progress.step % every == 0 and not last
+            boundary = progress.step % train.log_every_steps == 0 or evaluate or checkpoint or last
+            stop = self._log_interval() if boundary else False
+            if evaluate and self._evaluate():
+                return Outcome("success", True)
+            if stop:
+                self._checkpoint()
+                return Outcome("stopped", False, self.stop.signal_name or "signal on another rank")
+            if checkpoint:
+                self._checkpoint()
+        return Outcome("aborted" if train.target_accuracy is not None else "success", False)
+
+    # ---- accounting -------------------------------------------------------------------------------------------------
+
+    def _reset_interval(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
+        self._interval: dict[str, float] = {}
+        self._imbalances: list[float] = []
+        self._interval_start = (self.clock.training, self.progress.step)
+        self._bad_step = torch.full((), -1.0, device=self.environment.device)
+
+    def _account(self, plan: Plan, result: StepResult, masked: int, data_s: float, lr: float) -> None:
+        """Add up a step without asking the device."""
+        finite = result.is_finite
+        self._skipped = torch.where(finite, 0.0, self._skipped + 1)
+        first_bad = ~result.local_is_finite & (self._bad_step < 0)
+        self._bad_step = torch.where(first_bad, float(plan.step), self._bad_step)
+        self._sums += torch.stack([result.mlm_sum, result.nsp_sum])
+        self._last_norm, self._last_lr = result.grad_norm, lr
+        self._imbalances.append(plan.imbalance)
+        self.progress.add("imbalance", plan.imbalance)
+        for name, value in (
+            ("masked", float(masked)), ("data_s", data_s), ("compute_s", result.compute_s),
+            ("exposed_s", result.exposed_s), ("optimizer_s", result.optimizer_s),
+        ):  # fmt: skip
+            self._interval[name] = self._interval.get(name, 0.0) + value
+        if self.environment.device.type == "cpu" and not bool(finite):  # on a GPU the next log line looks
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Stop after too many skipped steps, naming step, rank and samples. A collective where a step was not finite."""
+        skipped = int(self._skipped.item())
+        if skipped == 0:
+            return
+        bad_steps = gather_floats([float(self._bad_step.item())], self.environment)[:, 0]
+        ranks = [rank for rank, step in enumerate(bad_steps) if step >= 0]
+        step = int(bad_steps[ranks[0]]) if ranks else self.progress.step - 1
+        blame = f"rank {', '.join(map(str, ranks))}" if ranks else "no single rank's loss (the gradient overflowed)"
+        text = f"step {step}: loss or gradient is not finite, from {blame}"
+        if self.environment.is_main:
+            self.line.say(f"warning: {text}; step skipped ({skipped} in a row)")
+            self.metrics.write("skipped", self.progress.step, {"bad_step": step, "ranks": ranks})
+        if skipped > self.config.train.max_skipped_steps:
+            samples = self.planner.plan(step).ids[ranks[0] if ranks else 0].ravel()[:64].tolist()
+            raise TrainingError(
+                f"{text}; {skipped} steps in a row were skipped (train.max_skipped_steps="
+                f"{self.config.train.max_skipped_steps}). Samples of that rank: {samples}. "
+                "Lower optimizer.lr, lengthen schedule.warmup_steps, or look at these samples"
+            )
+
+    def _log_interval(self) -> bool:
+        """Exchange sums and flags between ranks, write a line. Returns whether all ranks shall stop."""
+        steps = self.progress.step - self._interval_start[1]
+        if not steps:
+            return False
+        if self.environment.device.type == "cuda":
+            self._check_finite()
+        interval = self._interval
+        table = gather_floats(
+            [*self._sums.tolist(), float(bool(self.stop)), interval["compute_s"], interval["exposed_s"],
+             interval["data_s"], interval["optimizer_s"]],
+            self.environment,
+        )  # fmt: skip
+        mlm = table[:, 0].sum() / interval["masked"]
+        nsp = table[:, 1].sum() / (steps * self.config.batch.global_batch)
+        seconds = self.clock.training - self._interval_start[0]
+        compute = table[:, 3] / steps
+        # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
+        exposed = table[:, 4].min() / steps
+        self.progress.add("compute_s", table[:, 3].mean())
+        self.progress.add("exposed_s", table[:, 4].min())
+        self.progress.add("straggler_s", table[:, 4].mean() - table[:, 4].min())
+        self.progress.add("data_s", table[:, 5].max())
+        self.progress.add("optimizer_s", table[:, 6].mean())
+        self.progress.add("compute_imbalance", steps * float(compute.max() / compute.mean()))
+        rate = steps * self.config.batch.global_batch / seconds
+        norm = float(self._last_norm)
+        values = {
+            "samples": self.progress.samples, "time_s": self.clock.elapsed, "loss": mlm + nsp, "mlm_loss": mlm,
+            "nsp_loss": nsp, "lr": self._last_lr, "grad_norm": norm, "samples_per_s": rate,
+            "imbalance": self._imbalances, "compute_ms": [round(1e3 * c, 3) for c in compute],
+            "exposed_ms": 1e3 * exposed, "data_ms": 1e3 * table[:, 5].max() / steps,
+            "optimizer_ms": 1e3 * table[:, 6].mean() / steps,
+        }  # fmt: skip
+        if self.environment.is_main:
+            values["clip"] = self.machinery.engine.clip_statistics.read()  # type: ignore[attr-defined]
+            self.metrics.write("step", self.progress.step, values)
+            accuracy = self.progress.evaluations[-1]["accuracy"] if self.progress.evaluations else None
+            remaining = (self.config.train.max_steps - self.progress.step) * seconds / steps
+            self.line.update(
+                self.progress.step, self.progress.samples, rate, mlm + nsp, accuracy, self.config.train.target_accuracy, remaining
+            )
+        self._reset_interval()
+        return bool(table[:, 2].any())
+
+    # ---- evaluation, checkpoints, ends ------------------------------------------------------------------------------
+
+    def _block_start(self) -> None:
+        self.mllog.start(
+            constants.BLOCK_START, first_epoch_num=self.progress.samples,
+            epoch_count=self.progress.next_evaluation - self.progress.samples,
+        )  # fmt: skip
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the clock. Returns whether the target is reached."""
+        progress, train = self.progress, self.config.train
+        samples = progress.samples
+        self.mllog.end(constants.BLOCK_STOP, first_epoch_num=samples)
+        with self.clock.pause("evaluation"), self.mllog.interval(constants.EVAL_START, constants.EVAL_STOP, epoch_num=samples):
+            if self._evaluator is None:
+                self._evaluator = Evaluator(
+                    self.eval_store, self.config.data.eval_samples, self.config.batch.eval_batch,
+                    make_cost(self.config), self.environment,
+                )  # fmt: skip
+            result: Evaluation = self._evaluator(self.machinery.model)
+            self.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
+        while progress.next_evaluation <= samples:
+            progress.next_evaluation += train.eval_every_samples
+        record = {
+            "samples": samples, "time_s": self.clock.elapsed, "accuracy": result.mlm_accuracy, "mlm_loss": result.mlm_loss,
+            "nsp_accuracy": result.nsp_accuracy, "nsp_loss": result.nsp_loss,
+        }  # fmt: skip
+        progress.evaluations.append({"step": progress.step, **record})
+        self.metrics.write("eval", progress.step, record)
+        self.line.say(
+            f"evaluation at {samples:,} samples, {self.clock.elapsed:.1f} s: masked-LM accuracy {result.mlm_accuracy:.4f}, "
+            f"loss {result.mlm_loss + result.nsp_loss:.4f}"
+        )
+        reached = train.target_accuracy is not None and result.mlm_accuracy >= train.target_accuracy
+        if not reached and progress.step < train.max_steps:
+            self._block_start()
+        return reached
+
+    def _checkpoint(self) -> None:
+        machinery = self.machinery
+        with self.clock.pause("checkpoint"):
+            state = {
+                "model": machinery.model.state_dict(),
+                "optimizer": machinery.optimizer.state_dict(),
+                "loss_scale": machinery.loss_scale.state_dict() if machinery.loss_scale else None,
+                "progress": self.progress.state_dict(),
+                "clock": self.clock.state_dict(),
+            }
+            save_checkpoint(
+                self.folder / "checkpoints", self.progress.step, state, self.environment, self.config.train.keep_checkpoints,
+                self._key,
+            )  # fmt: skip
+
+    def _restore(self) -> None:
+        path = latest_checkpoint(self.folder / "checkpoints")
+        assert path is not None, "checked before the ranks were started"
+        seed_ranks(self.config.train.seed, self.environment)
+        state = load_checkpoint(path, self.environment, self._key)
+        self.machinery.model.load_state_dict(state["model"])
+        self.machinery.optimizer.load_state_dict(state["optimizer"])
+        if self.machinery.loss_scale and state["loss_scale"]:
+            self.machinery.loss_scale.load_state_dict(state["loss_scale"])
+        self.progress.load_state_dict(state["progress"])
+        self.progress.sessions += 1
+        self.clock.load_state_dict(state["clock"])
+        self.mllog.event("resumed", self.progress.step, checkpoint=path.name)
+        self.line.say(f"resumed from {path} at step {self.progress.step:,}, {self.progress.samples:,} samples")
+
+    def _finish_logs(self, outcome: Outcome) -> None:
+        self.time_to_train = self.clock.elapsed
+        if not self.progress.evaluations or self.progress.evaluations[-1]["step"] != self.progress.step:
+            self.mllog.end(constants.BLOCK_STOP, first_epoch_num=self.progress.samples)
+        status = constants.SUCCESS if outcome.status == "success" else constants.ABORTED
+        self.mllog.end(constants.RUN_STOP, status=status, resumed=self.progress.sessions > 1)
+        self.mllog.close()
+        if self.config.train.save_final_model and self.environment.is_main:
+            save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
+
+    def peak_memory(self) -> dict[str, float]:
+        """Largest over ranks: host MiB (resident), device MiB (allocated)."""
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        cuda = self.environment.device.type == "cuda"
+        device = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
+        table = gather_floats([host, device], self.environment)
+        return {"host_mib": float(table[:, 0].max()), "device_mib": float(table[:, 1].max())}
+
+    def environment_record(self) -> dict[str, Any]:
+        """Versions, hardware and choices, for the record."""
+        return {**describe(self.environment), "attention_backend": self.machinery.model.backend}

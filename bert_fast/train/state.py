@@ -1,0 +1,37 @@
+"""What changes during a run and lives in the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Counters. `step` is the number of finished optimizer steps, `samples` MLPerf's samples seen."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    tokens_squared: int = 0
+    masked: int = 0
+    next_evaluation: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    sessions: int = 1
+    first_step_s: float | None = None
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a running sum over the run (imbalance, data wait, ...)."""
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def mean(self, name: str) -> float:
+        """A running sum divided by the number of steps."""
+        return self.sums.get(name, 0.0) / max(1, self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,105 @@
+"""The order of one optimizer step. Nothing in it waits for the device on a GPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from bert_fast.model.bert import BertInput
+from bert_fast.train.loss_scale import LossScale
+
+
+class Engine(Protocol):
+    """What `communication.reducer.BucketReducer` and `communication.ddp.DdpEngine` share."""
+
+    module: nn.Module
+    exposed_s: float
+
+    def zero_grad(self) -> None: ...
+    def micro_batch(self, last: bool, scale: torch.Tensor | None = None) -> Any: ...
+    def finish(self) -> torch.Tensor: ...
+
+
+@dataclass
+class StepInput:
+    """A rank's share of a step. Counts are those of the global batch: every rank knows them from the plan."""
+
+    micro_batches: list[BertInput]
+    global_masked: int
+    global_samples: int
+
+
+@dataclass
+class StepResult:
+    """0-dim device tensors of this rank and host timings in seconds."""
+
+    mlm_sum: torch.Tensor
+    nsp_sum: torch.Tensor
+    grad_norm: torch.Tensor
+    is_finite: torch.Tensor
+    local_is_finite: torch.Tensor
+    compute_s: float
+    exposed_s: float
+    optimizer_s: float
+
+
+class TrainStep:
+    """Forward, backward with overlapped reduction, finite check, update."""
+
+    def __init__(
+        self, engine: Engine, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype,
+        world_size: int, loss_scale: LossScale | None,
+    ) -> None:  # fmt: skip
+        self._engine, self._optimizer, self._device, self._dtype = engine, optimizer, device, dtype
+        self._world, self._loss_scale = world_size, loss_scale
+        self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(type(optimizer), "found_inf")
+
+    def __call__(self, inputs: StepInput, lr: float) -> StepResult:
+        start = time.perf_counter()
+        self._engine.zero_grad()
+        mlm_sum, nsp_sum = self._forward_backward(inputs)
+        backward_end = time.perf_counter()
+        norm = self._engine.finish()
+        reduced = time.perf_counter()
+        is_finite = torch.isfinite(norm)
+        self._update(is_finite, lr)
+        return StepResult(
+            mlm_sum, nsp_sum, norm, is_finite, torch.isfinite(mlm_sum + nsp_sum),
+            backward_end - start + (reduced - backward_end - self._engine.exposed_s), self._engine.exposed_s,
+            time.perf_counter() - reduced,
+        )  # fmt: skip
+
+    def _forward_backward(self, inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of world_size * (rank's share of the global mean loss): their average is the global gradient."""
+        scale = self._loss_scale.value if self._loss_scale else None
+        sums = []
+        for index, batch in enumerate(inputs.micro_batches):
+            last = index == len(inputs.micro_batches) - 1
+            with self._engine.micro_batch(last, scale):
+                with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+                    losses = self._engine.module(batch)
+                loss = self._world * (losses.mlm_sum / inputs.global_masked + losses.nsp_sum / inputs.global_samples)
+                (loss if scale is None else loss * scale).backward()
+            sums.append((losses.mlm_sum.detach(), losses.nsp_sum.detach()))
+        if len(sums) == 1:
+            return sums[0]
+        return torch.stack([a for a, _ in sums]).sum(), torch.stack([b for _, b in sums]).sum()
+
+    def _update(self, is_finite: torch.Tensor, lr: float) -> None:
+        """Apply the gradient, or leave everything as it is where it is not finite."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        found_inf = (~is_finite).to(torch.float32)
+        if self._loss_scale:
+            self._loss_scale.update(found_inf)
+        if self._needs_host_check or self._device.type == "cpu":
+            if bool(is_finite):
+                self._optimizer.step()
+            return
+        self._optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self._optimizer.step()
