@@ -39,7 +39,7 @@ class ModelConfig(Section):
         0.02, description="standard deviation of the truncated normal that fills weights"
     )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu by erf (BERT) or by tanh")
-    attention_backend: Literal["auto", "loop", "grouped", "padded", "varlen", "flash"] = Field(
+    attention_backend: Literal["auto", "loop", "grouped", "matmul", "padded", "varlen", "flash"] = Field(
         "auto", description="how variable-length attention is computed; auto picks by capability and logs it"
     )
 

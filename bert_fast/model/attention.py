@@ -2,7 +2,7 @@
 
 Shapes: T tokens of the batch, B sequences, H heads, K head width, G sequences of one group, L their longest length.
 
-A backend is a function `(qkv_THK3, layout, dropout) -> out_TD` in `BACKENDS`. `loop` is the oracle: one
+A backend is a function `(qkv_T3HK, layout, dropout) -> out_TD` in `BACKENDS`. `loop` is the oracle: one
 scaled-dot-product attention a sequence. All must agree with it (tests/unit/test_attention.py).
 """
 
@@ -86,6 +86,7 @@ class SequenceLayout:
 
 
 Backend = Callable[[torch.Tensor, SequenceLayout, float], torch.Tensor]
+Dense = Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
 
 
 def _dense(qkv_GL3HK: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
@@ -95,27 +96,48 @@ def _dense(qkv_GL3HK: torch.Tensor, mask: torch.Tensor | None, dropout: float) -
     return out_GHLK.transpose(1, 2).flatten(2)
 
 
+def _explicit(qkv_GL3HK: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """The same by two batched products and a softmax.
+
+    On CPUs, for lengths up to 512, three to four times faster than the fused kernel, whose backward is slow there.
+    """
+    query, key, value = qkv_GL3HK.permute(2, 0, 3, 1, 4)
+    scores_GHLL = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores_GHLL = scores_GHLL.masked_fill(~mask, float("-inf"))
+    weights_GHLL = scores_GHLL.softmax(-1)
+    if dropout > 0:
+        weights_GHLL = F.dropout(weights_GHLL, dropout)
+    return (weights_GHLL @ value).transpose(1, 2).flatten(2)
+
+
 def _loop(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
     pieces = [_dense(piece[None], None, dropout)[0] for piece in qkv_T3HK.split(layout.lengths)]
     return torch.cat(pieces)
 
 
-def _by_groups(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float, slack: float) -> torch.Tensor:
+def _by_groups(
+    qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float, slack: float, dense: Dense = _dense
+) -> torch.Tensor:
     groups = layout.groups(slack)
     pieces = []
     for group, tokens in zip(groups, qkv_T3HK.split([g.end - g.start for g in groups]), strict=True):
         if group.index is None:
             rectangle = tokens.unflatten(0, (group.count, group.longest))
-            pieces.append(_dense(rectangle, None, dropout).flatten(0, 1))
+            pieces.append(dense(rectangle, None, dropout).flatten(0, 1))
         else:
             rectangle = tokens.index_select(0, group.index).unflatten(0, (group.count, group.longest))
-            out = _dense(rectangle, group.mask, dropout).flatten(0, 1)
+            out = dense(rectangle, group.mask, dropout).flatten(0, 1)
             pieces.append(out.index_select(0, group.places))  # type: ignore[arg-type]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _grouped(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
     return _by_groups(qkv_T3HK, layout, dropout, slack=0.15)
+
+
+def _matmul(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    return _by_groups(qkv_T3HK, layout, dropout, slack=0.15, dense=_explicit)
 
 
 def _padded(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
@@ -139,6 +161,7 @@ def _flash(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> to
 BACKENDS: dict[str, Backend] = {
     "loop": _loop,
     "grouped": _grouped,
+    "matmul": _matmul,
     "padded": _padded,
     "varlen": _varlen,
     "flash": _flash,
@@ -156,7 +179,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dropout:
     has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     if name == "auto":
         if device.type == "cpu":
-            return "grouped"
+            return "matmul"
         if half and has_flash:
             return "flash"
         return "varlen" if half and has_varlen and dropout == 0 else "grouped"
@@ -164,7 +187,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dropout:
         if device.type != "cuda" or not half:
             raise UserError(
                 f"model.attention_backend={name} needs CUDA and bf16 or fp16, this run is {device.type} with {dtype}; "
-                "use grouped, loop or padded"
+                "use matmul, grouped, loop or padded"
             )
         if name == "flash" and not has_flash:
             raise UserError("model.attention_backend=flash: package flash-attn is not installed; use auto or grouped")

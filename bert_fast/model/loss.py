@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 
 class LossSums(NamedTuple):
@@ -25,8 +24,8 @@ def loss_sums(
     with_accuracy: bool = False,
 ) -> LossSums:
     """Cross-entropies summed over masked positions and over samples, computed in fp32 at least."""
-    mlm_sum = F.cross_entropy(_at_least_fp32(mlm_logits_MV), labels_M, reduction="sum")
-    nsp_sum = F.cross_entropy(_at_least_fp32(nsp_logits_B2), nsp_labels_B, reduction="sum")
+    mlm_sum = SummedCrossEntropy.apply(mlm_logits_MV, labels_M)
+    nsp_sum = SummedCrossEntropy.apply(nsp_logits_B2, nsp_labels_B)
     if not with_accuracy:
         return LossSums(mlm_sum, nsp_sum)
     return LossSums(
@@ -37,5 +36,25 @@ def loss_sums(
     )
 
 
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+class SummedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy summed over rows, in fp32 at least; keeps only its gradient, in the logits' own format.
+
+    Against `F.cross_entropy(logits.float())` it spares the fp32 log-probabilities and one pass over them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
+        wide = logits_MV.float() if logits_MV.dtype in (torch.bfloat16, torch.float16) else logits_MV
+        column = labels_M[:, None]
+        log_sum = torch.logsumexp(wide, 1, keepdim=True)
+        loss = (log_sum - wide.gather(1, column)).sum()
+        if ctx.needs_input_grad[0]:
+            gradient = (wide - log_sum).exp_()
+            gradient.scatter_add_(1, column, gradient.new_full(column.shape, -1.0))
+            ctx.save_for_backward(gradient.to(logits_MV.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None  # a 0-dim factor: computed in fp32, kept in the gradient's format

@@ -158,6 +158,6 @@ def gather_floats(values: list[float], environment: Environment) -> np.ndarray:
     mine = torch.tensor(values, dtype=torch.float64, device=environment.device)
     if not dist.is_initialized():
         return mine.cpu().numpy()[None]
-    everyone = torch.empty(environment.world_size * len(values), dtype=torch.float64, device=environment.device)
-    dist.all_gather_into_tensor(everyone, mine)
-    return everyone.cpu().numpy().reshape(environment.world_size, len(values))
+    everyone = [torch.empty_like(mine) for _ in range(environment.world_size)]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).cpu().numpy()
