@@ -2,6 +2,7 @@
 """Make the stores of samples that run_pretraining.py reads.
 
     python scripts/prepare_data.py --out data/pydocs                      # embedded corpus, new vocabulary
+    python scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out data/pydocs-mini
     python scripts/prepare_data.py --corpus prose --input books/ --out data/books --vocab vocab.txt
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,10 +23,12 @@ from bert_fast.data.store import Store  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command; a recipe file sets the same names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = SampleParams()
     add = parser.add_argument
+    add("--recipe", metavar="FILE", help="YAML file that sets any of these options; flags go before it")
     add("--corpus", choices=("pydocs", "prose", "mlcommons"), default="pydocs", help="kind of text (docs/data.md)")
     add("--input", metavar="FOLDER", help="folder of text files (prose, mlcommons)")
     add("--packages", nargs="+", default=list(PYDOCS_PACKAGES), help="packages whose documentation pydocs reads")
@@ -40,8 +45,29 @@ def main() -> int:
     add("--eval-max-samples", type=int, help="keep only the first n evaluation samples")
     add("--workers", type=int, help="processes (default: all cores)")
     add("--verify", action="store_true", help="only compare the stores in --out with their hashes")
-    args = parser.parse_args()
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Flags over the recipe file over defaults. Raises UserError for a bad recipe."""
+    parser = build_parser()
+    recipe = parser.parse_args(arguments).recipe
+    if recipe:
+        path = Path(recipe)
+        if not path.is_file():
+            raise UserError(f"recipe {recipe} does not exist; configs/data/ holds the shipped ones")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = vars(parser.parse_args([]))
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise UserError(f"recipe {recipe}: unknown field {unknown[0]}; known: {', '.join(sorted(known))}")
+        parser.set_defaults(**values)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
     try:
+        args = parse(sys.argv[1:])
         if args.verify:
             for split in ("train", "eval"):
                 Store(Path(args.out) / split).verify()

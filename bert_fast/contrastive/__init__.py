@@ -1,0 +1,1 @@
+"""The home of the tile-wise contrastive objective and its data."""

@@ -1,0 +1,1 @@
+"""What a run needs of memory, and (in later work) how to need less."""

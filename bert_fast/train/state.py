@@ -23,7 +23,7 @@ class Progress:
 
     def add(self, name: str, value: float) -> None:
         """Add to a running sum over the run (imbalance, data wait, ...)."""
-        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
     def mean(self, name: str) -> float:
         """A running sum divided by the number of steps."""

@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`. `make help` lists the rest.
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CONFIG ?= configs/mini_cpu.yaml
+DATA := data/pydocs-mini
+SEED ?= 0
+
+.PHONY: help quickstart env data train test test-all check bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: env data train ## environment, data, the main job, compliance check, report
+
+env: $(STAMP) ## the virtual environment with every pinned package
+
+# torch first and by its exact version: another package's open range would pull a build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev,tuning]"
+	@touch $(STAMP)
+
+data: $(DATA)/train/manifest.json ## the stores of the mini benchmark
+
+$(DATA)/train/manifest.json: | env
+	$(PYTHON) scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out $(DATA)
+
+train: env data ## the main job: configs/mini_cpu.yaml with SEED=0
+	rm -rf runs/quickstart
+	$(PYTHON) run_pretraining.py --config $(CONFIG) run.folder=runs/quickstart train.seed=$(SEED)
+
+test: env ## the tests, without the slow ones
+	$(PYTHON) -m pytest -m "not slow and not gpu"
+
+test-all: env ## every test this machine can run
+	$(PYTHON) -m pytest
+
+check: env ## lint and import contracts
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+
+bench: env data ## time to train against the transformers baseline, 5 interleaved pairs
+	$(PYTHON) scripts/bench_time_to_train.py --config $(CONFIG) --json results/mini_cpu/time_to_train.json
+
+clean: ## remove runs and prepared data
+	rm -rf runs data

@@ -1,0 +1,130 @@
+"""`--dry-run`: build everything that a run builds, run no step, say what would happen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_fast.balance.planner import Planner
+from bert_fast.communication.buckets import Layout
+from bert_fast.config import Config
+from bert_fast.data.store import Store
+from bert_fast.memory.estimate import estimate, num_parameters
+from bert_fast.model.attention import choose_backend
+from bert_fast.model.bert import BertForPretraining
+from bert_fast.optim.build import build_optimizer
+from bert_fast.optim.schedule import learning_rate
+from bert_fast.report.console import print_table
+from bert_fast.train.build import make_layout
+from bert_fast.train.environment import pick_device, pick_dtype
+from bert_fast.train.folder import run_folder
+from bert_fast.train.loop import make_planner
+
+_PLANNED_STEPS = 20
+
+
+def dry_run(config: Config) -> None:
+    """Print batch arithmetic, memory, plan and bucket layout of a config.
+
+    The model is built on the meta device, so that any size fits this machine; the plan is computed for all ranks. The
+    ready order of gradients is the model's own order reversed (a run measures it).
+    """
+    device = pick_device("cpu" if not torch.cuda.is_available() else config.system.device, 0)
+    wanted = config.system.device if config.system.device != "auto" else device.type
+    dtype = pick_dtype(config.train.precision, device)
+    with torch.device("meta"):
+        model = BertForPretraining(config.model)
+    build_optimizer(model.named_parameters(), config.optimizer.model_copy(update={"use_apex": False}))
+    layout = make_layout(config, model, expected_ready_order(model))
+    lengths, where = _lengths(config)
+    planner = make_planner(config, lengths)
+    print_table(f"{config.run.name}: dry run", [
+        ("run folder", str(run_folder(config))),
+        ("batch", _batch_text(config)),
+        ("model", f"{num_parameters(config.model):,} parameters"),
+        ("attention", _backend_text(config, wanted, device, dtype)),
+        ("precision", str(dtype).removeprefix("torch.") + ("" if wanted == device.type else f" here; decided on {wanted}")),
+        ("learning rate", _schedule_text(config)),
+        ("memory of a rank", _memory_text(config, planner, lengths, dtype)),
+        ("lengths", where),
+        ("plan", _plan_text(config, planner)),
+        ("clipping", f"{config.communication.clip}, {len(layout.groups)} clip groups"),
+        ("buckets", _bucket_text(layout)),
+    ])  # fmt: skip
+
+
+def expected_ready_order(model: BertForPretraining) -> list[int]:
+    """Heads first, then layers from last to first, embeddings last."""
+    names = [name for name, _ in model.named_parameters()]
+
+    def depth(name: str) -> tuple[int, int]:
+        part = name.split(".")
+        if part[0] == "heads":
+            return (0, 0)
+        return (1, -int(part[1])) if part[0] == "layers" else (2, int(part[1] == "word"))
+
+    return sorted(range(len(names)), key=lambda i: (depth(names[i]), -i))
+
+
+def _lengths(config: Config) -> tuple[np.ndarray, str]:
+    folder = Path(config.data.train)
+    if (folder / "manifest.json").is_file():
+        store = Store(folder)
+        mean = store.manifest["mean_length"]
+        return store.lengths, f"{len(store):,} samples of {folder}, mean {mean:.0f}, longest {store.manifest['max_length']}"
+    count = max(100_000, 4 * config.batch.global_batch)
+    rng = np.random.default_rng(0)
+    longest = config.data.max_seq_len
+    lengths = rng.integers(5, longest + 1, count)
+    lengths[: count // 4] = longest
+    rng.shuffle(lengths)
+    text = f"no data at {folder} yet: plan and memory are for made-up lengths (a quarter {longest}, the rest uniform)"
+    return lengths.astype(np.uint16), text
+
+
+def _batch_text(config: Config) -> str:
+    batch, world = config.batch, config.system.world_size
+    nodes = world // config.system.node_size
+    return (
+        f"{batch.global_batch:,} = {batch.local_batch} x {world:,} ranks x {batch.accumulation} micro-batches; "
+        f"{nodes:,} node(s) of {config.system.node_size}"
+    )
+
+
+def _backend_text(config: Config, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    name = config.model.attention_backend
+    if wanted != device.type:
+        return f"{name}, decided on {wanted}"
+    return choose_backend(name, device, dtype, config.model.attention_dropout)
+
+
+def _schedule_text(config: Config) -> str:
+    last = config.train.max_steps - 1
+    points = sorted({0, min(config.schedule.warmup_steps, last), last // 2, last})
+    rates = (f"step {s}: {learning_rate(s, config.optimizer.lr, config.schedule):.3g}" for s in points)
+    return f"{config.optimizer.name}, " + ", ".join(rates)
+
+
+def _memory_text(config: Config, planner: Planner, lengths: np.ndarray, dtype: torch.dtype) -> str:
+    micro = np.asarray(lengths[planner.plan(0).ids], dtype=np.int64)  # [ranks, accumulation, local batch]
+    tokens, squared = int(micro.sum(-1).max()), int((micro**2).sum(-1).max())
+    figures = estimate(
+        config.model, tokens=tokens, tokens_squared=squared, masked=int(0.15 * tokens),
+        element_bytes=4 if dtype == torch.float32 else 2, keeps_scores=config.system.device == "cpu",
+    )  # fmt: skip
+    parts = ((name, getattr(figures, name)) for name in ("weights", "gradients", "optimizer", "activations"))
+    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts)
+    return f"about {figures.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
+
+
+def _plan_text(config: Config, planner: Planner) -> str:
+    values = [planner.plan(step).imbalance for step in range(_PLANNED_STEPS)]
+    return f"{config.balance.strategy}: imbalance mean {np.mean(values):.4f}, worst {max(values):.4f} of {_PLANNED_STEPS} steps"
+
+
+def _bucket_text(layout: Layout) -> str:
+    sizes = [sum(layout.numel[i] for i in b.parameters) * 4 / 2**20 for b in layout.buckets]
+    shown = ", ".join(f"{size:.2f}" for size in sizes[:12]) + (", ..." if len(sizes) > 12 else "")
+    return f"{len(sizes)} of {shown} MiB in ready order"

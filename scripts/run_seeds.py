@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Run one config with several seeds, one after the other, and record samples and time to target.
+
+    python scripts/run_seeds.py --config configs/mini_cpu.yaml --seeds 10 --out results/mini_cpu
+
+Writes result_N.txt (raw MLPerf logs), seeds.json (figures by name, raw values, config, environment) and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bert_fast.cli import load_config  # noqa: E402
+from bert_fast.config import as_plain  # noqa: E402
+from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+
+NAMES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "mfu", "first_step_s",
+         "data_wait_share", "imbalance_mean", "compliance_passed")  # fmt: skip
+
+
+def run_one(config: str, overrides: list[str], seed: int, folder: Path) -> dict[str, Any]:
+    """One run in a folder of its own. Raises UserError with its last lines if it broke."""
+    command = [sys.executable, str(ROOT / "run_pretraining.py"), "--config", config, f"run.folder={folder}",
+               f"train.seed={seed}", *overrides]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # 1: the target was not reached, which is a result
+        raise UserError(f"seed {seed} failed with code {done.returncode}: {(done.stderr or done.stdout).strip()[-400:]}")
+    record: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return record
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Figures by name over the seeds: median, mean, spread, and MLPerf's olympic mean of the time."""
+    metrics: dict[str, float] = {"seeds": len(records)}
+    for name in NAMES:
+        values = [float(r["metrics"][name]) for r in records if r["metrics"].get(name) is not None]
+        if not values:
+            continue
+        metrics[name] = statistics.median(values)
+        metrics[f"{name}/mean"] = statistics.fmean(values)
+        metrics[f"{name}/stdev"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    times = sorted(r["metrics"]["time_to_train_s"] for r in records)
+    metrics["time_to_train_s/olympic_mean"] = statistics.fmean(times[1:-1] if len(times) > 4 else times)
+    metrics["targets_reached"] = sum(r["metrics"]["target_reached"] for r in records)
+    return metrics
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")
+    parser.add_argument("--seeds", type=int, default=10, help="how many (default %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="keep raw logs and seeds.json there")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add_arguments(parser)
+    args = parser.parse_intermixed_args()
+    overrides = list(args.overrides)
+    if args.quick:
+        args.seeds = 2
+        overrides += ["train.max_steps=40", "train.eval_every_samples=1280"]
+    try:
+        config = load_config(args.config, overrides)
+        records = []
+        rows = []
+        with tempfile.TemporaryDirectory() as scratch:
+            for number, seed in enumerate(range(args.first_seed, args.first_seed + args.seeds)):
+                folder = Path(scratch) / f"seed{seed}"
+                record = run_one(args.config, overrides, seed, folder)
+                records.append(record)
+                m = record["metrics"]
+                rows.append((seed, f"{m['time_to_train_s']:.1f}", f"{m['samples_to_target']:,}", f"{m['final_accuracy']:.4f}",
+                             "yes" if m["target_reached"] else "no", f"{m['samples_per_s']:.0f}"))  # fmt: skip
+                print(f"seed {seed}: {rows[-1][1]} s, {rows[-1][2]} samples, accuracy {rows[-1][3]}", flush=True)
+                if args.out:
+                    Path(args.out).mkdir(parents=True, exist_ok=True)
+                    shutil.copy(folder / "result_0.txt", Path(args.out) / f"result_{number}.txt")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    metrics = summary(records)
+    samples = {name: [r["metrics"].get(name) for r in records] for name in NAMES}
+    samples["curves"] = [[(e["samples"], e["time_s"], e["accuracy"]) for e in r["evaluations"]] for r in records]
+    setting = {"config_file": args.config, "overrides": overrides, **as_plain(config)}
+    facts = {**environment(), "run": records[0]["environment"], "data": records[0]["data"]}
+    for path in filter(None, (args.json, str(Path(args.out) / "seeds.json") if args.out else None)):
+        write_result(path, metrics, setting, facts, samples)
+    print(markdown_table(("seed", "time to train s", "samples to target", "accuracy", "reached", "samples/s"), rows))
+    print(
+        f"reached by {metrics['targets_reached']} of {len(records)} seeds; time to train {metrics['time_to_train_s']:.1f} s "
+        f"median, {metrics['time_to_train_s/olympic_mean']:.1f} s olympic mean; samples "
+        f"{metrics['samples_to_target']:,.0f} median"
+    )
+    return 0 if metrics["targets_reached"] == len(records) or args.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
