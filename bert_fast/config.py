@@ -196,7 +196,8 @@ class MlperfConfig(Section):
     poc_name: str = Field("nobody", description="submission_poc_name")
     poc_email: str = Field("nobody@example.org", description="submission_poc_email")
     clear_caches: bool = Field(
-        False, description="drop the operating system's caches first (needs root); else only cache_clear is logged false"
+        False,
+        description="drop the operating system's caches first (needs root); else only cache_clear is logged false",
     )
 
 

@@ -7,8 +7,9 @@
 Same config file, data, starting weights, batch, schedule, precision, ranks, cores, evaluation interval and target as
 run_pretraining.py. What differs is how it is done: transformers' BertForPreTraining over batches padded to their longest
 sample, every position through the vocabulary projection, DistributedDataParallel with its default buckets and hooks,
-clipping of the averaged gradient, torch's AdamW, a DistributedSampler and a DataLoader. The sections `balance` and
-`communication` of the config, train.compile and checkpoints have no counterpart here (but for max_norm and clip=none).
+clipping of the averaged gradient, torch's AdamW, a DistributedSampler and a DataLoader, the system's memory allocator as
+it comes (--our-allocator: set as ours). The sections `balance` and `communication` of the config, train.compile and
+checkpoints have no counterpart here (but for max_norm and clip=none).
 
 Exit codes: 0 the run ended; 1 the target was not reached; 2 something to mend in config, data or machine.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,20 +36,20 @@ from transformers import BertConfig, BertForPreTraining
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bert_fast.cli import load_config  # noqa: E402
-from bert_fast.config import Config, ModelConfig, as_plain  # noqa: E402
-from bert_fast.data.samples import Sample  # noqa: E402
-from bert_fast.data.store import Store  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.optim.build import has_decay  # noqa: E402
-from bert_fast.optim.schedule import learning_rate  # noqa: E402
-from bert_fast.report.bench import write_result  # noqa: E402
-from bert_fast.report.console import ProgressLine  # noqa: E402
-from bert_fast.train import launch  # noqa: E402
-from bert_fast.train.clock import Clock  # noqa: E402
-from bert_fast.train.entry import EXIT_TARGET_MISSED, guarded  # noqa: E402
-from bert_fast.train.environment import Environment, describe, join  # noqa: E402
-from bert_fast.train.folder import check_inputs, commit  # noqa: E402
+from bert_fast.cli import load_config
+from bert_fast.config import Config, ModelConfig, as_plain
+from bert_fast.data.samples import Sample
+from bert_fast.data.store import Store
+from bert_fast.errors import UserError
+from bert_fast.optim.build import has_decay
+from bert_fast.optim.schedule import learning_rate
+from bert_fast.report.bench import write_result
+from bert_fast.report.console import ProgressLine
+from bert_fast.train import launch
+from bert_fast.train.clock import Clock
+from bert_fast.train.entry import EXIT_TARGET_MISSED, guarded
+from bert_fast.train.environment import Environment, describe, join
+from bert_fast.train.folder import check_inputs, commit
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 _IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -225,21 +227,38 @@ class Evaluator:
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
+def join_plainly(config: Config) -> Environment:
+    """`environment.join` on a CPU without our allocator setting: same ranks, threads and cores, glibc as it comes.
+
+    Keeping freed memory, which `join` asks of glibc, is part of what is measured against this baseline.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world != config.system.world_size:
+        raise UserError(f"the launcher started {world} ranks and system.world_size={config.system.world_size}; start as many")
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // local_world)
+    threads = config.system.threads_per_rank or share
+    if config.system.bind_cores and local_world > 1 and len(cores) >= local_world * threads:
+        os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
+    torch.set_num_threads(threads)
+    if world > 1:
+        dist.init_process_group("gloo")
+    device = torch.device("cpu")
+    return Environment(rank, local_rank, world, device, pick_dtype(config.train.precision, device))
+
+
 def train(config: Config, environment: Environment, max_steps: int) -> dict[str, Any]:
     """Warm up, start the clock, open the data, train to the target or the last step. Returns the record."""
     trainer = Trainer(config, environment)
     clock, line = Clock(), ProgressLine(enabled=environment.is_main)
     settings, target = config.train, config.train.target_accuracy
     evaluations: list[tuple[int, float]] = []
+    step = samples = tokens = 0
     if dist.is_initialized():
         dist.barrier()
     clock.start()
-    train_store, eval_store = Store(config.data.train), Store(config.data.eval)
-    for store, sha256 in ((train_store, None), (eval_store, config.data.eval_sha256)):
-        store.check(
-            vocab_size=config.model.vocab_size, max_seq_len=config.data.max_seq_len,
-            vocab_sha256=config.data.vocab_sha256, sha256=sha256,
-        )  # fmt: skip
+    train_store, eval_store = _open_stores(config)
     batches = training_batches(train_store, config, environment)
     evaluator: Evaluator | None = None
 
@@ -253,7 +272,6 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
         line.say(f"evaluation at {samples:,} samples, {clock.elapsed:.1f} s: masked-LM accuracy {accuracy:.4f}")
         return target is not None and accuracy >= target
 
-    step = samples = tokens = 0
     next_evaluation = settings.eval_start_samples or settings.eval_every_samples
     reached = settings.eval_at_start and evaluate()
     while not reached and step < max_steps:
@@ -263,9 +281,9 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
         samples += config.batch.global_batch
         tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         if environment.is_main and step % settings.log_every_steps == 0:
-            rate = samples / clock.training
             accuracy = evaluations[-1][1] if evaluations else None
-            line.update(step, samples, rate, float(loss), accuracy, target, (max_steps - step) * clock.training / step)
+            remaining = (max_steps - step) * clock.training / step
+            line.update(step, samples, samples / clock.training, float(loss), accuracy, target, remaining)
         if samples >= next_evaluation or (step == max_steps and target is not None):
             reached = evaluate()
             while next_evaluation <= samples:
@@ -274,20 +292,31 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
         torch.cuda.synchronize()
     seconds, training_seconds = clock.elapsed, clock.training
     line.done()
+    metrics = {
+        "time_to_train_s": seconds,
+        "samples_to_target": samples,
+        "target_reached": int(reached),
+        "samples_per_s": samples / training_seconds,
+        "tokens_per_s": _sum_over_ranks(tokens, environment) / training_seconds,
+        "final_accuracy": evaluations[-1][1] if evaluations else None,
+        "steps": step,
+    }
     return {
-        "metrics": {
-            "time_to_train_s": seconds,
-            "samples_to_target": samples,
-            "target_reached": int(reached),
-            "samples_per_s": samples / training_seconds,
-            "tokens_per_s": _sum_over_ranks(tokens, environment) / training_seconds,
-            "final_accuracy": evaluations[-1][1] if evaluations else None,
-            "steps": step,
-        },
+        "metrics": metrics,
         "config": {**as_plain(config), "max_steps": max_steps},
         "environment": {**describe(environment), "transformers": transformers.__version__, "commit": commit()},
         "samples": {"eval_samples": [s for s, _ in evaluations], "eval_accuracy": [a for _, a in evaluations]},
     }
+
+
+def _open_stores(config: Config) -> tuple[Store, Store]:
+    data = config.data
+    stores = Store(data.train), Store(data.eval)
+    for store, sha256 in zip(stores, (None, data.eval_sha256), strict=True):
+        store.check(
+            vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=data.vocab_sha256, sha256=sha256
+        )
+    return stores
 
 
 def _sum_over_ranks(value: int, environment: Environment) -> int:
@@ -299,10 +328,12 @@ def _sum_over_ranks(value: int, environment: Environment) -> int:
 
 def be_a_rank(config: Config, args: argparse.Namespace) -> int:
     """Join, train, write and print the figures."""
-    environment = join(config)
+    on_cuda = pick_device(config.system.device, 0).type == "cuda"
+    environment = join(config) if on_cuda or args.our_allocator else join_plainly(config)
     if environment.dtype == torch.float16:
         raise UserError("the baseline has no loss scaling: set train.precision=bf16 or fp32")
     record = train(config, environment, min(config.train.max_steps, args.max_steps or config.train.max_steps))
+    record["config"]["our_allocator"] = args.our_allocator
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics, target = record["metrics"], config.train.target_accuracy
@@ -343,6 +374,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
     parser.add_argument("--json", metavar="FILE", help="write metrics, config, environment and evaluations there")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps, if that is before the config's")
+    parser.add_argument(
+        "--our-allocator", action="store_true", help="let glibc keep freed memory, as run_pretraining.py does (CPU)"
+    )
     args = parser.parse_intermixed_args()
     return guarded(lambda: run(args))
 

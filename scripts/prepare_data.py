@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make the stores of samples that run_pretraining.py reads.
 
-    python scripts/prepare_data.py --out data/pydocs                      # embedded corpus, new vocabulary
-    python scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out data/pydocs-mini
-    python scripts/prepare_data.py --corpus prose --input books/ --out data/books --vocab vocab.txt
+python scripts/prepare_data.py --out data/pydocs                      # embedded corpus, new vocabulary
+python scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out data/pydocs-mini
+python scripts/prepare_data.py --corpus prose --input books/ --out data/books --vocab vocab.txt
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bert_fast.data.corpus import PYDOCS_PACKAGES  # noqa: E402
-from bert_fast.data.prepare import Recipe, prepare  # noqa: E402
-from bert_fast.data.samples import SampleParams  # noqa: E402
-from bert_fast.data.store import Store  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.data.corpus import PYDOCS_PACKAGES
+from bert_fast.data.prepare import Recipe, prepare
+from bert_fast.data.samples import SampleParams
+from bert_fast.data.store import Store
+from bert_fast.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -36,7 +36,9 @@ def run_one(config: str, overrides: list[str], seed: int, folder: Path) -> dict[
                f"train.seed={seed}", *overrides]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # 1: the target was not reached, which is a result
-        raise UserError(f"seed {seed} failed with code {done.returncode}: {(done.stderr or done.stdout).strip()[-400:]}")
+        raise UserError(
+            f"seed {seed} failed with code {done.returncode}: {(done.stderr or done.stdout).strip()[-400:]}"
+        )
     record: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return record
 

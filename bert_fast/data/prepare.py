@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,7 +46,7 @@ class Recipe:
     vocab_size: int = 2048
     eval_fraction: float = 0.02
     eval_max_samples: int | None = None
-    params: SampleParams = SampleParams()
+    params: SampleParams = field(default_factory=SampleParams)
 
     def text_key(self) -> dict[str, Any]:
         """What the text stage depends on."""
@@ -130,9 +130,10 @@ def _text_stage(recipe: Recipe, out: Path, pool: _Pool, log: Log) -> dict[str, A
         for origin, blocks in documents:
             kept = []
             for digest, sentences in blocks:
-                if recipe.corpus == "pydocs" and digest in seen:  # generated documentation repeats itself
-                    continue
-                seen.add(digest)
+                if recipe.corpus == "pydocs":  # generated documentation repeats itself
+                    if digest in seen:
+                        continue
+                    seen.add(digest)
                 kept.extend(sentences)
             if kept:
                 held_out = corpora.is_held_out(origin, recipe.eval_fraction, recipe.params.seed)
@@ -166,7 +167,10 @@ def _chunks_by_size(sources: list[corpora.Source], limit: int) -> Iterator[list[
 
 def _read_chunk(kind: str, sources: list[corpora.Source]) -> list[tuple[str, list[tuple[bytes, list[str]]]]]:
     return [
-        (document.origin, [(hashlib.blake2b("\n".join(b).encode(), digest_size=16).digest(), b) for b in document.blocks])
+        (
+            document.origin,
+            [(hashlib.blake2b("\n".join(b).encode(), digest_size=16).digest(), b) for b in document.blocks],
+        )
         for source in sources
         for document in corpora.read_documents(kind, source)
     ]

@@ -134,9 +134,7 @@ def _mask(
     rng: np.random.Generator,
 ) -> Sample:  # fmt: skip
     len_a = len(tokens_a) + 2
-    ids = np.array(
-        [vocabulary.cls_id, *tokens_a, vocabulary.sep_id, *tokens_b, vocabulary.sep_id], dtype=np.uint16
-    )
+    ids = np.array([vocabulary.cls_id, *tokens_a, vocabulary.sep_id, *tokens_b, vocabulary.sep_id], dtype=np.uint16)
     length = len(ids)
     count = min(params.max_predictions, max(1, round(length * params.mask_prob)), length - 3)
     order = rng.permutation(length - 3)[:count]  # candidates: everything but the three special tokens

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from bert_fast.files import atomic_file, sha256_of, write_json
 from bert_fast.data.batch import Batch, assemble
 from bert_fast.data.samples import Sample
 from bert_fast.errors import UserError
+from bert_fast.files import atomic_file, sha256_of, write_json
 
 FORMAT = "bert_fast store 1"
 _HEADER = 3
@@ -179,13 +179,13 @@ class Store:
                 f"data.max_seq_len={max_seq_len}; raise it or prepare shorter samples"
             )
         for what, expected, found in (
-            ("data.vocab_sha256", vocab_sha256, manifest["vocab_sha256"]),
-            ("data.eval_sha256", sha256, manifest["sha256"]),
+            ("was made with another vocabulary", vocab_sha256, manifest["vocab_sha256"]),
+            ("is not the one the config pins (data.eval_sha256)", sha256, manifest["sha256"]),
         ):
             if expected is not None and expected != found:
                 raise UserError(
-                    f"store {self.folder} does not match {what}: it has {found[:16]}..., the config wants "
-                    f"{expected[:16]}...; prepare the data with the right vocabulary and text"
+                    f"store {self.folder} {what}: hash {found[:16]}..., expected {expected[:16]}...; prepare the data "
+                    "with the vocabulary and text of this config"
                 )
 
     def verify(self) -> None:

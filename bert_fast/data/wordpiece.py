@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_fast.files import write_atomically
 from bert_fast.errors import UserError
+from bert_fast.files import write_atomically
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -50,9 +50,7 @@ def load_vocabulary(path: str | Path) -> Vocabulary:
         raise UserError(f"vocabulary {path} holds {len(tokens) - len(index)} tokens twice")
     if len(tokens) > 65536:
         raise UserError(f"vocabulary {path} has {len(tokens)} tokens; the store holds 16-bit ids, at most 65536")
-    return Vocabulary(
-        tokens, hashlib.sha256(data).hexdigest(), index["[CLS]"], index["[SEP]"], index["[MASK]"]
-    )
+    return Vocabulary(tokens, hashlib.sha256(data).hexdigest(), index["[CLS]"], index["[SEP]"], index["[MASK]"])
 
 
 def train_vocabulary(files: Iterable[str | Path], size: int, path: str | Path) -> None:

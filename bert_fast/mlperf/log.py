@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,15 @@ _STATUS = {
 }
 
 
+class _StrictHandler(logging.FileHandler):
+    """A handler that lets errors through (logging's own prints and goes on): a log with holes is worth nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if error is not None:
+            raise error
+
+
 class ResultLog:
     """Writes `path` (result_0.txt) line by line. `path=None` swallows everything (ranks other than 0)."""
 
@@ -29,7 +39,7 @@ class ResultLog:
         if path is None:
             return
         sink = logging.Logger("bert_fast.mllog")
-        handler = logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8")
+        handler = _StrictHandler(path, mode="a" if append else "w", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(message)s"))
         sink.addHandler(handler)
         self._handler = handler

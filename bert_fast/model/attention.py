@@ -81,7 +81,13 @@ class SequenceLayout:
         real = column[None, :] < lengths[:, None]
         index = torch.where(real, starts[:, None] + column[None, :], 0)
         return Group(
-            start_token, end, len(members), longest, index.flatten(), real[:, None, None, :], real.flatten().nonzero()[:, 0]
+            start_token,
+            end,
+            len(members),
+            longest,
+            index.flatten(),
+            real[:, None, None, :],
+            real.flatten().nonzero()[:, 0],
         )
 
 

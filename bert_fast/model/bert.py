@@ -145,9 +145,7 @@ class BertForPretraining(nn.Module):
 
     def forward(self, batch: BertInput, with_accuracy: bool = False) -> LossSums:
         mlm_logits_MV, nsp_logits_B2 = self.logits(batch)
-        return loss_sums(
-            mlm_logits_MV, batch.masked_labels, nsp_logits_B2, batch.next_sentence_labels, with_accuracy
-        )
+        return loss_sums(mlm_logits_MV, batch.masked_labels, nsp_logits_B2, batch.next_sentence_labels, with_accuracy)
 
 
 def _dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:

@@ -17,7 +17,9 @@ def has_decay(name: str) -> bool:
     return not name.endswith("bias") and "norm" not in name
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> torch.optim.Optimizer:
     """AdamW (torch, fused) or LAMB (ours), or apex's forms with `use_apex`. Raises UserError if apex is missing."""
     named = list(named_parameters)
     groups = [
@@ -29,7 +31,9 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
         try:
             from apex.optimizers import FusedAdam, FusedLAMB
         except ImportError:
-            raise UserError("optimizer.use_apex=true: apex is not installed; install it or set use_apex=false") from None
+            raise UserError(
+                "optimizer.use_apex=true: apex is not installed; install it or set use_apex=false"
+            ) from None
         if config.name == "lamb":  # max_grad_norm off: clipping is the communication engine's
             return FusedLAMB(groups, **settings, max_grad_norm=0.0, use_nvlamb=False)
         return FusedAdam(groups, **settings, adam_w_mode=True)

@@ -133,7 +133,8 @@ def line_chart(
     if reference:
         y = frame.y(reference[1])
         body += f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-        body += f'<text class="strong" x="{LEFT + 5}" y="{y - 5:.1f}">{escape(reference[0])}</text>'
+        label_y = y + 14 if y < TOP + 16 else y - 5  # below a line at the upper edge: the axis label stands there
+        body += f'<text class="strong" x="{LEFT + 5}" y="{label_y:.1f}">{escape(reference[0])}</text>'
     return frame.svg(body, x_label, y_label, note) + _legend([(s.name, s.colour) for s in drawn])
 
 

@@ -27,7 +27,14 @@ class ProgressLine:
         self._calls = 0
 
     def update(
-        self, step: int, samples: int, rate: float, loss: float, accuracy: float | None, target: float | None, remaining: float
+        self,
+        step: int,
+        samples: int,
+        rate: float,
+        loss: float,
+        accuracy: float | None,
+        target: float | None,
+        remaining: float,
     ) -> None:
         """Step, samples, samples/s, loss, last accuracy of the target, time left at the most."""
         if not self._enabled:
@@ -73,7 +80,7 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     metrics, split = record["metrics"], record["time_split_s"]
     total = max(1e-9, metrics["time_to_train_s"])
     verdict = record["compliance"]
-    rows = [
+    return [
         ("time to train", f"{metrics['time_to_train_s']:.1f} s ({record['status']})"),
         ("target", _target_text(record)),
         ("samples", f"{metrics['samples_to_target']:,} in {metrics['steps']:,} steps"),
@@ -87,7 +94,6 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", _memory_text(record["peak_memory"])),
         ("MLPerf compliance", verdict["summary"]),
     ]
-    return rows
 
 
 def _target_text(record: dict[str, Any]) -> str:

@@ -53,6 +53,7 @@ table { border-collapse:collapse; font-size:.88rem; font-variant-numeric:tabular
 th, td { padding:.25rem .9rem .25rem 0; border-bottom:1px solid var(--rule); text-align:left; vertical-align:top;
   overflow-wrap:anywhere; }
 th { font-weight:600; overflow-wrap:normal; }
+@media (min-width: 640px) { th[scope=row] { white-space:nowrap; } }
 thead th { position:sticky; top:0; background:var(--ground); }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align:right; }
 .numbers td { white-space:nowrap; }
@@ -224,7 +225,7 @@ def _step_time_figure(steps: list[dict[str, Any]], global_batch: int) -> str:
         ("compute", COMPUTE), ("exposed communication", COMMUNICATION), ("optimizer", OPTIMIZER), ("data wait", DATA),
         ("rest", REST),
     ]  # fmt: skip
-    caption = "Compute is the mean over ranks; the rest holds the wait for the slowest rank."
+    caption = "Compute is the mean over ranks; the rest is mostly the wait for the slowest rank."
     if rows:
         means = [fmean(column) for column in list(zip(*rows, strict=True))[1:]]
         listed = ", ".join(f"{name} {mean:.2f}" for (name, _), mean in zip(layers, means, strict=True))

@@ -1,8 +1,8 @@
 """Checkpoints: whole or absent, and exact to resume from.
 
-    checkpoints/step-00000120/state.pt       model, optimizer, loss scale, progress, clock (rank 0)
-                              rank-0.pt      random state of a rank
-                              complete.json  written last by rank 0: without it the folder does not count
+checkpoints/step-00000120/state.pt       model, optimizer, loss scale, progress, clock (rank 0)
+                          rank-0.pt      random state of a rank
+                          complete.json  written last by rank 0: without it the folder does not count
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from bert_fast.files import write_atomically, write_json
 from bert_fast.train.environment import Environment
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], environment: Environment, keep: int, key: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], environment: Environment, keep: int, key: dict[str, Any]
+) -> None:
     """Write the checkpoint of `step`; a collective. Older ones beyond `keep` are removed once it is complete.
 
     `key` is what a resumed run must share with this one (model shape, data, batch).

@@ -73,7 +73,10 @@ def _lengths(config: Config) -> tuple[np.ndarray, str]:
     if (folder / "manifest.json").is_file():
         store = Store(folder)
         mean = store.manifest["mean_length"]
-        return store.lengths, f"{len(store):,} samples of {folder}, mean {mean:.0f}, longest {store.manifest['max_length']}"
+        return (
+            store.lengths,
+            f"{len(store):,} samples of {folder}, mean {mean:.0f}, longest {store.manifest['max_length']}",
+        )
     count = max(100_000, 4 * config.batch.global_batch)
     rng = np.random.default_rng(0)
     longest = config.data.max_seq_len

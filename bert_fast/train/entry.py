@@ -36,7 +36,9 @@ def guarded(action: Callable[[], int]) -> int:
         raise
     except RuntimeError as error:
         text = str(error)
-        if not any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")):
+        if not any(
+            word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+        ):
             raise
         return _report(f"lost contact with another rank: {text.splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
 
@@ -77,9 +79,7 @@ def _be_a_rank(args: argparse.Namespace, process_start: float) -> int:
     outcome = run.execute()
     if outcome.status == "stopped":
         if environment.is_main:
-            write_json(
-                run_folder(config) / "stopped.json", {"step": run.progress.step, "signal": outcome.signal_name}
-            )
+            write_json(run_folder(config) / "stopped.json", {"step": run.progress.step, "signal": outcome.signal_name})
             print(f"stopped by {outcome.signal_name} at step {run.progress.step}; go on with --resume", flush=True)
         number = getattr(signal, outcome.signal_name or "", signal.SIGTERM)
         return 128 + int(number)

@@ -77,7 +77,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "metrics": metrics,
         "config": as_plain(config),
         "environment": {**run.environment_record(), "commit": commit()},
-        "samples": {"eval_accuracy": [e["accuracy"] for e in progress.evaluations], "eval_samples": [e["samples"] for e in progress.evaluations]},
+        "samples": {f"eval_{name}": [e[name] for e in progress.evaluations] for name in ("accuracy", "samples", "time_s")},
         "status": outcome.status if outcome.reached or config.train.target_accuracy is None else "target not reached",
         "target_accuracy": config.train.target_accuracy,
         "evaluations": progress.evaluations,
@@ -93,5 +93,3 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
 def _data_entry(manifest: dict[str, Any]) -> dict[str, Any]:
     names = ("num_samples", "num_tokens", "mean_length", "max_length", "sha256", "text_sha256", "vocab_sha256")
     return {name: manifest.get(name) for name in names}
-
-

@@ -11,7 +11,7 @@ from pathlib import Path
 from bert_fast.cli import to_yaml
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
-from bert_fast.files import write_atomically
+from bert_fast.files import sha256_of, write_atomically
 
 
 def run_folder(config: Config) -> Path:
@@ -67,11 +67,21 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def checkpoint_vocabulary(folder: str | None) -> str | None:
+    """Hash of the vocabulary that lies beside a starting checkpoint, if one does: stores must have been made with it."""
+    vocab = Path(folder) / "vocab.txt" if folder else None
+    return sha256_of(vocab) if vocab and vocab.is_file() else None
 
 
 def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str, str]:
@@ -82,5 +92,3 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
         for section in ("model", "batch", "optimizer", "schedule")
     }
     return {**key, "seed": str(config.train.seed), "train data": train_sha256[:16], "eval data": eval_sha256[:16]}
-
-

@@ -32,7 +32,7 @@ from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
-from bert_fast.train.folder import resume_key, run_folder
+from bert_fast.train.folder import checkpoint_vocabulary, resume_key, run_folder
 from bert_fast.train.inputs import to_device
 from bert_fast.train.state import Progress
 from bert_fast.train.step import StepInput, StepResult
@@ -74,9 +74,7 @@ class Run:
         self._process_start = process_start
         main = environment.is_main
         self.mllog = ResultLog(self.folder / "result_0.txt" if main and config.mlperf.enabled else None, append=resume)
-        self.metrics = MetricsWriter(
-            self.folder if main else None, append=resume, tensorboard=config.run.tensorboard
-        )
+        self.metrics = MetricsWriter(self.folder if main else None, append=resume, tensorboard=config.run.tensorboard)
         self.line = ProgressLine(enabled=main)
         self.clock, self.progress = Clock(), Progress()
         self.stop = StopFlag()
@@ -94,6 +92,7 @@ class Run:
             self.mllog.event(constants.CACHE_CLEAR, self._clear_caches())
             self.mllog.start(constants.INIT_START)
             self.mllog.hyperparameters(config)
+        self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.train.init_checkpoint)
         self.machinery: Machinery = build(config, self.environment)
         if config.run.matmul_ceiling:
             self.ceiling = float(gather_floats([matmul_ceiling(self.environment)], self.environment).sum())
@@ -124,7 +123,9 @@ class Run:
         self._open_data()
         if self.resume:
             self._restore()
-        prefetcher = Prefetcher(self._make_batches, self.progress.step, self.config.train.max_steps, self.config.balance.prefetch)
+        prefetcher = Prefetcher(
+            self._make_batches, self.progress.step, self.config.train.max_steps, self.config.balance.prefetch
+        )
         try:
             outcome = self._steps(prefetcher)
         finally:
@@ -138,9 +139,10 @@ class Run:
         config = self.config
         data = config.data
         self.store, self.eval_store = Store(data.train), Store(data.eval)
+        vocab = self._vocab_sha256 or self.store.manifest["vocab_sha256"]
         for store, sha256 in ((self.store, None), (self.eval_store, data.eval_sha256)):
             store.check(
-                vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=data.vocab_sha256, sha256=sha256
+                vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=vocab, sha256=sha256
             )
         self.planner = make_planner(config, self.store.lengths)
         self._evaluator: Evaluator | None = None
@@ -148,7 +150,9 @@ class Run:
         if not self.resume:
             self.progress.next_evaluation = config.train.eval_start_samples or config.train.eval_every_samples
             self.mllog.event(constants.TRAIN_SAMPLES, len(self.store))
-            self.mllog.event(constants.EVAL_SAMPLES, min(len(self.eval_store), data.eval_samples or len(self.eval_store)))
+            self.mllog.event(
+                constants.EVAL_SAMPLES, min(len(self.eval_store), data.eval_samples or len(self.eval_store))
+            )
             self.mllog.event("train_dataset_sha256", self.store.manifest["sha256"])
             self.mllog.event("eval_dataset_sha256", self.eval_store.manifest["sha256"])
 
@@ -170,7 +174,9 @@ class Run:
         while progress.step < train.max_steps:
             waited = time.perf_counter()
             plan, batches, masked, tokens, tokens_squared = prefetcher.next()
-            inputs = StepInput([to_device(b, self.environment.device) for b in batches], masked, config.batch.global_batch)
+            inputs = StepInput(
+                [to_device(b, self.environment.device) for b in batches], masked, config.batch.global_batch
+            )
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
             result = self.machinery.step(inputs, lr)
@@ -285,7 +291,13 @@ class Run:
             accuracy = self.progress.evaluations[-1]["accuracy"] if self.progress.evaluations else None
             remaining = (self.config.train.max_steps - self.progress.step) * seconds / steps
             self.line.update(
-                self.progress.step, self.progress.samples, rate, mlm + nsp, accuracy, self.config.train.target_accuracy, remaining
+                self.progress.step,
+                self.progress.samples,
+                rate,
+                mlm + nsp,
+                accuracy,
+                self.config.train.target_accuracy,
+                remaining,
             )
         self._reset_interval()
         return bool(table[:, 2].any())
@@ -303,7 +315,10 @@ class Run:
         progress, train = self.progress, self.config.train
         samples = progress.samples
         self.mllog.end(constants.BLOCK_STOP, first_epoch_num=samples)
-        with self.clock.pause("evaluation"), self.mllog.interval(constants.EVAL_START, constants.EVAL_STOP, epoch_num=samples):
+        with (
+            self.clock.pause("evaluation"),
+            self.mllog.interval(constants.EVAL_START, constants.EVAL_STOP, epoch_num=samples),
+        ):
             if self._evaluator is None:
                 self._evaluator = Evaluator(
                     self.eval_store, self.config.data.eval_samples, self.config.batch.eval_batch,

@@ -56,7 +56,9 @@ class TrainStep:
     ) -> None:  # fmt: skip
         self._engine, self._optimizer, self._device, self._dtype = engine, optimizer, device, dtype
         self._world, self._loss_scale = world_size, loss_scale
-        self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(type(optimizer), "found_inf")
+        self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(
+            type(optimizer), "found_inf"
+        )
 
     def __call__(self, inputs: StepInput, lr: float) -> StepResult:
         start = time.perf_counter()

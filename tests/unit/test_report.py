@@ -1,0 +1,215 @@
+"""report.html and its charts, on made-up runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bert_fast.report.charts import MAX_POINTS, Series, Share, line_chart, nice_ticks, shares_bar, stacked_bars, thin
+from bert_fast.report.html import write_report
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+LOADING = {"src", "href", "xlink:href", "data", "srcset", "action"}
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every tag is closed in its turn. Keeps what a reader sees and what it would load."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.loads = "", [], []
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self._open == [], "tags left open"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in LOADING]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in LOADING]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def step_line(step: int, every: int = 10) -> dict[str, Any]:
+    return {
+        "kind": "step", "step": step, "samples": 64 * step, "time_s": 0.1 * step, "loss": 9.0 / math.log(step + 2),
+        "mlm_loss": 8.0, "nsp_loss": 0.7, "lr": 1e-3, "grad_norm": 0.8 + 0.1 * math.sin(step), "samples_per_s": 400.0,
+        "imbalance": [1.0 + 1e-5 * (i % 3) for i in range(every)], "compute_ms": [120.0, 118.5], "exposed_ms": 7.3,
+        "data_ms": 1.1, "optimizer_ms": 1.4,
+        "clip": {"embeddings": {"clipped_share": 0.5, "mean_coefficient": 0.25 if step % 20 else 0.75}},
+    }  # fmt: skip
+
+
+def evaluation(step: int, accuracy: float) -> dict[str, Any]:
+    return {
+        "step": step, "samples": 64 * step, "time_s": 0.1 * step, "accuracy": accuracy, "mlm_loss": 4.5,
+        "nsp_accuracy": 0.61, "nsp_loss": 0.65,
+    }  # fmt: skip
+
+
+def make_record(evaluations: list[dict[str, Any]], name: str = "mini") -> dict[str, Any]:
+    store = {"num_samples": 1000, "mean_length": 94.5, "sha256": "ab" * 32, "vocab_sha256": None}
+    return {
+        "metrics": {
+            "time_to_train_s": 12.5, "samples_to_target": 12800, "target_reached": 1, "final_accuracy": 0.3375,
+            "steps": 200, "samples_per_s": 1024.0, "tokens_per_s": 96000.0, "imbalance_mean": 1.00002,
+            "compute_imbalance": 1.03, "data_wait_share": 0.01, "exposed_communication_s": 0.0073, "first_step_s": 0.4,
+            "mfu": 0.42, "matmul_ceiling_tflops": 0.34, "gradient_bytes_per_step": 1e6, "compliance_passed": 1,
+        },
+        "config": {"run": {"name": name}, "train": {"seed": 7}, "batch": {"global_batch": 64}},
+        "environment": {"torch": "2.13.0", "device": "some CPU", "load_average": [1.0, 2.0], "commit": None},
+        "status": "success", "target_accuracy": 0.3325, "evaluations": evaluations,
+        "time_split_s": {"forward and backward": 9.0, "evaluation": 2.5, "checkpoint": 0.0, "other": 1.0},
+        "init_s": 3.0, "sessions": 1, "peak_memory": {"host_mib": 900.0, "device_mib": 0.0},
+        "data": {"train": store, "eval": store},
+        "compliance": {"summary": "PASSED: compliance_checker", "passed": True, "text": "line 1 <ok> & SUCCESS"},
+    }  # fmt: skip
+
+
+def report(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    (folder / "metrics.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def usual_run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    evaluations = [evaluation(100, 0.2125), evaluation(200, 0.3375)]
+    lines = [step_line(step) for step in range(10, 201, 10)]
+    return make_record(evaluations), [*lines, *({"kind": "eval", **e} for e in evaluations)]
+
+
+def test_report_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
+    source = report(tmp_path, *usual_run())
+    page = Page(source)
+    assert "http://" not in source
+    assert "https://" not in source
+    assert page.loads == []
+    assert "url(" not in source
+    assert "@import" not in source
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("svg") == 7
+    for text in (
+        "target 0.3325", "0.3375", "0.2125", "12,800", "✓ target reached", "✓ compliance passed", "seed 7", "ab" * 32,
+        "forward and backward 72.0 % (9.0 s)", "global_batch: 64", "line 1 <ok> & SUCCESS", "50.0 %", "0.5000", "0.25",
+    ):  # fmt: skip
+        assert text in page.text
+
+
+def test_run_name_and_texts_are_escaped(tmp_path: Path) -> None:
+    record, lines = usual_run()
+    record["config"]["run"]["name"] = "<b>&"
+    record["environment"]["device"] = "<script>alert(1)</script>"
+    lines[0]["clip"] = {"<i>group": {"clipped_share": 0.5, "mean_coefficient": 0.5}}
+    source = report(tmp_path, record, lines)
+    page = Page(source)
+    assert "<b>&" in page.text
+    assert "&lt;b&gt;&amp;" in source
+    assert not {"b", "script"} & set(page.tags)
+    assert "<i>group" not in source
+
+
+def test_missing_values_do_not_break_it(tmp_path: Path) -> None:
+    record, lines = usual_run()
+    record["metrics"] |= {"mfu": None, "final_accuracy": None, "target_reached": 0}
+    record |= {"evaluations": [], "target_accuracy": None, "compliance": {"summary": "not checked"}, "time_split_s": {}}
+    bare = {"kind": "step", "step": 210, "time_s": 21.0, "loss": math.nan, "grad_norm": None, "samples": 1, "clip": {}}
+    skipped = {"kind": "skipped", "step": 210, "bad_step": 209, "ranks": [0]}
+    page = Page(report(tmp_path, record, [*(x for x in lines if x["kind"] == "step"), bare, skipped]))
+    for text in ("no target set", "compliance not checked", "The run made no evaluation.", "1 warnings, at steps 209"):
+        assert text in page.text
+    assert "nan" not in page.text.lower()
+
+
+def test_a_run_without_lines(tmp_path: Path) -> None:
+    page = Page(report(tmp_path, make_record([]), []))
+    assert "No values were logged." in page.text
+    assert "No clip statistics were logged." in page.text
+
+
+def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
+    record, lines = usual_run()
+    lost = [{**step_line(step), "loss": 123.0} for step in range(10, 61, 10)]
+    assert "123" not in report(tmp_path, record, [*lost, *lines])
+
+
+def test_badges_of_a_failed_run(tmp_path: Path) -> None:
+    record, lines = usual_run()
+    record["metrics"]["target_reached"] = 0
+    record["compliance"]["passed"] = False
+    text = Page(report(tmp_path, record, lines)).text
+    assert "✗ target not reached" in text
+    assert "✗ compliance failed" in text
+
+
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    evaluations = [evaluation(step, step / 3e5) for step in range(50, 100_001, 50)]
+    lines = [step_line(step) for step in range(10, 100_001, 10)]
+    source = report(tmp_path, make_record(evaluations), [*lines, *({"kind": "eval", **e} for e in evaluations)])
+    assert len(source.encode()) < 1_000_000
+    text = Page(source).text
+    assert "of 2,000 evaluations" in text
+    assert "100,000" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 1), (1.0000018, 1.00006), (0, 3e-7), (-3.2, 17.9), (8.1, 8.1), (0, 0), (1, 1 + 1e-13), (0, 123456789), (-5, -2)],
+)
+def test_ticks_cover_the_range_and_are_few(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    step = ticks[1] - ticks[0]
+    assert ticks[0] <= low + 1e-6 * step
+    assert ticks[-1] >= high - 1e-6 * step
+    assert 2 <= len(ticks) <= 8
+    assert all(b > a for a, b in zip(ticks, ticks[1:], strict=False))
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-3)
+    assert min(abs(mantissa - nice) for nice in (1, 2, 2.5, 5, 10)) < 1e-3
+
+
+@pytest.mark.parametrize("count", [0, 1, 599, 600, 601, 1199, 100_000])
+def test_thinning_keeps_the_ends_the_order_and_the_mean(count: int) -> None:
+    points = [(float(x), x % 10.0) for x in range(count)]
+    kept = thin(points)
+    assert len(kept) == min(count, MAX_POINTS)
+    assert [*kept[:1], *kept[-1:]] == [*points[:1], *points[-1:]]
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+    if count == 100_000:
+        assert sum(y for _, y in kept) / len(kept) == pytest.approx(4.5, abs=0.1)
+
+
+def test_hover_titles_only_on_short_series() -> None:
+    few = line_chart([Series("a<", [(float(x), float(x)) for x in range(499)], 0)], "step", "y")
+    many = line_chart([Series("a<", [(float(x), float(x)) for x in range(500)], 0)], "step", "y")
+    assert few.count("<title>a&lt;: ") == 499
+    assert "<title>" not in many
+    rows = [(float(x), 1.0, 2.0) for x in range(1, 31)]
+    assert stacked_bars(rows, [("low", 0), ("high", 1)], "step", "ms").count("low: 1\nhigh: 2</title>") == 30
+
+
+def test_robust_axis_names_what_it_leaves_out() -> None:
+    points = [(float(x), 1.0) for x in range(100)] + [(100.0, 5000.0)]
+    assert "1 above the axis, up to 5000" in line_chart([Series("norm", points, 0)], "step", "y", robust=True)
+    assert "above the axis" not in line_chart([Series("norm", points, 0)], "step", "y")
+
+
+def test_one_point_and_one_share() -> None:
+    assert "<circle" in line_chart([Series("a", [(0.0, 0.0)], 0)], "step", "y", reference=("target", 0.5))
+    assert "100.0 % (2.0 s)" in shares_bar([Share("all", 2.0, 0), Share("none", 0.0, 1)], "s")
+    assert "No values" in shares_bar([], "s")
