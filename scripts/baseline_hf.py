@@ -48,7 +48,7 @@ from bert_fast.report.console import ProgressLine
 from bert_fast.train import launch
 from bert_fast.train.clock import Clock
 from bert_fast.train.entry import EXIT_TARGET_MISSED, guarded
-from bert_fast.train.environment import Environment, describe, join
+from bert_fast.train.environment import Environment, describe, join, pick_device, pick_dtype
 from bert_fast.train.folder import check_inputs, commit
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
@@ -74,7 +74,9 @@ def make_model(config: Config) -> BertForPreTraining:
     )
     unusable = sorted(loaded["missing_keys"]) + sorted(key[0] for key in loaded["mismatched_keys"])
     if unusable:
-        raise UserError(f"checkpoint {folder} does not fit the config's model section: {unusable[0]} is missing or too small")
+        raise UserError(
+            f"checkpoint {folder} does not fit the config's model section: {unusable[0]} is missing or of another shape"
+        )
     return model.train()
 
 
@@ -97,7 +99,8 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for name, p in named if has_decay(name.lower())], "weight_decay": settings.weight_decay},
         {"params": [p for name, p in named if not has_decay(name.lower())], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+    betas = settings.beta1, settings.beta2
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
 
 
 def collate(samples: list[Sample]) -> Inputs:
@@ -111,9 +114,13 @@ def collate(samples: list[Sample]) -> Inputs:
         attention_mask[row, :length] = 1
         token_type_ids[row, sample.len_a : length] = 1
         labels[row, sample.masked_positions] = sample.masked_labels
-    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids, "labels": labels}
-    arrays["next_sentence_label"] = np.array([sample.is_random_next for sample in samples], dtype=np.int64)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "token_type_ids": torch.from_numpy(token_type_ids),
+        "labels": torch.from_numpy(labels),
+        "next_sentence_label": torch.tensor([sample.is_random_next for sample in samples]),
+    }
 
 
 def training_batches(store: Store, config: Config, environment: Environment) -> Iterator[Inputs]:
@@ -228,14 +235,16 @@ class Evaluator:
 
 
 def join_plainly(config: Config) -> Environment:
-    """`environment.join` on a CPU without our allocator setting: same ranks, threads and cores, glibc as it comes.
+    """`environment.join` on Linux and CPU without our allocator setting: same ranks, threads, cores; glibc as it comes.
 
     Keeping freed memory, which `join` asks of glibc, is part of what is measured against this baseline.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world != config.system.world_size:
-        raise UserError(f"the launcher started {world} ranks and system.world_size={config.system.world_size}; start as many")
+        raise UserError(
+            f"the launcher started {world} ranks and system.world_size={config.system.world_size}; start as many"
+        )
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // local_world)
     threads = config.system.threads_per_rank or share
@@ -314,8 +323,9 @@ def _open_stores(config: Config) -> tuple[Store, Store]:
     stores = Store(data.train), Store(data.eval)
     for store, sha256 in zip(stores, (None, data.eval_sha256), strict=True):
         store.check(
-            vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=data.vocab_sha256, sha256=sha256
-        )
+            vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len,
+            vocab_sha256=data.vocab_sha256, sha256=sha256,
+        )  # fmt: skip
     return stores
 
 
@@ -328,8 +338,8 @@ def _sum_over_ranks(value: int, environment: Environment) -> int:
 
 def be_a_rank(config: Config, args: argparse.Namespace) -> int:
     """Join, train, write and print the figures."""
-    on_cuda = pick_device(config.system.device, 0).type == "cuda"
-    environment = join(config) if on_cuda or args.our_allocator else join_plainly(config)
+    sets_allocator = sys.platform == "linux" and pick_device(config.system.device, 0).type == "cpu"
+    environment = join_plainly(config) if sets_allocator and not args.our_allocator else join(config)
     if environment.dtype == torch.float16:
         raise UserError("the baseline has no loss scaling: set train.precision=bf16 or fp32")
     record = train(config, environment, min(config.train.max_steps, args.max_steps or config.train.max_steps))
@@ -355,7 +365,9 @@ def run(args: argparse.Namespace) -> int:
     """Start the ranks here, or be one."""
     config = load_config(args.config, args.overrides)
     if config.optimizer.name != "adamw":
-        raise UserError(f"the baseline trains with torch's AdamW and optimizer.name={config.optimizer.name}; set it to adamw")
+        raise UserError(
+            f"the baseline trains with torch's AdamW and optimizer.name={config.optimizer.name}; set it to adamw"
+        )
     if args.max_steps is not None and args.max_steps < 1:
         raise UserError(f"--max-steps {args.max_steps} must be at least 1")
     if not launch.is_launched():

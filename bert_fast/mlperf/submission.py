@@ -27,5 +27,6 @@ def check_log(path: str | Path, ruleset: str) -> Verdict:
             ],
             cwd=scratch, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-    text = (done.stdout + done.stderr).strip()
+        text = (done.stdout + done.stderr).strip()
+    text = text.replace(str(Path(path).resolve()), Path(path).name).replace(f"{scratch}/", "")
     return Verdict(done.returncode == 0 and "SUCCESS" in text, text)

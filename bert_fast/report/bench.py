@@ -18,11 +18,17 @@ _PACKAGES = ("bert_fast", "torch", "transformers", "numpy")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--json FILE` and `--quick`, which every benchmark has."""
     parser.add_argument("--json", metavar="FILE", help="write metrics, config, environment and raw repeats there")
-    parser.add_argument("--quick", action="store_true", help="under a minute: fewer and smaller repeats, to see it work")
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute: fewer and smaller repeats, to see it work"
+    )
 
 
 def write_result(
-    path: str | Path, metrics: dict[str, Any], config: dict[str, Any], environment: dict[str, Any], samples: dict[str, Any]
+    path: str | Path,
+    metrics: dict[str, Any],
+    config: dict[str, Any],
+    environment: dict[str, Any],
+    samples: dict[str, Any],
 ) -> None:
     """One self-contained JSON object: figures by name, what was run, where, and the raw repeats behind the figures."""
     write_json(path, {"metrics": metrics, "config": config, "environment": environment, "samples": samples})

@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import fmean
 
 WIDTH, HEIGHT = 560, 290
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 26, 42
+LEFT, RIGHT, TOP, BOTTOM = 64, 26, 26, 42
 MAX_POINTS = 600  # a line of a report is about this many pixels wide: more points would only make the file larger
 MAX_HOVER = 500  # series of at least this many points get no hover titles
 MAX_DOTS = 60  # series up to this many points show each as a dot

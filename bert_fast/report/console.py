@@ -89,7 +89,7 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("imbalance (planned)", f"{metrics['imbalance_mean']:.4f} max/mean cost over ranks"),
         ("imbalance (measured)", f"{metrics['compute_imbalance']:.3f} max/mean compute time over ranks"),
         ("exposed communication", f"{1e3 * metrics['exposed_communication_s']:.2f} ms a step"),
-        ("start-up", f"{record['init_s']:.1f} s to run_start, then {metrics['first_step_s']:.2f} s to the first step"),
+        ("start-up", _start_text(record)),
         ("time split", ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in split.items())),
         ("peak memory", _memory_text(record["peak_memory"])),
         ("MLPerf compliance", verdict["summary"]),
@@ -102,7 +102,14 @@ def _target_text(record: dict[str, Any]) -> str:
         return "none was set"
     accuracy = metrics.get("final_accuracy")
     reached = "reached" if metrics["target_reached"] else "NOT reached"
-    return f"{reached}: masked-LM accuracy {accuracy:.4f} of {record['target_accuracy']:.4f}"
+    shown = "was never measured" if accuracy is None else f"{accuracy:.4f}"
+    return f"{reached}: masked-LM accuracy {shown} of {record['target_accuracy']:.4f}"
+
+
+def _start_text(record: dict[str, Any]) -> str:
+    first = record["metrics"].get("first_step_s")
+    then = "no step was needed" if first is None else f"then {first:.2f} s to the first step"
+    return f"{record['init_s']:.1f} s to run_start, {then}"
 
 
 def _mfu_text(metrics: dict[str, Any]) -> str:

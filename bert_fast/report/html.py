@@ -225,7 +225,7 @@ def _step_time_figure(steps: list[dict[str, Any]], global_batch: int) -> str:
         ("compute", COMPUTE), ("exposed communication", COMMUNICATION), ("optimizer", OPTIMIZER), ("data wait", DATA),
         ("rest", REST),
     ]  # fmt: skip
-    caption = "Compute is the mean over ranks; the rest is mostly the wait for the slowest rank."
+    caption = "Compute is the mean over ranks; the rest includes the wait for the slowest rank."
     if rows:
         means = [fmean(column) for column in list(zip(*rows, strict=True))[1:]]
         listed = ", ".join(f"{name} {mean:.2f}" for (name, _), mean in zip(layers, means, strict=True))
@@ -304,7 +304,7 @@ def _skipped_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if not bad:
         return []
     named = ", ".join(_text(line.get("bad_step")) for line in bad[:10]) + (", ..." if len(bad) > 10 else "")
-    return [("not finite, skipped", f"{len(bad)} warnings, at steps {named}")]
+    return [("skipped steps", f"loss or gradient not finite: {len(bad)} logged, at step {named}")]
 
 
 def _evaluation_table(rows: list[dict[str, Any]], total: int) -> str:

@@ -45,10 +45,12 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast format; fp32 means no autocast."""
+    """The autocast format; fp32 means no autocast. Raises UserError for fp16 on a CPU."""
     if precision == "auto":
         has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
         precision = "bf16" if has_bf16 else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("train.precision=fp16 needs CUDA; on CPU set train.precision=bf16 or fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

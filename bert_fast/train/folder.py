@@ -89,6 +89,7 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
     plain = as_plain(config)
     key = {
         section: hashlib.sha256(json.dumps(plain[section], sort_keys=True).encode()).hexdigest()[:16]
-        for section in ("model", "batch", "optimizer", "schedule")
+        for section in ("model", "batch", "balance", "optimizer", "schedule")
     }
-    return {**key, "seed": str(config.train.seed), "train data": train_sha256[:16], "eval data": eval_sha256[:16]}
+    clipping = {name: plain["communication"][name] for name in ("clip", "clip_groups", "max_norm")}
+    return {**key, "clipping": json.dumps(clipping), "seed": str(config.train.seed), "train data": train_sha256[:16], "eval data": eval_sha256[:16]}

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Time to train, ours against the transformers baseline: interleaved pairs of runs with the same seed.
+
+    python scripts/bench_time_to_train.py --json results/mini_cpu/time_to_train.json      # 5 pairs
+    python scripts/bench_time_to_train.py --quick                                         # under a minute
+    python scripts/bench_time_to_train.py --config configs/mini_cpu.yaml --pairs 3 optimizer.lr=0.002 --out raw/
+
+A pair is run_pretraining.py and scripts/baseline_hf.py one after the other with one config and one seed; who goes first
+alternates, so that a slow drift of the machine falls on both. The result is the median over pairs of the ratio of their
+times. A pair of which a run missed the target gives no ratio. With --quick both are cut after a fixed number of steps, no
+target can be reached, and the ratio is of the training time per sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bert_fast.cli import load_config  # noqa: E402
+from bert_fast.config import Config, as_plain  # noqa: E402
+from bert_fast.errors import TrainingError, UserError  # noqa: E402
+from bert_fast.files import write_json  # noqa: E402
+from bert_fast.report import bench  # noqa: E402
+from bert_fast.train.entry import EXIT_TARGET_MISSED, guarded  # noqa: E402
+from bert_fast.train.folder import check_inputs, commit  # noqa: E402
+
+SIDES = ("ours", "hf")
+_FIGURES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "tokens_per_s")
+_PAIRS = 5
+_QUICK_STEPS = 60
+_QUICK = (
+    f"train.max_steps={_QUICK_STEPS}", "train.target_accuracy=0.999", "train.eval_every_samples=1000000000",
+    "train.eval_start_samples=null", "train.eval_at_start=false",
+)  # fmt: skip
+_TAIL = 15  # lines of a failed run that are shown
+
+Metrics = dict[str, Any]
+Pair = dict[str, Metrics]
+
+
+def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one side to its end; returns its record. Raises TrainingError, its last lines shown, if it failed."""
+    name = f"pair-{pair}-{side}"
+    settings = ["--config", args.config, *args.overrides, *(_QUICK if args.quick else ()), f"train.seed={pair}"]
+    if side == "ours":
+        result = folder / name / "metrics.json"
+        command = [str(ROOT / "run_pretraining.py"), *settings, f"run.folder={folder / name}"]
+    else:
+        result = folder / f"{name}.json"
+        allocator = ["--our-allocator"] if args.our_allocator else []
+        command = [str(ROOT / "scripts" / "baseline_hf.py"), *settings, "--json", str(result), *allocator]
+    log = folder / f"{name}.log"
+    with open(log, "wb") as output:
+        done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False)
+    if done.returncode not in (0, EXIT_TARGET_MISSED) or not result.is_file():
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+        print("\n".join(f"    {line}" for line in tail), file=sys.stderr)
+        raise TrainingError(
+            f"pair {pair}: {_title(side)} ended with exit code {done.returncode}; its last lines are above"
+        )
+    record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if args.out:
+        record["config"]["run"]["folder"] = None  # a temporary folder that will be gone
+        write_json(Path(args.out) / f"{name}.json", record)
+    return record
+
+
+def run_pairs(args: argparse.Namespace) -> list[Pair]:
+    """All runs, one after the other; the figures of every pair by side."""
+    pairs: list[Pair] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(1, args.pairs + 1):
+            pair: Pair = {}
+            for side in _order(number):
+                metrics = run_one(side, number, args, Path(folder))["metrics"]
+                pair[side] = {name: metrics[name] for name in _FIGURES}
+                print(f"pair {number}/{args.pairs}, {_title(side)}: {_one_line(metrics, args.quick)}", flush=True)
+            pairs.append(pair)
+    return pairs
+
+
+def _order(pair: int) -> tuple[str, ...]:
+    return SIDES if pair % 2 else SIDES[::-1]
+
+
+def _title(side: str) -> str:
+    return {"ours": "ours", "hf": "baseline"}[side]
+
+
+def _one_line(metrics: Metrics, quick: bool) -> str:
+    verdict = "" if quick else (", target reached" if metrics["target_reached"] else ", target NOT reached")
+    return (
+        f"{metrics['time_to_train_s']:.1f} s, {metrics['samples_to_target']:,} samples, "
+        f"{metrics['samples_per_s']:,.0f} samples/s, accuracy {metrics['final_accuracy']:.4f}{verdict}"
+    )
+
+
+def time_ratio(pair: Pair, quick: bool) -> float | None:
+    """Baseline over ours: of times to train, None if a run missed the target; of times per sample if quick."""
+    if quick:
+        return throughput_ratio(pair)
+    if not all(pair[side]["target_reached"] for side in SIDES):
+        return None
+    return float(pair["hf"]["time_to_train_s"] / pair["ours"]["time_to_train_s"])
+
+
+def throughput_ratio(pair: Pair) -> float:
+    """Samples per second, ours over the baseline's, evaluations left out: the inverse ratio of times per sample."""
+    return float(pair["ours"]["samples_per_s"] / pair["hf"]["samples_per_s"])
+
+
+def raw_samples(pairs: list[Pair], quick: bool) -> dict[str, list[Any]]:
+    """The repeats behind every figure, in the order of pairs."""
+    samples: dict[str, list[Any]] = {
+        f"{name}/{side}": [pair[side][name] for pair in pairs] for name in _FIGURES for side in SIDES
+    }
+    samples["time_to_train_ratio_hf_over_ours"] = [time_ratio(pair, quick) for pair in pairs]
+    samples["throughput_ratio_ours_over_hf"] = [throughput_ratio(pair) for pair in pairs]
+    samples["seed"] = list(range(1, len(pairs) + 1))
+    samples["first"] = [_order(number)[0] for number in samples["seed"]]
+    return samples
+
+
+def summarise(samples: dict[str, list[Any]]) -> dict[str, float | None]:
+    """Medians over pairs; None where no pair has the figure."""
+    ratios = [ratio for ratio in samples["time_to_train_ratio_hf_over_ours"] if ratio is not None]
+    metrics: dict[str, float | None] = {
+        "time_to_train_ratio_hf_over_ours": statistics.median(ratios) if ratios else None,
+        "throughput_ratio_ours_over_hf": statistics.median(samples["throughput_ratio_ours_over_hf"]),
+        "num_ratios": len(ratios),
+    }
+    for name in _FIGURES:
+        for side in SIDES:
+            metrics[f"{name}/{side}"] = statistics.median(samples[f"{name}/{side}"])
+    return metrics
+
+
+def table(samples: dict[str, list[Any]], metrics: dict[str, float | None]) -> str:
+    """Every pair and the medians."""
+    headers = ["pair", "first"]
+    for what in ("time s", "samples", "accuracy", "samples/s"):
+        headers += [f"{what} {side}" for side in SIDES]
+    headers.append("ratio")
+    columns = ("time_to_train_s", "samples_to_target", "final_accuracy", "samples_per_s")
+    formats = ("{:,.1f}", "{:,.0f}", "{:.4f}", "{:,.0f}")
+
+    def row(label: str, first: str, value: Any, ratio: float | None) -> list[str]:
+        cells = [
+            text.format(value(f"{name}/{side}")) for name, text in zip(columns, formats, strict=True) for side in SIDES
+        ]
+        return [label, first, *cells, "none" if ratio is None else f"{ratio:.3f}"]
+
+    ratios = samples["time_to_train_ratio_hf_over_ours"]
+    rows = [
+        row(str(seed), samples["first"][i], lambda name, i=i: samples[name][i], ratios[i])
+        for i, seed in enumerate(samples["seed"])
+    ]
+    rows.append(row("median", "", lambda name: metrics[name], metrics["time_to_train_ratio_hf_over_ours"]))
+    return bench.markdown_table(headers, rows)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, run, report."""
+    config = _checked_config(args)
+    environment = {
+        **bench.environment(),
+        "commit": commit(),
+    }  # before the runs: the load they find, not the load they make
+    samples = raw_samples(run_pairs(args), args.quick)
+    metrics = summarise(samples)
+    ratio_of = f"time per sample (quick: {_QUICK_STEPS} steps, no target)" if args.quick else "time to train"
+    print(f"\n{table(samples, metrics)}\n")
+    ratio = metrics["time_to_train_ratio_hf_over_ours"]
+    if ratio is None:
+        print("no ratio: in every pair a run missed the target")
+    else:
+        repeats = f"median of {metrics['num_ratios']} pair{'s' if metrics['num_ratios'] != 1 else ''}"
+        print(f"ratio of {ratio_of}, baseline over ours: {ratio:.3f} ({repeats})")
+    if args.json:
+        what = {
+            "file": args.config, "overrides": args.overrides, "pairs": args.pairs, "quick": args.quick, "ratio_of": ratio_of,
+            "baseline_allocator": "as ours" if args.our_allocator else "the system's", **as_plain(config),
+        }  # fmt: skip
+        bench.write_result(args.json, metrics, what, environment, samples)
+    return 0 if ratio is not None else EXIT_TARGET_MISSED
+
+
+def _checked_config(args: argparse.Namespace) -> Config:
+    """The config of both sides, with what is known to fail refused before the first run."""
+    config = load_config(args.config, [*args.overrides, *(_QUICK if args.quick else ())])
+    if args.pairs is None:
+        args.pairs = 1 if args.quick else _PAIRS
+    if args.pairs < 1:
+        raise UserError(f"--pairs {args.pairs} must be at least 1")
+    if config.train.target_accuracy is None:
+        raise UserError(f"{args.config} has no train.target_accuracy, so no time to train; set one, or use --quick")
+    check_inputs(config)
+    return config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", metavar="FILE", default="configs/mini_cpu.yaml", help="config of both sides (%(default)s)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
+    parser.add_argument("--pairs", type=int, metavar="N", help=f"pairs of runs (default {_PAIRS}; 1 with --quick)")
+    parser.add_argument("--out", metavar="FOLDER", help="also keep the record of every run there")
+    parser.add_argument(
+        "--our-allocator", action="store_true", help="give the baseline our allocator setting too (CPU)"
+    )
+    bench.add_arguments(parser)
+    args = parser.parse_intermixed_args()
+    return guarded(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Every config in configs/ loads, plans and lays out its buckets; every data recipe is one that prepare_data.py knows."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from bert_fast.cli import load_config
+from bert_fast.memory.estimate import num_parameters
+from bert_fast.train.dry_run import dry_run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs" / "data").glob("*.yaml"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_are_configs() -> None:
+    assert {"mini_cpu.yaml", "mini_start.yaml"} <= {path.name for path in CONFIGS}
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_config_loads_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(path)
+    monkeypatch.chdir(tmp_path)  # no data here: the dry run must make up lengths
+    monkeypatch.setenv("COLUMNS", "400")
+    dry_run(config)
+    printed = capsys.readouterr().out
+    for part in ("memory of a rank", "MiB", "plan", "imbalance mean", "buckets", "MiB in ready order", "clip groups"):
+        assert part in printed, part
+    batch = config.batch
+    assert f"{batch.global_batch:,} = {batch.local_batch} x {config.system.world_size:,} ranks x {batch.accumulation}" in printed
+    assert f"{num_parameters(config.model):,} parameters" in printed
+    assert "made-up lengths" in printed
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_config_says_its_command_on_top(path: Path) -> None:
+    head = [line for line in path.read_text(encoding="utf-8").splitlines()[:6] if line.startswith("#")]
+    assert any(f"--config {relative(path)}" in line for line in head)
+
+
+def test_dry_run_reads_the_lengths_of_a_store(make_config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    config = make_config()
+    dry_run(config)
+    assert f"samples of {config.data.train}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def prepare_data() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data_script", ROOT / "scripts" / "prepare_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=relative)
+def test_recipe_is_understood(path: Path, prepare_data: ModuleType) -> None:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    parsed = vars(prepare_data.parse(["--recipe", str(path), "--seed", "7"]))
+    for name, value in values.items():
+        assert parsed[name] == (7 if name == "seed" else value), name
