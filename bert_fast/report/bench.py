@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
     }
@@ -52,8 +52,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    """As `train.environment.cpu_name`, which cannot be used here: it lies above this layer and needs torch."""
+def cpu_name() -> str:
+    """The CPU's model name, as far as the system tells."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.report.bench import cpu_name
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,3 @@ def describe(environment: Environment) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }
-
-
-def cpu_name() -> str:
-    """The CPU's model name, as far as the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

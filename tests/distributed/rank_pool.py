@@ -5,12 +5,11 @@ The ranks are forked from a server that has imported torch once: a pool costs on
 
 from __future__ import annotations
 
-import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 _TIMEOUT_S = 60.0
@@ -23,9 +22,8 @@ class RankPool:
     others may wait for it in a collective; the next call starts a fresh one.
     """
 
-    def __init__(self, world: int) -> None:
-        self.world = world
-        self._scratch = tempfile.TemporaryDirectory()
+    def __init__(self, world: int, scratch: Path) -> None:
+        self.world, self._scratch = world, scratch
         self._starts = 0
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
@@ -54,7 +52,7 @@ class RankPool:
         context = get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "bert_fast.train.build"])
         self._starts += 1
-        meeting = os.path.join(self._scratch.name, f"meeting-{self._starts}")
+        meeting = str(self._scratch / f"meeting-of-{self.world}-{self._starts}")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, meeting, theirs), daemon=True)
