@@ -70,6 +70,11 @@ class BatchConfig(Section):
     global_batch: PositiveInt = Field(description="samples in one optimizer step over all ranks")
     local_batch: PositiveInt = Field(description="samples of one rank in one forward pass")
     accumulation: PositiveInt = Field(1, description="micro-batches a rank runs before one optimizer step")
+    shape_multiple: PositiveInt = Field(
+        64,
+        description="pad a micro-batch's tokens to a multiple of this with a dummy sequence, and its masked positions to a "
+        "quarter of it: kernels are prepared once a shape (1: never pad)",
+    )
     eval_batch: PositiveInt = Field(64, description="samples of one rank in one evaluation forward")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,9 @@ class Batch:
     masked_positions: int64 [M], indices into T; masked_labels: int64 [M]
     next_sentence_labels: int64 [B], 1 where B comes from another document
     lengths: B host integers; sample_ids: int64 [B]
+
+    A padded batch (`padded`) has one more sequence in `lengths` and `cu_seqlens`, and masked labels of -1 that do not
+    count.
     """
 
     input_ids: np.ndarray
@@ -31,6 +34,29 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids)
+
+
+def padded(batch: Batch, multiple: int) -> Batch:
+    """The batch with a last dummy sequence that makes its tokens a multiple of `multiple`, its masks of a quarter of it.
+
+    Kernels are prepared for every new shape: with few shapes they are prepared once.
+    """
+    extra_tokens = -batch.num_tokens % multiple
+    extra_masks = -len(batch.masked_labels) % max(1, multiple // 4)
+    if not extra_tokens and not extra_masks:
+        return batch
+    zeros = np.zeros(extra_tokens, dtype=np.int64)
+    ends = [batch.num_tokens + extra_tokens] if extra_tokens else []
+    return replace(
+        batch,
+        input_ids=np.concatenate([batch.input_ids, zeros]),
+        token_type_ids=np.concatenate([batch.token_type_ids, zeros]),
+        position_ids=np.concatenate([batch.position_ids, zeros]),
+        cu_seqlens=np.concatenate([batch.cu_seqlens, np.array(ends, dtype=np.int32)]),
+        masked_positions=np.concatenate([batch.masked_positions, np.zeros(extra_masks, dtype=np.int64)]),
+        masked_labels=np.concatenate([batch.masked_labels, np.full(extra_masks, -1, dtype=np.int64)]),
+        lengths=batch.lengths + [extra_tokens] * bool(extra_tokens),
+    )
 
 
 def assemble(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, sample_ids: np.ndarray) -> Batch:

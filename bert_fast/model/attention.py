@@ -42,36 +42,45 @@ class SequenceLayout:
 
     lengths: list[int]
     cu_seqlens: torch.Tensor
-    _groups: dict[float, list[Group]] = field(default_factory=dict)
+    _groups: dict[tuple[float, int], list[Group]] = field(default_factory=dict)
 
     @property
     def max_len(self) -> int:
         return max(self.lengths)
 
-    def groups(self, slack: float) -> list[Group]:
-        """Consecutive sequences grouped so that padding stays below `slack` of each group's tokens."""
-        if slack not in self._groups:
-            self._groups[slack] = [
-                self._group(start, start_token, members) for start, start_token, members in self._runs(slack)
-            ]
-        return self._groups[slack]
+    def groups(self, slack: float, multiple: int = 1) -> list[Group]:
+        """Neighbouring sequences in groups.
 
-    def _runs(self, slack: float) -> list[tuple[int, int, list[int]]]:
-        runs: list[tuple[int, int, list[int]]] = []
-        token, members, start, start_token = 0, [], 0, 0
-        for index, length in enumerate(self.lengths):
-            grown = [*members, length]
-            if members and max(grown) * len(grown) > sum(grown) * (1 + slack):
-                runs.append((start, start_token, members))
-                members, start, start_token = [length], index, token
+        Args:
+            slack: padding that a group may have, as a share of its tokens (lengths rounded up to `multiple`).
+            multiple: rectangles are as wide as a multiple of this, so that kernels see few shapes.
+        """
+        key = (slack, multiple)
+        if key not in self._groups:
+            self._groups[key] = [
+                self._group(start_token, members, multiple) for start_token, members in self._runs(slack, multiple)
+            ]
+        return self._groups[key]
+
+    def _runs(self, slack: float, multiple: int) -> list[tuple[int, list[int]]]:
+        """(first token, lengths) of each group."""
+        runs: list[tuple[int, list[int]]] = []
+        token = start_token = widest = total = 0
+        members: list[int] = []
+        for length in self.lengths:
+            rounded = _round_up(length, multiple)
+            grown_widest, grown_total = max(widest, rounded), total + rounded
+            if members and grown_widest * (len(members) + 1) > grown_total * (1 + slack):
+                runs.append((start_token, members))
+                members, start_token, widest, total = [length], token, rounded, rounded
             else:
-                members = grown
+                members, widest, total = [*members, length], grown_widest, grown_total
             token += length
-        runs.append((start, start_token, members))
+        runs.append((start_token, members))
         return runs
 
-    def _group(self, start: int, start_token: int, members: list[int]) -> Group:
-        longest, end = max(members), start_token + sum(members)
+    def _group(self, start_token: int, members: list[int], multiple: int) -> Group:
+        longest, end = _round_up(max(members), multiple), start_token + sum(members)
         if min(members) == longest:
             return Group(start_token, end, len(members), longest)
         device = self.cu_seqlens.device
@@ -79,16 +88,13 @@ class SequenceLayout:
         starts = torch.cumsum(lengths, 0) - lengths
         column = torch.arange(longest, device=device)
         real = column[None, :] < lengths[:, None]
-        index = torch.where(real, starts[:, None] + column[None, :], 0)
-        return Group(
-            start_token,
-            end,
-            len(members),
-            longest,
-            index.flatten(),
-            real[:, None, None, :],
-            real.flatten().nonzero()[:, 0],
-        )
+        index = torch.where(real, starts[:, None] + column[None, :], 0).flatten()
+        places = real.flatten().nonzero()[:, 0]
+        return Group(start_token, end, len(members), longest, index, real[:, None, None, :], places)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 Backend = Callable[[torch.Tensor, SequenceLayout, float], torch.Tensor]
@@ -122,10 +128,7 @@ def _loop(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> tor
     return torch.cat(pieces)
 
 
-def _by_groups(
-    qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float, slack: float, dense: Dense = _dense
-) -> torch.Tensor:
-    groups = layout.groups(slack)
+def _by_groups(qkv_T3HK: torch.Tensor, groups: list[Group], dropout: float, dense: Dense = _dense) -> torch.Tensor:
     pieces = []
     for group, tokens in zip(groups, qkv_T3HK.split([g.end - g.start for g in groups]), strict=True):
         if group.index is None:
@@ -139,15 +142,15 @@ def _by_groups(
 
 
 def _grouped(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
-    return _by_groups(qkv_T3HK, layout, dropout, slack=0.15)
+    return _by_groups(qkv_T3HK, layout.groups(0.15), dropout)
 
 
 def _matmul(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
-    return _by_groups(qkv_T3HK, layout, dropout, slack=0.15, dense=_explicit)
+    return _by_groups(qkv_T3HK, layout.groups(0.05, multiple=16), dropout, _explicit)
 
 
 def _padded(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
-    return _by_groups(qkv_T3HK, layout, dropout, slack=float("inf"))
+    return _by_groups(qkv_T3HK, layout.groups(float("inf")), dropout)
 
 
 def _varlen(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:

@@ -22,7 +22,8 @@ class BertInput(NamedTuple):
     """What the model reads of a batch; `data.batch.Batch` has these fields and more.
 
     input_ids, token_type_ids, position_ids: [T] int64; masked_positions, masked_labels: [M] int64;
-    next_sentence_labels: [B] int64 (1: B is from another document); layout: lengths of the B samples.
+    next_sentence_labels: [B] int64 (1: B is from another document); layout: lengths of the B samples. A masked label
+    below 0 does not count, and a sequence after the first B (padding to a common token count) has no next-sentence label.
     """
 
     input_ids: torch.Tensor
@@ -137,7 +138,8 @@ class BertForPretraining(nn.Module):
         """Masked-LM logits [M, V] of the masked positions and next-sentence logits [B, 2]."""
         hidden_TD = self.encode(batch)
         masked_MD = hidden_TD.index_select(0, batch.masked_positions)
-        first_BD = hidden_TD.index_select(0, batch.layout.cu_seqlens[:-1].long())
+        num_samples = len(batch.next_sentence_labels)
+        first_BD = hidden_TD.index_select(0, batch.layout.cu_seqlens[:num_samples].long())
         return (
             self.heads.masked_lm_logits(masked_MD, self.embeddings.word.weight),
             self.heads.next_sentence_logits(first_BD),

@@ -39,18 +39,22 @@ def loss_sums(
 class SummedCrossEntropy(torch.autograd.Function):
     """Cross-entropy summed over rows, in fp32 at least; keeps only its gradient, in the logits' own format.
 
+    Rows with a label below 0 do not count.
+
     Against `F.cross_entropy(logits.float())` it spares the fp32 log-probabilities and one pass over them.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
         wide = logits_MV.float() if logits_MV.dtype in (torch.bfloat16, torch.float16) else logits_MV
-        column = labels_M[:, None]
+        counts = labels_M[:, None] >= 0
+        column = labels_M[:, None].clamp_min(0)
         log_sum = torch.logsumexp(wide, 1, keepdim=True)
-        loss = (log_sum - wide.gather(1, column)).sum()
+        loss = ((log_sum - wide.gather(1, column)) * counts).sum()
         if ctx.needs_input_grad[0]:
-            gradient = (wide - log_sum).exp_()
-            gradient.scatter_add_(1, column, gradient.new_full(column.shape, -1.0))
+            # a row that does not count: exp(x - inf) = 0, and nothing is taken off at its label
+            gradient = (wide - log_sum.masked_fill(~counts, torch.inf)).exp_()
+            gradient.scatter_add_(1, column, -counts.to(gradient.dtype))
             ctx.save_for_backward(gradient.to(logits_MV.dtype))
         return loss
 

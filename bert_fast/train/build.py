@@ -90,7 +90,7 @@ def _synthetic_input(config: Config, environment: Environment, seed: int) -> Ste
         for i in range(config.batch.accumulation)
     ]
     masked = sum(len(b.masked_labels) for b in batches) * environment.world_size
-    inputs = [to_device(b, environment.device) for b in batches]
+    inputs = [to_device(b, environment.device, config.batch.shape_multiple) for b in batches]
     return StepInput(inputs, masked, config.batch.global_batch)
 
 

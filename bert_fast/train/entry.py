@@ -9,13 +9,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bert_fast.cli import load_config, to_yaml
-from bert_fast.config import as_plain
+from bert_fast.config import Config, as_plain
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import write_json
 from bert_fast.train import launch
-from bert_fast.train.folder import check_folder, check_inputs, create_folder, run_folder
+from bert_fast.train.folder import check_folder, check_inputs, create_folder
+
+if TYPE_CHECKING:
+    from bert_fast.train.loop import Outcome, Run
 
 EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING = 1, 2, 3
 
@@ -62,30 +66,35 @@ def run(args: argparse.Namespace, process_start: float) -> int:
     if not launched and config.system.world_size > 1:
         return launch.run_local(config, sys.argv)
     _die_with_launcher()
-    return _be_a_rank(args, process_start)
+    return _be_a_rank(config, args.resume, process_start)
 
 
-def _be_a_rank(args: argparse.Namespace, process_start: float) -> int:
-    from bert_fast.train.environment import join
+def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
+    from bert_fast.train.environment import join, leave
     from bert_fast.train.finish import finish
     from bert_fast.train.loop import Run
 
-    config = load_config(args.config, args.overrides)
     environment = join(config)
     if environment.is_main:
-        folder = create_folder(config, args.resume)
+        folder = create_folder(config, resume)
         (folder / "stopped.json").unlink(missing_ok=True)
-    run = Run(config, environment, args.resume, process_start)
+    run = Run(config, environment, resume, process_start)
     outcome = run.execute()
-    if outcome.status == "stopped":
-        if environment.is_main:
-            write_json(run_folder(config) / "stopped.json", {"step": run.progress.step, "signal": outcome.signal_name})
-            print(f"stopped by {outcome.signal_name} at step {run.progress.step}; go on with --resume", flush=True)
-        number = getattr(signal, outcome.signal_name or "", signal.SIGTERM)
-        return 128 + int(number)
-    finish(run, outcome)
+    if outcome.status != "stopped":
+        finish(run, outcome)
     run.metrics.close()
-    return EXIT_TARGET_MISSED if outcome.status == "aborted" else 0
+    leave()
+    return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
+
+
+def _exit_code(run: Run, outcome: Outcome) -> int:
+    """Exit code of a run that ended by itself or was stopped."""
+    if outcome.status != "stopped":
+        return EXIT_TARGET_MISSED if outcome.status == "aborted" else 0
+    step, name = run.progress.step, outcome.signal_name
+    write_json(run.folder / "stopped.json", {"step": step, "signal": name})
+    print(f"stopped by {name} at step {step}; go on with --resume", flush=True)
+    return 128 + int(getattr(signal, name or "", signal.SIGTERM))
 
 
 def _report(text: str, code: int) -> int:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from bert_fast.balance.assign import karmarkar_karp
 from bert_fast.balance.cost import CostModel
+from bert_fast.config import BatchConfig
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train.environment import Environment
@@ -30,7 +31,12 @@ class Evaluator:
     """Reads its shard once, keeps it on the device, evaluates it as often as asked."""
 
     def __init__(
-        self, store: Store, num_samples: int | None, batch_size: int, cost: CostModel, environment: Environment
+        self,
+        store: Store,
+        num_samples: int | None,
+        batch: BatchConfig,
+        cost: CostModel,
+        environment: Environment,
     ) -> None:
         self._environment = environment
         total = min(len(store), num_samples or len(store))
@@ -40,8 +46,8 @@ class Evaluator:
         mine = _shard(cost(lengths), environment.world_size)[environment.rank]
         mine = mine[np.argsort(-lengths[mine], kind="stable")]  # like lengths together
         self._batches: list[BertInput] = [
-            to_device(store.batch(mine[start : start + batch_size]), environment.device)
-            for start in range(0, len(mine), batch_size)
+            to_device(store.batch(mine[start : start + batch.eval_batch]), environment.device, batch.shape_multiple)
+            for start in range(0, len(mine), batch.eval_batch)
         ]
 
     @torch.no_grad()

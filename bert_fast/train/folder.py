@@ -92,4 +92,5 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
         for section in ("model", "batch", "balance", "optimizer", "schedule")
     }
     clipping = {name: plain["communication"][name] for name in ("clip", "clip_groups", "max_norm")}
-    return {**key, "clipping": json.dumps(clipping), "seed": str(config.train.seed), "train data": train_sha256[:16], "eval data": eval_sha256[:16]}
+    data = {"train data": train_sha256[:16], "eval data": eval_sha256[:16]}
+    return {**key, "clipping": json.dumps(clipping), "seed": str(config.train.seed), **data}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bert_fast.data.batch import Batch
+from bert_fast.data.batch import Batch, padded
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertInput
 
 
-def to_device(batch: Batch, device: torch.device) -> BertInput:
-    """Copy a batch to the device (from pinned memory and without waiting on CUDA)."""
+def to_device(batch: Batch, device: torch.device, multiple: int = 1) -> BertInput:
+    """Copy a batch, its shape padded to `multiple`, to the device (from pinned memory and without waiting on CUDA)."""
+    batch = padded(batch, multiple)
 
     def move(array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -175,7 +175,9 @@ class Run:
             waited = time.perf_counter()
             plan, batches, masked, tokens, tokens_squared = prefetcher.next()
             inputs = StepInput(
-                [to_device(b, self.environment.device) for b in batches], masked, config.batch.global_batch
+                [to_device(b, self.environment.device, config.batch.shape_multiple) for b in batches],
+                masked,
+                config.batch.global_batch,
             )
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
@@ -281,7 +283,7 @@ class Run:
         values = {
             "samples": self.progress.samples, "time_s": self.clock.elapsed, "loss": mlm + nsp, "mlm_loss": mlm,
             "nsp_loss": nsp, "lr": self._last_lr, "grad_norm": norm, "samples_per_s": rate,
-            "imbalance": self._imbalances, "compute_ms": [round(1e3 * c, 3) for c in compute],
+            "imbalance": [round(x, 6) for x in self._imbalances], "compute_ms": [round(1e3 * c, 3) for c in compute],
             "exposed_ms": 1e3 * exposed, "data_ms": 1e3 * table[:, 5].max() / steps,
             "optimizer_ms": 1e3 * table[:, 6].mean() / steps,
         }  # fmt: skip
@@ -321,7 +323,7 @@ class Run:
         ):
             if self._evaluator is None:
                 self._evaluator = Evaluator(
-                    self.eval_store, self.config.data.eval_samples, self.config.batch.eval_batch,
+                    self.eval_store, self.config.data.eval_samples, self.config.batch,
                     make_cost(self.config), self.environment,
                 )  # fmt: skip
             result: Evaluation = self._evaluator(self.machinery.model)
