@@ -5,11 +5,11 @@
     python scripts/baseline_hf.py --config configs/mini_cpu.yaml train.seed=3 --json baseline.json
 
 Same config file, data, starting weights, batch, schedule, precision, ranks, cores, evaluation interval and target as
-run_pretraining.py. What differs is how it is done: transformers' BertForPreTraining over batches padded to their longest
-sample, every position through the vocabulary projection, DistributedDataParallel with its default buckets and hooks,
-clipping of the averaged gradient, torch's AdamW, a DistributedSampler and a DataLoader, the system's memory allocator as
-it comes (--our-allocator: set as ours). The sections `balance` and `communication` of the config, train.compile and
-checkpoints have no counterpart here (but for max_norm and clip=none).
+run_pretraining.py. What differs is how it is done: transformers' BertForPreTraining over batches padded to their
+longest sample, every position through the vocabulary projection, DistributedDataParallel with its default buckets and
+hooks, clipping of the averaged gradient, torch's AdamW, a DistributedSampler and a DataLoader, the system's memory
+allocator as it comes (--our-allocator: set as ours). The sections `balance` and `communication` of the config,
+train.compile and checkpoints have no counterpart here (but for max_norm and clip=none).
 
 Exit codes: 0 the run ended; 1 the target was not reached; 2 something to mend in config, data or machine.
 """
@@ -134,8 +134,8 @@ def training_batches(store: Store, config: Config, environment: Environment) -> 
     )  # type: ignore[arg-type]  # fmt: skip
     if not len(loader):
         raise UserError(
-            f"batch.global_batch={config.batch.global_batch} is more than the {len(store)} samples of the training store; "
-            "prepare more data or lower the batch"
+            f"batch.global_batch={config.batch.global_batch} is more than the {len(store)} samples of the training "
+            "store; prepare more data or lower the batch"
         )
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
@@ -354,8 +354,8 @@ def be_a_rank(config: Config, args: argparse.Namespace) -> int:
         goal = "" if target is None else f" (target {target:.4f}{'' if metrics['target_reached'] else ' NOT reached'})"
         print(
             f"baseline: {metrics['time_to_train_s']:.1f} s, {metrics['samples_to_target']:,} samples in "
-            f"{metrics['steps']:,} steps, {metrics['samples_per_s']:,.0f} samples/s, {metrics['tokens_per_s']:,.0f} real "
-            f"tokens/s, {accuracy}{goal}",
+            f"{metrics['steps']:,} steps, {metrics['samples_per_s']:,.0f} samples/s, {metrics['tokens_per_s']:,.0f} "
+            f"real tokens/s, {accuracy}{goal}",
             flush=True,
         )
     return 0 if target is None or metrics["target_reached"] else EXIT_TARGET_MISSED

@@ -7,8 +7,8 @@
 
 A pair is run_pretraining.py and scripts/baseline_hf.py one after the other with one config and one seed; who goes first
 alternates, so that a slow drift of the machine falls on both. The result is the median over pairs of the ratio of their
-times. A pair of which a run missed the target gives no ratio. With --quick both are cut after a fixed number of steps, no
-target can be reached, and the ratio is of the training time per sample.
+times. A pair of which a run missed the target gives no ratio. With --quick both are cut after a fixed number of steps,
+no target can be reached, and the ratio is of the training time per sample.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bert_fast.train.folder import check_inputs, commit  # noqa: E402
 SIDES = ("ours", "hf")
 _FIGURES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "tokens_per_s")
 _PAIRS = 5
-_QUICK_STEPS = 60
+_QUICK_STEPS = 40
 _QUICK = (
     f"train.max_steps={_QUICK_STEPS}", "train.target_accuracy=0.999", "train.eval_every_samples=1000000000",
     "train.eval_start_samples=null", "train.eval_at_start=false",
@@ -145,9 +145,9 @@ def summarise(samples: dict[str, list[Any]]) -> dict[str, float | None]:
 
 
 def table(samples: dict[str, list[Any]], metrics: dict[str, float | None]) -> str:
-    """Every pair and the medians."""
+    """Every pair and the medians: seconds, samples, final accuracy, samples per second."""
     headers = ["pair", "first"]
-    for what in ("time s", "samples", "accuracy", "samples/s"):
+    for what in ("s", "samples", "acc.", "rate"):
         headers += [f"{what} {side}" for side in SIDES]
     headers.append("ratio")
     columns = ("time_to_train_s", "samples_to_target", "final_accuracy", "samples_per_s")
@@ -187,8 +187,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"ratio of {ratio_of}, baseline over ours: {ratio:.3f} ({repeats})")
     if args.json:
         what = {
-            "file": args.config, "overrides": args.overrides, "pairs": args.pairs, "quick": args.quick, "ratio_of": ratio_of,
-            "baseline_allocator": "as ours" if args.our_allocator else "the system's", **as_plain(config),
+            "file": args.config, "overrides": args.overrides, "pairs": args.pairs, "quick": args.quick,
+            "ratio_of": ratio_of, "baseline_allocator": "as ours" if args.our_allocator else "the system's",
+            **as_plain(config),
         }  # fmt: skip
         bench.write_result(args.json, metrics, what, environment, samples)
     return 0 if ratio is not None else EXIT_TARGET_MISSED

@@ -1,4 +1,4 @@
-"""The baseline trains what we train: same loss and accuracy for the same weights and samples, and it runs over ranks."""
+"""The baseline trains what we train: same loss and accuracy for the same weights and samples; it runs over ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny store, a tiny checkpoint and a config of two ranks over them."""
     folder = tmp_path_factory.mktemp("baseline")
     _write_text(folder / "text")
-    params = SampleParams(max_seq_len=32, max_predictions=5, dupe_factor=2)
+    params = SampleParams(max_seq_len=32, max_predictions=5, short_seq_prob=0.5, dupe_factor=2)
     recipe = Recipe(corpus="prose", input=str(folder / "text"), vocab_size=200, eval_fraction=0.3, params=params)
     prepare(recipe, folder / "data", num_workers=1, log=lambda line: None)
     tree = {
@@ -117,7 +117,7 @@ def test_evaluation_is_ours(baseline: ModuleType, config_file: Path) -> None:
     alone = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
 
     theirs = baseline.Evaluator(store, config, alone)(baseline.make_model(config))
-    ours = evaluate.Evaluator(store, None, config.batch.eval_batch, CostModel(1.0, 0.0), alone)(_our_model(config))
+    ours = evaluate.Evaluator(store, None, config.batch, CostModel(1.0, 0.0), alone)(_our_model(config))
 
     assert 0.01 < theirs < 0.99, "an accuracy of nothing or everything would prove nothing"
     assert theirs == pytest.approx(ours.mlm_accuracy, abs=1e-12)
@@ -145,7 +145,8 @@ def test_runs_over_two_ranks(config_file: Path, tmp_path: Path) -> None:
     record = json.loads(result.read_text(encoding="utf-8"))
     metrics = record["metrics"]
     assert set(metrics) == {
-        "time_to_train_s", "samples_to_target", "target_reached", "samples_per_s", "tokens_per_s", "final_accuracy", "steps"
+        "time_to_train_s", "samples_to_target", "target_reached", "samples_per_s", "tokens_per_s", "final_accuracy",
+        "steps",
     }  # fmt: skip
     assert all(math.isfinite(value) for value in metrics.values())
     assert (metrics["steps"], metrics["samples_to_target"]) == (NUM_STEPS, NUM_STEPS * GLOBAL_BATCH)
