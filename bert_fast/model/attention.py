@@ -116,7 +116,8 @@ def _explicit(qkv_GL3HK: torch.Tensor, mask: torch.Tensor | None, dropout: float
     query, key, value = qkv_GL3HK.permute(2, 0, 3, 1, 4)
     scores_GHLL = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
-        scores_GHLL = scores_GHLL.masked_fill(~mask, float("-inf"))
+        # In place: the product keeps its factors for backward, not its result; and adding needs no backward of its own.
+        scores_GHLL += torch.zeros_like(mask, dtype=scores_GHLL.dtype).masked_fill_(~mask, float("-inf"))
     weights_GHLL = scores_GHLL.softmax(-1)
     if dropout > 0:
         weights_GHLL = F.dropout(weights_GHLL, dropout)
