@@ -44,20 +44,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override '{override}': the value is not valid YAML") from None
 
 
-def _float_from_text(tree: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text; make it the number the writer meant."""
-    if isinstance(tree, dict):
-        return {key: _float_from_text(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_float_from_text(value) for value in tree]
-    if isinstance(tree, str) and tree[:1] in "0123456789.-+" and "e" in tree.lower():
-        try:
-            return float(tree)
-        except ValueError:
-            return tree
-    return tree
-
-
 def _explain(error: ValidationError, source: str) -> str:
     lines = []
     for item in error.errors():
@@ -101,7 +87,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 def config_from_tree(tree: dict[str, Any], source: str = "config") -> Config:
     """Validate plain nested values. Raises UserError with one line."""
     try:
-        return Config.model_validate(_float_from_text(tree))
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error, source)) from None
 

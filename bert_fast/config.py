@@ -7,6 +7,7 @@ documentation: `run_pretraining.py --help` prints them with their defaults.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -96,6 +97,8 @@ class BalanceConfig(Section):
     def _both_costs(self) -> BalanceConfig:
         if (self.cost_linear is None) != (self.cost_quadratic is None):
             raise ValueError("balance.cost_linear and balance.cost_quadratic go together: set both or neither")
+        if self.cost_linear == 0 and self.cost_quadratic == 0:
+            raise ValueError("balance.cost_linear and balance.cost_quadratic are both 0; at least one must be positive")
         return self
 
 
@@ -120,6 +123,17 @@ class CommunicationConfig(Section):
     reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format on the wire")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on CPU")
     timeout_s: PositiveFloat = Field(300.0, description="seconds after which a silent rank counts as lost")
+
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> CommunicationConfig:
+        for group, pattern in self.clip_groups.items() if isinstance(self.clip_groups, dict) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"communication.clip_groups: pattern '{pattern}' of group {group} is no regular expression: {error}"
+                ) from None
+        return self
 
 
 class OptimizerConfig(Section):

@@ -68,7 +68,9 @@ def make_documents() -> Callable[..., list[list[list[int]]]]:
                 token = rng.randrange(5, len(TOKENS))
                 sentence = []
                 for _ in range(rng.randint(3, 14)):
-                    sentence.append(token)  # the next token nearly follows from this one, so that there is something to learn
+                    sentence.append(
+                        token
+                    )  # the next token nearly follows from this one, so that there is something to learn
                     token = 5 + (3 * token + (rng.random() < 0.2)) % (len(TOKENS) - 5)
                 document.append(sentence)
             documents.append(document)

@@ -40,6 +40,7 @@ class Layout:
     groups: tuple[Span, ...]
     buckets: tuple[Span, ...]
     bucket_of: tuple[int, ...]
+    in_ready_order: bool  # whether clip groups follow each other in ready order, none inside another
 
     def groups_in(self, bucket: Span) -> list[int]:
         """Indices of the clip groups inside a bucket."""
@@ -119,8 +120,9 @@ def plan_layout(
         for index in bucket.parameters:
             bucket_of[index] = number
     return Layout(
-        tuple(names), tuple(order), tuple(offsets), tuple(numel), place, tuple(groups), tuple(buckets), tuple(bucket_of)
-    )
+        tuple(names), tuple(order), tuple(offsets), tuple(numel), place, tuple(groups), tuple(buckets), tuple(bucket_of),
+        order == list(ready_order),
+    )  # fmt: skip
 
 
 def measure_ready_order(parameters: Sequence[nn.Parameter], run_backward: Callable[[], None]) -> list[int]:

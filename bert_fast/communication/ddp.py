@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bert_fast.communication.buckets import Layout
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.compress import WireFormat
+from bert_fast.errors import UserError
 
 REBUILD_STEPS = 2  # DDP learns its bucket plan in the first backward: run this many before a result counts
 
@@ -22,6 +23,11 @@ class DdpEngine:
     """The interface of `BucketReducer` over DistributedDataParallel. Needs an initialised process group."""
 
     def __init__(self, model: nn.Module, layout: Layout, *, clip: str, max_norm: float, wire: WireFormat) -> None:
+        if clip == "bucket_before_reduce" and not layout.in_ready_order:
+            raise UserError(
+                "communication.engine=ddp fills its buckets in ready order, and these communication.clip_groups are not "
+                "runs of it; use engine=bucketed, or clip_groups=layer, tensor or model"
+            )
         caps = [sum(layout.numel[i] for i in b.parameters) * 4 / 2**20 for b in layout.buckets]
         self.layout, self.wire, self._clip, self._max_norm = layout, wire, clip, max_norm
         self._parameters = list(model.parameters())

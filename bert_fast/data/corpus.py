@@ -54,9 +54,14 @@ def list_sources(kind: str, folder: str | None = None, packages: tuple[str, ...]
     if kind == "pydocs":
         roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
         for package in packages:
-            spec = importlib.util.find_spec(package)
-            if spec is None or not spec.submodule_search_locations:
+            try:
+                spec = importlib.util.find_spec(package)
+            except ModuleNotFoundError:  # its parent is missing
+                spec = None
+            if spec is None:
                 raise UserError(f"corpus pydocs: package {package} is not installed; pip install {package}")
+            if not spec.submodule_search_locations:
+                raise UserError(f"corpus pydocs: {package} is a single module; name a package, which is a folder")
             roots.append((package, Path(next(iter(spec.submodule_search_locations)))))
         return [
             Source(f"{label}/{file.relative_to(root).as_posix()}", str(file))

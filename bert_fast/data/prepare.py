@@ -115,7 +115,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: _Pool, log: Log) -> dict[str, A
     key, stamp_path = recipe.text_key(), out / "text" / "stamp.json"
     sources = corpora.list_sources(recipe.corpus, recipe.input, recipe.packages)
     key["sources"] = hashlib.sha256(
-        "\n".join(f"{s.name} {os.path.getsize(s.path)}" for s in sources).encode()
+        "\n".join(f"{s.name} {(stat := os.stat(s.path)).st_size} {stat.st_mtime_ns}" for s in sources).encode()
     ).hexdigest()
     done = _stamp_matches(stamp_path, key)
     if done:
@@ -136,13 +136,16 @@ def _text_stage(recipe: Recipe, out: Path, pool: _Pool, log: Log) -> dict[str, A
                     seen.add(digest)
                 kept.extend(sentences)
             if kept:
-                held_out = corpora.is_held_out(origin, recipe.eval_fraction, recipe.params.seed)
+                # A text that occurs twice goes to one side. Modules stay whole, so pydocs goes by the module's name.
+                identity = origin if recipe.corpus == "pydocs" else blocks[0][0].hex()
+                held_out = corpora.is_held_out(identity, recipe.eval_fraction, recipe.params.seed)
                 writers["eval" if held_out else "train"].add(kept)
     stamp = {"key": key, **{split: writer.close() for split, writer in writers.items()}}
     for split in SPLITS:
         if not stamp[split]["documents"]:
-            hint = "raise --eval-fraction" if split == "eval" else "is the text empty?"
-            raise UserError(f"corpus {recipe.corpus}: no document for the {split} split; {hint}")
+            where = f" (in {recipe.input})" if recipe.input else ""
+            hint = "raise --eval-fraction" if split == "eval" and stamp["train"]["documents"] else "is the text empty?"
+            raise UserError(f"corpus {recipe.corpus}: no document for the {split} split; {hint}{where}")
     write_json(stamp_path, stamp)
     megabytes, seconds = sum(stamp[s]["bytes"] for s in SPLITS) / 1e6, time.perf_counter() - start
     log(

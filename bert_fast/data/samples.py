@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bert_fast.data.wordpiece import Vocabulary
+from bert_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class SampleParams:
     short_seq_prob: float = 0.1
     dupe_factor: int = 10
     seed: int = 12345
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that no sample can be made with."""
+        if self.max_seq_len < 5:
+            raise UserError(f"--max-seq-len {self.max_seq_len}: [CLS] A [SEP] B [SEP] takes at least 5 tokens")
+        if self.max_predictions < 1 or self.dupe_factor < 1:
+            raise UserError("--max-predictions and --dupe-factor must be at least 1")
+        if not (0 < self.mask_prob < 1 and 0 <= self.short_seq_prob <= 1):
+            raise UserError("--mask-prob and --short-seq-prob are shares between 0 and 1")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

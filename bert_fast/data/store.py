@@ -22,6 +22,7 @@ from bert_fast.errors import UserError
 from bert_fast.files import atomic_file, sha256_of, write_json
 
 FORMAT = "bert_fast store 1"
+_TABLES = ("offsets.npy", "lengths.npy", "num_masked.npy")
 _HEADER = 3
 _BYTES = np.dtype(np.uint16).itemsize
 
@@ -116,6 +117,7 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
         "mean_length": round(float(lengths.mean(dtype=np.float64)), 3),
         "length_histogram": {str(n): int(histogram[n]) for n in np.flatnonzero(histogram)},
         "sha256": sha256_of(folder / "samples.bin"),
+        "tables_sha256": {name: sha256_of(folder / name) for name in _TABLES},
         **manifest,
     }
     write_json(folder / "manifest.json", complete)
@@ -136,21 +138,24 @@ class Store:
             )
         try:
             self.manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
+            form, promised = self.manifest.get("format"), self.manifest.get("num_samples")
         except ValueError:
             raise UserError(f"{manifest_path} is not JSON; prepare the data again") from None
-        if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{manifest_path} is of format {self.manifest.get('format')!r}, this code reads {FORMAT!r}")
+        except AttributeError:
+            raise UserError(f"{manifest_path} is no manifest; prepare the data again") from None
+        if form != FORMAT:
+            raise UserError(f"{manifest_path} is of format {form!r}, this code reads {FORMAT!r}")
         try:
             self._tokens = np.memmap(self.folder / "samples.bin", dtype=np.uint16, mode="r").view(np.ndarray)
             self._offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
             self.lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
             self.num_masked = np.load(self.folder / "num_masked.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"store {self.folder} is damaged ({error}); prepare the data again") from None
         tables = (len(self._offsets) - 1, len(self.lengths), len(self.num_masked))
-        if any(n != self.manifest["num_samples"] for n in tables) or self._offsets[-1] != len(self._tokens):
+        if any(n != promised for n in tables) or self._offsets[-1] != len(self._tokens):
             raise UserError(
-                f"store {self.folder} is truncated: the manifest promises {self.manifest['num_samples']} samples in "
+                f"store {self.folder} is truncated: the manifest promises {promised} samples in "
                 f"{int(self._offsets[-1]) * _BYTES} bytes, samples.bin has {len(self._tokens) * _BYTES}; "
                 "prepare the data again"
             )
@@ -189,7 +194,8 @@ class Store:
                 )
 
     def verify(self) -> None:
-        """Compare the token file with the manifest's hash. Raises UserError if it changed."""
-        found = sha256_of(self.folder / "samples.bin")
-        if found != self.manifest["sha256"]:
-            raise UserError(f"store {self.folder}: samples.bin changed since it was written; prepare the data again")
+        """Compare the files with the manifest's hashes. Raises UserError naming the one that changed."""
+        expected = {"samples.bin": self.manifest["sha256"], **self.manifest["tables_sha256"]}
+        for name, sha256 in expected.items():
+            if sha256_of(self.folder / name) != sha256:
+                raise UserError(f"store {self.folder}: {name} changed since it was written; prepare the data again")

@@ -39,9 +39,10 @@ def load_vocabulary(path: str | Path) -> Vocabulary:
         raise UserError(f"vocabulary {path} does not exist; train one with scripts/prepare_data.py --vocab-size N")
     data = path.read_bytes()
     try:
-        tokens = tuple(data.decode("utf-8").splitlines())
+        lines = data.decode("utf-8").split("\n")  # not splitlines(): only a newline ends a token for the tokenizer
     except UnicodeDecodeError as error:
         raise UserError(f"vocabulary {path} is not UTF-8 text (byte {error.start})") from None
+    tokens = tuple(line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1]))
     index = {token: i for i, token in enumerate(tokens)}
     missing = [token for token in SPECIAL_TOKENS if token not in index]
     if missing:

@@ -83,14 +83,17 @@ class SequenceLayout:
         longest, end = _round_up(max(members), multiple), start_token + sum(members)
         if min(members) == longest:
             return Group(start_token, end, len(members), longest)
-        device = self.cu_seqlens.device
-        lengths = torch.tensor(members, device=device)
+        lengths = torch.tensor(members)  # on the host: asking the device for its nonzero() would wait for it
         starts = torch.cumsum(lengths, 0) - lengths
-        column = torch.arange(longest, device=device)
+        column = torch.arange(longest)
         real = column[None, :] < lengths[:, None]
         index = torch.where(real, starts[:, None] + column[None, :], 0).flatten()
         places = real.flatten().nonzero()[:, 0]
-        return Group(start_token, end, len(members), longest, index, real[:, None, None, :], places)
+        tensors = (index, real[:, None, None, :], places)
+        device = self.cu_seqlens.device
+        if device.type == "cuda":
+            tensors = tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)  # type: ignore[assignment]
+        return Group(start_token, end, len(members), longest, *tensors)
 
 
 def _round_up(value: int, multiple: int) -> int:

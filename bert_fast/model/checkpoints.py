@@ -103,6 +103,7 @@ def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged: {error}") from None
     state = from_huggingface(weights, config, str(folder))
+    _check_description(config, folder)
     own = model.state_dict()
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
@@ -114,6 +115,22 @@ def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
     if layers != config.num_layers:
         raise UserError(f"checkpoint {folder} has {layers} layers, model.num_layers={config.num_layers}")
     model.load_state_dict(state)
+
+
+def _check_description(config: ModelConfig, folder: Path) -> None:
+    """Refuse what shapes do not show: another number of heads, another activation."""
+    if not (folder / "config.json").is_file():
+        return
+    description = read_config(folder)
+    for name, field, own in (
+        ("num_attention_heads", "num_heads", config.num_heads),
+        ("hidden_act", "activation", _ACTIVATIONS[config.activation]),
+    ):
+        if description.get(name, own) != own:
+            raise UserError(
+                f"checkpoint {folder} is of another model: its config.json has {name}={description[name]} and "
+                f"model.{field} means {own}"
+            )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

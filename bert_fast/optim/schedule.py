@@ -15,6 +15,6 @@ def learning_rate(step: int, base_lr: float, schedule: ScheduleConfig) -> float:
     count = step if schedule.start_warmup_step == 0 else step + 1
     since_start = count - schedule.start_warmup_step
     if since_start < schedule.warmup_steps:
-        return base_lr * max(0, since_start) / schedule.warmup_steps
+        return base_lr * max(0, since_start) / max(1, schedule.warmup_steps)
     progress = min(1.0, max(0, count) / schedule.total_steps)
     return (base_lr - schedule.end_lr) * (1.0 - progress) ** schedule.power + schedule.end_lr

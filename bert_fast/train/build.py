@@ -138,8 +138,8 @@ def matmul_ceiling(environment: Environment, seconds: float = 0.3) -> float:
     """Best measured matmul rate of this rank in FLOP/s, all ranks measuring at once, in the run's format."""
     cuda = environment.device.type == "cuda"
     size = 8192 if cuda else 1024
-    a = torch.randn(size, size, device=environment.device, dtype=environment.dtype)
-    b = torch.randn(size, size, device=environment.device, dtype=environment.dtype)
+    own = torch.Generator(environment.device).manual_seed(0)  # the run's random numbers are not touched
+    a, b = (torch.randn(size, size, generator=own, device=environment.device).to(environment.dtype) for _ in range(2))
     if dist.is_initialized():
         dist.barrier()
     best = 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -
     Raises:
         UserError: the checkpoint is of another model, data set or world size; the differing entry is named.
     """
-    description = json.loads((path / "complete.json").read_text(encoding="utf-8"))
+    try:
+        description = json.loads((path / "complete.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"checkpoint {path} is damaged (complete.json is not JSON); remove it") from None
     for name, value in key.items():
         if description["key"].get(name) != value:
             raise UserError(
@@ -69,8 +73,9 @@ def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -
     try:
         state: dict[str, Any] = torch.load(path / "state.pt", map_location=environment.device, weights_only=True)
         random_state = torch.load(path / f"rank-{environment.rank}.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({str(error).splitlines()[0][:120]}); remove it") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"checkpoint {path} is damaged ({why}); remove it") from None
     torch.set_rng_state(random_state["cpu"])
     if environment.device.type == "cuda":
         torch.cuda.set_rng_state(random_state["cuda"], environment.device)

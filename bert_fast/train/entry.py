@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from bert_fast.train.folder import check_folder, check_inputs, create_folder
 if TYPE_CHECKING:
     from bert_fast.train.loop import Outcome, Run
 
-EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING = 1, 2, 3
+EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING, EXIT_BUG = 1, 2, 3, 70
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -37,18 +38,27 @@ def guarded(action: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno == 28:
             return _report(f"disk full ({error.filename or 'run folder'}); free space and --resume", EXIT_USER)
-        raise
+        return _bug(error)
     except RuntimeError as error:
         text = str(error)
         if not any(
             word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
         ):
-            raise
+            return _bug(error)
         return _report(f"lost contact with another rank: {text.splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
+    except Exception as error:
+        return _bug(error)
+
+
+def _bug(error: Exception) -> int:
+    traceback.print_exc()
+    text = str(error).splitlines()[0] if str(error) else ""
+    return _report(f"unexpected {type(error).__name__}: {text[:200]} (traceback above; please report it)", EXIT_BUG)
 
 
 def run(args: argparse.Namespace, process_start: float) -> int:
     """Dispatch: print, dry-run, start ranks here, or be a rank."""
+    _die_with_launcher()
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(to_yaml(as_plain(config)), end="")
@@ -65,7 +75,6 @@ def run(args: argparse.Namespace, process_start: float) -> int:
         check_inputs(config)
     if not launched and config.system.world_size > 1:
         return launch.run_local(config, sys.argv)
-    _die_with_launcher()
     return _be_a_rank(config, args.resume, process_start)
 
 
@@ -109,5 +118,8 @@ def _report(text: str, code: int) -> int:
 
 def _die_with_launcher() -> None:
     """Ask Linux to end this rank if its launcher is killed, so that none is left behind."""
-    if launch.ERROR_FOLDER in os.environ and sys.platform == "linux":
+    launcher = os.environ.get(launch.LAUNCHER_PID)
+    if launcher is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(launcher):  # it was gone before we asked
+            sys.exit(launch.EXIT_LOST_RANK)

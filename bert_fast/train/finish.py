@@ -43,7 +43,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
     progress, clock, config = run.progress, run.clock, run.config
     training = run.time_to_train - sum(clock.paused.values())
     flops = train_flops(config.model, progress.tokens, progress.tokens_squared, progress.masked)
-    steps = max(1, progress.step)
+    steps_here = max(1, progress.step - run.first_step)  # of this session: bytes are counted anew in each
     sums = progress.sums
     split = {
         "forward and backward": sums.get("compute_s", 0.0),
@@ -70,7 +70,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "first_step_s": progress.first_step_s,
         "mfu": flops / training / run.ceiling if run.ceiling else None,
         "matmul_ceiling_tflops": run.ceiling / 1e12,
-        "gradient_bytes_per_step": run.machinery.engine.wire.bytes_sent / steps,  # type: ignore[attr-defined]
+        "gradient_bytes_per_step": run.machinery.engine.wire.bytes_sent / steps_here,  # type: ignore[attr-defined]
         "compliance_passed": None,
     }
     return {

@@ -30,6 +30,9 @@ def check_folder(config: Config, resume: bool) -> None:
     has_checkpoint = any((folder / "checkpoints").glob("step-*/complete.json"))
     if resume and not has_checkpoint:
         raise UserError(f"--resume: {folder} has no checkpoint; start the run without --resume")
+    is_ours = has_checkpoint or (folder / "commit.txt").exists()
+    if folder.is_dir() and not is_ours and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not a run's; choose another run.name or run.folder")
     if has_checkpoint and not resume:
         raise UserError(f"{folder} holds a stopped run; continue it with --resume, or choose another run.name")
 
@@ -51,7 +54,7 @@ def create_folder(config: Config, resume: bool) -> Path:
     """Make the run's folder and record config and commit in it."""
     folder = run_folder(config)
     try:
-        if folder.exists() and not resume:  # remains of a run that ended before its first checkpoint
+        if (folder / "commit.txt").exists() and not resume:  # remains of a run that ended before its first checkpoint
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +20,7 @@ from bert_fast.errors import UserError
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_LOST_RANK = 4
 ERROR_FOLDER = "BERT_FAST_ERROR_FOLDER"  # variable: where ranks leave their error texts for the launcher
+LAUNCHER_PID = "BERT_FAST_LAUNCHER_PID"  # variable: the process that a rank must not outlive
 _REAP_S = 5.0
 
 
@@ -56,78 +59,108 @@ def run_local(config: Config, arguments: list[str]) -> int:
     port = config.system.master_port or _free_port()
     _check_port(port)
     with tempfile.TemporaryDirectory() as errors:
-        processes = []
-        for rank in range(world):
-            variables = {
-                **os.environ,
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), ERROR_FOLDER: errors,
-            }  # fmt: skip
-            # A session of its own: a terminal's Ctrl-C reaches the launcher alone, which passes it on once.
-            processes.append(subprocess.Popen([sys.executable, *arguments], env=variables, start_new_session=True))
-        return _watch(processes, Path(errors))
+        ranks = _Ranks(Path(errors))
+        with ranks.signals_forwarded():
+            for rank in range(world):
+                ranks.start(arguments, {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                    ERROR_FOLDER: errors, LAUNCHER_PID: str(os.getpid()),
+                })  # fmt: skip
+            return ranks.watch()
 
 
-def _watch(processes: list[subprocess.Popen[bytes]], errors: Path) -> int:
-    interrupts = 0
+class _Ranks:
+    """The rank processes of a run on this machine."""
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        for process in processes:
+    def __init__(self, errors: Path) -> None:
+        self._errors = errors
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._forwarded: int | None = None
+        self._interrupts = 0
+        self._ended_by_us: set[int] = set()
+
+    def start(self, arguments: list[str], variables: dict[str, str]) -> None:
+        """Start one rank, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which passes it on."""
+        if self._forwarded is None:
+            self._processes.append(
+                subprocess.Popen([sys.executable, *arguments], env={**os.environ, **variables}, start_new_session=True)
+            )
+
+    @contextmanager
+    def signals_forwarded(self) -> Iterator[None]:
+        """Pass signals on to the ranks; leave none of them behind at the end."""
+        previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        try:
+            yield
+        finally:
+            for process in self._processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self._forwarded = number
+        self._interrupts += number == signal.SIGINT
+        for process in self._processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if interrupts > 2 else number)
+                process.send_signal(signal.SIGKILL if self._interrupts > 2 else number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
+    def watch(self) -> int:
+        """Wait for the ranks; the exit code of the run."""
         while True:
-            codes = [process.poll() for process in processes]
-            if any(code not in (None, 0) for code in codes):
-                return _end(processes, errors)
+            codes = [process.poll() for process in self._processes]
+            if any(code not in (None, 0) for code in codes) or not codes:
+                return self._end()
             if all(code == 0 for code in codes):
                 return 0
             time.sleep(0.05)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
+    def _end(self) -> int:
+        """A rank has ended badly: let the others end by themselves or stop them, then name the cause."""
+        self._wait_for_all()
+        for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
+            for rank, process in enumerate(self._processes):
+                if process.poll() is None:
+                    self._ended_by_us.add(rank)
+                    stop(process)
+            self._wait_for_all()
+        codes = [process.returncode for process in self._processes]
+        if self._forwarded is not None and (not codes or any(code == -self._forwarded for code in codes)):
+            name = signal.Signals(self._forwarded).name
+            print(f"error: stopped by {name} before the first step; nothing was written", file=sys.stderr)
+            return 128 + self._forwarded
+        killed = [rank for rank, code in enumerate(codes) if code < 0 and rank not in self._ended_by_us]
+        if killed:
+            names = ", ".join(f"rank {rank} by {signal.Signals(-codes[rank]).name}" for rank in killed)
+            print(
+                f"error: a rank was killed: {names}; the others were stopped. Start again, or --resume from the last "
+                "checkpoint",
+                file=sys.stderr,
+            )
+            return EXIT_LOST_RANK
+        return self._explain(codes)
 
-def _end(processes: list[subprocess.Popen[bytes]], errors: Path) -> int:
-    """A rank has ended badly: let the others end by themselves or stop them, then name the cause."""
-    for stop in (None, subprocess.Popen.terminate, subprocess.Popen.kill):
-        for process in processes:
-            if stop and process.poll() is None:
-                stop(process)
-                if stop is subprocess.Popen.terminate:
-                    process.stopped_by_us = True  # type: ignore[attr-defined]
+    def _wait_for_all(self) -> None:
         deadline = time.monotonic() + _REAP_S
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        while time.monotonic() < deadline and any(p.poll() is None for p in self._processes):
             time.sleep(0.02)
-    codes = [p.returncode for p in processes]
-    killed = [r for r, p in enumerate(processes) if p.returncode < 0 and not hasattr(p, "stopped_by_us")]
-    if killed:
-        names = ", ".join(f"rank {r} by {signal.Signals(-codes[r]).name}" for r in killed)
-        print(
-            f"error: a rank was killed: {names}; the others were stopped. Start again, or --resume from the last checkpoint",
-            file=sys.stderr,
-        )
-        return EXIT_LOST_RANK
-    own = [r for r, code in enumerate(codes) if code not in (0, EXIT_LOST_RANK) and code > 0]
-    culprits = own or [r for r, code in enumerate(codes) if code]
-    texts: dict[str, list[int]] = {}
-    for rank in culprits:
-        note = errors / f"rank-{rank}"
-        if note.is_file():
-            texts.setdefault(note.read_text(encoding="utf-8"), []).append(rank)
-    for text, ranks in texts.items():
-        who = "" if len(ranks) == len(processes) else f"rank {', '.join(map(str, ranks))}: "
-        print(f"error: {who}{text}", file=sys.stderr)
-    if not texts and own and codes[own[0]] == 1 and any(code != 1 for code in codes):
-        print(f"error: rank {own[0]} failed (its message is above); the others were stopped", file=sys.stderr)
-    return codes[culprits[0]] if codes[culprits[0]] > 0 else EXIT_LOST_RANK
+
+    def _explain(self, codes: list[int]) -> int:
+        """Print what the ranks that failed by themselves left to say, each text once."""
+        own = [rank for rank, code in enumerate(codes) if code > 0 and code != EXIT_LOST_RANK]
+        culprits = own or [rank for rank, code in enumerate(codes) if code]
+        texts: dict[str, list[int]] = {}
+        for rank in culprits:
+            note = self._errors / f"rank-{rank}"
+            if note.is_file():
+                texts.setdefault(note.read_text(encoding="utf-8"), []).append(rank)
+        for text, ranks in texts.items():
+            who = "" if len(ranks) == len(codes) else f"rank {', '.join(map(str, ranks))}: "
+            print(f"error: {who}{text}", file=sys.stderr)
+        return codes[culprits[0]] if codes[culprits[0]] > 0 else EXIT_LOST_RANK
 
 
 def _free_port() -> int:

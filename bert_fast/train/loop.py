@@ -123,6 +123,7 @@ class Run:
         self._open_data()
         if self.resume:
             self._restore()
+        self.first_step = self.progress.step
         prefetcher = Prefetcher(
             self._make_batches, self.progress.step, self.config.train.max_steps, self.config.balance.prefetch
         )

@@ -48,13 +48,17 @@ class TrainingRun:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s; stderr: {self.stderr}; stdout: {self.stdout}") from None
+            raise AssertionError(
+                f"still running after {timeout} s; stderr: {self.stderr}; stdout: {self.stdout}"
+            ) from None
 
     def wait_until(self, condition: Callable[[], Any], timeout: float = 60) -> None:
         """Poll until `condition()`; fails at once if the run ends before."""
         deadline = time.monotonic() + timeout
         while not condition():
-            assert self.process.poll() is None, f"ended early with {self.process.returncode}: {self.stderr}\n{self.stdout}"
+            assert self.process.poll() is None, (
+                f"ended early with {self.process.returncode}: {self.stderr}\n{self.stdout}"
+            )
             assert time.monotonic() < deadline, f"waited {timeout} s in vain; stderr: {self.stderr}"
             time.sleep(0.005)
 

@@ -47,7 +47,9 @@ def error_of(tree: dict[str, Any]) -> str:
 
 
 def test_file_values_win_over_defaults_and_overrides_over_the_file(config_file: Path) -> None:
-    config = load_config(config_file, ["batch.global_batch=16", "system.world_size=2", "communication.bucket_mb=[1, 4.5]"])
+    config = load_config(
+        config_file, ["batch.global_batch=16", "system.world_size=2", "communication.bucket_mb=[1, 4.5]"]
+    )
     assert config.model.hidden_size == 24
     assert config.model.vocab_size == 30522
     assert config.batch.global_batch == 16
@@ -85,7 +87,6 @@ def test_names_with_an_e_stay_text(name: str) -> None:
     assert config_from_tree(with_value("run.name", name)).run.name == name
 
 
-@pytest.mark.xfail(strict=True, reason="cli._float_from_text turns text fields that look like a float into floats")
 @pytest.mark.parametrize("name", ["1e-4", "3e10"])
 def test_a_run_named_like_a_number_stays_text(name: str) -> None:
     assert config_from_tree(with_value("run.name", name)).run.name == name
@@ -128,7 +129,11 @@ def test_mistyped_override_names_the_nearest(config_file: Path) -> None:
         ("optimizer.beta1", 1.0, ["optimizer.beta1", "less than 1"]),
         ("model.hidden_dropout", 1.0, ["model.hidden_dropout", "less than 1"]),
         ("train.target_accuracy", 72, ["train.target_accuracy", "less than 1", "72"]),
-        ("balance.strategy", "sorted", ["balance.strategy", "'random'", "'stratified_presort'", "'balanced'", "'sorted'"]),
+        (
+            "balance.strategy",
+            "sorted",
+            ["balance.strategy", "'random'", "'stratified_presort'", "'balanced'", "'sorted'"],
+        ),
         ("train.compile", "maybe", ["train.compile", "boolean", "'maybe'"]),
         ("model", 3, ["model", "dictionary", "3"]),
         ("communication.bucket_mb", [1, -1], ["communication.bucket_mb", "greater than 0", "-1"]),
@@ -157,6 +162,7 @@ def test_missing_fields_are_named_with_the_mend() -> None:
             {"batch.accumulation": 2, "system.world_size": 3},
             ["batch.global_batch=8", "8 x 3 x 2 = 48", "set batch.global_batch=48"],
         ),
+        ({"batch.global_batch": 16}, ["batch.global_batch=16", "8 x 1 x 1 = 8", "set batch.global_batch=8"]),
         ({"model.num_heads": 5}, ["model.num_heads=5", "model.hidden_size=24", "nearest", "is 4"]),
         ({"data.max_seq_len": 1024}, ["data.max_seq_len=1024", "model.max_positions=512", "raise model.max_positions"]),
         (
@@ -184,19 +190,19 @@ def test_cross_field_checks_say_the_mend(changes: dict[str, Any], parts: list[st
 
 
 def test_following_the_mend_mends() -> None:
-    assert config_from_tree({**BASE, "batch": {"global_batch": 48, "local_batch": 8, "accumulation": 2}, "system": {"world_size": 3}})
+    assert config_from_tree(
+        {**BASE, "batch": {"global_batch": 48, "local_batch": 8, "accumulation": 2}, "system": {"world_size": 3}}
+    )
     closed = {**BASE, "mlperf": {"division": "closed"}, "optimizer": {"name": "lamb"}}
     assert config_from_tree(closed).mlperf.division == "closed"
 
 
-@pytest.mark.xfail(strict=True, reason="costs of zero are accepted and make every imbalance NaN (balance.cost.imbalance)")
 def test_costs_that_are_all_zero_are_refused() -> None:
     tree = with_value("balance.cost_linear", 0.0)
     tree["balance"]["cost_quadratic"] = 0.0
     assert "balance.cost_linear" in error_of(tree)
 
 
-@pytest.mark.xfail(strict=True, reason="a clip-group pattern that is no regular expression passes the config and raises re.error later")
 def test_clip_group_pattern_that_is_no_regular_expression() -> None:
     assert "clip_groups" in error_of(with_value("communication.clip_groups", {"all": "("}))
 
@@ -208,7 +214,9 @@ def test_every_problem_is_reported_once_on_one_line() -> None:
     text = error_of(tree)
     assert "\n" not in text
     assert text.startswith("run.yaml: ")
-    problems = text.removeprefix("run.yaml: ").replace("; did you mean", ", did you mean").replace("; add it", ", add it")
+    problems = (
+        text.removeprefix("run.yaml: ").replace("; did you mean", ", did you mean").replace("; add it", ", add it")
+    )
     assert len(problems.split("; ")) == 4, problems
     for field in ("model.num_layers", "optimizer.lrr", "optimizer.beta1", "train.max_steps"):
         assert text.count(f"{field}:") + text.count(f"field {field}") == 1, field
@@ -280,7 +288,9 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
 
 
 @pytest.mark.parametrize("as_overrides", [False, True])
-def test_printed_config_reads_back_the_same(tmp_path: Path, as_overrides: bool, make_config: Callable[..., Config]) -> None:
+def test_printed_config_reads_back_the_same(
+    tmp_path: Path, as_overrides: bool, make_config: Callable[..., Config]
+) -> None:
     config = make_config(
         "communication.clip_groups={a: '^layers', b: '.*'}", "communication.bucket_mb=[0.5, 1e2]", "optimizer.eps=1e-9",
         "optimizer.lr=0.00039299421615882676", "run.name='été: #1'", "train.target_accuracy=0.36",

@@ -49,8 +49,18 @@ def test_prose_reads_texts_in_sorted_order_and_nothing_else(tmp_path: Path) -> N
     for name in ("b/two.md", "a.txt", "b/one.RST", "picture.png", "b/c/three.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"This is the file {Path(name).stem} here.")
-    assert [source.name for source in list_sources("prose", str(tmp_path))] == ["a.txt", "b/c/three.txt", "b/one.RST", "b/two.md"]
-    assert [document.origin for document in read("prose", tmp_path)] == ["a.txt", "b/c/three.txt", "b/one.RST", "b/two.md"]
+    assert [source.name for source in list_sources("prose", str(tmp_path))] == [
+        "a.txt",
+        "b/c/three.txt",
+        "b/one.RST",
+        "b/two.md",
+    ]
+    assert [document.origin for document in read("prose", tmp_path)] == [
+        "a.txt",
+        "b/c/three.txt",
+        "b/one.RST",
+        "b/two.md",
+    ]
 
 
 def test_prose_splits_sentences_and_joins_lines(tmp_path: Path) -> None:
@@ -80,7 +90,8 @@ def test_a_dotted_name_is_not_broken(tmp_path: Path, text: str) -> None:
 
 def test_markup_is_dropped_from_prose(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(
-        "# A title of words\n\n* a list item here\n\n```python\ncode = never.seen()\n```\n\n-----\n\n> Quoted text stays here.\n"
+        "# A title of words\n\n* a list item here\n\n```python\ncode = never.seen()\n```\n\n-----\n\n"
+        "> Quoted text stays here.\n"
     )
     assert sentences(read("prose", tmp_path)) == ["A title of words", "a list item here", "Quoted text stays here."]
 
@@ -229,17 +240,17 @@ def test_pydocs_reads_the_standard_library_first() -> None:
 
 
 def test_pydocs_package_that_is_not_installed_says_how_to_get_it() -> None:
-    with pytest.raises(UserError, match="package no_such_package_xyz is not installed; pip install no_such_package_xyz"):
+    with pytest.raises(
+        UserError, match="package no_such_package_xyz is not installed; pip install no_such_package_xyz"
+    ):
         list_sources("pydocs", packages=("no_such_package_xyz",))
 
 
-@pytest.mark.xfail(strict=True, reason="corpus.list_sources: find_spec raises ModuleNotFoundError where the parent is missing", raises=ModuleNotFoundError)
 def test_pydocs_subpackage_of_a_package_that_is_not_installed() -> None:
     with pytest.raises(UserError, match="not installed"):
         list_sources("pydocs", packages=("no_such_package_xyz.sub",))
 
 
-@pytest.mark.xfail(strict=True, reason="corpus.list_sources: an installed single-file module is said to be not installed")
 def test_pydocs_single_file_module_is_not_said_to_be_missing() -> None:
     with pytest.raises(UserError) as caught:
         list_sources("pydocs", packages=("typing_extensions",))
@@ -297,7 +308,9 @@ def test_evaluation_and_training_share_no_document(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for file in range(4):
-        (folder / f"{file}").write_text("".join(f"Sentence {n} of document.\nIt has two.\n\n" for n in range(100 * file, 100 * file + 100)))
+        (folder / f"{file}").write_text(
+            "".join(f"Sentence {n} of document.\nIt has two.\n\n" for n in range(100 * file, 100 * file + 100))
+        )
     texts = split_texts(prepare_module.Recipe("mlcommons", str(folder), eval_fraction=0.2), tmp_path / "out")
     assert not set(texts["train"]) & set(texts["eval"])
     assert len(texts["train"]) + len(texts["eval"]) == 400
@@ -314,7 +327,11 @@ def test_documents_of_one_module_go_to_one_split_and_repeated_blocks_are_dropped
         )
     texts = split_texts(prepare_module.Recipe("pydocs", packages=(package,), eval_fraction=0.3), tmp_path / "out")
     modules = {
-        split: {text.split("odule ")[-1].removeprefix("number ").split()[0] for text in documents if " begins" in text or "of module" in text}
+        split: {
+            text.split("odule ")[-1].removeprefix("number ").split()[0]
+            for text in documents
+            if " begins" in text or "of module" in text
+        }
         for split, documents in texts.items()
     }
     assert modules["train"]
@@ -323,7 +340,6 @@ def test_documents_of_one_module_go_to_one_split_and_repeated_blocks_are_dropped
     assert sum("in every module alike" in text for documents in texts.values() for text in documents) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="prepare._text_stage drops repeated text for pydocs only: a copied prose file can be in both splits")
 def test_a_document_that_occurs_twice_is_not_in_both_splits(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -343,7 +359,6 @@ def test_text_without_documents_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "text" / "stamp.json").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="prepare._text_stage does not name the folder whose text is empty")
 def test_the_error_for_empty_text_names_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

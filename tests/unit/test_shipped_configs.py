@@ -28,7 +28,9 @@ def test_there_are_configs() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
-def test_config_loads_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_loads_and_dry_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = load_config(path)
     monkeypatch.chdir(tmp_path)  # no data here: the dry run must make up lengths
     monkeypatch.setenv("COLUMNS", "400")
@@ -37,7 +39,10 @@ def test_config_loads_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pyte
     for part in ("memory of a rank", "MiB", "plan", "imbalance mean", "buckets", "MiB in ready order", "clip groups"):
         assert part in printed, part
     batch = config.batch
-    assert f"{batch.global_batch:,} = {batch.local_batch} x {config.system.world_size:,} ranks x {batch.accumulation}" in printed
+    assert (
+        f"{batch.global_batch:,} = {batch.local_batch} x {config.system.world_size:,} ranks x {batch.accumulation}"
+        in printed
+    )
     assert f"{num_parameters(config.model):,} parameters" in printed
     assert "made-up lengths" in printed
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
@@ -50,7 +55,9 @@ def test_config_says_its_command_on_top(path: Path) -> None:
     assert any(relative(path) in line for line in head)
 
 
-def test_dry_run_reads_the_lengths_of_a_store(make_config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_reads_the_lengths_of_a_store(
+    make_config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     config = make_config()
     dry_run(config)

@@ -1,0 +1,197 @@
+"""A run that was stopped or crashed and resumed ends with the weights, bit for bit, of the run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_run import TrainingRun, Workspace, errors_of, last_step, lines
+
+from bert_fast.cli import load_config
+from bert_fast.data.store import Store
+from bert_fast.errors import UserError
+from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint
+from bert_fast.train.environment import Environment
+from bert_fast.train.folder import resume_key
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 120
+SETTINGS = (f"train.max_steps={STEPS}", "train.save_final_model=true", "train.eval_every_samples=320")
+
+
+@pytest.fixture(scope="module")
+def straight(workspace: Workspace) -> Path:
+    """The run that is left alone. Dropout is on: random state is part of what must come back."""
+    code, run = workspace.run("run.folder=straight", *SETTINGS)
+    assert code == 0, run.stderr
+    config = load_config(workspace.config)
+    assert config.model.hidden_dropout == config.model.attention_dropout == 0.1
+    return workspace.folder / "straight"
+
+
+def stop(run: TrainingRun, folder: Path, step: int, number: signal.Signals) -> None:
+    """Send a signal to the launcher once `step` is logged, and check how the run ends."""
+    run.wait_until(lambda: last_step(folder) >= step)
+    run.process.send_signal(number)
+    assert run.wait() == 128 + number, run.stderr
+    stopped = json.loads((folder / "stopped.json").read_text(encoding="utf-8"))
+    assert stopped == {"step": last_step(folder), "signal": number.name}
+    assert step <= stopped["step"] < STEPS, "too late to prove anything"
+    assert latest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / f"step-{stopped['step']:08d}"
+    assert not run.left_overs()
+    assert not run.stderr
+
+
+def assert_same_run(folder: Path, straight: Path) -> None:
+    """Weights to the bit; every step's loss and norm, every evaluation, each time that they were logged."""
+    assert (folder / "model/model.safetensors").read_bytes() == (straight / "model/model.safetensors").read_bytes()
+    logged = {"step": ("loss", "mlm_loss", "nsp_loss", "grad_norm", "lr"), "eval": ("accuracy", "mlm_loss", "samples")}
+    for kind, names in logged.items():
+        expected = {line["step"]: [line[name] for name in names] for line in lines(straight, kind)}
+        found = lines(folder, kind)
+        assert {line["step"] for line in found} == expected.keys()
+        for line in found:
+            assert [line[name] for name in names] == expected[line["step"]], f"{kind} {line['step']}"
+    assert not (folder / "stopped.json").exists()
+    figures, figures_straight = metrics_of(folder), metrics_of(straight)
+    for name in ("samples_to_target", "steps", "imbalance_mean", "final_accuracy"):
+        assert figures[name] == pytest.approx(figures_straight[name], rel=1e-12)
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+
+
+@pytest.fixture(scope="module")
+def stopped_twice(workspace: Workspace, straight: Path) -> Path:
+    """A run stopped by SIGTERM, resumed, stopped by SIGUSR1, resumed to its end."""
+    folder = workspace.folder / "stopped"
+    stop(workspace.start("run.folder=stopped", *SETTINGS), folder, 5, signal.SIGTERM)
+    stop(workspace.start("run.folder=stopped", *SETTINGS, resume=True), folder, last_step(folder) + 5, signal.SIGUSR1)
+    code, run = workspace.run("run.folder=stopped", *SETTINGS, resume=True)
+    assert code == 0, run.stderr
+    return folder
+
+
+def test_stopped_by_signals_and_resumed(stopped_twice: Path, straight: Path) -> None:
+    assert [line["step"] for line in lines(stopped_twice)] == list(range(1, STEPS + 1))
+    assert_same_run(stopped_twice, straight)
+
+
+def test_log_of_a_resumed_run(stopped_twice: Path) -> None:
+    text = (stopped_twice / "result_0.txt").read_text(encoding="utf-8")
+    events = [json.loads(line.removeprefix(":::MLLOG ")) for line in text.splitlines()]
+    keys = [event["key"] for event in events]
+    assert (keys.count("run_start"), keys.count("run_stop"), keys.count("resumed")) == (1, 1, 2)
+    assert events[-1]["metadata"]["resumed"] is True
+    record = json.loads((stopped_twice / "metrics.json").read_text(encoding="utf-8"))
+    assert record["sessions"] == 3
+    assert "not a valid timing" in record["compliance"]["summary"]
+
+
+def test_traffic_of_a_resumed_run(stopped_twice: Path, straight: Path) -> None:
+    name = "gradient_bytes_per_step"
+    assert metrics_of(stopped_twice)[name] == metrics_of(straight)[name] > 0
+
+
+def test_crash_between_checkpoints(workspace: Workspace, straight: Path) -> None:
+    """The launcher is killed where nothing can be saved: its ranks go with it, and the last checkpoint counts."""
+    folder, checkpoints = workspace.folder / "crashed", "train.checkpoint_every_steps=10"
+    run = workspace.start("run.folder=crashed", checkpoints, *SETTINGS)
+    run.wait_until(lambda: last_step(folder) >= 23)
+    run.process.kill()
+    assert not run.left_overs()
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    reached = last_step(folder)
+    assert checkpoint is not None
+    assert 20 <= int(checkpoint.name.removeprefix("step-")) < reached < STEPS
+    assert len(list((folder / "checkpoints").glob("step-*/complete.json"))) <= 2  # train.keep_checkpoints
+    code, run = workspace.run("run.folder=crashed", checkpoints, *SETTINGS, resume=True)
+    assert code == 0, run.stderr
+    assert f"resumed from checkpoints/{checkpoint.name}" in run.stdout.replace("crashed/", "")
+    assert_same_run(folder, straight)
+
+
+@pytest.fixture(scope="module")
+def interrupted(workspace: Workspace) -> Path:
+    """A run ended by Ctrl-C."""
+    folder = workspace.folder / "interrupted"
+    stop(workspace.start("run.folder=interrupted", *SETTINGS), folder, 3, signal.SIGINT)
+    return folder
+
+
+def test_a_stopped_run_is_not_started_over(interrupted: Path, workspace: Workspace) -> None:
+    before = {p: p.read_bytes() for p in interrupted.rglob("*") if p.is_file()}
+    code, run = workspace.run("run.folder=interrupted", *SETTINGS)
+    assert code == 2
+    assert len(errors_of(run)) == 1
+    assert "--resume" in errors_of(run)[0]
+    assert {p: p.read_bytes() for p in interrupted.rglob("*") if p.is_file()} == before
+
+
+def test_another_model_is_not_resumed(interrupted: Path, workspace: Workspace) -> None:
+    code, run = workspace.run("run.folder=interrupted", *SETTINGS, "model.hidden_dropout=0.2", resume=True)
+    assert code == 2
+    assert len(errors_of(run)) == 1
+    assert "does not fit this config: model was" in errors_of(run)[0]
+    assert latest_checkpoint(interrupted / "checkpoints") is not None
+
+
+ANOTHER = {
+    "model": ["model.num_heads=4"],
+    "batch": ["batch.global_batch=32", "batch.local_batch=16"],
+    "balance": ["balance.strategy=random"],
+    "optimizer": ["optimizer.lr=0.02"],
+    "schedule": ["schedule.warmup_steps=6"],
+    "seed": ["train.seed=1"],
+    "clipping": ["communication.max_norm=2"],
+}
+SAME = ["communication.bucket_mb=1", "communication.engine=ddp", "train.log_every_steps=7", "train.max_steps=500"]
+
+
+@pytest.mark.parametrize("what", ANOTHER)
+def test_another_config_is_not_resumed(interrupted: Path, workspace: Workspace, what: str) -> None:
+    with pytest.raises(UserError, match=f"{what}.*resume with"):
+        resume_with(interrupted, workspace, ANOTHER[what])
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_is_no_numerics_may_change(interrupted: Path, workspace: Workspace, change: str) -> None:
+    assert resume_with(interrupted, workspace, [change])["progress"]["step"] == last_step(interrupted)
+
+
+def test_other_data_is_not_resumed(interrupted: Path, workspace: Workspace) -> None:
+    with pytest.raises(UserError, match="train data was"):
+        resume_with(interrupted, workspace, [], train_sha256="0" * 64)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "rank-0.pt"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "text"])
+def test_a_damaged_checkpoint_is_named(
+    interrupted: Path, workspace: Workspace, tmp_path: Path, name: str, damage: str
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(interrupted, copy)
+    (victim,) = copy.glob(f"checkpoints/step-*/{name}")
+    content = {"cut": victim.read_bytes()[:-200], "empty": b"", "text": b"no checkpoint\n"}
+    victim.unlink() if damage == "missing" else victim.write_bytes(content[damage])
+    with pytest.raises(UserError, match=r"checkpoint .*step-\d+ is damaged"):
+        resume_with(copy, workspace, [])
+
+
+def resume_with(
+    folder: Path, workspace: Workspace, changes: list[str], train_sha256: str | None = None
+) -> dict[str, Any]:
+    """What `--resume` with these changes does first, as rank 0."""
+    config = load_config(workspace.config, [*SETTINGS, *changes])
+    train, evaluation = (Store(folder).manifest["sha256"] for folder in (config.data.train, config.data.eval))
+    environment = Environment(0, 0, config.system.world_size, torch.device("cpu"), torch.float32)
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    return load_checkpoint(checkpoint, environment, resume_key(config, train_sha256 or train, evaluation))

@@ -1,0 +1,152 @@
+"""Real runs of run_pretraining.py on a tiny store: exit codes, what the run folder holds, and what its figures say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_run import TORCHRUN, TrainingRun, Workspace, lines
+
+from bert_fast.cli import load_config
+from bert_fast.mlperf.submission import check_log
+from bert_fast.train.build import matmul_ceiling
+from bert_fast.train.environment import Environment
+
+pytestmark = pytest.mark.distributed
+
+TARGET = 0.2
+TO_TARGET = (
+    f"train.target_accuracy={TARGET}",
+    "train.max_steps=120",
+    "run.matmul_ceiling=true",
+)  # after about 30 steps
+
+
+@pytest.fixture(scope="module")
+def to_target(workspace: Workspace) -> Path:
+    """The folder of a run on two ranks that reaches its target."""
+    code, run = workspace.run("run.folder=to_target", *TO_TARGET)
+    assert code == 0, run.stderr
+    assert not run.stderr
+    return workspace.folder / "to_target"
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder)]
+
+
+def mlperf_log(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "result_0.txt").read_text(encoding="utf-8")
+    return [json.loads(line.removeprefix(":::MLLOG ")) for line in text.splitlines()]
+
+
+def test_folder_of_a_finished_run(to_target: Path, workspace: Workspace) -> None:
+    assert {p.name for p in to_target.iterdir()} == {
+        "config.yaml", "commit.txt", "metrics.json", "metrics.jsonl", "report.html", "result_0.txt",
+    }  # fmt: skip
+    assert load_config(to_target / "config.yaml") == load_config(workspace.config, ["run.folder=to_target", *TO_TARGET])
+    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?|unknown)\n", (to_target / "commit.txt").read_text(encoding="utf-8"))
+    page = (to_target / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(\s*["']?http""", page)
+
+
+def test_figures_of_a_finished_run(to_target: Path) -> None:
+    record = record_of(to_target)
+    metrics = record["metrics"]
+    evaluations, steps = lines(to_target, "eval"), lines(to_target)
+    assert metrics["target_reached"] == 1
+    assert evaluations[-1]["accuracy"] >= TARGET > max(e["accuracy"] for e in evaluations[:-1])
+    assert metrics["samples_to_target"] == evaluations[-1]["samples"] == 16 * steps[-1]["step"]
+    assert [e["samples"] for e in evaluations] == [160 * (i + 1) for i in range(len(evaluations))]
+    assert 0 < metrics["first_step_s"] < metrics["time_to_train_s"] < 60
+    assert 1 <= metrics["imbalance_mean"] < 1.5
+    assert metrics["imbalance_mean"] == pytest.approx(sum(sum(s["imbalance"]) for s in steps) / len(steps))
+    assert 0 <= metrics["data_wait_share"] < 1
+    assert 0 < metrics["mfu"] < 1
+    assert metrics["compliance_passed"] == 1
+    assert record["status"] == "success"
+    assert record["environment"]["world_size"] == 2
+
+
+def test_log_of_a_finished_run_passes_the_checker(to_target: Path) -> None:
+    verdict = check_log(to_target / "result_0.txt", "5.0.0")
+    assert verdict.passed, verdict.text
+    events = {e["key"]: e for e in mlperf_log(to_target)}
+    assert events["run_stop"]["metadata"]["status"] == "success"
+    on_the_clock = (events["run_stop"]["time_ms"] - events["run_start"]["time_ms"]) / 1e3
+    assert record_of(to_target)["metrics"]["time_to_train_s"] == pytest.approx(on_the_clock, abs=0.1)
+    accuracies = [e["value"] for e in mlperf_log(to_target) if e["key"] == "eval_accuracy"]
+    assert accuracies == [e["accuracy"] for e in lines(to_target, "eval")]
+
+
+def test_every_step_is_logged_and_the_loss_falls(to_target: Path) -> None:
+    steps = lines(to_target)
+    assert [s["step"] for s in steps] == list(range(1, len(steps) + 1))
+    losses = losses_of(to_target)
+    assert losses[0] == pytest.approx(math.log(200) + math.log(2), rel=0.05)  # nothing learned: uniform guesses
+    assert min(losses[-3:]) < 0.85 * losses[0]
+
+
+def test_ddp_trains_the_same(to_target: Path, workspace: Workspace) -> None:
+    code, run = workspace.run("run.folder=ddp", "communication.engine=ddp", *TO_TARGET)
+    assert code == 0, run.stderr
+    expected = losses_of(to_target)
+    assert losses_of(workspace.folder / "ddp") == pytest.approx(expected, rel=1e-5)
+    assert record_of(workspace.folder / "ddp")["metrics"]["samples_to_target"] == 16 * len(expected)
+
+
+def test_torchrun_trains_the_same(to_target: Path, workspace: Workspace) -> None:
+    """And without a target, a run that did its steps is a success."""
+    code, run = workspace.run("run.folder=torchrun", "train.max_steps=8", TO_TARGET[-1], launcher=(*TORCHRUN, "2"))
+    assert code == 0, run.stderr
+    assert losses_of(workspace.folder / "torchrun") == losses_of(to_target)[:8]
+    record = record_of(workspace.folder / "torchrun")
+    assert (record["status"], record["metrics"]["target_reached"]) == ("success", 0)
+
+
+@pytest.fixture(scope="module")
+def missed(workspace: Workspace) -> tuple[Path, TrainingRun]:
+    """A run with LAMB and accumulation whose target is out of reach."""
+    code, run = workspace.run(
+        "run.folder=missed", "train.target_accuracy=0.99", "train.max_steps=12", "optimizer.name=lamb", "optimizer.lr=0.03",
+        "batch.local_batch=4", "batch.accumulation=2", "train.eval_every_samples=64",
+    )  # fmt: skip
+    assert code == 1, run.stderr
+    return workspace.folder / "missed", run
+
+
+def test_lamb_with_accumulation_misses_a_target_out_of_reach(missed: tuple[Path, TrainingRun]) -> None:
+    folder, run = missed
+    record, steps = record_of(folder), lines(folder)
+    assert (record["status"], record["metrics"]["target_reached"]) == ("target not reached", 0)
+    assert "NOT reached" in run.stdout
+    assert record["metrics"]["samples_to_target"] == 16 * 12
+    assert [s["step"] for s in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert [e["step"] for e in lines(folder, "eval")] == [4, 8, 12]
+    events = {e["key"]: e for e in mlperf_log(folder)}
+    assert events["run_stop"]["metadata"]["status"] == "aborted"
+    assert (events["opt_name"]["value"], events["gradient_accumulation_steps"]["value"]) == ("lamb", 2)
+    assert record["metrics"]["compliance_passed"] == int(check_log(folder / "result_0.txt", "5.0.0").passed)
+
+
+def test_a_missed_target_is_no_failed_rank(missed: tuple[Path, TrainingRun]) -> None:
+    assert not missed[1].stderr
+
+
+def test_measuring_the_ceiling_draws_no_random_number() -> None:
+    """Else run.matmul_ceiling decides which units dropout drops."""
+    environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
+    before = torch.get_rng_state()
+    assert matmul_ceiling(environment, seconds=0.01) > 0
+    assert torch.equal(torch.get_rng_state(), before)

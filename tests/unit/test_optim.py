@@ -1,0 +1,334 @@
+"""LAMB and the learning-rate schedule against plain statements of the reference; groups of parameters."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bert_fast.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from bert_fast.errors import UserError
+from bert_fast.model.bert import BertForPretraining
+from bert_fast.optim.build import build_optimizer, has_decay
+from bert_fast.optim.lamb import Lamb
+from bert_fast.optim.schedule import learning_rate
+
+BETAS, EPS, DECAY = (0.83, 0.925), 1e-6, 0.0166629
+SHAPES = {"weight": (7, 5), "other.weight": (3,), "bias": (5,), "norm.weight": (4,)}
+
+
+# ---- LAMB -----------------------------------------------------------------------------------------------------------
+
+
+class PlainLamb:
+    """MLPerf's reference, tensor by tensor: bias-corrected moments, decay in the update, then the trust ratio."""
+
+    def __init__(self, weights: dict[str, np.ndarray]) -> None:
+        self.weights = {name: w.copy() for name, w in weights.items()}
+        self.first = {name: np.zeros_like(w) for name, w in weights.items()}
+        self.second = {name: np.zeros_like(w) for name, w in weights.items()}
+        self.count = 0
+        self.ratios: dict[str, float] = {}
+
+    def step(self, gradients: dict[str, np.ndarray], lr: float) -> None:
+        self.count += 1
+        for name, g in gradients.items():
+            self.first[name] = BETAS[0] * self.first[name] + (1 - BETAS[0]) * g
+            self.second[name] = BETAS[1] * self.second[name] + (1 - BETAS[1]) * g * g
+            unbiased_first = self.first[name] / (1 - BETAS[0] ** self.count)
+            unbiased_second = self.second[name] / (1 - BETAS[1] ** self.count)
+            update = unbiased_first / (np.sqrt(unbiased_second) + EPS)
+            ratio = 1.0
+            if has_decay(name):
+                update = update + DECAY * self.weights[name]
+                norm_w, norm_u = np.linalg.norm(self.weights[name]), np.linalg.norm(update)
+                ratio = norm_w / norm_u if norm_w > 0 and norm_u > 0 else 1.0
+            self.ratios[name] = ratio
+            self.weights[name] = self.weights[name] - lr * ratio * update
+
+
+def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
+
+
+def make_lamb(
+    weights: dict[str, np.ndarray], dtype: torch.dtype = torch.float64
+) -> tuple[Lamb, dict[str, nn.Parameter]]:
+    parameters = {name: nn.Parameter(torch.tensor(w, dtype=dtype)) for name, w in weights.items()}
+    config = OptimizerConfig(name="lamb", lr=1.0, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY)
+    optimizer = build_optimizer(parameters.items(), config)
+    assert isinstance(optimizer, Lamb)
+    return optimizer, parameters
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def test_lamb_equals_the_reference_over_200_steps() -> None:
+    rng = np.random.default_rng(1)
+    optimizer, parameters = make_lamb(random_weights())
+    plain = PlainLamb(random_weights())
+    for step in range(200):
+        lr = 0.02 * (step + 1) / 200
+        gradients = {name: rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 3) for name, shape in SHAPES.items()}
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradients[name])
+        set_lr(optimizer, lr)
+        optimizer.step()
+        plain.step(gradients, lr)
+        assert plain.ratios["bias"] == plain.ratios["norm.weight"] == 1.0
+        assert abs(plain.ratios["weight"] - 1.0) > 1e-3, "a ratio of one would prove nothing"
+        found = np.concatenate([p.detach().numpy().ravel() for p in parameters.values()])
+        expected = np.concatenate([w.ravel() for w in plain.weights.values()])
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12, err_msg=f"step {step}")
+
+
+def test_bias_and_norm_take_plain_adam_steps_without_decay() -> None:
+    """The groups without decay against torch's Adam."""
+    optimizer, parameters = make_lamb(random_weights())
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items() if not has_decay(name)}
+    assert set(copies) == {"bias", "norm.weight"}
+    adam = torch.optim.Adam(copies.values(), lr=0.01, betas=BETAS, eps=EPS)
+    set_lr(optimizer, 0.01)
+    for _ in range(50):
+        for name, parameter in parameters.items():
+            parameter.grad = torch.randn_like(parameter)
+            if name in copies:
+                copies[name].grad = parameter.grad.clone()
+        optimizer.step()
+        adam.step()
+    for name, copy in copies.items():
+        torch.testing.assert_close(parameters[name], copy, rtol=1e-11, atol=1e-12)
+
+
+def test_zero_weights_and_zero_updates_take_a_ratio_of_one() -> None:
+    weights = {"weight": np.zeros((2, 2)), "other.weight": np.ones(3)}
+    optimizer, parameters = make_lamb(weights)
+    parameters["weight"].grad = torch.full((2, 2), 0.5, dtype=torch.float64)
+    parameters["other.weight"].grad = torch.zeros(3, dtype=torch.float64)
+    set_lr(optimizer, 0.1)
+    optimizer.step()
+    np.testing.assert_allclose(parameters["weight"].detach(), -0.1 * 0.5 / (0.5 + EPS), rtol=1e-12)
+    # the only update is the decay: its ratio makes it as long as the weights
+    np.testing.assert_allclose(parameters["other.weight"].detach(), 0.9, rtol=1e-12)
+
+
+def snapshot(optimizer: Lamb, parameters: dict[str, nn.Parameter]) -> list[torch.Tensor]:
+    tensors = [p.detach().clone() for p in parameters.values()]
+    for parameter in parameters.values():
+        tensors += [optimizer.state[parameter][key].clone() for key in ("step", "exp_avg", "exp_avg_sq")]
+    return tensors
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_step_that_found_inf_leaves_everything_bit_identical(bad: float, dtype: torch.dtype) -> None:
+    optimizer, parameters = make_lamb(random_weights(), dtype)
+    set_lr(optimizer, 0.01)
+
+    def step(found_inf: float, value: float | None = None) -> None:
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+            if value is not None:
+                parameter.grad.view(-1)[0] = value
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+
+    for _ in range(3):
+        step(0.0)
+    before = snapshot(optimizer, parameters)
+    step(1.0, bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(optimizer, parameters), strict=True))
+    step(0.0)
+    assert not any(torch.equal(a, b) for a, b in zip(before, snapshot(optimizer, parameters), strict=True))
+
+
+def test_a_first_step_that_found_inf_changes_no_weight() -> None:
+    optimizer, parameters = make_lamb(random_weights())
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)
+    set_lr(optimizer, 0.01)
+    optimizer.step()
+    for name, weight in random_weights().items():
+        assert np.array_equal(parameters[name].detach().numpy(), weight)
+
+
+def test_found_inf_of_zero_is_no_other_step_than_none() -> None:
+    results = []
+    for found_inf in (None, torch.tensor(0.0, dtype=torch.float64)):
+        torch.manual_seed(3)
+        optimizer, parameters = make_lamb(random_weights())
+        optimizer.found_inf = found_inf
+        set_lr(optimizer, 0.01)
+        for _ in range(20):
+            for parameter in parameters.values():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        results.append(snapshot(optimizer, parameters))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    optimizer, parameters = make_lamb(random_weights())
+    set_lr(optimizer, 0.01)
+    parameters["weight"].grad = torch.ones(7, 5, dtype=torch.float64)
+    optimizer.step()
+    assert np.array_equal(parameters["bias"].detach().numpy(), random_weights()["bias"])
+    assert parameters["bias"] not in optimizer.state
+
+
+def test_state_dict_continues_bit_for_bit() -> None:
+    gradients = [[torch.randn(shape, dtype=torch.float64) for shape in SHAPES.values()] for _ in range(10)]
+
+    def train(optimizer: Lamb, parameters: dict[str, nn.Parameter], steps: range) -> None:
+        set_lr(optimizer, 0.01)
+        for step in steps:
+            for parameter, gradient in zip(parameters.values(), gradients[step], strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+
+    whole, half = make_lamb(random_weights()), make_lamb(random_weights())
+    train(*whole, range(10))
+    train(*half, range(5))
+    resumed = make_lamb({name: p.detach().numpy() for name, p in half[1].items()})
+    resumed[0].load_state_dict(half[0].state_dict())
+    train(*resumed, range(5, 10))
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(*whole), snapshot(*resumed), strict=True))
+
+
+# ---- build ----------------------------------------------------------------------------------------------------------
+
+
+def tiny_model() -> BertForPretraining:
+    return BertForPretraining(
+        ModelConfig(vocab_size=20, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12, max_positions=8)
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_groups_decay_matrices_only(name: str) -> None:
+    model = tiny_model()
+    config = OptimizerConfig(name=name, lr=0.5, beta1=0.7, beta2=0.8, eps=1e-3, weight_decay=0.25)
+    optimizer = build_optimizer(model.named_parameters(), config)
+    decayed, plain = optimizer.param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert sorted(names[id(p)] for group in (decayed, plain) for p in group["params"]) == sorted(names.values())
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0.0)
+    for group in (decayed, plain):
+        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.5, (0.7, 0.8), 1e-3)
+    for parameter in decayed["params"]:
+        assert parameter.dim() == 2, names[id(parameter)]
+    for parameter in plain["params"]:
+        assert parameter.dim() == 1, names[id(parameter)]
+
+
+def test_adamw_is_torchs_with_decoupled_decay() -> None:
+    parameters = {name: nn.Parameter(torch.tensor(w)) for name, w in random_weights().items()}
+    optimizer = build_optimizer(parameters.items(), OptimizerConfig(lr=0.1, weight_decay=0.5))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["fused"]
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, weight in random_weights().items():
+        np.testing.assert_allclose(parameters[name].detach(), weight * (0.95 if has_decay(name) else 1.0), rtol=1e-12)
+
+
+def test_apex_that_is_not_installed_says_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_apex(name: str, *args: Any) -> Any:
+        if name.split(".")[0] == "apex":
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_apex)
+    with pytest.raises(UserError, match="apex is not installed; install it or set use_apex=false"):
+        build_optimizer(tiny_model().named_parameters(), OptimizerConfig(use_apex=True))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("lamb", "FusedLAMB"), ("adamw", "FusedAdam")])
+def test_apex_is_asked_for_the_same_arithmetic(monkeypatch: pytest.MonkeyPatch, name: str, expected: str) -> None:
+    """A stand-in for apex: which class, and that it does not clip on its own or use NVLAMB."""
+    seen: dict[str, Any] = {}
+    module = types.ModuleType("apex.optimizers")
+    for kind in ("FusedLAMB", "FusedAdam"):
+        setattr(module, kind, lambda groups, kind=kind, **settings: seen.update(kind=kind, groups=groups, **settings))
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    build_optimizer(tiny_model().named_parameters(), OptimizerConfig(name=name, use_apex=True, weight_decay=0.3))
+    assert seen["kind"] == expected
+    assert [group["weight_decay"] for group in seen["groups"]] == [0.3, 0.0]
+    if name == "lamb":
+        assert seen["max_grad_norm"] == 0.0
+        assert seen["use_nvlamb"] is False
+    else:
+        assert seen["adam_w_mode"] is True
+
+
+# ---- schedule -------------------------------------------------------------------------------------------------------
+
+
+def plain_schedule(num_steps: int, base: float, s: ScheduleConfig) -> np.ndarray:
+    """Rates of updates 0 ... num_steps - 1, as arrays: warm-up branch, decay branch, which of them."""
+    count = np.arange(num_steps, dtype=np.float64) + (0 if s.start_warmup_step == 0 else 1)
+    since = count - s.start_warmup_step
+    warmup = base * np.maximum(since, 0) / max(s.warmup_steps, 1)
+    left = 1 - np.clip(count, 0, s.total_steps) / s.total_steps
+    return np.where(since < s.warmup_steps, warmup, s.end_lr + (base - s.end_lr) * left**s.power)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"total_steps": 100},
+        {"total_steps": 100, "warmup_steps": 10},
+        {"total_steps": 100, "warmup_steps": 10, "end_lr": 2e-5, "power": 0.5},
+        {"total_steps": 179, "warmup_steps": 82, "start_warmup_step": -16, "end_lr": 0.0000494549100544884},
+        {"total_steps": 600, "warmup_steps": 290, "start_warmup_step": -100, "power": 1.0},
+        {"total_steps": 700, "warmup_steps": 200_330, "start_warmup_step": -200_000},
+        {"total_steps": 50, "warmup_steps": 10, "start_warmup_step": 5, "power": 2.0},
+        {"total_steps": 10, "warmup_steps": 40},
+    ],
+)
+def test_schedule_equals_the_plain_statement(values: dict[str, Any]) -> None:
+    schedule = ScheduleConfig.model_validate(values)
+    base = 0.00039299421615882676
+    rates = [learning_rate(step, base, schedule) for step in range(900)]
+    np.testing.assert_allclose(rates, plain_schedule(900, base, schedule), rtol=1e-12, atol=1e-18)
+
+
+def test_schedule_by_hand() -> None:
+    schedule = ScheduleConfig(total_steps=10, warmup_steps=4, end_lr=0.1)
+    rates = [learning_rate(step, 1.0, schedule) for step in range(13)]
+    assert rates[:4] == [0.0, 0.25, 0.5, 0.75]
+    assert rates[4] == pytest.approx(0.9 * 0.6 + 0.1)
+    assert rates[9] == pytest.approx(0.9 * 0.1 + 0.1)
+    assert rates[10:] == [0.1] * 3
+
+
+def test_schedule_of_the_published_adam_run() -> None:
+    """82 warm-up steps from step -16: the first update is on its way up already, the 179th at the end value."""
+    end = 0.0000494549100544884
+    schedule = ScheduleConfig(total_steps=179, warmup_steps=82, start_warmup_step=-16, end_lr=end)
+    base = 0.00039299421615882676
+    assert learning_rate(0, base, schedule) == pytest.approx(base * 17 / 82)
+    assert learning_rate(64, base, schedule) == pytest.approx(base * 81 / 82)
+    assert learning_rate(65, base, schedule) == pytest.approx(end + (base - end) * (1 - 66 / 179))
+    assert learning_rate(178, base, schedule) == pytest.approx(end)
+    assert learning_rate(298, base, schedule) == end
+
+
+def test_warm_up_that_starts_later_than_zero_without_steps() -> None:
+    assert learning_rate(0, 1.0, ScheduleConfig(total_steps=10, start_warmup_step=5)) == 0.0

@@ -1,0 +1,652 @@
+"""The parts of a run in one process: clocks, counters, loss scale, signals, prefetching, folders, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bert_fast.balance.cost import CostModel
+from bert_fast.config import Config
+from bert_fast.data.loader import Prefetcher
+from bert_fast.data.store import Store
+from bert_fast.errors import TrainingError, UserError
+from bert_fast.model.attention import SequenceLayout
+from bert_fast.model.bert import BertForPretraining, BertInput
+from bert_fast.train import clock as clock_module
+from bert_fast.train import entry, launch
+from bert_fast.train.build import Machinery, build
+from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bert_fast.train.clock import Clock
+from bert_fast.train.environment import Environment, pick_device, pick_dtype
+from bert_fast.train.evaluate import Evaluator, _shard
+from bert_fast.train.folder import check_folder, check_inputs, create_folder, resume_key, run_folder
+from bert_fast.train.inputs import to_device
+from bert_fast.train.loop import make_planner
+from bert_fast.train.loss_scale import LossScale
+from bert_fast.train.state import Progress
+from bert_fast.train.step import StepInput
+from bert_fast.train.stop import HANDLED, StopFlag
+
+CPU = torch.device("cpu")
+
+
+# ---- clock ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """`now[0]` is what time.perf_counter says."""
+    seconds = [100.0]
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
+def test_clock_is_never_paused_and_training_is(now: list[float]) -> None:
+    clock = Clock()
+    now[0] = 150.0  # before run_start: counts for nothing
+    clock.start()
+    now[0] += 10
+    with clock.pause("evaluation"):
+        now[0] += 3
+    now[0] += 2
+    with clock.pause("checkpoint"):
+        now[0] += 4
+    with clock.pause("evaluation"):
+        now[0] += 1
+    assert clock.elapsed == 20
+    assert clock.training == 12
+    assert clock.paused == {"evaluation": 4, "checkpoint": 4}
+
+
+def test_clock_counts_a_pause_that_ends_in_an_error(now: list[float]) -> None:
+    clock = Clock()
+    clock.start()
+
+    def evaluate() -> None:
+        with clock.pause("evaluation"):
+            now[0] += 3
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    assert clock.paused == {"evaluation": 3}
+
+
+def test_clock_of_a_resumed_run_goes_on(now: list[float]) -> None:
+    first = Clock()
+    first.start()
+    now[0] += 10
+    with first.pause("evaluation"):
+        now[0] += 2
+    state = first.state_dict()
+    now[0] += 1000  # the time between the sessions is nobody's
+    second = Clock()
+    second.start()
+    second.load_state_dict(state)
+    now[0] += 5
+    assert second.elapsed == 17
+    assert second.training == 15
+    with second.pause("evaluation"):
+        now[0] += 1
+    assert second.paused == {"evaluation": 3}
+    assert state["paused"] == {"evaluation": 2}, "the loaded state is a copy"
+
+
+# ---- progress and loss scale ----------------------------------------------------------------------------------------
+
+
+def test_progress_sums_means_and_state(tmp_path: Path) -> None:
+    progress = Progress()
+    for value in (1.0, np.float64(2.0), 6):
+        progress.add("imbalance", value)
+        progress.step += 1
+    assert progress.mean("imbalance") == 3.0
+    assert progress.mean("never added") == 0.0
+    assert Progress().mean("imbalance") == 0.0
+    assert all(type(value) is float for value in progress.sums.values())
+    progress.evaluations.append({"step": 3, "accuracy": 0.25})
+    progress.first_step_s = 0.5
+    torch.save(progress.state_dict(), tmp_path / "p.pt")
+    other = Progress()
+    other.load_state_dict(torch.load(tmp_path / "p.pt", weights_only=True))
+    assert other == progress
+
+
+def plain_loss_scale(overflows: list[int], value: float) -> list[float]:
+    values, good = [], 0
+    for overflow in overflows:
+        good = 0 if overflow else good + 1
+        if overflow:
+            value /= 2
+        elif good == 2000:
+            value, good = value * 2, 0
+        values.append(value)
+    return values
+
+
+def test_loss_scale_halves_and_doubles() -> None:
+    overflows = [0] * 1999 + [1, 1] + [0] * 1999 + [1] + [0] * 4001
+    scale, values = LossScale(1024.0, CPU), []
+    flags = (torch.tensor(0.0), torch.tensor(1.0))
+    for overflow in overflows:
+        scale.update(flags[overflow])
+        values.append(scale.value.item())
+    assert values == plain_loss_scale(overflows, 1024.0)
+    assert sorted(set(values)) == [128.0, 256.0, 512.0, 1024.0]
+
+
+def test_loss_scale_state_keeps_the_count_of_good_steps() -> None:
+    first = LossScale(8.0, CPU)
+    for _ in range(1999):
+        first.update(torch.tensor(0.0))
+    second = LossScale(1.0, CPU)
+    second.load_state_dict(first.state_dict())
+    assert second.value.item() == 8.0
+    second.update(torch.tensor(0.0))
+    assert second.value.item() == 16.0
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop() -> Iterator[StopFlag]:
+    flag = StopFlag()
+    yield flag
+    flag.restore()
+
+
+@pytest.mark.parametrize("number", HANDLED, ids=lambda n: n.name)
+def test_signals_set_the_flag_and_say_which(stop: StopFlag, number: signal.Signals) -> None:
+    assert not stop
+    os.kill(os.getpid(), number)
+    assert stop
+    assert stop.signal_name == number.name
+
+
+def test_handlers_are_put_back() -> None:
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    flag = StopFlag()
+    assert all(signal.getsignal(number) != handler for number, handler in before.items())
+    flag.restore()
+    assert {number: signal.getsignal(number) for number in HANDLED} == before
+
+
+# ---- prefetching ----------------------------------------------------------------------------------------------------
+
+
+def test_prefetcher_gives_results_in_order_whatever_they_take() -> None:
+    def make(step: int) -> int:
+        time.sleep(0.002 * (step % 3))
+        return step * step
+
+    prefetcher = Prefetcher(make, start=5, end=25, depth=3)
+    assert [prefetcher.next() for _ in range(20)] == [n * n for n in range(5, 25)]
+    prefetcher.close()
+
+
+def test_prefetcher_works_ahead_but_not_far() -> None:
+    made: list[int] = []
+    prefetcher = Prefetcher(lambda step: made.append(step) or step, start=0, end=1000, depth=2)
+    deadline = time.monotonic() + 5
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert made == [0, 1, 2], "two in the queue, one in hand"
+    assert prefetcher.next() == 0
+    prefetcher.close()
+
+
+def test_prefetcher_passes_an_exception_on_in_its_turn() -> None:
+    def make(step: int) -> int:
+        if step == 2:
+            raise UserError("store is truncated")
+        return step
+
+    prefetcher = Prefetcher(make, start=0, end=10, depth=4)
+    assert [prefetcher.next(), prefetcher.next()] == [0, 1]
+    with pytest.raises(UserError, match="store is truncated"):
+        prefetcher.next()
+    prefetcher.close()
+
+
+@pytest.mark.parametrize("depth", [1, 5])
+def test_prefetcher_closes_while_it_waits_for_room(depth: int) -> None:
+    before = threading.active_count()
+    prefetcher = Prefetcher(lambda step: step, start=0, end=10**9, depth=depth)
+    prefetcher.next()
+    start = time.monotonic()
+    prefetcher.close()
+    assert time.monotonic() - start < 2
+    assert threading.active_count() == before
+
+
+# ---- the run's folder -----------------------------------------------------------------------------------------------
+
+
+def finish_checkpoint(folder: Path) -> None:
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000004" / "complete.json").write_text("{}")
+
+
+def test_folder_name_comes_from_name_and_seed(make_config: Callable[..., Config]) -> None:
+    config = make_config("run.folder=null", "run.results_dir=out", "run.name=x", "train.seed=3")
+    assert run_folder(config) == Path("out/x-seed3")
+    assert run_folder(make_config("run.folder=elsewhere")) == Path("elsewhere")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_finished_run_is_refused(make_config: Callable[..., Config], resume: bool) -> None:
+    config = make_config()
+    folder = run_folder(config)
+    finish_checkpoint(folder)
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=r"already holds a finished run; choose another run\.name or run\.folder"):
+        check_folder(config, resume)
+
+
+def test_stopped_run_needs_resume(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    check_folder(config, False)
+    finish_checkpoint(run_folder(config))
+    with pytest.raises(UserError, match=r"holds a stopped run; continue it with --resume"):
+        check_folder(config, False)
+    check_folder(config, True)
+
+
+def test_resume_needs_a_checkpoint(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    with pytest.raises(UserError, match=r"--resume: .* has no checkpoint; start the run without"):
+        check_folder(config, True)
+    (run_folder(config) / "checkpoints" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        check_folder(config, True)
+
+
+def test_create_folder_records_the_config_and_clears_remains(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    folder = create_folder(config, resume=False)
+    assert "hidden_size: 16" in (folder / "config.yaml").read_text()
+    assert (folder / "commit.txt").read_text().strip()
+    (folder / "result_0.txt").write_text("a crashed run's")
+    create_folder(config, resume=False)
+    assert not (folder / "result_0.txt").exists()
+    (folder / "result_0.txt").write_text("a stopped run's")
+    create_folder(config, resume=True)
+    assert (folder / "result_0.txt").exists()
+
+
+def test_a_folder_that_is_not_a_runs_is_not_removed(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    folder = run_folder(config)
+    (folder / "other-seed0").mkdir(parents=True)
+    (folder / "other-seed0" / "metrics.json").write_text("{}")
+
+    def start() -> None:
+        check_folder(config, False)
+        create_folder(config, resume=False)
+
+    with pytest.raises(UserError):
+        start()
+    assert (folder / "other-seed0" / "metrics.json").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_kept(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    run_folder(config).write_text("notes")
+    with pytest.raises(UserError, match=r"cannot write the run's folder .*/run: "):
+        create_folder(config, resume=False)
+    assert run_folder(config).read_text() == "notes"
+
+
+def test_missing_data_and_checkpoint_are_named_before_ranks_start(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    check_inputs(make_config())
+    with pytest.raises(UserError, match=r"no data at nowhere/eval \(data\.eval\); make it with"):
+        check_inputs(make_config("data.eval=nowhere/eval"))
+    with pytest.raises(UserError, match=r"train\.init_checkpoint=.* has no model\.safetensors"):
+        check_inputs(make_config(f"train.init_checkpoint={tmp_path}"))
+
+
+# ---- entry ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("mend this"), 2, "error: mend this\n"),
+        (TrainingError("not finite"), 3, "error: not finite\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted before the first step; nothing was written\n"),
+        (OSError(errno.ENOSPC, "No space", "runs/x"), 2, "error: disk full (runs/x); free space and --resume\n"),
+        (
+            RuntimeError("[gloo/transport] Connection closed by peer\nat line 3"),
+            launch.EXIT_LOST_RANK,
+            "error: lost contact with another rank: [gloo/transport] Connection closed by peer\n",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)  # fmt: skip
+def test_errors_for_people_are_one_line_and_a_code(
+    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+    def action() -> int:
+        raise error
+
+    assert entry.guarded(action) == code
+    assert capsys.readouterr().err == text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), OSError(errno.ENOENT, "x"), KeyError("bug")])
+def test_bugs_keep_their_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def action() -> int:
+        raise error
+
+    assert entry.guarded(action) == entry.EXIT_BUG
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.splitlines()[-1].startswith(f"error: unexpected {type(error).__name__}")
+
+
+def test_print_config_and_dry_run_start_nothing(
+    tmp_path: Path, make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bert_fast.cli import load_config, to_yaml
+    from bert_fast.config import as_plain
+
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(as_plain(make_config())))
+    args = argparse.Namespace(
+        config=str(path), overrides=["train.seed=5"], print_config=True, dry_run=False, resume=False
+    )
+    assert entry.run(args, 0.0) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed).train.seed == 5
+    args.print_config, args.dry_run = False, True
+    assert entry.run(args, 0.0) == 0
+    assert not (tmp_path / "run").exists()
+
+
+# ---- environment ----------------------------------------------------------------------------------------------------
+
+
+def test_precision_and_device_of_a_cpu() -> None:
+    assert pick_dtype("fp32", CPU) == torch.float32
+    assert pick_dtype("bf16", CPU) == torch.bfloat16
+    assert pick_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+    with pytest.raises(UserError, match=r"precision=fp16 needs CUDA; on CPU set"):
+        pick_dtype("fp16", CPU)
+    assert pick_device("cpu", 0) == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_says_the_mend() -> None:
+    assert pick_device("auto", 0) == CPU
+    with pytest.raises(UserError, match=r"no usable CUDA device; set system\.device=cpu"):
+        pick_device("cuda", 0)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+KEY = {"model": "abc", "seed": "0"}
+STATE = {"model": {"w": torch.arange(5.0)}, "progress": {"step": 3, "sums": {"x": 0.5}}, "loss_scale": None}
+
+
+def test_checkpoint_round_trip_restores_the_random_stream(tmp_path: Path, environment: Environment) -> None:
+    torch.manual_seed(11)
+    torch.rand(3)
+    save_checkpoint(tmp_path, 3, STATE, environment, keep=2, key=KEY)
+    expected = torch.rand(4)
+    torch.manual_seed(99)
+    path = latest_checkpoint(tmp_path)
+    assert path is not None
+    assert path.name == "step-00000003"
+    assert sorted(p.name for p in path.iterdir()) == ["complete.json", "rank-0.pt", "state.pt"]
+    state = load_checkpoint(path, environment, KEY)
+    assert torch.equal(state["model"]["w"], STATE["model"]["w"])  # type: ignore[index]
+    assert state["progress"] == STATE["progress"]
+    assert state["loss_scale"] is None
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_old_checkpoints_are_removed_and_the_newest_is_found(tmp_path: Path, environment: Environment) -> None:
+    for step in (5, 20, 100, 1000):
+        save_checkpoint(tmp_path, step, STATE, environment, keep=2, key=KEY)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00001000"
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_incomplete_checkpoints_are_ignored(tmp_path: Path, environment: Environment) -> None:
+    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 6, STATE, environment, keep=2, key=KEY)
+    (tmp_path / "step-00000006" / "complete.json").unlink()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000005"
+
+
+def test_a_checkpoint_that_is_cut_off_does_not_count(
+    tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it is written over an older one of the same step."""
+    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+
+    def full(_path: Any, _content: Any) -> None:
+        raise UserError("disk full")
+
+    monkeypatch.setattr("bert_fast.train.checkpoint.write_atomically", full)
+    with pytest.raises(UserError, match="disk full"):
+        save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_checkpoint_of_another_model_names_the_entry(tmp_path: Path, environment: Environment) -> None:
+    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    with pytest.raises(
+        UserError, match=r"does not fit this config: model was 'abc' and is now 'xyz'; resume with the run's own"
+    ):
+        load_checkpoint(tmp_path / "step-00000005", environment, {**KEY, "model": "xyz"})
+    with pytest.raises(UserError, match="clip was None and is now 'new'"):
+        load_checkpoint(tmp_path / "step-00000005", environment, {**KEY, "clip": "new"})
+
+
+def test_checkpoint_of_another_world_size(tmp_path: Path, environment: Environment) -> None:
+    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    with pytest.raises(UserError, match=r"was written by 1 ranks and this run has 4; resume with the same number"):
+        load_checkpoint(tmp_path / "step-00000005", Environment(0, 0, 4, CPU, torch.float32), KEY)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "rank-0.pt"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "missing",
+        "cut",
+        pytest.param(
+            "empty",
+        ),
+    ],
+)
+def test_damaged_checkpoint(tmp_path: Path, environment: Environment, name: str, damage: str) -> None:
+    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    path = tmp_path / "step-00000005" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        os.truncate(path, 0 if damage == "empty" else path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"step-00000005 is damaged .*; remove it"):
+        load_checkpoint(tmp_path / "step-00000005", environment, KEY)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("state.pt", b"garbage, not an archive"), ("complete.json", b'{"step":')]
+)
+def test_checkpoint_of_garbage(tmp_path: Path, environment: Environment, name: str, content: bytes) -> None:
+    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    (tmp_path / "step-00000005" / name).write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load_checkpoint(tmp_path / "step-00000005", environment, KEY)
+
+
+@pytest.mark.parametrize(
+    ("override", "entry_name"),
+    [
+        ("model.hidden_size=32", "model"),
+        ("batch.local_batch=4,batch.accumulation=2", "batch"),
+        ("balance.strategy=random", "balance"),
+        ("optimizer.lr=0.002", "optimizer"),
+        ("schedule.total_steps=50", "schedule"),
+        ("communication.max_norm=2.0", "clipping"),
+        ("communication.clip_groups=model", "clipping"),
+        ("train.seed=4", "seed"),
+    ],
+)
+def test_what_a_resumed_run_must_share(make_config: Callable[..., Config], override: str, entry_name: str) -> None:
+    first = resume_key(make_config(), "a" * 64, "b" * 64)
+    other = resume_key(make_config(*override.split(",")), "a" * 64, "b" * 64)
+    assert [name for name in first if first[name] != other[name]] == [entry_name]
+
+
+def test_what_a_resumed_run_may_change(make_config: Callable[..., Config]) -> None:
+    first = resume_key(make_config(), "a" * 64, "b" * 64)
+    may = ("train.max_steps=9", "communication.bucket_mb=1.0", "run.name=x", "system.threads_per_rank=1")
+    assert resume_key(make_config(*may), "a" * 64, "b" * 64) == first
+    assert resume_key(make_config(), "c" * 64, "b" * 64) != first
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("samples", "ranks"), [(1, 1), (1, 3), (7, 3), (9, 3), (64, 4)])
+def test_every_evaluation_sample_is_on_one_rank(samples: int, ranks: int) -> None:
+    shards = _shard(np.random.default_rng(0).random(samples), ranks)
+    assert len(shards) == ranks
+    assert sorted(i for shard in shards for i in shard) == list(range(samples))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def plain_evaluation(model: BertForPretraining, store: Store, count: int) -> tuple[float, float, float, float]:
+    """Sample by sample: accuracy and mean loss of masked tokens, accuracy and mean loss of next sentences."""
+    correct = masked = next_correct = 0
+    loss = next_loss = 0.0
+    for index in range(count):
+        sample = store[index]
+        length = len(sample.input_ids)
+        labels = torch.tensor(sample.masked_labels.astype(np.int64))
+        positions = torch.arange(length)
+        inputs = BertInput(
+            torch.tensor(sample.input_ids.astype(np.int64)),
+            (positions >= sample.len_a).long(),
+            positions,
+            torch.tensor(sample.masked_positions.astype(np.int64)),
+            labels,
+            torch.tensor([sample.is_random_next]),
+            SequenceLayout([length], torch.tensor([0, length], dtype=torch.int32)),
+        )
+        mlm, nsp = model.logits(inputs)
+        log_mlm, log_nsp = mlm.log_softmax(-1), nsp.log_softmax(-1)
+        loss -= log_mlm[torch.arange(len(labels)), labels].sum().item()
+        next_loss -= log_nsp[0, sample.is_random_next].item()
+        correct += int((mlm.argmax(-1) == labels).sum())
+        next_correct += int(nsp.argmax() == sample.is_random_next)
+        masked += len(labels)
+    return correct / masked, loss / masked, next_correct / count, next_loss / count
+
+
+@pytest.mark.parametrize("count", [None, 30])
+@pytest.mark.parametrize("eval_batch", [7, 1000])
+def test_evaluation_equals_one_sample_at_a_time(
+    make_config: Callable[..., Config], environment: Environment, count: int | None, eval_batch: int
+) -> None:
+    config = make_config(f"batch.eval_batch={eval_batch}", "model.hidden_dropout=0.5")
+    model = BertForPretraining(config.model, "matmul").double()
+    store = Store(config.data.eval)
+    assert len(store) > 35
+    model.train()
+    result = Evaluator(store, count, config.batch, CostModel(1.0, 0.0), environment)(model)
+    assert model.training, "the mode is put back"
+    expected = plain_evaluation(model.eval(), store, count or len(store))
+    found = (result.mlm_accuracy, result.mlm_loss, result.nsp_accuracy, result.nsp_loss)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+# ---- build and step -------------------------------------------------------------------------------------------------
+
+
+def step_input(config: Config, step: int = 0) -> StepInput:
+    store = Store(config.data.train)
+    plan = make_planner(config, store.lengths).plan(step)
+    batches = [store.batch(ids) for ids in plan.ids[0]]
+    masked = sum(len(batch.masked_labels) for batch in batches)
+    inputs = [to_device(batch, CPU, config.batch.shape_multiple) for batch in batches]
+    return StepInput(inputs, masked, config.batch.global_batch)
+
+
+def weights(machinery: Machinery) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in machinery.model.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_warm_up_leaves_no_trace(make_config: Callable[..., Config], environment: Environment, optimizer: str) -> None:
+    """Weights, optimizer state and random stream are those of a build without warm-up."""
+    results = []
+    for steps in (0, 3):
+        machinery = build(
+            make_config(f"train.warmup_batches={steps}", f"optimizer.name={optimizer}", "model.hidden_dropout=0.1"),
+            environment,
+        )
+        assert not machinery.optimizer.state
+        machinery.step(step_input(make_config()), lr=0.01)
+        results.append(weights(machinery))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    make_config: Callable[..., Config], environment: Environment
+) -> None:
+    config = make_config()
+    machinery = build(config, environment)
+    machinery.step(step_input(config), lr=0.01)
+    before = weights(machinery)
+    moments = [s["exp_avg"].clone() for s in machinery.optimizer.state.values()]
+    bad = step_input(config, 1)
+    hook = machinery.model.heads.transform.register_forward_hook(lambda *args: args[-1] * float("nan"))
+    result = machinery.step(bad, lr=0.01)
+    hook.remove()
+    assert not result.is_finite
+    assert not result.local_is_finite
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(machinery), strict=True))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, machinery.optimizer.state.values(), strict=True))
+    assert machinery.step(step_input(config, 2), lr=0.01).is_finite
+    assert not torch.equal(before[0], weights(machinery)[0])
+
+
+def test_accumulation_and_loss_scale_give_the_same_step(
+    make_config: Callable[..., Config], environment: Environment
+) -> None:
+    """Losses are sums with one global normalisation: the split into micro-batches does not matter."""
+    gradients, losses = [], []
+    for local, accumulation, scale in ((8, 1, None), (2, 4, None), (4, 2, 1024.0)):
+        config = make_config(f"batch.local_batch={local}", f"batch.accumulation={accumulation}")
+        machinery = build(config, environment)
+        if scale:
+            machinery.step._loss_scale = LossScale(scale, CPU)
+        result = machinery.step(step_input(config), lr=0.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in machinery.model.parameters()]))
+        losses.append((result.mlm_sum.item(), result.nsp_sum.item()))
+    for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
