@@ -67,6 +67,8 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
         UserError: unreadable or empty text, a bad vocabulary, a full disk. Finished work is kept for a restart.
     """
     start = time.perf_counter()
+    if recipe.vocab is not None:
+        load_vocabulary(recipe.vocab)  # a bad one is found before the long part
     out = Path(out)
     workers = num_workers or os.cpu_count() or 1
     with _Pool(workers) as pool:

@@ -92,7 +92,7 @@ def _our_model(config: Config) -> BertForPretraining:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        labels = Store(config.data.eval).batch(np.arange(64)).masked_labels
+        labels = (store := Store(config.data.eval)).batch(np.arange(min(64, len(store)))).masked_labels
         model.heads.decoder_bias[int(np.bincount(labels).argmax())] += 4.0
     return model
 

@@ -225,7 +225,7 @@ def test_text_too_short_for_a_sample(recipe: Recipe, tmp_path: Path, in_process:
     (folder / "a.txt").write_text("".join(f"{'x' * n}\n\n" for n in range(1, 30)))
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nx\n##x\n")
-    recipe = replace(recipe, input=str(folder), vocab=str(vocab), eval_fraction=0.1)
+    recipe = replace(recipe, input=str(folder), vocab=str(vocab), eval_fraction=0.08)
     with pytest.raises(UserError, match="no samples for store .*(eval|train).*too short"):
         run(recipe, tmp_path / "out")
 
