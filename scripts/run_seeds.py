@@ -3,7 +3,8 @@
 
     python scripts/run_seeds.py --config configs/mini_cpu.yaml --seeds 10 --out results/mini_cpu
 
-Writes result_N.txt (raw MLPerf logs), seeds.json (figures by name, raw values, config, environment) and prints a table.
+With `--with FOLDER`, records of ours that `bench_time_to_train.py --out FOLDER` left are counted as seeds already run.
+Writes result_SEED.txt (raw MLPerf logs), seeds.json (figures by name, raw values, config, environment) and prints a table.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bert_fast.cli import load_config  # noqa: E402
-from bert_fast.config import as_plain  # noqa: E402
+from bert_fast.config import Config, as_plain  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 
@@ -41,6 +42,20 @@ def run_one(config: str, overrides: list[str], seed: int, folder: Path) -> dict[
         )
     record: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return record
+
+
+def records_in(folder: str, config: Config) -> dict[int, dict[str, Any]]:
+    """Records of this config by seed that a paired benchmark left. Raises UserError if one is of another config."""
+    found = {}
+    for path in sorted(Path(folder).glob("pair-*-ours.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        seed = record["config"]["train"]["seed"]
+        same = as_plain(config)
+        same["train"]["seed"], same["run"]["folder"] = seed, record["config"]["run"]["folder"]
+        if record["config"] != same:
+            raise UserError(f"{path} is a record of another config; give --with the folder of this one")
+        found[seed] = record
+    return found
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -64,6 +79,7 @@ def main() -> int:
     parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")
     parser.add_argument("--seeds", type=int, default=10, help="how many (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default %(default)s)")
+    parser.add_argument("--with", dest="known", metavar="FOLDER", help="count the records of pairs there as seeds run")
     parser.add_argument("--out", metavar="FOLDER", help="keep raw logs and seeds.json there")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     add_arguments(parser)
@@ -74,20 +90,21 @@ def main() -> int:
         overrides += ["train.max_steps=40", "train.eval_every_samples=1280"]
     try:
         config = load_config(args.config, overrides)
+        known = records_in(args.known, config) if args.known else {}
         records = []
         rows = []
         with tempfile.TemporaryDirectory() as scratch:
-            for number, seed in enumerate(range(args.first_seed, args.first_seed + args.seeds)):
+            for seed in range(args.first_seed, args.first_seed + args.seeds):
                 folder = Path(scratch) / f"seed{seed}"
-                record = run_one(args.config, overrides, seed, folder)
+                record = known[seed] if seed in known else run_one(args.config, overrides, seed, folder)
                 records.append(record)
                 m = record["metrics"]
                 rows.append((seed, f"{m['time_to_train_s']:.1f}", f"{m['samples_to_target']:,}", f"{m['final_accuracy']:.4f}",
                              "yes" if m["target_reached"] else "no", f"{m['samples_per_s']:.0f}"))  # fmt: skip
                 print(f"seed {seed}: {rows[-1][1]} s, {rows[-1][2]} samples, accuracy {rows[-1][3]}", flush=True)
-                if args.out:
+                if args.out and seed not in known:
                     Path(args.out).mkdir(parents=True, exist_ok=True)
-                    shutil.copy(folder / "result_0.txt", Path(args.out) / f"result_{number}.txt")
+                    shutil.copy(folder / "result_0.txt", Path(args.out) / f"result_{seed}.txt")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

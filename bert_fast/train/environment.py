@@ -90,7 +90,7 @@ def join(config: Config) -> Environment:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     if world > 1 or config.communication.engine == "ddp":
         _init_process_group(config, device, rank, world)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -138,7 +138,7 @@ def _set_threads(config: Config, device: torch.device, local_rank: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory: else every large tensor of every step is mapped and zeroed by the kernel anew.
 
     Worth about 10 % of a small model's step (docs/performance.md). Other C libraries are left alone.

@@ -132,6 +132,15 @@ def test_a_layout_is_used_by_every_layer(name: str) -> None:
         torch.testing.assert_close(BACKENDS[name](qkv, layout, 0.0), plain(qkv, lengths), rtol=1e-10, atol=1e-12)
 
 
+def test_backends_that_share_a_layout_do_not_share_its_groups() -> None:
+    lengths = [40, 30, 29, 20, 7]
+    layout, qkv = layout_of(lengths), random_qkv(sum(lengths)).detach()
+    for name in (*HERE, *reversed(HERE)):
+        torch.testing.assert_close(BACKENDS[name](qkv, layout, 0.0), plain(qkv, lengths), rtol=1e-10, atol=1e-12)
+    assert layout.groups(0.0) != layout.groups(math.inf)
+    assert layout.groups(0.15, 1) != layout.groups(0.15, 16)
+
+
 @pytest.mark.parametrize("name", HERE)
 def test_dropout_keeps_the_mean(name: str) -> None:
     """Averaged over many masks, dropout gives what none gives; a single mask does not."""

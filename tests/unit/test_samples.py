@@ -16,6 +16,7 @@ import pytest
 
 from bert_fast.data.samples import Sample, SampleParams, make_samples
 from bert_fast.data.wordpiece import Vocabulary
+from bert_fast.errors import UserError
 
 NUM_SPECIAL = 5
 CLS, SEP, MASK = 2, 3, 4
@@ -283,6 +284,28 @@ def test_trimming_takes_from_both_ends_of_the_longer_segment() -> None:
     assert lengths == {(20, 20)}, "equal long segments end equally long"
     assert len(fronts) == 400
     assert np.mean(fronts) == pytest.approx(9.5, abs=0.6), "half of the 19 tokens too many go at the front"
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"max_seq_len": 4}, "--max-seq-len 4"),
+        ({"max_predictions": 0}, "--max-predictions"),
+        ({"dupe_factor": 0}, "--dupe-factor"),
+        ({"mask_prob": 0.0}, "--mask-prob"),
+        ({"mask_prob": 1.0}, "--mask-prob"),
+        ({"short_seq_prob": 1.5}, "--short-seq-prob"),
+    ],
+)
+def test_parameters_that_make_no_sample_are_refused(values: dict[str, float], flag: str) -> None:
+    with pytest.raises(UserError, match=flag):
+        SampleParams(**values)  # type: ignore[arg-type]
+
+
+def test_the_shortest_sample_is_five_tokens() -> None:
+    made = list(make_samples(DOCUMENTS[:5], VOCABULARY, SampleParams(5, 1, dupe_factor=1), chunk=0))
+    assert made
+    assert {len(s.input_ids) for s in made} == {5}
 
 
 # ---- determinism ----------------------------------------------------------------------------------------------------

@@ -226,6 +226,7 @@ def test_prefetcher_closes_while_it_waits_for_room(depth: int) -> None:
     before = threading.active_count()
     prefetcher = Prefetcher(lambda step: step, start=0, end=10**9, depth=depth)
     prefetcher.next()
+    time.sleep(0.15)  # the queue is full again and the thread waits
     start = time.monotonic()
     prefetcher.close()
     assert time.monotonic() - start < 2
