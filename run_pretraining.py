@@ -12,6 +12,7 @@ config, data or machine; 3 training cannot go on; 4 a rank was lost; 70 a bug; 1
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
@@ -35,12 +36,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def main() -> int:
+def main() -> None:
     args = parse(sys.argv[1:])
     from bert_fast.train.entry import guarded, run
 
-    return guarded(lambda: run(args, PROCESS_START))
+    code = guarded(lambda: run(args, PROCESS_START))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed. Tearing down threads of torch and gloo in no fixed order has aborted a rank at times.
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -50,6 +50,10 @@ Pair = dict[str, Metrics]
 def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one side to its end; returns its record. Raises TrainingError, its last lines shown, if it failed."""
     name = f"pair-{pair}-{side}"
+    kept = Path(args.out) / f"{name}.json" if args.out else None
+    if args.resume and kept and kept.is_file():
+        record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return record
     settings = ["--config", args.config, *args.overrides, *(_QUICK if args.quick else ()), f"train.seed={pair}"]
     if side == "ours":
         result = folder / name / "metrics.json"
@@ -67,10 +71,10 @@ def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dic
         raise TrainingError(
             f"pair {pair}: {_title(side)} ended with exit code {done.returncode}; its last lines are above"
         )
-    record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if args.out:
+    record = json.loads(result.read_text(encoding="utf-8"))
+    if kept:
         record["config"]["run"]["folder"] = None  # a temporary folder that will be gone
-        write_json(Path(args.out) / f"{name}.json", record)
+        write_json(kept, record)
     return record
 
 
@@ -216,6 +220,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
     parser.add_argument("--pairs", type=int, metavar="N", help=f"pairs of runs (default {_PAIRS}; 1 with --quick)")
     parser.add_argument("--out", metavar="FOLDER", help="also keep the record of every run there")
+    parser.add_argument("--resume", action="store_true", help="take runs whose records are in --out already as done")
     parser.add_argument(
         "--our-allocator", action="store_true", help="give the baseline our allocator setting too (CPU)"
     )

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, process_start: float) -> int:
 
 
 def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
-    from bert_fast.train.environment import join, leave
+    from bert_fast.train.environment import join
     from bert_fast.train.finish import finish
     from bert_fast.train.loop import Run
 
@@ -92,7 +92,6 @@ def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
     if outcome.status != "stopped":
         finish(run, outcome)
     run.metrics.close()
-    leave()
     return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
 
 

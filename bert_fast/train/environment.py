@@ -120,12 +120,6 @@ def _init_process_group(config: Config, device: torch.device, rank: int, world: 
         raise UserError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
 
 
-def leave() -> None:
-    """Leave the process group, if one was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _set_threads(config: Config, device: torch.device, local_rank: int) -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.system.node_size))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
