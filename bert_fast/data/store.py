@@ -195,6 +195,8 @@ class Store:
 
     def verify(self) -> None:
         """Compare the files with the manifest's hashes. Raises UserError naming the one that changed."""
+        if "tables_sha256" not in self.manifest:
+            raise UserError(f"store {self.folder} has no hashes of its tables to verify; prepare the data again")
         expected = {"samples.bin": self.manifest["sha256"], **self.manifest["tables_sha256"]}
         for name, sha256 in expected.items():
             if sha256_of(self.folder / name) != sha256:

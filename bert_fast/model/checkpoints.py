@@ -134,6 +134,12 @@ def _check_description(config: ModelConfig, folder: Path) -> None:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The raw `config.json` of a Hugging Face folder."""
-    description: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    """The raw `config.json` of a Hugging Face folder. Raises UserError if it is no JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        description = None
+    if not isinstance(description, dict):
+        raise UserError(f"checkpoint file {path} is damaged: it is no JSON object")
     return description

@@ -280,7 +280,6 @@ def test_verify_finds_a_changed_table(store: Store, name: str) -> None:
         Store(store.folder).verify()
 
 
-@pytest.mark.xfail(strict=True, reason="Store.verify: a store written before its tables were hashed ends in KeyError")
 def test_verify_of_a_store_whose_tables_were_not_hashed(store: Store) -> None:
     manifest = json.loads((store.folder / "manifest.json").read_text())
     del manifest["tables_sha256"]
