@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -116,6 +117,18 @@ def test_crash_between_checkpoints(workspace: Workspace, straight: Path) -> None
     assert code == 0, run.stderr
     assert f"resumed from checkpoints/{checkpoint.name}" in run.stdout.replace("crashed/", "")
     assert_same_run(folder, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="loop.py, _log_interval: ranks exchange that there was a signal, not which")
+def test_a_signal_to_one_rank_stops_all_under_its_own_number(workspace: Workspace) -> None:
+    """As where a scheduler signals one task only."""
+    folder = workspace.folder / "one_rank"
+    run = workspace.start("run.folder=one_rank", *SETTINGS)
+    run.wait_until(lambda: last_step(folder) >= 5)
+    os.kill(run.pid_of_rank(1), signal.SIGUSR1)
+    assert run.wait() == 128 + signal.SIGUSR1
+    assert json.loads((folder / "stopped.json").read_text(encoding="utf-8"))["signal"] == "SIGUSR1"
 
 
 @pytest.fixture(scope="module")
