@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -79,26 +80,99 @@ class BatchConfig(Section):
     eval_batch: PositiveInt = Field(64, description="samples of one rank in one evaluation forward")
 
 
+EQUAL_COUNT_STRATEGIES = ("random", "pad_to_longest", "exchange", "exchange_snake", "stratified_presort", "balanced")
+
+
 class BalanceConfig(Section):
-    strategy: Literal["random", "stratified_presort", "balanced"] = Field(
+    strategy: Literal[
+        "random",
+        "pad_to_longest",
+        "exchange",
+        "exchange_snake",
+        "stratified_presort",
         "balanced",
-        description="who gets which sample of the step: random; the paper's strata + node-local presort; Karmarkar-Karp",
+        "balanced_free",
+        "packed",
+    ] = Field(
+        "balanced",
+        description="who gets which sample of the step (docs/balance.md): as drawn; as drawn and padded; sorted and dealt in "
+        "rounds; the same in a snake; the paper's strata + node-local presort; Karmarkar-Karp with equal counts; any count "
+        "a rank; packed into rows of max_seq_len",
     )
-    num_strata: PositiveInt = Field(4, description="length strata of stratified_presort (equal width in tokens)")
+    num_strata: PositiveInt = Field(4, description="strata of equal width in tokens of stratified_presort")
+    strata: list[PositiveInt] | None = Field(
+        None,
+        description="upper length bounds of the strata, ascending, the last data.max_seq_len; instead of num_strata",
+    )
+    strata_counts: list[NonNegativeInt] | None = Field(
+        None,
+        description="samples a rank takes from each stratum in a step; largest remainders of the true shares if unset",
+    )
     cost_linear: NonNegativeFloat | None = Field(
         None, description="cost per token in any unit; from the model's FLOPs if unset"
     )
     cost_quadratic: NonNegativeFloat | None = Field(
         None, description="cost per squared token in the same unit; from the model's FLOPs if unset"
     )
+    cost_file: str | None = Field(
+        None, description="cost.json of an earlier run (or of scripts/fit_cost.py): take the cost model fitted there"
+    )
+    fit_cost: bool = Field(
+        False,
+        description="measure forward and backward for several lengths before the clock and fit the cost model to it",
+    )
+    max_tokens: PositiveInt | None = Field(
+        None,
+        description="balanced_free: most tokens of a rank's micro-batch, so that it fits in memory; local_batch x "
+        "max_seq_len if unset",
+    )
+    pack_rows: PositiveInt | None = Field(
+        None,
+        description="packed: rows of a micro-batch, the same in every step; as many as the first steps need if unset",
+    )
+    pack_depth: PositiveInt = Field(12, description="packed: most samples in one row")
+    pack_first: Literal["longest", "shortest"] = Field(
+        "longest", description="packed: which of the open rows that a sample fits in gets it"
+    )
     prefetch: PositiveInt = Field(2, description="steps whose plan and batch are prepared in the background")
 
     @model_validator(mode="after")
-    def _both_costs(self) -> BalanceConfig:
+    def _one_cost(self) -> BalanceConfig:
         if (self.cost_linear is None) != (self.cost_quadratic is None):
             raise ValueError("balance.cost_linear and balance.cost_quadratic go together: set both or neither")
         if self.cost_linear == 0 and self.cost_quadratic == 0:
             raise ValueError("balance.cost_linear and balance.cost_quadratic are both 0; at least one must be positive")
+        given = {
+            "cost_linear": self.cost_linear is not None,
+            "cost_file": self.cost_file is not None,
+            "fit_cost": self.fit_cost,
+        }
+        if sum(given.values()) > 1:
+            names = " and ".join(f"balance.{name}" for name, is_set in given.items() if is_set)
+            raise ValueError(f"{names} each give the cost model; set only one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_strategy(self) -> BalanceConfig:
+        """A setting that the strategy would ignore is an error."""
+        owners = {
+            "strata": "stratified_presort", "strata_counts": "stratified_presort", "max_tokens": "balanced_free",
+            "pack_rows": "packed",
+        }  # fmt: skip
+        for name, owner in owners.items():
+            if getattr(self, name) is not None and self.strategy != owner:
+                raise ValueError(
+                    f"balance.{name} is a setting of strategy {owner} and balance.strategy={self.strategy}; "
+                    f"remove it or set balance.strategy={owner}"
+                )
+        if self.strata and any(a >= b for a, b in pairwise(self.strata)):
+            raise ValueError(f"balance.strata={self.strata} must ascend")
+        if self.strata_counts is not None:
+            count = len(self.strata) if self.strata else self.num_strata
+            if len(self.strata_counts) != count:
+                raise ValueError(
+                    f"balance.strata_counts has {len(self.strata_counts)} numbers for {count} strata; give one a stratum"
+                )
         return self
 
 
@@ -257,6 +331,23 @@ class Config(Section):
             raise ValueError(
                 f"data.max_seq_len={self.data.max_seq_len} does not fit the position table of "
                 f"model.max_positions={self.model.max_positions}; raise model.max_positions or shorten the samples"
+            )
+        per_rank = batch.local_batch * batch.accumulation
+        balance = self.balance
+        if balance.strata_counts is not None and sum(balance.strata_counts) != per_rank:
+            raise ValueError(
+                f"balance.strata_counts={balance.strata_counts} add up to {sum(balance.strata_counts)} and a rank takes "
+                f"local_batch x accumulation = {per_rank} samples a step; make them add up to {per_rank}"
+            )
+        if balance.strata and balance.strata[-1] != self.data.max_seq_len:
+            raise ValueError(
+                f"balance.strata={balance.strata} must end with data.max_seq_len={self.data.max_seq_len}, so that every "
+                "sample is in a stratum"
+            )
+        if balance.max_tokens is not None and balance.max_tokens < self.data.max_seq_len:
+            raise ValueError(
+                f"balance.max_tokens={balance.max_tokens} is less than one sample of data.max_seq_len="
+                f"{self.data.max_seq_len} tokens; raise it"
             )
         if world % self.system.node_size:
             raise ValueError(

@@ -1,7 +1,10 @@
 """Strategies that deal the samples of one step to ranks: pure functions on NumPy arrays.
 
-Each takes the costs of the step's samples and returns an int64 array [ranks, samples per rank] of indices into them, a
-permutation: every sample exactly once, the same number on every rank.
+Equal-count strategies take the costs of the step's samples (any numbers, [N]) and return int64 [ranks, N / ranks]: indices
+into them, every sample exactly once. Free-count strategies return int64 [slots, width] where -1 marks an empty place.
+
+Every rank computes the deal for itself, and all must find the same one, on any processor. So the planner hands over whole
+numbers as costs (their sums do not depend on the order of adding), and all sorts are stable.
 """
 
 from __future__ import annotations
@@ -10,42 +13,41 @@ import heapq
 
 import numpy as np
 
+EMPTY = -1
+
+
+def falling(costs: np.ndarray) -> np.ndarray:
+    """Indices of `costs`, dearest first, equals in their order; int64 [N]."""
+    return np.argsort(-costs, kind="stable")
+
 
 def in_order(costs: np.ndarray, num_ranks: int) -> np.ndarray:
     """Samples as they were drawn (the draw is random already)."""
     return np.arange(len(costs)).reshape(num_ranks, -1)
 
 
-def snake(costs: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Sort by cost, longest first, and deal over the ranks, every second row in reverse."""
-    rows = np.argsort(-costs, kind="stable").reshape(-1, num_ranks)
+def round_robin(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
+    """Sort all samples, dearest first, and deal one a rank, round after round (NVIDIA's exchange padding, as a plan).
+
+    The first rank gets the dearest sample of every round.
+    """
+    order = falling(costs) if order is None else order
+    return np.ascontiguousarray(order.reshape(-1, num_ranks).T)
+
+
+def snake(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
+    """Sort by cost, dearest first, and deal over the ranks, every second row in reverse."""
+    order = falling(costs) if order is None else order
+    rows = order.reshape(-1, num_ranks).copy()
     rows[1::2] = rows[1::2, ::-1]
     return np.ascontiguousarray(rows.T)
 
 
-def karmarkar_karp(costs: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Largest differencing with equal counts (Karmarkar and Karp 1982; equal-size form of Michiels et al. 2003).
-
-    The sorted samples are cut into rows of one sample a rank. A row is a partial solution, its spread the difference
-    between its dearest and cheapest rank. The two rows of largest spread are merged, dearest on cheapest, until one is
-    left. O(n log n) with every merge vectorised over ranks.
-    """
-    order = np.argsort(-costs, kind="stable").reshape(-1, num_ranks)
-    heap: list[tuple[float, int, np.ndarray, np.ndarray]] = []
-    for number, row in enumerate(order):
-        sums = costs[row]
-        heapq.heappush(heap, (float(sums[-1] - sums[0]), number, sums, row[:, None]))
-    number = len(order)
-    while len(heap) > 1:
-        _, _, sums_a, members_a = heapq.heappop(heap)
-        _, _, sums_b, members_b = heapq.heappop(heap)
-        sums = sums_a + sums_b[::-1]
-        members = np.concatenate([members_a, members_b[::-1]], axis=1)
-        falling = np.argsort(-sums, kind="stable")
-        sums = sums[falling]
-        heapq.heappush(heap, (float(sums[-1] - sums[0]), number, sums, members[falling]))
-        number += 1
-    return heap[0][3]
+def snake_rows(costs: np.ndarray, parts: int) -> np.ndarray:
+    """`snake` of every row of `costs` [rows, n] over `parts`: indices into the row, int64 [rows, parts, n / parts]."""
+    order = np.argsort(-costs, axis=1, kind="stable").reshape(len(costs), -1, parts)
+    order[:, 1::2] = order[:, 1::2, ::-1]
+    return order.transpose(0, 2, 1)
 
 
 def node_snake(costs: np.ndarray, num_ranks: int, node_size: int) -> np.ndarray:
@@ -53,11 +55,178 @@ def node_snake(costs: np.ndarray, num_ranks: int, node_size: int) -> np.ndarray:
 
     Samples never leave their node.
     """
-    per_rank = len(costs) // num_ranks
-    nodes = np.arange(len(costs)).reshape(num_ranks // node_size, node_size * per_rank)
-    return np.concatenate([node[snake(costs[node], node_size)] for node in nodes])
+    by_node = costs.reshape(num_ranks // node_size, -1)
+    first = np.arange(len(by_node))[:, None, None] * by_node.shape[1]
+    return (snake_rows(by_node, node_size) + first).reshape(num_ranks, -1)
 
 
-def micro_batches(costs: np.ndarray, accumulation: int) -> np.ndarray:
-    """Split one rank's samples into micro-batches of equal count: int64 [accumulation, samples of a micro-batch]."""
-    return snake(costs, accumulation)
+def karmarkar_karp(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
+    """Largest differencing with equal counts (Karmarkar and Karp 1982; equal-size form of Michiels et al. 2003).
+
+    The sorted samples are cut into rows of one sample a rank. A row is a partial solution, its spread the difference
+    between its dearest and cheapest rank. The two rows of largest spread are merged, dearest on cheapest, until one is
+    left. O(n log n) with every merge vectorised over ranks; exact for two samples a rank.
+    """
+    rows = (falling(costs) if order is None else order).reshape(-1, num_ranks)
+    heap: list[tuple[float, int, np.ndarray, np.ndarray]] = []
+    for number, row in enumerate(rows):
+        sums = costs[row]
+        heapq.heappush(heap, (sums[-1] - sums[0], number, sums, row[:, None]))
+    number = len(rows)
+    while len(heap) > 1:
+        _, _, sums_a, members_a = heapq.heappop(heap)
+        _, _, sums_b, members_b = heapq.heappop(heap)
+        sums = sums_a + sums_b[::-1]
+        members = np.concatenate([members_a, members_b[::-1]], axis=1)
+        by_sum = falling(sums)
+        sums = sums[by_sum]
+        heapq.heappush(heap, (sums[-1] - sums[0], number, sums, members[by_sum]))
+        number += 1
+    return heap[0][3]
+
+
+def longest_first(costs: np.ndarray, num_slots: int, order: np.ndarray | None = None) -> np.ndarray:
+    """Greedy with free counts (Graham 1969, LPT): the dearest sample left goes to the slot with the least cost so far.
+
+    Vectorised: as many samples at once as go to different slots in the sequential algorithm, too, whose result this is.
+
+    Returns:
+        int64 [N], the slot of every sample.
+    """
+    order = falling(costs) if order is None else order
+    sums = np.zeros(num_slots, costs.dtype)
+    slot_of = np.empty(len(costs), np.int64)
+    start = 0
+    while start < len(order):
+        by_sum = np.argsort(sums, kind="stable")[: len(order) - start]
+        items = order[start : start + len(by_sum)]
+        # Slot k of this round is the least loaded until a slot that was served earlier in the round is again.
+        least_served = np.minimum.accumulate(sums[by_sum] + costs[items])
+        again = np.flatnonzero(sums[by_sum[1:]] > least_served[:-1])
+        count = int(again[0]) + 1 if len(again) else len(by_sum)
+        slot_of[items[:count]] = by_sum[:count]
+        sums[by_sum[:count]] += costs[items[:count]]
+        start += count
+    return slot_of
+
+
+def grid_of(slot_of: np.ndarray, num_slots: int, spare: int = 0) -> np.ndarray:
+    """Samples by slot, int64 [slots, most samples of a slot + `spare`], filled up with EMPTY."""
+    counts = np.bincount(slot_of, minlength=num_slots)
+    by_slot = np.argsort(slot_of, kind="stable")
+    places = np.arange(len(slot_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    grid = np.full((num_slots, int(counts.max()) + spare), EMPTY)
+    grid[slot_of[by_slot], places] = by_slot
+    return grid
+
+
+def refine(
+    costs: np.ndarray, grid: np.ndarray, *, sweeps: int = 60, tolerance: float = 1e-3, weights: np.ndarray | None = None,
+    cap: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Lower the dearest slots by swapping one place with one of a cheap slot, many pairs of slots at a time.
+
+    A swap with an EMPTY place moves a sample. Slots keep their counts where the grid has no EMPTY places.
+
+    Args:
+        grid: int64 [slots, width], not changed.
+        sweeps: at most so many rounds; in each, every slot above the goal meets another partner.
+        tolerance: the goal, a slot of no more than (1 + tolerance) times the mean, or of the dearest sample if that is more.
+        weights, cap: swaps that would bring the `weights` (tokens) of a slot above `cap` are not made.
+
+    Returns:
+        The new grid.
+    """
+    grid = grid.copy()
+    num_slots, width = grid.shape
+    half = num_slots // 2
+    values = _with_empty(costs)[grid]
+    sums = values.sum(axis=1)
+    goal = max(sums.sum() / num_slots * (1 + tolerance), costs.max())
+    loads = None
+    # Sums only fall, so where even the cheapest tokens cannot fill a slot up to the cap there is nothing to watch.
+    if weights is not None and cap is not None and sums.max() / (costs / weights).min() > cap:
+        loads = _with_empty(weights)[grid]
+    stride = max(1, int(half * 0.618))
+    for sweep in range(sweeps):
+        rising = np.argsort(sums, kind="stable")
+        above = min(half, num_slots - int(np.searchsorted(sums[rising], goal, side="right")))
+        if above == 0:
+            break
+        dear = rising[::-1][:above]
+        cheap = rising[:half][(np.arange(above) + sweep * stride) % half]
+        difference = sums[dear] - sums[cheap]
+        # After moving d the pair differs by |difference - 2 d|.
+        left = np.abs((difference[:, None] - 2 * values[dear])[:, :, None] + 2 * values[cheap][:, None, :])
+        if loads is not None:
+            shift = (
+                loads[dear][:, :, None] - loads[cheap][:, None, :]
+            )  # weight that goes from the dear to the cheap slot
+            over = (loads[cheap].sum(axis=1)[:, None, None] + shift > cap) | (
+                loads[dear].sum(axis=1)[:, None, None] - shift > cap
+            )
+            left[over] = difference.max()
+        left = left.reshape(above, -1)
+        best = left.argmin(axis=1)
+        gains = np.flatnonzero(left[np.arange(above), best] < difference)
+        a, b = np.divmod(best[gains], width)
+        x, y = dear[gains], cheap[gains]
+        for table in (grid, values) if loads is None else (grid, values, loads):
+            table[x, a], table[y, b] = table[y, b], table[x, a].copy()
+        moved = values[y, b] - values[x, a]
+        sums[x] -= moved
+        sums[y] += moved
+    return grid
+
+
+def balanced(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None, tolerance: float = 2e-3) -> np.ndarray:
+    """Karmarkar-Karp, then `refine` where it pays: not for two samples a rank (exact), nor where the goal is reached."""
+    grid = karmarkar_karp(costs, num_ranks, order)
+    if grid.shape[1] <= 2:
+        return grid
+    sums = costs[grid].sum(axis=1)
+    return refine(costs, grid) if sums.max() > sums.mean() * (1 + tolerance) else grid
+
+
+def balanced_free(
+    costs: np.ndarray, num_slots: int, order: np.ndarray | None = None, *, tokens: np.ndarray, cap: int
+) -> tuple[np.ndarray, bool]:
+    """Any number of samples a slot (at least one, where there are enough): LPT, the token cap, then `refine`.
+
+    Args:
+        tokens: int64 [N], lengths. No slot gets more than `cap` of them.
+
+    Returns:
+        int64 [slots, width] with EMPTY places, and whether the cap changed the deal.
+
+    Raises:
+        ValueError: the samples do not fit under the cap.
+    """
+    slot_of = longest_first(costs, num_slots, order)
+    loads = np.bincount(slot_of, tokens, num_slots).astype(np.int64)
+    capped = bool(loads.max() > cap)
+    if capped:
+        slot_of = _under_cap(tokens, slot_of, loads, cap)
+    return refine(costs, grid_of(slot_of, num_slots, spare=1), weights=tokens, cap=cap), capped
+
+
+def _under_cap(tokens: np.ndarray, slot_of: np.ndarray, loads: np.ndarray, cap: int) -> np.ndarray:
+    """Move samples, shortest first, from slots above the cap to the slots with most room. Loops over moved samples only."""
+    slot_of, loads = slot_of.copy(), loads.copy()
+    for slot in np.flatnonzero(loads > cap):
+        members = np.flatnonzero(slot_of == slot)
+        for sample in members[np.argsort(tokens[members], kind="stable")]:
+            if loads[slot] <= cap:
+                break
+            target = int(loads.argmin())
+            if loads[target] + tokens[sample] > cap:
+                raise ValueError(f"{tokens.sum()} tokens do not fit into {len(loads)} slots of {cap}")
+            slot_of[sample] = target
+            loads[target] += tokens[sample]
+            loads[slot] -= tokens[sample]
+    return slot_of
+
+
+def _with_empty(values: np.ndarray) -> np.ndarray:
+    """`values` with a zero at index EMPTY (the last)."""
+    return np.append(values, np.zeros(1, values.dtype))

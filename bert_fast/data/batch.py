@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """Flat arrays of B samples with T tokens and M masked positions. Samples lie longest first.
+    """Flat arrays of B samples with T tokens and M masked positions. Samples lie longest first, or row by row if packed.
 
     input_ids, token_type_ids, position_ids: int64 [T]
     cu_seqlens: int32 [B + 1], where samples start and end
@@ -17,8 +17,8 @@ class Batch:
     next_sentence_labels: int64 [B], 1 where B comes from another document
     lengths: B host integers; sample_ids: int64 [B]
 
-    A padded batch (`padded`) has one more sequence in `lengths` and `cu_seqlens`, and masked labels of -1 that do not
-    count.
+    Padding is dummy sequences of zero tokens that no sample attends to: they are in `lengths` and `cu_seqlens`, and their
+    next-sentence labels are -1 (or absent, at the end). Masked labels of -1 do not count either.
     """
 
     input_ids: np.ndarray
@@ -42,31 +42,93 @@ def padded(batch: Batch, multiple: int) -> Batch:
     Kernels are prepared for every new shape: with few shapes they are prepared once.
     """
     extra_tokens = -batch.num_tokens % multiple
-    extra_masks = -len(batch.masked_labels) % max(1, multiple // 4)
-    if not extra_tokens and not extra_masks:
+    batch = _more_masks(batch, -len(batch.masked_labels) % max(1, multiple // 4))
+    if not extra_tokens:
         return batch
     zeros = np.zeros(extra_tokens, dtype=np.int64)
-    ends = [batch.num_tokens + extra_tokens] if extra_tokens else []
     return replace(
         batch,
         input_ids=np.concatenate([batch.input_ids, zeros]),
         token_type_ids=np.concatenate([batch.token_type_ids, zeros]),
         position_ids=np.concatenate([batch.position_ids, zeros]),
-        cu_seqlens=np.concatenate([batch.cu_seqlens, np.array(ends, dtype=np.int32)]),
-        masked_positions=np.concatenate([batch.masked_positions, np.zeros(extra_masks, dtype=np.int64)]),
-        masked_labels=np.concatenate([batch.masked_labels, np.full(extra_masks, -1, dtype=np.int64)]),
-        lengths=batch.lengths + [extra_tokens] * bool(extra_tokens),
+        cu_seqlens=np.append(batch.cu_seqlens, np.int32(batch.num_tokens + extra_tokens)),
+        lengths=[*batch.lengths, extra_tokens],
     )
 
 
-def assemble(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, sample_ids: np.ndarray) -> Batch:
+def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> Batch:
+    """Lay samples, which come row by row, into rows of `row_length` tokens, each filled up with a dummy sequence.
+
+    Args:
+        rows: int64 [B], the row of every sample, rising.
+
+    Returns:
+        A batch of num_rows * row_length tokens, and of masked positions a multiple of 16 % of that (masks are 15 % of
+        the tokens and rounded sample by sample), so that nearly all batches have one shape.
+    """
+    lengths = np.array(batch.lengths)
+    gaps = row_length - np.bincount(rows, lengths, num_rows).astype(np.int64)
+    filled = np.flatnonzero(gaps)
+    # A row's dummy comes after its samples: sort (row, is dummy).
+    place = np.argsort(np.concatenate([2 * rows, 2 * filled + 1]), kind="stable")
+    spread = _spread(batch, np.concatenate([lengths, gaps[filled]])[place], place < len(lengths))
+    return _more_masks(spread, -len(batch.masked_labels) % (num_rows * -(-16 * row_length // 100)))
+
+
+def to_longest(batch: Batch) -> Batch:
+    """As many tokens as if every sample were padded to the longest (attention over the padding is left out)."""
+    lengths = np.array(batch.lengths)
+    gaps = lengths.max() - lengths
+    gaps = np.sort(gaps[gaps > 0])[::-1]
+    every = np.concatenate([lengths, gaps])
+    return _spread(batch, every, np.arange(len(every)) < len(lengths))
+
+
+def _spread(batch: Batch, lengths: np.ndarray, is_sample: np.ndarray) -> Batch:
+    """The batch with dummy sequences between its samples: `lengths` [S] of all sequences, `is_sample` bool [S]."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    shift = starts[:-1][is_sample] - batch.cu_seqlens[:-1]
+    target = np.arange(batch.num_tokens) + np.repeat(shift, batch.lengths)
+
+    def at_target(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(int(starts[-1]), values.dtype)
+        out[target] = values
+        return out
+
+    labels = np.full(len(lengths), -1, dtype=np.int64)
+    labels[is_sample] = batch.next_sentence_labels
+    return replace(
+        batch,
+        input_ids=at_target(batch.input_ids),
+        token_type_ids=at_target(batch.token_type_ids),
+        position_ids=at_target(batch.position_ids),
+        cu_seqlens=starts.astype(np.int32),
+        masked_positions=target[batch.masked_positions],
+        next_sentence_labels=labels,
+        lengths=lengths.tolist(),
+    )
+
+
+def _more_masks(batch: Batch, count: int) -> Batch:
+    """`count` more masked positions that do not count."""
+    return replace(
+        batch,
+        masked_positions=np.concatenate([batch.masked_positions, np.zeros(count, dtype=np.int64)]),
+        masked_labels=np.concatenate([batch.masked_labels, np.full(count, -1, dtype=np.int64)]),
+    )
+
+
+def assemble(
+    tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, sample_ids: np.ndarray, keep_order: bool = False
+) -> Batch:
     """Join the records tokens[start:end] of samples into a batch, without a Python loop over samples.
 
-    A record is uint16: len_a, M, is_random_next, M positions, M labels, L tokens (`data.store`).
+    A record is uint16: len_a, M, is_random_next, M positions, M labels, L tokens (`data.store`). Samples are laid longest
+    first, so that neighbours of like length share an attention group, unless `keep_order`.
     """
     headers = tokens[starts[:, None] + np.arange(3)].astype(np.int64)
     lengths = ends - starts - 3 - 2 * headers[:, 1]
-    order = np.argsort(-lengths, kind="stable")  # neighbours of like length share an attention group
+    order = np.arange(len(lengths)) if keep_order else np.argsort(-lengths, kind="stable")
     starts, headers, lengths = starts[order], headers[order], lengths[order]
     len_a, num_masked = headers[:, 0], headers[:, 1]
     cu_seqlens = np.zeros(len(order) + 1, dtype=np.int64)

@@ -166,9 +166,9 @@ class Store:
     def __getitem__(self, index: int) -> Sample:
         return unpack_record(self._tokens[self._offsets[index] : self._offsets[index + 1]])
 
-    def batch(self, ids: np.ndarray) -> Batch:
-        """Samples `ids` (int64 [B]) as one batch."""
-        return assemble(self._tokens, self._offsets[ids], self._offsets[ids + 1], ids)
+    def batch(self, ids: np.ndarray, keep_order: bool = False) -> Batch:
+        """Samples `ids` (int64 [B]) as one batch, longest first unless `keep_order`."""
+        return assemble(self._tokens, self._offsets[ids], self._offsets[ids + 1], ids, keep_order)
 
     def check(self, *, vocab_size: int, max_seq_len: int, vocab_sha256: str | None, sha256: str | None) -> None:
         """Refuse a store that does not fit the config. Raises UserError."""

@@ -201,16 +201,13 @@ def _imbalance_figure(steps: list[dict[str, Any]]) -> str:
     for line in steps:
         values = line.get("imbalance") or []
         planned += [(line["step"] - len(values) + 1 + i, value) for i, value in enumerate(values)]
-    measured = [
-        (line["step"], max(line["compute_ms"]) / fmean(line["compute_ms"]))
-        for line in steps
-        if line.get("compute_ms") and fmean(line["compute_ms"]) > 0
-    ]
+    measured = [(line["step"], fmean(line["compute_imbalance"])) for line in steps if line.get("compute_imbalance")]
     series = [Series("measured compute time", measured, COMMUNICATION), Series("planned cost", planned, COMPUTE)]
     return _figure(
         "Load imbalance between ranks",
         charts.line_chart(series, "step", "max / mean over ranks (1 is even)"),
-        f"Planned, per step: {_mean_and_worst(planned)}. Measured, per log interval: {_mean_and_worst(measured)}.",
+        f"Planned, per step: {_mean_and_worst(planned)}. "
+        f"Measured, means of log intervals: {_mean_and_worst(measured)}.",
     )
 
 

@@ -48,3 +48,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def cost_rows(folder: str | Path) -> list[tuple[float, float, float]]:
+    """What a run's log says of cost: (tokens, squared lengths, milliseconds) of a rank in a step."""
+    return [tuple(row) for line in read_metrics(folder) if line["kind"] == "step" for row in line.get("cost", [])]

@@ -50,10 +50,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -> dict[str, Any]:
-    """The state in a checkpoint; restores this rank's random state.
+    """The state in a checkpoint; restores this rank's random state if as many ranks wrote it (`world_size` in the result).
 
     Raises:
-        UserError: the checkpoint is of another model, data set or world size; the differing entry is named.
+        UserError: the checkpoint is of another model, data set or global batch; the differing entry is named.
     """
     try:
         description = json.loads((path / "complete.json").read_text(encoding="utf-8"))
@@ -65,17 +65,16 @@ def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -
                 f"checkpoint {path} does not fit this config: {name} was {description['key'].get(name)!r} and is now "
                 f"{value!r}; resume with the run's own config or start a new run"
             )
-    if description["world_size"] != environment.world_size:
-        raise UserError(
-            f"checkpoint {path} was written by {description['world_size']} ranks and this run has "
-            f"{environment.world_size}; resume with the same number"
-        )
+    own_state = description["world_size"] == environment.world_size
     try:
         state: dict[str, Any] = torch.load(path / "state.pt", map_location=environment.device, weights_only=True)
-        random_state = torch.load(path / f"rank-{environment.rank}.pt", weights_only=True)
+        random_state = torch.load(path / f"rank-{environment.rank}.pt", weights_only=True) if own_state else None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"checkpoint {path} is damaged ({why}); remove it") from None
+    state["world_size"] = description["world_size"]
+    if random_state is None:
+        return state
     torch.set_rng_state(random_state["cpu"])
     if environment.device.type == "cuda":
         torch.cuda.set_rng_state(random_state["cuda"], environment.device)

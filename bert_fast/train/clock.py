@@ -1,10 +1,12 @@
-"""Two clocks: MLPerf's, never paused, and one for throughput, paused in evaluation and checkpointing."""
+"""Two clocks: MLPerf's, never paused, and one for throughput, paused in evaluation and checkpointing. A device's timer."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 class Clock:
@@ -45,3 +47,24 @@ class Clock:
         self._before = float(state["elapsed"])  # type: ignore[arg-type]
         self.paused = dict(state["paused"])  # type: ignore[call-overload]
         self._origin = time.perf_counter()
+
+
+class DeviceTimer:
+    """Times stretches of a CUDA stream by events, which the host reads only when it has waited for the device anyway."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._pairs.append((start, end))
+        start.record()
+
+    def __exit__(self, *_: object) -> None:
+        self._pairs[-1][1].record()
+
+    def read(self) -> list[float]:
+        """Seconds of every stretch since the last read. The device must be past them."""
+        seconds = [start.elapsed_time(end) / 1e3 for start, end in self._pairs]
+        self._pairs.clear()
+        return seconds

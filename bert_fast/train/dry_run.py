@@ -18,9 +18,9 @@ from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import print_table
 from bert_fast.train.build import make_layout
+from bert_fast.train.calibrate import make_cost, make_planner
 from bert_fast.train.environment import pick_device, pick_dtype
 from bert_fast.train.folder import run_folder
-from bert_fast.train.loop import make_planner
 
 _PLANNED_STEPS = 20
 
@@ -47,7 +47,7 @@ def dry_run(config: Config) -> None:
         ("attention", _backend_text(config, wanted, device, dtype)),
         ("precision", str(dtype).removeprefix("torch.") + ("" if wanted == device.type else f" here; decided on {wanted}")),
         ("learning rate", _schedule_text(config)),
-        ("memory of a rank", _memory_text(config, planner, lengths, dtype)),
+        ("memory of a rank", _memory_text(config, planner, dtype)),
         ("lengths", where),
         ("plan", _plan_text(config, planner)),
         ("clipping", f"{config.communication.clip}, {len(layout.groups)} clip groups"),
@@ -110,9 +110,9 @@ def _schedule_text(config: Config) -> str:
     return f"{config.optimizer.name}, " + ", ".join(rates)
 
 
-def _memory_text(config: Config, planner: Planner, lengths: np.ndarray, dtype: torch.dtype) -> str:
-    micro = np.asarray(lengths[planner.plan(0).ids], dtype=np.int64)  # [ranks, accumulation, local batch]
-    tokens, squared = int(micro.sum(-1).max()), int((micro**2).sum(-1).max())
+def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
+    plan = planner.plan(0)
+    tokens, squared = int(plan.tokens.max()), int(plan.tokens_squared.max())
     figures = estimate(
         config.model, tokens=tokens, tokens_squared=squared, masked=int(0.15 * tokens),
         element_bytes=4 if dtype == torch.float32 else 2, keeps_scores=config.system.device == "cpu",
@@ -123,8 +123,21 @@ def _memory_text(config: Config, planner: Planner, lengths: np.ndarray, dtype: t
 
 
 def _plan_text(config: Config, planner: Planner) -> str:
-    values = [planner.plan(step).imbalance for step in range(_PLANNED_STEPS)]
-    return f"{config.balance.strategy}: imbalance mean {np.mean(values):.4f}, worst {max(values):.4f} of {_PLANNED_STEPS} steps"
+    plans = [planner.plan(step) for step in range(min(_PLANNED_STEPS, config.train.max_steps))]
+    values = [plan.imbalance for plan in plans]
+    source = "fitted before the clock (here: FLOPs)" if config.balance.fit_cost else make_cost(config)[1]
+    text = (
+        f"{config.balance.strategy}: imbalance mean {np.mean(values):.4f}, worst {max(values):.4f} of {len(plans)} steps; "
+        f"cost from {source}"
+    )
+    if plans[0].num_rows:
+        fill = np.mean([np.sum(planner.lengths_of(plan)) / plan.tokens.sum() for plan in plans])
+        grown = sum(plan.num_rows > plans[0].num_rows for plan in plans)
+        text += f"; {plans[0].num_rows} rows a micro-batch, {100 * fill:.1f} % filled, {grown} steps need more rows"
+    if config.balance.strategy == "balanced_free":
+        capped = sum(plan.capped for plan in plans)
+        text += f"; at most {planner.cap:,} tokens a micro-batch, which changed {capped} of these steps"
+    return text
 
 
 def _bucket_text(layout: Layout) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from bert_fast.balance.cost import cost_record, fit_cost
 from bert_fast.config import as_plain
 from bert_fast.files import write_json
 from bert_fast.mlperf.submission import check_log
 from bert_fast.model.flops import train_flops
 from bert_fast.report.console import print_table, run_rows
 from bert_fast.report.html import write_report
+from bert_fast.report.metrics import cost_rows
 from bert_fast.train.folder import commit
 from bert_fast.train.loop import Outcome, Run
 
@@ -20,6 +24,7 @@ def finish(run: Run, outcome: Outcome) -> dict[str, Any]:
     if not run.environment.is_main:
         return {}
     record = _record(run, outcome, memory)
+    _write_cost(run)
     if run.config.mlperf.enabled:
         verdict = check_log(run.folder / "result_0.txt", run.config.mlperf.ruleset)
         timing = "" if run.progress.sessions == 1 else "; resumed, so not a valid timing"
@@ -37,6 +42,15 @@ def finish(run: Run, outcome: Outcome) -> dict[str, Any]:
         print(record["compliance"]["text"])
     print(f"report: {report}   log: {run.folder / 'result_0.txt'}   figures: {run.folder / 'metrics.json'}")
     return record
+
+
+def _write_cost(run: Run) -> None:
+    """The run's cost model, with what its own times say; `balance.cost_file` of a later run may name this file."""
+    try:
+        fitted = fit_cost(np.array(cost_rows(run.folder)))
+    except ValueError:  # too short a run, or batches that are too much alike
+        fitted = None
+    write_json(run.folder / "cost.json", cost_record(run.cost, run.cost_source, fitted))
 
 
 def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, Any]:
@@ -83,6 +97,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "evaluations": progress.evaluations,
         "time_split_s": split,
         "init_s": run.init_s,
+        "cost": {"linear": run.cost.linear, "quadratic": run.cost.quadratic, "source": run.cost_source},
         "sessions": progress.sessions,
         "peak_memory": memory,
         "data": {"train": _data_entry(run.store.manifest), "eval": _data_entry(run.eval_store.manifest)},

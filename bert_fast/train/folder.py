@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from bert_fast.balance.cost import read_cost
 from bert_fast.cli import to_yaml
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
@@ -45,6 +46,8 @@ def check_inputs(config: Config) -> None:
                 f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
                 "config file, or `make data` for the mini benchmark"
             )
+    if config.balance.cost_file is not None:
+        read_cost(config.balance.cost_file)
     checkpoint = config.train.init_checkpoint
     if checkpoint and not (Path(checkpoint) / "model.safetensors").is_file():
         raise UserError(f"train.init_checkpoint={checkpoint} has no model.safetensors")
@@ -88,12 +91,16 @@ def checkpoint_vocabulary(folder: str | None) -> str | None:
 
 
 def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str, str]:
-    """What a resumed run must have in common with the run that wrote the checkpoint, as hashes by section."""
+    """What a resumed run must have in common with the run that wrote the checkpoint, as hashes by section.
+
+    The number of ranks and how they share a global batch may change: the samples of the steps stay the same.
+    """
     plain = as_plain(config)
     key = {
         section: hashlib.sha256(json.dumps(plain[section], sort_keys=True).encode()).hexdigest()[:16]
-        for section in ("model", "batch", "balance", "optimizer", "schedule")
+        for section in ("model", "balance", "optimizer", "schedule")
     }
+    key["batch.global_batch"] = str(config.batch.global_batch)
     clipping = {name: plain["communication"][name] for name in ("clip", "clip_groups", "max_norm")}
     data = {"train data": train_sha256[:16], "eval data": eval_sha256[:16]}
     return {**key, "clipping": json.dumps(clipping), "seed": str(config.train.seed), **data}

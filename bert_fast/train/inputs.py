@@ -5,9 +5,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bert_fast.data.batch import Batch, padded
+from bert_fast.balance.planner import Plan
+from bert_fast.data.batch import Batch, in_rows, padded, to_longest
+from bert_fast.data.store import Store
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertInput
+
+
+def planned_batches(store: Store, plan: Plan, rank: int, strategy: str, max_seq_len: int) -> list[Batch]:
+    """The micro-batches of a rank in a step, laid out as the strategy has it."""
+    batches = []
+    for part in plan.micro_batches(rank):
+        batch = store.batch(plan.ids[part], keep_order=plan.rows is not None)
+        if plan.rows is not None:
+            batch = in_rows(batch, plan.rows[part], plan.num_rows, max_seq_len)
+        elif strategy == "pad_to_longest":
+            batch = to_longest(batch)
+        batches.append(batch)
+    return batches
 
 
 def to_device(batch: Batch, device: torch.device, multiple: int = 1) -> BertInput:
@@ -34,6 +49,12 @@ def synthetic_batch(num_samples: int, max_seq_len: int, vocab_size: int, seed: i
     rng = np.random.default_rng([seed, 99])
     lengths = np.sort(rng.integers(5, max_seq_len + 1, num_samples))[::-1].copy()
     lengths[: num_samples // 2] = max_seq_len
+    return batch_of_lengths(lengths, vocab_size, rng, mask_share)
+
+
+def batch_of_lengths(lengths: np.ndarray, vocab_size: int, rng: np.random.Generator, mask_share: float = 0.15) -> Batch:
+    """Random tokens in sequences of these lengths (int64 [B])."""
+    num_samples = len(lengths)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     tokens = int(cu_seqlens[-1])
     position_ids = np.arange(tokens) - np.repeat(cu_seqlens[:-1], lengths)

@@ -14,29 +14,32 @@ import torch
 import torch.distributed as dist
 from mlperf_logging.mllog import constants
 
-from bert_fast.balance.cost import CostModel
-from bert_fast.balance.planner import Plan, Planner
+from bert_fast.balance.cost import CostModel, cost_record
+from bert_fast.balance.planner import Plan
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError
+from bert_fast.files import write_json
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.model.checkpoints import save_pretrained
-from bert_fast.model.flops import cost_coefficients
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
 from bert_fast.train.build import Machinery, build, gather_floats, matmul_ceiling, seed_ranks
+from bert_fast.train.calibrate import calibrate, make_cost, make_planner
 from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
 from bert_fast.train.folder import checkpoint_vocabulary, resume_key, run_folder
-from bert_fast.train.inputs import to_device
+from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.state import Progress
 from bert_fast.train.step import StepInput, StepResult
 from bert_fast.train.stop import StopFlag
+
+_COST_ROWS = 64  # measurements of cost in a log line (at least one of every rank)
 
 
 @dataclass
@@ -46,23 +49,6 @@ class Outcome:
     status: str  # success | aborted (max_steps reached) | stopped (by a signal)
     reached: bool
     signal_name: str | None = None
-
-
-def make_cost(config: Config) -> CostModel:
-    """The config's cost model, or FLOPs of its model."""
-    balance = config.balance
-    if balance.cost_linear is not None and balance.cost_quadratic is not None:
-        return CostModel(balance.cost_linear, balance.cost_quadratic)
-    return CostModel(*cost_coefficients(config.model))
-
-
-def make_planner(config: Config, lengths: np.ndarray) -> Planner:
-    """The planner of a config over a length table."""
-    return Planner(
-        lengths, config.balance, make_cost(config), world_size=config.system.world_size,
-        accumulation=config.batch.accumulation, local_batch=config.batch.local_batch,
-        node_size=config.system.node_size, max_seq_len=config.data.max_seq_len, seed=config.train.seed,
-    )  # fmt: skip
 
 
 class Run:
@@ -94,6 +80,11 @@ class Run:
             self.mllog.hyperparameters(config)
         self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.train.init_checkpoint)
         self.machinery: Machinery = build(config, self.environment)
+        self.cost, self.cost_source = make_cost(config)
+        if config.balance.fit_cost and not self.resume:
+            fit = calibrate(config, self.environment, self.machinery)
+            self.cost, self.cost_source = fit.model, f"warm-up fit, residual {100 * fit.residual:.1f} %"
+            seed_ranks(config.train.seed, self.environment)
         if config.run.matmul_ceiling:
             self.ceiling = float(gather_floats([matmul_ceiling(self.environment)], self.environment).sum())
         if dist.is_initialized():
@@ -123,6 +114,9 @@ class Run:
         self._open_data()
         if self.resume:
             self._restore()
+        self.planner = make_planner(self.config, self.store.lengths, self.cost, self.store.manifest["max_length"])
+        if self.environment.is_main:
+            write_json(self.folder / "cost.json", cost_record(self.cost, self.cost_source, None))
         self.first_step = self.progress.step
         prefetcher = Prefetcher(
             self._make_batches, self.progress.step, self.config.train.max_steps, self.config.balance.prefetch
@@ -145,7 +139,6 @@ class Run:
             store.check(
                 vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=vocab, sha256=sha256
             )
-        self.planner = make_planner(config, self.store.lengths)
         self._evaluator: Evaluator | None = None
         self._key = resume_key(config, self.store.manifest["sha256"], self.eval_store.manifest["sha256"])
         if not self.resume:
@@ -160,10 +153,12 @@ class Run:
     def _make_batches(self, step: int) -> tuple[Plan, list[Batch], int, int, int]:
         """This rank's batches of a step, with the global counts that normalise the loss (background thread)."""
         plan = self.planner.plan(step)
-        mine = plan.ids[self.environment.rank]
+        batches = planned_batches(
+            self.store, plan, self.environment.rank, self.config.balance.strategy, self.config.data.max_seq_len
+        )
         lengths = self.store.lengths[plan.ids].astype(np.int64)
         masked = int(self.store.num_masked[plan.ids].sum(dtype=np.int64))
-        return plan, [self.store.batch(ids) for ids in mine], masked, int(lengths.sum()), int((lengths**2).sum())
+        return plan, batches, masked, int(lengths.sum()), int((lengths**2).sum())
 
     def _steps(self, prefetcher: Prefetcher[tuple[Plan, list[Batch], int, int, int]]) -> Outcome:
         config, progress = self.config, self.progress
@@ -211,7 +206,8 @@ class Run:
     def _reset_interval(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
         self._interval: dict[str, float] = {}
-        self._imbalances: list[float] = []
+        self._plans: list[Plan] = []
+        self._compute: list[float] = []  # seconds of forward and backward, step by step
         self._interval_start = (self.clock.training, self.progress.step)
         self._bad_step = torch.full((), -1.0, device=self.environment.device)
 
@@ -223,10 +219,11 @@ class Run:
         self._bad_step = torch.where(first_bad, float(plan.step), self._bad_step)
         self._sums += torch.stack([result.mlm_sum, result.nsp_sum])
         self._last_norm, self._last_lr = result.grad_norm, lr
-        self._imbalances.append(plan.imbalance)
+        self._plans.append(plan)
+        self._compute.append(result.compute_s)
         self.progress.add("imbalance", plan.imbalance)
         for name, value in (
-            ("masked", float(masked)), ("data_s", data_s), ("compute_s", result.compute_s),
+            ("masked", float(masked)), ("data_s", data_s),
             ("exposed_s", result.exposed_s), ("optimizer_s", result.optimizer_s),
         ):  # fmt: skip
             self._interval[name] = self._interval.get(name, 0.0) + value
@@ -247,7 +244,7 @@ class Run:
             self.line.say(f"warning: {text}; step skipped ({skipped} in a row)")
             self.metrics.write("skipped", self.progress.step, {"bad_step": step, "ranks": ranks})
         if skipped > self.config.train.max_skipped_steps:
-            samples = self.planner.plan(step).ids[ranks[0] if ranks else 0].ravel()[:64].tolist()
+            samples = self.planner.plan(step).of_rank(ranks[0] if ranks else 0)[:64].tolist()
             raise TrainingError(
                 f"{text}; {skipped} steps in a row were skipped (train.max_skipped_steps="
                 f"{self.config.train.max_skipped_steps}). Samples of that rank: {samples}. "
@@ -262,33 +259,39 @@ class Run:
         if self.environment.device.type == "cuda":
             self._check_finite()
         interval = self._interval
+        if self.machinery.step.compute_timer is not None:
+            self._compute = self.machinery.step.compute_timer.read()
         table = gather_floats(
-            [*self._sums.tolist(), float(bool(self.stop)), interval["compute_s"], interval["exposed_s"],
-             interval["data_s"], interval["optimizer_s"]],
+            [*self._sums.tolist(), float(bool(self.stop)), interval["exposed_s"], interval["data_s"],
+             interval["optimizer_s"], *self._compute],
             self.environment,
         )  # fmt: skip
         mlm = table[:, 0].sum() / interval["masked"]
         nsp = table[:, 1].sum() / (steps * self.config.batch.global_batch)
         seconds = self.clock.training - self._interval_start[0]
-        compute = table[:, 3] / steps
+        compute = table[:, 6:]  # [ranks, steps]
+        uneven = compute.max(axis=0) / compute.mean(axis=0)
         # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
-        exposed = table[:, 4].min() / steps
-        self.progress.add("compute_s", table[:, 3].mean())
-        self.progress.add("exposed_s", table[:, 4].min())
-        self.progress.add("straggler_s", table[:, 4].mean() - table[:, 4].min())
-        self.progress.add("data_s", table[:, 5].max())
-        self.progress.add("optimizer_s", table[:, 6].mean())
-        self.progress.add("compute_imbalance", steps * float(compute.max() / compute.mean()))
+        exposed = table[:, 3].min() / steps
+        self.progress.add("compute_s", compute.sum(axis=1).mean())
+        self.progress.add("exposed_s", table[:, 3].min())
+        self.progress.add("straggler_s", table[:, 3].mean() - table[:, 3].min())
+        self.progress.add("data_s", table[:, 4].max())
+        self.progress.add("optimizer_s", table[:, 5].mean())
+        self.progress.add("compute_imbalance", uneven.sum())
         rate = steps * self.config.batch.global_batch / seconds
         norm = float(self._last_norm)
         values = {
             "samples": self.progress.samples, "time_s": self.clock.elapsed, "loss": mlm + nsp, "mlm_loss": mlm,
             "nsp_loss": nsp, "lr": self._last_lr, "grad_norm": norm, "samples_per_s": rate,
-            "imbalance": [round(x, 6) for x in self._imbalances], "compute_ms": [round(1e3 * c, 3) for c in compute],
-            "exposed_ms": 1e3 * exposed, "data_ms": 1e3 * table[:, 5].max() / steps,
-            "optimizer_ms": 1e3 * table[:, 6].mean() / steps,
+            "imbalance": [round(plan.imbalance, 6) for plan in self._plans],
+            "compute_imbalance": [round(x, 4) for x in uneven.tolist()],
+            "compute_ms": np.round(1e3 * compute.mean(axis=1), 3).tolist(),
+            "exposed_ms": 1e3 * exposed, "data_ms": 1e3 * table[:, 4].max() / steps,
+            "optimizer_ms": 1e3 * table[:, 5].mean() / steps, "capped": sum(plan.capped for plan in self._plans),
         }  # fmt: skip
         if self.environment.is_main:
+            values["cost"] = self._cost_rows(compute)
             values["clip"] = self.machinery.engine.clip_statistics.read()  # type: ignore[attr-defined]
             self.metrics.write("step", self.progress.step, values)
             accuracy = self.progress.evaluations[-1]["accuracy"] if self.progress.evaluations else None
@@ -304,6 +307,17 @@ class Run:
             )
         self._reset_interval()
         return bool(table[:, 2].any())
+
+    def _cost_rows(self, compute: np.ndarray) -> list[list[float]]:
+        """(tokens, squared lengths, milliseconds) of ranks in the interval's last steps, for a later fit of the cost."""
+        steps = max(1, _COST_ROWS // self.environment.world_size)
+        return [
+            [int(tokens), int(squared), round(1e3 * seconds, 3)]
+            for plan, times in zip(self._plans[-steps:], compute.T[-steps:], strict=True)
+            for tokens, squared, seconds in zip(
+                plan.tokens.sum(axis=1), plan.tokens_squared.sum(axis=1), times, strict=True
+            )
+        ]
 
     # ---- evaluation, checkpoints, ends ------------------------------------------------------------------------------
 
@@ -325,7 +339,7 @@ class Run:
             if self._evaluator is None:
                 self._evaluator = Evaluator(
                     self.eval_store, self.config.data.eval_samples, self.config.batch,
-                    make_cost(self.config), self.environment,
+                    self.cost, self.environment,
                 )  # fmt: skip
             result: Evaluation = self._evaluator(self.machinery.model)
             self.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
@@ -355,6 +369,7 @@ class Run:
                 "loss_scale": machinery.loss_scale.state_dict() if machinery.loss_scale else None,
                 "progress": self.progress.state_dict(),
                 "clock": self.clock.state_dict(),
+                "cost": [self.cost.linear, self.cost.quadratic],
             }
             save_checkpoint(
                 self.folder / "checkpoints", self.progress.step, state, self.environment, self.config.train.keep_checkpoints,
@@ -364,8 +379,13 @@ class Run:
     def _restore(self) -> None:
         path = latest_checkpoint(self.folder / "checkpoints")
         assert path is not None, "checked before the ranks were started"
-        seed_ranks(self.config.train.seed, self.environment)
         state = load_checkpoint(path, self.environment, self._key)
+        if state["world_size"] != self.environment.world_size:
+            seed_ranks(self.config.train.seed + state["progress"]["step"], self.environment)
+            self.line.say(
+                f"resumed by {self.environment.world_size} ranks, stopped by {state['world_size']}: the same samples in "
+                "the same steps, dealt to other ranks"
+            )
         self.machinery.model.load_state_dict(state["model"])
         self.machinery.optimizer.load_state_dict(state["optimizer"])
         if self.machinery.loss_scale and state["loss_scale"]:
@@ -373,6 +393,8 @@ class Run:
         self.progress.load_state_dict(state["progress"])
         self.progress.sessions += 1
         self.clock.load_state_dict(state["clock"])
+        if CostModel(*state["cost"]) != self.cost:  # a fit cannot be repeated, and another one would plan other steps
+            self.cost, self.cost_source = CostModel(*state["cost"]), "the resumed run"
         self.mllog.event("resumed", self.progress.step, checkpoint=path.name)
         self.line.say(f"resumed from {path} at step {self.progress.step:,}, {self.progress.samples:,} samples")
 

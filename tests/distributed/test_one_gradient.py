@@ -25,7 +25,7 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.build import make_layout
 from bert_fast.train.inputs import to_device
-from bert_fast.train.loop import make_planner
+from bert_fast.train.calibrate import make_planner
 from bert_fast.train.step import StepInput, TrainStep
 
 pytestmark = pytest.mark.distributed

@@ -29,7 +29,7 @@ from bert_fast.optim.schedule import learning_rate
 from bert_fast.train.build import build
 from bert_fast.train.environment import Environment
 from bert_fast.train.inputs import to_device
-from bert_fast.train.loop import make_planner
+from bert_fast.train.calibrate import make_planner
 from bert_fast.train.step import StepInput
 
 FILE = Path(__file__).with_name("losses.json")

@@ -32,7 +32,7 @@ from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.evaluate import Evaluator, _shard
 from bert_fast.train.folder import check_folder, check_inputs, create_folder, resume_key, run_folder
 from bert_fast.train.inputs import to_device
-from bert_fast.train.loop import make_planner
+from bert_fast.train.calibrate import make_planner
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.state import Progress
 from bert_fast.train.step import StepInput
