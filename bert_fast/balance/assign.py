@@ -13,6 +13,8 @@ import heapq
 
 import numpy as np
 
+from bert_fast.balance.packing import pack
+
 EMPTY = -1
 
 
@@ -191,7 +193,9 @@ def balanced(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None,
 def balanced_free(
     costs: np.ndarray, num_slots: int, order: np.ndarray | None = None, *, tokens: np.ndarray, cap: int
 ) -> tuple[np.ndarray, bool]:
-    """Any number of samples a slot (at least one, where there are enough): LPT, the token cap, then `refine`.
+    """Any number of samples a slot (at least one, where there are enough).
+
+    The better of LPT and Karmarkar-Karp (with many samples a slot, equal counts are no hindrance), the token cap, `refine`.
 
     Args:
         tokens: int64 [N], lengths. No slot gets more than `cap` of them.
@@ -203,6 +207,10 @@ def balanced_free(
         ValueError: the samples do not fit under the cap.
     """
     slot_of = longest_first(costs, num_slots, order)
+    if len(costs) % num_slots == 0:
+        equal = karmarkar_karp(costs, num_slots, order)
+        if costs[equal].sum(axis=1).max() < np.bincount(slot_of, costs, num_slots).max():
+            slot_of[equal] = np.arange(num_slots)[:, None]
     loads = np.bincount(slot_of, tokens, num_slots).astype(np.int64)
     capped = bool(loads.max() > cap)
     if capped:
@@ -211,19 +219,32 @@ def balanced_free(
 
 
 def _under_cap(tokens: np.ndarray, slot_of: np.ndarray, loads: np.ndarray, cap: int) -> np.ndarray:
-    """Move samples, shortest first, from slots above the cap to the slots with most room. Loops over moved samples only."""
-    slot_of, loads = slot_of.copy(), loads.copy()
+    """Move samples, shortest first, from slots above the cap to the slots with most room; else deal anew by best fit.
+
+    Loops over the samples that are moved, which are few.
+    """
+    moved, loads = slot_of.copy(), loads.copy()
     for slot in np.flatnonzero(loads > cap):
-        members = np.flatnonzero(slot_of == slot)
+        members = np.flatnonzero(moved == slot)
         for sample in members[np.argsort(tokens[members], kind="stable")]:
             if loads[slot] <= cap:
                 break
             target = int(loads.argmin())
             if loads[target] + tokens[sample] > cap:
-                raise ValueError(f"{tokens.sum()} tokens do not fit into {len(loads)} slots of {cap}")
-            slot_of[sample] = target
+                return _best_fit(tokens, len(loads), cap)
+            moved[sample] = target
             loads[target] += tokens[sample]
             loads[slot] -= tokens[sample]
+    return moved
+
+
+def _best_fit(tokens: np.ndarray, num_slots: int, cap: int) -> np.ndarray:
+    """The slot of every sample, as full as they get; then every slot left empty gets one sample of the fullest."""
+    slot_of, used = pack(tokens, cap, depth=len(tokens))
+    if used > num_slots:
+        raise ValueError(f"{tokens.sum()} tokens do not fit into {num_slots} slots of {cap}")
+    for slot in range(used, num_slots):
+        slot_of[np.flatnonzero(slot_of == np.bincount(slot_of).argmax())[0]] = slot
     return slot_of
 
 

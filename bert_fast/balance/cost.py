@@ -74,7 +74,7 @@ def fit_cost(rows: np.ndarray, most_doubt: float = 0.1) -> CostFit:
         raise ValueError(f"{len(rows)} measurements are too few to fit a cost model; at least 8 are needed")
     coefficients, weights = _robust_nnls(rows)
     fixed, linear, quadratic = coefficients.tolist()
-    if linear == 0 and quadratic == 0:
+    if (rows[:, :2] @ [linear, quadratic]).sum() < 1e-3 * rows[:, 2].sum():
         raise ValueError(
             "the measured times do not grow with the number of tokens; measure batches of different lengths"
         )
@@ -129,7 +129,7 @@ def _doubt(rows: np.ndarray, coefficients: np.ndarray, weights: np.ndarray) -> f
     if np.linalg.cond(normal) > 1e14:
         return float("inf")
     errors = rows[:, 2] - columns @ coefficients
-    variance = float((weights * errors**2).sum() / max(1.0, weights.sum() - 3))
+    variance = (1.4826 * float(np.median(np.abs(errors)))) ** 2 * len(rows) / max(1.0, weights.sum() - 3)
     slope = slope / scale
     return float(np.sqrt(variance * slope @ np.linalg.solve(normal, slope)))
 

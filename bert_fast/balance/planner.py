@@ -98,9 +98,9 @@ class Planner:
             self._strata = Strata(lengths, bounds, counts, accumulation * local_batch, world_size, seed)
         else:
             self._order = EpochOrder(len(lengths), (seed, 0))
+        self._num_rows = self._rows_needed() if config.strategy == "packed" else 0
         if config.strategy == "balanced_free":
             self._check_cap()
-        self._num_rows = self._rows_needed() if config.strategy == "packed" else 0
 
     def plan(self, step: int) -> Plan:
         """The plan of step number `step`, from 0.
@@ -110,7 +110,7 @@ class Planner:
         """
         if self._num_steps is not None and not 0 <= step < self._num_steps:
             raise UserError(f"no plan for step {step}: the run has steps 0 to {self._num_steps - 1} (train.max_steps)")
-        ids = self._draw(step)
+        ids = self.draw(step)
         lengths = self._lengths[ids]
         labels = np.random.default_rng([self._seed, 1, step])  # no rank always gets the dearest samples
         if self._config.strategy == "packed":
@@ -218,7 +218,8 @@ class Planner:
 
     # ---- what a step draws, and checks ------------------------------------------------------------------------------
 
-    def _draw(self, step: int) -> np.ndarray:
+    def draw(self, step: int) -> np.ndarray:
+        """Ids of the samples of a step as they are drawn, before dealing, int64 [global batch]."""
         if self._config.strategy == "stratified_presort":
             return self._strata.draw(step)
         return self._order.take(step * self.global_batch, self.global_batch)
@@ -246,20 +247,22 @@ class Planner:
         if self.cap >= self._local * self._max_seq_len:
             return
         slots = self._world * self._accumulation
-        totals = [int(self._lengths[self._draw(step)].sum(dtype=np.int64)) for step in range(self._steps_ahead())]
+        totals = [int(self._lengths[self.draw(step)].sum(dtype=np.int64)) for step in range(self._steps_ahead())]
         expected = float(np.mean(totals)) / slots
-        most = expected + 6 * float(np.std(totals)) / slots
+        most = expected + 4 * float(np.std(totals)) / slots
         if most > self.cap:
             raise UserError(
                 f"balance.max_tokens={self.cap} is too few: a micro-batch has {expected:.0f} tokens on average and up to "
                 f"{most:.0f} in some steps; set balance.max_tokens to at least {int(1.1 * most) + 1} or lower the batch"
             )
+        for step in range(self._steps_ahead()):
+            self.plan(step)
 
     def _rows_needed(self) -> int:
         """Rows of a micro-batch that hold the first steps and, most likely, all."""
         if self._config.pack_rows is not None:
             return self._config.pack_rows
-        needed = [self._pack(self._lengths[self._draw(step)])[1] for step in range(self._steps_ahead())]
+        needed = [self._pack(self._lengths[self.draw(step)])[1] for step in range(self._steps_ahead())]
         most = max(needed) + (max(needed) - min(needed))
         return -(-most // (self._world * self._accumulation))
 

@@ -44,13 +44,13 @@ def make_planner(
 
 def probe_lengths(local_batch: int, max_seq_len: int) -> list[np.ndarray]:
     """Batches that tell the terms of the cost apart: from all short to all long, of a full and of half the tokens."""
-    probes = []
-    for share in (1.0, 0.5):
-        tokens = max(max_seq_len, int(share * local_batch * max_seq_len / 2))
-        for part in (8, 4, 2, 1):
-            length = max(1, max_seq_len // part)
-            probes.append(np.full(max(1, tokens // length), length))
-    return probes
+    full = max(max_seq_len, local_batch * max_seq_len // 2)
+    return [
+        np.full(tokens // length, length)
+        for tokens in (full, full // 2)
+        for length in (max(1, max_seq_len // part) for part in (8, 4, 2, 1))
+        if length <= tokens
+    ]
 
 
 def calibrate(config: Config, environment: Environment, machinery: Machinery) -> CostFit:

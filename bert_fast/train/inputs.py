@@ -14,15 +14,17 @@ from bert_fast.model.bert import BertInput
 
 def planned_batches(store: Store, plan: Plan, rank: int, strategy: str, max_seq_len: int) -> list[Batch]:
     """The micro-batches of a rank in a step, laid out as the strategy has it."""
-    batches = []
-    for part in plan.micro_batches(rank):
-        batch = store.batch(plan.ids[part], keep_order=plan.rows is not None)
-        if plan.rows is not None:
-            batch = in_rows(batch, plan.rows[part], plan.num_rows, max_seq_len)
-        elif strategy == "pad_to_longest":
-            batch = to_longest(batch)
-        batches.append(batch)
-    return batches
+    return [
+        lay_out(store.batch(plan.ids[part], keep_order=plan.rows is not None), plan, part, strategy, max_seq_len)
+        for part in plan.micro_batches(rank)
+    ]
+
+
+def lay_out(batch: Batch, plan: Plan, part: slice, strategy: str, max_seq_len: int) -> Batch:
+    """The micro-batch `part` of a plan with the padding of its strategy; most have none."""
+    if plan.rows is not None:
+        return in_rows(batch, plan.rows[part], plan.num_rows, max_seq_len)
+    return to_longest(batch) if strategy == "pad_to_longest" else batch
 
 
 def to_device(batch: Batch, device: torch.device, multiple: int = 1) -> BertInput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,12 +192,12 @@ class Run:
             every = train.checkpoint_every_steps
             checkpoint = every > 0 and progress.step % every == 0 and not last
             boundary = progress.step % train.log_every_steps == 0 or evaluate or checkpoint or last
-            stop = self._log_interval() if boundary else False
+            stop = self._log_interval() if boundary else 0
             if evaluate and self._evaluate():
                 return Outcome("success", True)
             if stop:
                 self._checkpoint()
-                return Outcome("stopped", False, self.stop.signal_name or "signal on another rank")
+                return Outcome("stopped", False, signal.Signals(stop).name)
             if checkpoint:
                 self._checkpoint()
         return Outcome("aborted" if train.target_accuracy is not None else "success", False)
@@ -251,18 +252,18 @@ class Run:
                 "Lower optimizer.lr, lengthen schedule.warmup_steps, or look at these samples"
             )
 
-    def _log_interval(self) -> bool:
-        """Exchange sums and flags between ranks, write a line. Returns whether all ranks shall stop."""
+    def _log_interval(self) -> int:
+        """Exchange sums and flags between ranks, write a line. Returns the signal at which all ranks shall stop, or 0."""
         steps = self.progress.step - self._interval_start[1]
         if not steps:
-            return False
+            return 0
         if self.environment.device.type == "cuda":
             self._check_finite()
         interval = self._interval
         if self.machinery.step.compute_timer is not None:
             self._compute = self.machinery.step.compute_timer.read()
         table = gather_floats(
-            [*self._sums.tolist(), float(bool(self.stop)), interval["exposed_s"], interval["data_s"],
+            [*self._sums.tolist(), float(self.stop.number), interval["exposed_s"], interval["data_s"],
              interval["optimizer_s"], *self._compute],
             self.environment,
         )  # fmt: skip
@@ -306,7 +307,7 @@ class Run:
                 remaining,
             )
         self._reset_interval()
-        return bool(table[:, 2].any())
+        return int(table[:, 2].max())
 
     def _cost_rows(self, compute: np.ndarray) -> list[list[float]]:
         """(tokens, squared lengths, milliseconds) of ranks in the interval's last steps, for a later fit of the cost."""

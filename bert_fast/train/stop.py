@@ -9,17 +9,14 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by SIGINT, SIGTERM or SIGUSR1. `signal_name` says which."""
+    """Set by SIGINT, SIGTERM or SIGUSR1. `number` says which, 0 none."""
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
+        self.number = 0
         self._previous = {number: signal.signal(number, self._set) for number in HANDLED}
 
     def _set(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
+        self.number = number
 
     def restore(self) -> None:
         """Put the former handlers back."""

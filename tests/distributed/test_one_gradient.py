@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,13 +19,13 @@ from bert_fast.communication.buckets import measure_ready_order
 from bert_fast.communication.compress import wire_format
 from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
 from bert_fast.communication.reducer import BucketReducer
-from bert_fast.config import Config
+from bert_fast.config import BalanceConfig, Config
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.build import make_layout
-from bert_fast.train.inputs import to_device
 from bert_fast.train.calibrate import make_planner
+from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.step import StepInput, TrainStep
 
 pytestmark = pytest.mark.distributed
@@ -50,8 +50,9 @@ class Way:
         local = GLOBAL_BATCH // self.ranks // self.accumulation
         tree["model"] |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
         tree["batch"] = {"global_batch": GLOBAL_BATCH, "local_batch": local, "accumulation": self.accumulation}
-        tree["balance"] = {"strategy": self.strategy, "num_strata": 2}
+        tree["balance"] = {"strategy": self.strategy, "num_strata": 2, "pack_depth": 4}
         tree["communication"] |= {"engine": self.engine, "clip": clip, "max_norm": 0.5}
+        tree["train"]["max_steps"] = 1000
         tree["system"]["world_size"] = self.ranks
         return config_from_tree(tree)
 
@@ -63,7 +64,8 @@ def step_of(rank: int, world: int, config: Config, dtype: torch.dtype) -> dict[s
     store = Store(config.data.train)
     plan = make_planner(config, store.lengths).plan(STEP)
     cpu, multiple = torch.device("cpu"), config.batch.shape_multiple  # what pads a micro-batch must not count either
-    batches = [to_device(store.batch(ids), cpu, multiple) for ids in plan.ids[rank]]
+    planned = planned_batches(store, plan, rank, config.balance.strategy, config.data.max_seq_len)
+    batches = [to_device(batch, cpu, multiple) for batch in planned]
     inputs = StepInput(batches, int(store.num_masked[plan.ids].sum(dtype=np.int64)), config.batch.global_batch)
 
     order = measure_ready_order(list(model.parameters()), lambda: model(batches[0]).mlm_sum.backward())
@@ -96,6 +98,8 @@ def outcome(pool: Pools, way: Way, store: Path, clip: str, dtype: torch.dtype) -
 WAYS = [
     Way(1, 1, "random"), Way(1, 1), Way(1, 4), Way(2, 1, "random"), Way(2, 1), Way(2, 2, "random"), Way(2, 2),
     Way(4, 1, "random"), Way(4, 1), Way(2, 1, engine="ddp"), Way(2, 2, engine="ddp"),
+    *(Way(4, 1, name) for name in ("pad_to_longest", "exchange", "exchange_snake", "balanced_free", "packed")),
+    *(Way(2, 2, name) for name in ("balanced_free", "packed")), Way(2, 1, "balanced_free", engine="ddp"),
 ]  # fmt: skip
 
 
@@ -124,14 +128,15 @@ def plans_of(rank: int, _world: int, config: Config) -> np.ndarray:
     np.random.seed(rank)  # the planner must not look at these
     torch.manual_seed(rank)
     lengths = Store(config.data.train).lengths
-    return np.stack([make_planner(config, lengths).plan(step).ids for step in (0, 1, 70, 1000)])
+    planner = make_planner(config, lengths)
+    return np.stack([np.concatenate([plan.ids, plan.starts]) for plan in map(planner.plan, (0, 1, 70, 999))])
 
 
-@pytest.mark.parametrize("strategy", ["random", "balanced", "stratified_presort"])
+@pytest.mark.parametrize("strategy", get_args(BalanceConfig.model_fields["strategy"].annotation))
 def test_every_rank_plans_the_same(pool: Pools, tiny_store: Path, strategy: str) -> None:
     plans = pool(4).call(plans_of, Way(4, 2, strategy).config(tiny_store, "none"))
-    assert plans[0].shape == (4, 4, 2, 1)
+    assert plans[0].shape == (4, GLOBAL_BATCH + 4 * 2 + 1)
     for plan in plans[1:]:
         np.testing.assert_array_equal(plan, plans[0])
     for step in plans[0]:
-        assert len(np.unique(step)) == GLOBAL_BATCH
+        assert len(np.unique(step[:GLOBAL_BATCH])) == GLOBAL_BATCH

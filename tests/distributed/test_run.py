@@ -51,7 +51,7 @@ def mlperf_log(folder: Path) -> list[dict[str, Any]]:
 
 def test_folder_of_a_finished_run(to_target: Path, workspace: Workspace) -> None:
     assert {p.name for p in to_target.iterdir()} == {
-        "config.yaml", "commit.txt", "metrics.json", "metrics.jsonl", "report.html", "result_0.txt",
+        "config.yaml", "commit.txt", "cost.json", "metrics.json", "metrics.jsonl", "report.html", "result_0.txt",
     }  # fmt: skip
     assert load_config(to_target / "config.yaml") == load_config(workspace.config, ["run.folder=to_target", *TO_TARGET])
     assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?|unknown)\n", (to_target / "commit.txt").read_text(encoding="utf-8"))
@@ -150,3 +150,56 @@ def test_measuring_the_ceiling_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     assert matmul_ceiling(environment, seconds=0.01) > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- balance --------------------------------------------------------------------------------------------------------
+
+
+def test_every_step_logs_what_was_planned_and_measured(to_target: Path) -> None:
+    """Planned imbalance and the ranks' times step by step, exchanged with the log line; both are in the figures."""
+    steps = lines(to_target)
+    for line in steps:
+        assert len(line["imbalance"]) == len(line["compute_imbalance"]) == 1  # train.log_every_steps
+        assert min(line["imbalance"] + line["compute_imbalance"]) >= 1
+        assert [len(row) for row in line["cost"]] == [3, 3]
+    metrics = record_of(to_target)["metrics"]
+    for name, key in (("imbalance_mean", "imbalance"), ("compute_imbalance", "compute_imbalance")):
+        mean = sum(sum(line[key]) for line in steps) / metrics["steps"]
+        assert metrics[name] == pytest.approx(mean, abs=1e-4)
+
+
+def test_cost_model_is_stored_with_the_run(to_target: Path) -> None:
+    cost = json.loads((to_target / "cost.json").read_text(encoding="utf-8"))
+    assert cost["planned_with"]["source"] == "FLOPs of the model"
+    assert record_of(to_target)["cost"] == cost["planned_with"]
+
+
+def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace: Workspace) -> None:
+    code, run = workspace.run("run.folder=fitted", "balance.fit_cost=true", "train.max_steps=4")
+    if code == 3 and "balance.fit_cost" in run.stderr:  # a busy machine: times that say nothing are refused
+        pytest.skip(run.stderr)
+    assert code == 0, run.stderr
+    cost = json.loads((workspace.folder / "fitted/cost.json").read_text(encoding="utf-8"))["planned_with"]
+    assert cost["source"].startswith("warm-up fit")
+    assert cost["linear"] > 0
+    code, run = workspace.run("run.folder=next", "balance.cost_file=fitted/cost.json", "train.max_steps=4")
+    assert code == 0, run.stderr
+    again = json.loads((workspace.folder / "next/cost.json").read_text(encoding="utf-8"))["planned_with"]
+    assert (again["linear"], again["quadratic"]) == (cost["linear"], cost["quadratic"])
+    assert again["source"] == "file fitted/cost.json"
+
+
+@pytest.mark.parametrize("strategy", ["pad_to_longest", "exchange", "stratified_presort", "balanced_free", "packed"])
+def test_a_run_under_every_kind_of_strategy(workspace: Workspace, strategy: str) -> None:
+    folder = f"run.folder={strategy}"
+    code, run = workspace.run(folder, f"balance.strategy={strategy}", "balance.num_strata=2", "train.max_steps=6")
+    assert code == 0, run.stderr
+    assert all(math.isfinite(loss) for loss in losses_of(workspace.folder / strategy))
+
+
+def test_missing_cost_file_is_found_before_ranks_are_started(workspace: Workspace) -> None:
+    code, run = workspace.run("run.folder=no_cost", "balance.cost_file=nowhere.json")
+    assert code == 2
+    assert run.stderr.strip().splitlines() == [
+        "error: balance.cost_file=nowhere.json: No such file or directory; give the cost.json of a finished run"
+    ]

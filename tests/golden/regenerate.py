@@ -27,9 +27,9 @@ from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.train.build import build
-from bert_fast.train.environment import Environment
-from bert_fast.train.inputs import to_device
 from bert_fast.train.calibrate import make_planner
+from bert_fast.train.environment import Environment
+from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.step import StepInput
 
 FILE = Path(__file__).with_name("losses.json")
@@ -99,7 +99,7 @@ def losses(changes: dict[str, dict[str, Any]], folder: Path) -> list[float]:
         planner = make_planner(config, store.lengths)
         curve = []
         for step in range(STEPS):
-            batches = [store.batch(ids) for ids in planner.plan(step).ids[0]]
+            batches = planned_batches(store, planner.plan(step), 0, config.balance.strategy, config.data.max_seq_len)
             masked = sum(len(batch.masked_labels) for batch in batches)
             inputs = [to_device(batch, torch.device("cpu"), config.batch.shape_multiple) for batch in batches]
             rate = learning_rate(step, config.optimizer.lr, config.schedule)

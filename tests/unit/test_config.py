@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pytest
 import yaml
 
 from bert_fast.cli import config_from_tree, describe_fields, load_config, to_yaml
-from bert_fast.config import Config, as_plain, sections
+from bert_fast.config import BalanceConfig, Config, as_plain, sections
 from bert_fast.errors import UserError
 
 BASE: dict[str, dict[str, Any]] = {
@@ -283,7 +283,7 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
             assert field.description in text
     assert "batch.global_batch (int, required)" in text
     assert "optimizer.lr (float, default 0.0001)" in text
-    assert "balance.strategy (random|stratified_presort|balanced, default balanced)" in text
+    assert "balance.strategy (random|pad_to_longest|exchange|exchange_snake|stratified_presort|balanced|" in text
     assert "communication.bucket_mb (float|list[float], default 25.0)" in text
 
 
@@ -308,3 +308,49 @@ def test_printed_config_reads_back_the_same(
     else:
         path.write_text(to_yaml(plain), encoding="utf-8")
         assert load_config(path) == config
+
+
+# ---- balance --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["balance.strata_counts=[2, 2]"], r"strategy stratified_presort and balance\.strategy=balanced; remove it or"),
+        (["balance.max_tokens=4096"], r"balance\.max_tokens is a setting of strategy balanced_free"),
+        (["balance.pack_rows=4"], r"balance\.pack_rows is a setting of strategy packed"),
+        (
+            ["balance.strategy=stratified_presort", "balance.num_strata=2", "balance.strata_counts=[2, 2]"],
+            r"strata_counts=\[2, 2\] add up to 4 and a rank takes local_batch x accumulation = 8 .*add up to 8",
+        ),
+        (
+            ["balance.strategy=stratified_presort", "balance.strata_counts=[4, 4]"],
+            "strata_counts has 2 numbers for 4 strata; give one a stratum",
+        ),
+        (["balance.strategy=stratified_presort", "balance.strata=[16, 8, 32]"], r"strata=\[16, 8, 32\] must ascend"),
+        (
+            ["balance.strategy=stratified_presort", "balance.strata=[8, 16]"],
+            r"balance\.strata=\[8, 16\] must end with data\.max_seq_len=32",
+        ),
+        (["balance.strategy=balanced_free", "balance.max_tokens=31"], "less than one sample of data.max_seq_len=32"),
+        (
+            ["balance.cost_file=x.json", "balance.fit_cost=true"],
+            "cost_file and balance.fit_cost each give the cost model",
+        ),
+        (
+            ["balance.cost_linear=1", "balance.cost_quadratic=1", "balance.fit_cost=true"],
+            "balance.cost_linear and balance.fit_cost each give the cost model; set only one",
+        ),
+    ],
+)
+def test_settings_of_balance_fit_together(
+    make_config: Callable[..., Config], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(*overrides)
+
+
+def test_unknown_strategy_lists_the_known_ones() -> None:
+    text = error_of(with_value("balance.strategy", "sorted"))
+    for name in get_args(BalanceConfig.model_fields["strategy"].annotation):
+        assert f"'{name}'" in text

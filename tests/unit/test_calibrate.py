@@ -1,0 +1,89 @@
+"""The cost model of a run: where it is from, and that measuring it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bert_fast.balance.cost import CostModel
+from bert_fast.config import Config
+from bert_fast.errors import TrainingError
+from bert_fast.model.flops import cost_coefficients
+from bert_fast.train import calibrate as calibration
+from bert_fast.train.build import build
+from bert_fast.train.calibrate import calibrate, make_cost, make_planner, probe_lengths
+from bert_fast.train.environment import Environment
+
+
+def test_cost_comes_from_the_config_a_file_or_flops(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = make_config()
+    assert make_cost(config) == (CostModel(*cost_coefficients(config.model)), "FLOPs of the model")
+    given = make_cost(make_config("balance.cost_linear=2", "balance.cost_quadratic=0.5"))
+    assert given == (CostModel(2.0, 0.5), "config")
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps({"fitted": {"linear": 3.0, "quadratic": 0.25}}))
+    assert make_cost(make_config(f"balance.cost_file={path}")) == (CostModel(3.0, 0.25), f"file {path}")
+
+
+def test_cost_decides_the_plan(make_config: Callable[..., Config]) -> None:
+    lengths = np.random.default_rng(0).integers(5, 33, 500).astype(np.uint16)
+    config = make_config("system.world_size=2", "batch.global_batch=16")
+    plans = [make_planner(config, lengths, CostModel(*cost)).plan(0).ids for cost in ((1.0, 0.0), (0.0, 1.0))]
+    assert (plans[0] != plans[1]).any()
+
+
+def test_probes_tell_the_terms_apart() -> None:
+    """The columns of the fit are far from linearly dependent, for any batch."""
+    for local in (1, 2, 16, 48):
+        probes = probe_lengths(local, 512)
+        columns = np.array([[1, p.sum(), (p**2).sum()] for p in probes], float)
+        columns /= np.linalg.norm(columns, axis=0)
+        assert np.linalg.cond(columns) < 50
+        assert max(p.max() for p in probes) == 512
+
+
+def test_fit_is_that_of_the_times(
+    make_config: Callable[..., Config], environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that runs as the cost model says, the fit finds the cost model; weights and gradients stay."""
+    config = make_config("batch.local_batch=8")
+    machinery = build(config, environment)
+    before = [p.detach().clone() for p in machinery.model.parameters()]
+
+    def clockwork(_machinery: object, batch: object, _environment: Environment) -> float:
+        lengths = np.array(batch.layout.lengths[: len(batch.next_sentence_labels)])  # type: ignore[attr-defined]
+        return 1e-3 * (2 + 0.01 * lengths.sum() + 1e-4 * (lengths**2).sum())
+
+    monkeypatch.setattr(calibration, "_forward_backward", clockwork)
+    fit = calibrate(config, environment, machinery)
+    assert (fit.linear, fit.quadratic, fit.fixed) == pytest.approx((0.01, 1e-4, 2), rel=1e-6)
+    for parameter, value in zip(machinery.model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+
+
+def test_measuring_for_real_leaves_no_trace(make_config: Callable[..., Config], environment: Environment) -> None:
+    machinery = build(make_config(), environment)
+    before = [p.detach().clone() for p in machinery.model.parameters()]
+    batch = calibration.to_device(
+        calibration.batch_of_lengths(np.array([8, 4]), 60, np.random.default_rng(0)), environment.device
+    )
+    assert calibration._forward_backward(machinery, batch, environment) > 0
+    machinery.engine.zero_grad()
+    for parameter, value in zip(machinery.model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+        assert parameter.grad is None or not parameter.grad.any()
+
+
+def test_times_that_say_nothing_stop_the_run(
+    make_config: Callable[..., Config], environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    machinery = build(config, environment)
+    monkeypatch.setattr(calibration, "_forward_backward", lambda *_: 1e-3)
+    with pytest.raises(TrainingError, match=r"balance\.fit_cost: .*do not grow.*set balance\.fit_cost=false"):
+        calibrate(config, environment, machinery)
