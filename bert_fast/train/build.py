@@ -129,6 +129,8 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
     optimizer.state.clear()
     if machinery.loss_scale and scale_before:
         machinery.loss_scale.load_state_dict(scale_before)
+    if machinery.step.compute_timer is not None:
+        machinery.step.compute_timer.clear()
     clip_statistics = machinery.engine.clip_statistics  # type: ignore[attr-defined]
     clip_statistics.read()
     machinery.engine.wire.bytes_sent = 0  # type: ignore[attr-defined]

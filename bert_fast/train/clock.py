@@ -66,5 +66,9 @@ class DeviceTimer:
     def read(self) -> list[float]:
         """Seconds of every stretch since the last read. The device must be past them."""
         seconds = [start.elapsed_time(end) / 1e3 for start, end in self._pairs]
-        self._pairs.clear()
+        self.clear()
         return seconds
+
+    def clear(self) -> None:
+        """Forget what was timed so far."""
+        self._pairs.clear()

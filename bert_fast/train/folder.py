@@ -101,6 +101,8 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
         for section in ("model", "balance", "optimizer", "schedule")
     }
     key["batch.global_batch"] = str(config.batch.global_batch)
+    if config.balance.strategy == "stratified_presort":  # draws by rank, so its samples follow from who there is
+        key["samples of a rank (stratified_presort)"] = str(config.batch.local_batch * config.batch.accumulation)
     clipping = {name: plain["communication"][name] for name in ("clip", "clip_groups", "max_norm")}
     data = {"train data": train_sha256[:16], "eval data": eval_sha256[:16]}
     return {**key, "clipping": json.dumps(clipping), "seed": str(config.train.seed), **data}

@@ -189,7 +189,7 @@ def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace
     assert again["source"] == "file fitted/cost.json"
 
 
-@pytest.mark.parametrize("strategy", ["pad_to_longest", "exchange", "stratified_presort", "balanced_free", "packed"])
+@pytest.mark.parametrize("strategy", ["pad_to_longest", "stratified_presort", "packed"])
 def test_a_run_under_every_kind_of_strategy(workspace: Workspace, strategy: str) -> None:
     folder = f"run.folder={strategy}"
     code, run = workspace.run(folder, f"balance.strategy={strategy}", "balance.num_strata=2", "train.max_steps=6")

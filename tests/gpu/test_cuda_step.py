@@ -136,6 +136,11 @@ def test_no_host_synchronisation_in_a_step(no_synchronisation: None, backend: st
     result = machine.step(inputs, lr=1e-4)
     torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(result.grad_norm)
+    torch.cuda.synchronize()
+    seconds = machine._step.compute_timer.read()
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+    assert machine._step.compute_timer.read() == []
 
 
 def test_loss_scale_does_not_synchronise_and_an_overflow_changes_no_weight(no_synchronisation: None) -> None:
