@@ -191,6 +191,19 @@ def test_no_rank_always_gets_the_dearest_samples(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_rank_always_gets_the_longest_sample(strategy: str) -> None:
+    """Lengths that are all different: who gets the longest of a step is nobody's privilege."""
+    lengths = np.arange(20, 20 + 96, dtype=np.uint16)
+    planner = make_planner(lengths, strategy)
+    owners = []
+    for step in range(200):
+        plan = planner.plan(step)
+        place = int(lengths[plan.ids].argmax())
+        owners.append(int(np.searchsorted(plan.starts[::2], place, side="right")) - 1)
+    assert np.bincount(owners, minlength=4).min() > 20
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lengths_may_be_memory_mapped(tmp_path: Path, strategy: str) -> None:
     np.save(tmp_path / "lengths.npy", LENGTHS)
     mapped = np.load(tmp_path / "lengths.npy", mmap_mode="r")
