@@ -217,6 +217,11 @@ class OptimizerConfig(Section):
     beta2: Probability = Field(0.999, description="decay of the second moment")
     eps: PositiveFloat = Field(1e-6, description="epsilon in the denominator")
     weight_decay: NonNegativeFloat = Field(0.01, description="decoupled decay; never on biases and LayerNorm")
+    when: Literal["bucket", "end"] = Field(
+        "end",
+        description="when weights are updated: each bucket as soon as it is reduced, while later ones are on the wire, or "
+        "all at the end; the same weights. bucket needs engine bucketed and clip none or bucket_before_reduce",
+    )
     use_apex: bool = Field(False, description="use apex's fused optimizer; stops if apex is not installed")
 
 
@@ -358,6 +363,17 @@ class Config(Section):
             raise ValueError(
                 "model.attention_backend=varlen has no dropout; set model.attention_dropout=0 or use flash or padded"
             )
+        communication = self.communication
+        if self.optimizer.when == "bucket":
+            if communication.engine != "bucketed":
+                raise ValueError(
+                    f"optimizer.when=bucket needs communication.engine=bucketed and it is {communication.engine}; change one"
+                )
+            if communication.clip not in ("none", "bucket_before_reduce"):
+                raise ValueError(
+                    f"optimizer.when=bucket needs communication.clip=none or bucket_before_reduce: with {communication.clip} "
+                    "no update is known before the last bucket; set optimizer.when=end"
+                )
         if self.mlperf.division == "closed" and self.optimizer.name != "lamb":
             raise ValueError(
                 f"mlperf.division=closed allows LAMB only and optimizer.name={self.optimizer.name}; "

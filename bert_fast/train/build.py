@@ -52,6 +52,8 @@ def build(config: Config, environment: Environment) -> Machinery:
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     loss_scale = LossScale(config.train.loss_scale, environment.device) if environment.dtype == torch.float16 else None
     step = TrainStep(engine, optimizer, environment.device, environment.dtype, environment.world_size, loss_scale)
+    if config.optimizer.when == "bucket":
+        step.update_by_bucket()
     machinery = Machinery(model, engine, layout, optimizer, loss_scale, step)
     _warm_up(config, environment, machinery)
     seed_ranks(config.train.seed, environment)

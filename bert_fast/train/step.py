@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from bert_fast.communication.reducer import BucketReducer
 from bert_fast.model.bert import BertInput
+from bert_fast.optim.partial import PartialSteps
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.loss_scale import LossScale
 
@@ -58,10 +61,21 @@ class TrainStep:
     ) -> None:  # fmt: skip
         self._engine, self._optimizer, self._device, self._dtype = engine, optimizer, device, dtype
         self._world, self._loss_scale = world_size, loss_scale
+        self._parts: PartialSteps | None = None
         self.compute_timer = DeviceTimer() if device.type == "cuda" else None
         self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(
             type(optimizer), "found_inf"
         )
+
+    def update_by_bucket(self) -> None:
+        """Update a bucket's weights as soon as it is reduced (config `optimizer.when: bucket`). A collective."""
+        engine = self._engine
+        assert isinstance(engine, BucketReducer), "checked by the config"
+        parameters = list(engine.module.parameters())
+        self._parts = PartialSteps(
+            self._optimizer, [[parameters[i] for i in bucket.parameters] for bucket in engine.layout.buckets]
+        )
+        engine.watch_finite()
 
     def __call__(self, inputs: StepInput, lr: float) -> StepResult:
         start = time.perf_counter()
@@ -69,15 +83,29 @@ class TrainStep:
         with self.compute_timer or nullcontext():
             mlm_sum, nsp_sum = self._forward_backward(inputs)
         backward_end = time.perf_counter()
-        norm = self._engine.finish()
-        reduced = time.perf_counter()
-        is_finite = torch.isfinite(norm)
-        self._update(is_finite, lr)
+        self._set_rate(lr)
+        if self._parts is None:
+            norm = self._engine.finish()
+            is_finite = torch.isfinite(norm)
+            self._update((~is_finite).to(torch.float32), self._optimizer.step)
+        else:
+            norm, is_finite = self._finish_by_bucket(self._parts)
+        exposed_s = self._engine.exposed_s
         return StepResult(
-            mlm_sum, nsp_sum, norm, is_finite, torch.isfinite(mlm_sum + nsp_sum),
-            backward_end - start + (reduced - backward_end - self._engine.exposed_s), self._engine.exposed_s,
-            time.perf_counter() - reduced,
+            mlm_sum, nsp_sum, norm, is_finite, torch.isfinite(mlm_sum + nsp_sum), backward_end - start, exposed_s,
+            time.perf_counter() - backward_end - exposed_s,
         )  # fmt: skip
+
+    def _finish_by_bucket(self, parts: PartialSteps) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reduce and update bucket by bucket: norm, and whether the gradient was finite (else nothing was updated)."""
+        flags: list[torch.Tensor] = []
+
+        def update(number: int, found_inf: torch.Tensor) -> None:
+            flags.append(found_inf)
+            self._update(found_inf, lambda: parts.step(number), once=number == 0)
+
+        norm = self._engine.finish(update)  # type: ignore[call-arg]
+        return norm, torch.isfinite(norm) & (flags[0] == 0)
 
     def _forward_backward(self, inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of world_size * (rank's share of the global mean loss): their average is the global gradient."""
@@ -95,17 +123,18 @@ class TrainStep:
             return sums[0]
         return torch.stack([a for a, _ in sums]).sum(), torch.stack([b for _, b in sums]).sum()
 
-    def _update(self, is_finite: torch.Tensor, lr: float) -> None:
-        """Apply the gradient, or leave everything as it is where it is not finite."""
+    def _set_rate(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        found_inf = (~is_finite).to(torch.float32)
-        if self._loss_scale:
+
+    def _update(self, found_inf: torch.Tensor, step: Callable[[], object], once: bool = True) -> None:
+        """Apply the gradient, or leave everything as it is where it is not finite."""
+        if self._loss_scale and once:
             self._loss_scale.update(found_inf)
         if self._needs_host_check or self._device.type == "cpu":
-            if bool(is_finite):
-                self._optimizer.step()
+            if not bool(found_inf):
+                step()
             return
         self._optimizer.grad_scale = None  # type: ignore[attr-defined]
         self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self._optimizer.step()
+        step()

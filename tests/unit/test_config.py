@@ -354,3 +354,19 @@ def test_unknown_strategy_lists_the_known_ones() -> None:
     text = error_of(with_value("balance.strategy", "sorted"))
     for name in get_args(BalanceConfig.model_fields["strategy"].annotation):
         assert f"'{name}'" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["communication.engine=ddp"], r"optimizer\.when=bucket needs communication\.engine=bucketed and it is ddp"),
+        (["communication.clip=global_after_reduce"], r"needs communication\.clip=none or bucket_before_reduce: with global_a"),
+        (["communication.clip=global_before_reduce"], r"set optimizer\.when=end"),
+    ],
+)
+def test_updates_by_bucket_need_an_update_that_is_known(
+    make_config: Callable[..., Config], overrides: list[str], message: str
+) -> None:
+    make_config("optimizer.when=bucket")
+    with pytest.raises(UserError, match=message):
+        make_config("optimizer.when=bucket", *overrides)
