@@ -180,9 +180,13 @@ class CommunicationConfig(Section):
     engine: Literal["bucketed", "ddp"] = Field(
         "bucketed", description="our overlapped reducer, or torch DistributedDataParallel with the same clipping"
     )
-    bucket_mb: PositiveFloat | list[PositiveFloat] = Field(
-        25.0, description="bucket size in MiB of gradients, or a list in ready order whose last entry repeats"
+    bucket_mb: Literal["auto"] | PositiveFloat | list[PositiveFloat] = Field(
+        25.0,
+        description="bucket size in MiB of gradients; a list in ready order whose last entry repeats; or auto: measure "
+        "backward and link before the clock and plan exactly",
     )
+    min_bucket_mb: NonNegativeFloat = Field(0.0, description="auto: no bucket but the last is smaller")
+    max_bucket_mb: PositiveFloat = Field(4096.0, description="auto: no bucket of several clip groups is larger")
     clip: Literal["none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce"] = Field(
         "bucket_before_reduce",
         description="which norm is clipped: none; each rank's whole gradient; each clip group of a rank (the paper's, "

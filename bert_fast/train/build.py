@@ -21,6 +21,7 @@ from bert_fast.optim.build import build_optimizer
 from bert_fast.train.environment import Environment
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.loss_scale import LossScale
+from bert_fast.train.plan_buckets import BucketRecord, measure_ready_times, plan_buckets
 from bert_fast.train.step import Engine, StepInput, TrainStep
 
 
@@ -34,6 +35,7 @@ class Machinery:
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale | None
     step: TrainStep
+    buckets: BucketRecord | None = None
 
 
 def build(config: Config, environment: Environment) -> Machinery:
@@ -43,6 +45,7 @@ def build(config: Config, environment: Environment) -> Machinery:
         for layer in model.layers:
             layer.compile(dynamic=True)
     order = _shared_ready_order(config, environment, model)
+    config, record = _with_buckets(config, environment, model, order)
     layout = make_layout(config, model, order)
     make_engine = DdpEngine if config.communication.engine == "ddp" else BucketReducer
     engine = make_engine(
@@ -54,7 +57,7 @@ def build(config: Config, environment: Environment) -> Machinery:
     step = TrainStep(engine, optimizer, environment.device, environment.dtype, environment.world_size, loss_scale)
     if config.optimizer.when == "bucket":
         step.update_by_bucket()
-    machinery = Machinery(model, engine, layout, optimizer, loss_scale, step)
+    machinery = Machinery(model, engine, layout, optimizer, loss_scale, step, record)
     _warm_up(config, environment, machinery)
     seed_ranks(config.train.seed, environment)
     return machinery
@@ -72,7 +75,8 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
 
 
 def make_layout(config: Config, model: torch.nn.Module, ready_order: list[int]) -> Layout:
-    """Clip groups and buckets of the config over a model."""
+    """Clip groups and buckets of the config over a model (`auto` is planned before)."""
+    assert config.communication.bucket_mb != "auto"
     named = list(model.named_parameters())
     return plan_layout(
         [name for name, _ in named], [p.numel() for _, p in named], ready_order,
@@ -96,21 +100,42 @@ def _synthetic_input(config: Config, environment: Environment, seed: int) -> Ste
     return StepInput(inputs, masked, config.batch.global_batch)
 
 
+def _synthetic_loss(config: Config, environment: Environment, model: BertForPretraining) -> torch.Tensor:
+    inputs = _synthetic_input(config, environment, seed=0)
+    with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
+        losses = model(inputs.micro_batches[0])
+    return losses.mlm_sum + losses.nsp_sum
+
+
 def _shared_ready_order(config: Config, environment: Environment, model: BertForPretraining) -> list[int]:
     """Rank 0's measured order, the same on all ranks."""
-
-    def backward() -> None:
-        inputs = _synthetic_input(config, environment, seed=0)
-        with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
-            losses = model(inputs.micro_batches[0])
-        (losses.mlm_sum + losses.nsp_sum).backward()
-
     parameters = list(model.parameters())
-    order = torch.tensor(measure_ready_order(parameters, backward), device=environment.device)
+    measured = measure_ready_order(parameters, lambda: _synthetic_loss(config, environment, model).backward())
+    order = torch.tensor(measured, device=environment.device)
     if dist.is_initialized():
         dist.broadcast(order, 0)
     model.zero_grad(set_to_none=True)
     return order.tolist()
+
+
+def _with_buckets(
+    config: Config, environment: Environment, model: BertForPretraining, order: list[int]
+) -> tuple[Config, BucketRecord | None]:
+    """The config with its buckets planned, if it leaves that to us."""
+    communication = config.communication
+    if communication.bucket_mb != "auto":
+        return config, None
+    parameters = list(model.parameters())
+    wire = wire_format(communication.reduce_dtype, parameters[0].dtype).dtype
+    ready = measure_ready_times(parameters, lambda: _synthetic_loss(config, environment, model), environment)
+    any_buckets = make_layout(_with_bucket_mb(config, 25.0), model, order)
+    record = plan_buckets(any_buckets, ready, communication, wire, environment)
+    return _with_bucket_mb(config, record.bucket_mb(wire_bytes=wire.itemsize)), record
+
+
+def _with_bucket_mb(config: Config, bucket_mb: float | list[float]) -> Config:
+    communication = config.communication.model_copy(update={"bucket_mb": bucket_mb})
+    return config.model_copy(update={"communication": communication})
 
 
 def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> None:

@@ -37,7 +37,11 @@ def dry_run(config: Config) -> None:
     with torch.device("meta"):
         model = BertForPretraining(config.model)
     build_optimizer(model.named_parameters(), config.optimizer.model_copy(update={"use_apex": False}))
-    layout = make_layout(config, model, expected_ready_order(model))
+    plans_buckets = config.communication.bucket_mb == "auto"  # from measurements, which a dry run does not make
+    shown = config.model_copy(
+        update={"communication": config.communication.model_copy(update={"bucket_mb": 25.0})} if plans_buckets else {}
+    )
+    layout = make_layout(shown, model, expected_ready_order(model))
     lengths, where = _lengths(config)
     planner = make_planner(config, lengths)
     print_table(f"{config.run.name}: dry run", [
@@ -51,7 +55,7 @@ def dry_run(config: Config) -> None:
         ("lengths", where),
         ("plan", _plan_text(config, planner)),
         ("clipping", f"{config.communication.clip}, {len(layout.groups)} clip groups"),
-        ("buckets", _bucket_text(layout)),
+        ("buckets", ("planned before the clock; of 25 MiB it were " if plans_buckets else "") + _bucket_text(layout)),
     ])  # fmt: skip
 
 

@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from mlperf_logging.mllog import constants
 
 from bert_fast.balance.cost import CostModel, cost_record
 from bert_fast.balance.planner import Plan
+from bert_fast.cli import to_yaml
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError
-from bert_fast.files import write_json
+from bert_fast.files import write_atomically, write_json
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.model.checkpoints import save_pretrained
 from bert_fast.optim.schedule import learning_rate
@@ -80,7 +82,8 @@ class Run:
             self.mllog.start(constants.INIT_START)
             self.mllog.hyperparameters(config)
         self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.train.init_checkpoint)
-        self.machinery: Machinery = build(config, self.environment)
+        self.machinery: Machinery = build(self._planned_before(config), self.environment)
+        self._record_buckets()
         self.cost, self.cost_source = make_cost(config)
         if config.balance.fit_cost and not self.resume:
             fit = calibrate(config, self.environment, self.machinery)
@@ -93,6 +96,26 @@ class Run:
         if not self.resume:
             self.mllog.end(constants.INIT_STOP)
         self.init_s = time.time() - self._process_start
+
+    def _planned_before(self, config: Config) -> Config:
+        """A resumed run keeps the buckets that were planned for it: sums over other buckets may round differently."""
+        path = self.folder / "buckets.yaml"
+        if not self.resume or config.communication.bucket_mb != "auto" or not path.is_file():
+            return config
+        planned = yaml.safe_load(path.read_text(encoding="utf-8"))["communication"]
+        return config.model_copy(update={"communication": config.communication.model_copy(update=planned)})
+
+    def _record_buckets(self) -> None:
+        """What `bucket_mb: auto` chose, as a fragment that a later run's config can take, and what it was measured from."""
+        record = self.machinery.buckets
+        if record is None or not self.environment.is_main:
+            return
+        self.line.say(record.summary())
+        chosen = {
+            "communication": {"bucket_mb": record.bucket_mb(wire_bytes=self.machinery.engine.wire.dtype.itemsize)}
+        }
+        write_atomically(self.folder / "buckets.yaml", to_yaml(chosen))
+        write_json(self.folder / "buckets.json", record.as_json())
 
     def _clear_caches(self) -> bool:
         if not self.config.mlperf.clear_caches or not self.environment.is_main:

@@ -284,7 +284,7 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
     assert "batch.global_batch (int, required)" in text
     assert "optimizer.lr (float, default 0.0001)" in text
     assert "balance.strategy (random|pad_to_longest|exchange|exchange_snake|stratified_presort|balanced|" in text
-    assert "communication.bucket_mb (float|list[float], default 25.0)" in text
+    assert "communication.bucket_mb (auto|float|list[float], default 25.0)" in text
 
 
 @pytest.mark.parametrize("as_overrides", [False, True])
@@ -360,7 +360,10 @@ def test_unknown_strategy_lists_the_known_ones() -> None:
     ("overrides", "message"),
     [
         (["communication.engine=ddp"], r"optimizer\.when=bucket needs communication\.engine=bucketed and it is ddp"),
-        (["communication.clip=global_after_reduce"], r"needs communication\.clip=none or bucket_before_reduce: with global_a"),
+        (
+            ["communication.clip=global_after_reduce"],
+            r"needs communication\.clip=none or bucket_before_reduce: with global_a",
+        ),
         (["communication.clip=global_before_reduce"], r"set optimizer\.when=end"),
     ],
 )
