@@ -198,6 +198,11 @@ class CommunicationConfig(Section):
         description="parameters that share one clipping norm: one per encoder layer plus embeddings and heads; one per "
         "tensor; a single one; or {group: regular expression over parameter names}",
     )
+    shard_optimizer: bool = Field(
+        False,
+        description="reduce-scatter gradients, update a part of the weights on each rank, gather weights during the next "
+        "forward pass; optimizer state is divided by the number of ranks",
+    )
     reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format on the wire")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on CPU")
     timeout_s: PositiveFloat = Field(300.0, description="seconds after which a silent rank counts as lost")
@@ -378,6 +383,15 @@ class Config(Section):
                     f"optimizer.when=bucket needs communication.clip=none or bucket_before_reduce: with {communication.clip} "
                     "no update is known before the last bucket; set optimizer.when=end"
                 )
+        if communication.shard_optimizer and communication.engine != "bucketed":
+            raise ValueError(
+                f"communication.shard_optimizer needs communication.engine=bucketed, not {communication.engine}; change one"
+            )
+        if communication.shard_optimizer and self.optimizer.use_apex:
+            raise ValueError(
+                "communication.shard_optimizer updates pieces of tensors, which apex's optimizers do not know; "
+                "set optimizer.use_apex=false"
+            )
         if self.mlperf.division == "closed" and self.optimizer.name != "lamb":
             raise ValueError(
                 f"mlperf.division=closed allows LAMB only and optimizer.name={self.optimizer.name}; "

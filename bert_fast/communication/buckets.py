@@ -66,6 +66,7 @@ def clip_group_of(name: str, scheme: str | dict[str, str]) -> str:
 def plan_layout(
     names: Sequence[str], numel: Sequence[int], ready_order: Sequence[int], *,
     clip_groups: str | dict[str, str], bucket_mb: float | list[float], whole_groups: bool, element_bytes: int = 4,
+    shards: int = 1,
 ) -> Layout:  # fmt: skip
     """Lay out gradients.
 
@@ -74,6 +75,7 @@ def plan_layout(
         ready_order: parameter indices in the order in which their gradients become ready.
         bucket_mb: MiB after which a bucket closes, one for all or one each (the last repeats).
         whole_groups: whether a bucket must hold whole clip groups.
+        shards: equal parts that a bucket can be cut into; the last clip group of a bucket is padded for it.
 
     Raises:
         UserError: a clip-group pattern matches nothing, or a parameter is matched by none.
@@ -89,32 +91,31 @@ def plan_layout(
         last_ready[group] = max(last_ready.get(group, -1), rank_of[index])
     order = sorted(range(len(names)), key=lambda i: (last_ready[group_names[i]], rank_of[i]))
 
-    offsets = [0] * len(names)
-    place = 0
+    by_group: dict[str, list[int]] = {}
     for index in order:
-        offsets[index] = place
-        place += -(-numel[index] // _ALIGN) * _ALIGN
-    ends = [offset + -(-n // _ALIGN) * _ALIGN for offset, n in zip(offsets, numel, strict=True)]
+        by_group.setdefault(group_names[index], []).append(index)
+    units = list(by_group.values()) if whole_groups else [[index] for index in order]
+    caps = bucket_mb if isinstance(bucket_mb, list) else [bucket_mb]
+    in_buckets: list[list[int]] = [[]]
+    for unit in units:
+        cap = caps[min(len(in_buckets), len(caps)) - 1] * 2**20
+        if in_buckets[-1] and sum(numel[i] for i in in_buckets[-1]) * element_bytes >= cap:
+            in_buckets.append([])
+        in_buckets[-1] += unit
+
+    offsets, ends = [0] * len(names), [0] * len(names)
+    place = 0
+    for members in in_buckets:
+        for index in members:
+            offsets[index] = place
+            place = ends[index] = _up(place + numel[index], _ALIGN)
+        place = ends[members[-1]] = _up(place, shards * _ALIGN)
 
     def span(name: str, members: list[int]) -> Span:
         return Span(name, tuple(members), offsets[members[0]], ends[members[-1]])
 
-    by_group: dict[str, list[int]] = {}
-    for index in order:
-        by_group.setdefault(group_names[index], []).append(index)
     groups = [span(name, members) for name, members in by_group.items()]
-    units = [list(g.parameters) for g in groups] if whole_groups else [[index] for index in order]
-    caps = bucket_mb if isinstance(bucket_mb, list) else [bucket_mb]
-    buckets: list[Span] = []
-    members: list[int] = []
-    for unit in units:
-        members += unit
-        cap = caps[min(len(buckets), len(caps) - 1)] * 2**20
-        if sum(numel[i] for i in members) * element_bytes >= cap:
-            buckets.append(span(f"bucket {len(buckets)}", members))
-            members = []
-    if members:
-        buckets.append(span(f"bucket {len(buckets)}", members))
+    buckets = [span(f"bucket {number}", members) for number, members in enumerate(in_buckets)]
     bucket_of = [0] * len(names)
     for number, bucket in enumerate(buckets):
         for index in bucket.parameters:
@@ -123,6 +124,10 @@ def plan_layout(
         tuple(names), tuple(order), tuple(offsets), tuple(numel), place, tuple(groups), tuple(buckets), tuple(bucket_of),
         order == list(ready_order),
     )  # fmt: skip
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def measure_ready_order(parameters: Sequence[nn.Parameter], run_backward: Callable[[], None]) -> list[int]:

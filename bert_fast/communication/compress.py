@@ -1,33 +1,81 @@
-"""What travels: gradients in fp32, bf16 or fp16.
+"""What travels for a bucket of gradients, and by which collectives: fp32, bf16 or fp16, whole or scattered.
 
-A wire format turns a bucket into the tensor that is reduced and back. It may keep state (error feedback); all ranks call
-it for the same buckets in the same order.
+A `WireFormat` is also the place for a lossy scheme with state of its own (error feedback, warm-up, several collectives a
+bucket). The reducer calls `encode` once a bucket, in one fixed order on all ranks, and then draws the bucket's collectives
+from `all_reduce` or `reduce_scatter` one by one: the first at once, the next of bucket k when bucket k + 1 has started its
+first (or at the end of backward). So all ranks start all collectives in the same order, whatever a scheme does. On gloo the
+hook waits there for the collective before; on NCCL only the stream does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import torch.distributed as dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# torch 2.13 renamed these; images with older versions have only the old names
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class WireFormat:
     """A cast to `dtype` and back; the same dtype travels in place, without a copy."""
 
+    stages = 1  # the most collectives a bucket takes
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.bytes_sent = 0
+        self.bytes_sent = 0  # payload handed to collectives by this rank
 
-    def encode(self, bucket: torch.Tensor) -> torch.Tensor:
-        """The tensor to reduce for a bucket (the bucket itself where no cast is needed)."""
-        wire = bucket if bucket.dtype == self.dtype else bucket.to(self.dtype)
+    def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
+        """What the first collective of bucket `number` reads; not finite where `values` are not, or do not fit.
+
+        Args:
+            values: the bucket's gradients divided by the number of ranks, flat. May be changed.
+        """
+        return values if values.dtype == self.dtype else values.to(self.dtype)
+
+    def all_reduce(
+        self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> Iterator[dist.Work]:
+        """The collectives after which `values` hold the sum over ranks. Resumed after each when that has ended."""
+        self.count(wire)
+        yield dist.all_reduce(wire, group=group, async_op=True)  # type: ignore[misc]
+        self.decode(wire, values)
+
+    def decode(self, wire: torch.Tensor, values: torch.Tensor) -> None:
+        """Put what arrived into the bucket."""
+        if wire is not values:
+            values.copy_(wire)
+
+    def reduce_scatter(
+        self, number: int, wire: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> Iterator[dist.Work]:
+        """As `all_reduce`, but only this rank's part of the sum, into `shard` [len(wire) / ranks]."""
+        self.count(wire)
+        if dist.get_backend(group) == "gloo":  # its own reduce-scatter is slower than an all-reduce
+            received = torch.empty_like(wire)
+            yield dist.all_to_all_single(received, wire, group=group, async_op=True)  # type: ignore[misc]
+            torch.sum(received.view(-1, len(shard)), dim=0, dtype=shard.dtype, out=shard)
+            return
+        part = shard if wire.dtype == shard.dtype else torch.empty_like(shard, dtype=wire.dtype)
+        yield _reduce_scatter(part, wire, group=group, async_op=True)
+        self.decode(part, shard)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, for its part of a checkpoint. A cast has none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint written by as many ranks."""
+
+    def count(self, wire: torch.Tensor) -> None:
+        """Account for a collective's payload."""
         self.bytes_sent += wire.numel() * wire.element_size()
-        return wire
-
-    def decode(self, wire: torch.Tensor, bucket: torch.Tensor) -> None:
-        """Put the reduced tensor back into the bucket."""
-        if wire is not bucket:
-            bucket.copy_(wire)
 
 
 def wire_format(name: str, gradient_dtype: torch.dtype) -> WireFormat:

@@ -38,7 +38,7 @@ class DdpEngine:
         self.clip_statistics = ClipStatistics(names, self._parameters[0].device)
         self._world = dist.get_world_size()
         self._scale: torch.Tensor | None = None
-        self._held: list[tuple[torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
+        self._held: list[tuple[int, torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
         self._steps = 0
         self.exposed_s = 0.0
         self.module = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps)
@@ -71,21 +71,24 @@ class DdpEngine:
         self.exposed_s = time.perf_counter() - start  # DDP waits inside backward; its wait cannot be told apart
         return norm
 
+    def settle(self) -> None:
+        """Nothing goes on beyond `finish`."""
+
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The hook: clip what the mode says, then average the bucket."""
         if self._clip == "bucket_before_reduce":
             self._clip_groups(bucket)
         if self._clip != "global_before_reduce":
-            return self._average(bucket.buffer())
+            return self._average(bucket.index(), bucket.buffer())
         promise: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        self._held.append((bucket.buffer(), promise))
+        self._held.append((bucket.index(), bucket.buffer(), promise))
         if bucket.is_last():  # only now is the whole gradient known: nothing could leave earlier
             held, self._held = self._held, []
-            value = coefficient(_norm([buffer for buffer, _ in held]), self._threshold, self._scale)
+            value = coefficient(_norm([buffer for _, buffer, _ in held]), self._threshold, self._scale)
             self.clip_statistics.add(0, value)
-            for buffer, waiting in held:
+            for number, buffer, waiting in held:
                 buffer.mul_(value)
-                self._average(buffer).add_done_callback(lambda done, w=waiting: w.set_result(done.value()))
+                self._average(number, buffer).add_done_callback(lambda done, w=waiting: w.set_result(done.value()))
         return promise
 
     def _clip_groups(self, bucket: dist.GradBucket) -> None:
@@ -101,9 +104,10 @@ class DdpEngine:
             self.clip_statistics.add(group, value)
             torch._foreach_mul_(gradients, value)
 
-    def _average(self, buffer: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    def _average(self, number: int, buffer: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         buffer.mul_(1.0 / self._world)
-        wire = self.wire.encode(buffer)
+        wire = self.wire.encode(number, buffer)
+        self.wire.count(wire)
         work = dist.all_reduce(wire, op=dist.ReduceOp.SUM, async_op=True)
 
         def back(_done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:

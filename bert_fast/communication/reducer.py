@@ -1,15 +1,17 @@
-"""The overlapped reducer: hooks fill buckets during backward, a full bucket's all-reduce starts at once.
+"""The overlapped reducer: hooks fill buckets during backward, a full bucket's collective starts at once.
 
 Buckets leave in one fixed order on every rank (ready order), whatever order hooks fire in. Only the last micro-batch
 of a step communicates; with clipping before the reduction, what is clipped is the rank's gradient summed over its
-micro-batches. Averaging divides before the sum, so that fp16 cannot overflow by it.
+micro-batches. Averaging divides before the sum, so that fp16 cannot overflow by it. On CUDA clips, casts and collectives
+have a stream of their own, so that backward goes on beside them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,16 @@ from torch import nn
 from bert_fast.communication.buckets import FlatGradients, Layout, Span
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.compress import WireFormat
+from bert_fast.trace import Trace
+
+
+@dataclass
+class _Exchange:
+    """A bucket on its way: the collectives still to come, and the one that runs."""
+
+    number: int
+    rest: Iterator[dist.Work]
+    work: dist.Work | None
 
 
 class BucketReducer:
@@ -29,6 +41,7 @@ class BucketReducer:
     ) -> None:  # fmt: skip
         self.module = model
         self.layout = layout
+        self.trace: Trace | None = None
         self._parameters: Sequence[nn.Parameter] = list(model.parameters())
         self.gradients = FlatGradients(self._parameters, layout)
         self._clip, self._max_norm, self.wire = clip, max_norm, wire
@@ -41,11 +54,13 @@ class BucketReducer:
         self._full = [len(bucket.parameters) for bucket in layout.buckets]
         self._waiting = list(self._full)
         self._next = 0
-        self._in_flight: list[tuple[dist.Work | None, torch.Tensor, torch.Tensor]] = []
+        self._in_flight: list[_Exchange] = []
         self._armed = False
         self._scale: torch.Tensor | None = None
         self._watch: torch.Tensor | None = None
         self._flag_group: dist.ProcessGroup | None = None
+        device = self.gradients.buffer.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.exposed_s = 0.0
         for index, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(self._hook(layout.bucket_of[index]))
@@ -81,32 +96,48 @@ class BucketReducer:
                 a 0-dim tensor that is 1 where a rank's gradient was not finite. Needs `watch_finite`.
         """
         start = time.perf_counter()
-        if self._clip == "global_before_reduce":
-            self._clip_span(0, Span("model", self.layout.order, 0, self.layout.size))
-        while self._next < len(self.layout.buckets):  # parameters without a gradient in this step count as zero
-            self._launch()
-        flag = self._share_flag() if update else None
-        unscale = None if self._scale is None else 1.0 / self._scale  # `update` may change the scale
+        with self._beside(after_backward=True):
+            if self._clip == "global_before_reduce":
+                self._clip_span(0, Span("model", self.layout.order, 0, self.layout.size))
+            while self._next < len(self.layout.buckets):  # parameters without a gradient in this step count as zero
+                self._launch()
+            flag = self._share_flag() if update else None
+            unscale = None if self._scale is None else 1.0 / self._scale  # `update` may change the scale
         updates_s = 0.0
-        for number, (work, wire, bucket) in enumerate(self._in_flight):
-            if work is not None:
-                work.wait()
-            self.wire.decode(wire, bucket)
-            if unscale is not None:
-                bucket.mul_(unscale)
+        for exchange in self._in_flight:
+            with self._beside():
+                while exchange.work is not None:
+                    self._advance(exchange)
+                if unscale is not None:
+                    self.reduced(exchange.number).mul_(unscale)
             if update and flag is not None:
+                self._wait_beside()
                 before = time.perf_counter()
-                update(number, flag)
+                update(exchange.number, flag)
                 updates_s += time.perf_counter() - before
         self._in_flight.clear()
+        self._wait_beside()
         self.exposed_s = time.perf_counter() - start - updates_s
-        buffer = self.gradients.buffer
-        norm = torch.linalg.vector_norm(buffer)
+        norm = self._norm()
         if self._clip == "global_after_reduce":
             value = coefficient(norm, self._max_norm)
             self.clip_statistics.add(0, value)
-            buffer.mul_(value)
+            with self._traced("clip", "model"):
+                self._scale_reduced(value)
         return norm
+
+    def reduced(self, number: int) -> torch.Tensor:
+        """Where the averaged gradient of a bucket is after `finish`, flat."""
+        return self.gradients.of(self.layout.buckets[number])
+
+    def settle(self) -> None:
+        """Wait for what goes on beyond `finish` (nothing, in this engine): afterwards weights may be read."""
+
+    def _norm(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self.gradients.buffer)
+
+    def _scale_reduced(self, value: torch.Tensor) -> None:
+        self.gradients.buffer.mul_(value)
 
     def _share_flag(self) -> torch.Tensor:
         assert self._watch is not None, "watch_finite() first"
@@ -121,29 +152,59 @@ class BucketReducer:
             if not self._armed:
                 return
             self._waiting[bucket] -= 1
-            if self._clip != "global_before_reduce":
-                while self._next < len(self._waiting) and self._waiting[self._next] == 0:
-                    self._launch()
+            if self._clip != "global_before_reduce" and self._next_is_full():
+                with self._beside(after_backward=True):
+                    while self._next_is_full():
+                        self._launch()
 
         return ready
 
+    def _next_is_full(self) -> bool:
+        return self._next < len(self._waiting) and self._waiting[self._next] == 0
+
     def _launch(self) -> None:
-        """Clip the next bucket's groups and start its all-reduce."""
-        bucket = self.layout.buckets[self._next]
+        """Clip the next bucket's groups and start its first collective, then the next of the buckets before it."""
+        number = self._next
+        values = self.gradients.of(self.layout.buckets[number])
         if self._clip == "bucket_before_reduce":
-            for group in self._groups_of[self._next]:
+            for group in self._groups_of[number]:
                 self._clip_span(group, self.layout.groups[group])
         self._next += 1
-        values = self.gradients.of(bucket)
         if self._world == 1:
             self._look(values)
-            self._in_flight.append((None, values, values))
+            self._in_flight.append(_Exchange(number, iter(()), None))
             return
         values.mul_(1.0 / self._world)
-        wire = self.wire.encode(values)
+        wire = self.wire.encode(number, values)
         self._look(wire)
-        work = dist.all_reduce(wire, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
-        self._in_flight.append((work, wire, values))
+        mine = _Exchange(number, self._collectives(number, wire, values), None)
+        self._start(mine)
+        if self.wire.stages > 1:
+            for exchange in self._in_flight:
+                if exchange.work is not None:
+                    self._advance(exchange)
+        self._in_flight.append(mine)
+
+    def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[dist.Work]:
+        return self.wire.all_reduce(number, wire, values, self._group)
+
+    def _start(self, exchange: _Exchange) -> None:
+        """Start the next collective of a bucket, or note that there is none."""
+        exchange.work = next(exchange.rest, None)
+        if self.trace and exchange.work is not None:
+            name = self.layout.buckets[exchange.number].name
+            ended = self.trace.begin("collectives", name)
+            if self._stream is None:
+                exchange.work.get_future().add_done_callback(lambda _done: ended())
+            else:  # the host does not see when a collective ends; the profiler's own tracks do
+                ended()
+
+    def _advance(self, exchange: _Exchange) -> None:
+        """Wait for a bucket's collective and start its next."""
+        assert exchange.work is not None
+        with self._traced("wait", self.layout.buckets[exchange.number].name):
+            exchange.work.wait()
+        self._start(exchange)
 
     def _look(self, values: torch.Tensor) -> None:
         """Remember whether what leaves is finite: a sum that is not finite stays so."""
@@ -151,7 +212,27 @@ class BucketReducer:
             self._watch += torch.linalg.vector_norm(values) * 0.0
 
     def _clip_span(self, group: int, span: Span) -> None:
-        values = self.gradients.of(span)
-        value = coefficient(torch.linalg.vector_norm(values), self._threshold, self._scale)
-        self.clip_statistics.add(group, value)
-        values.mul_(value)
+        with self._traced("clip", span.name):
+            values = self.gradients.of(span)
+            value = coefficient(torch.linalg.vector_norm(values), self._threshold, self._scale)
+            self.clip_statistics.add(group, value)
+            values.mul_(value)
+
+    def _traced(self, track: str, name: str) -> AbstractContextManager[None]:
+        return self.trace.span(track, name) if self.trace else nullcontext()
+
+    @contextmanager
+    def _beside(self, after_backward: bool = False) -> Iterator[None]:
+        """Queue what follows on the communication stream (CUDA), behind what backward has queued so far if asked."""
+        if self._stream is None:
+            yield
+            return
+        if after_backward:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _wait_beside(self) -> None:
+        """Queue what follows behind the communication stream."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)

@@ -94,14 +94,13 @@ class PretrainingHeads(nn.Module):
         self.next_sentence = nn.Linear(width, 2)
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def masked_lm_logits(self, hidden_MD: torch.Tensor, word_VD: torch.Tensor) -> torch.Tensor:
-        """[M, V]."""
-        hidden_MD = F.gelu(self.transform(hidden_MD), approximate=self.gelu_form)
-        return F.linear(self.transform_norm(hidden_MD), word_VD, self.decoder_bias)
-
-    def next_sentence_logits(self, first_BD: torch.Tensor) -> torch.Tensor:
-        """[B, 2]."""
-        return self.next_sentence(torch.tanh(self.pooler(first_BD)))
+    def forward(
+        self, masked_MD: torch.Tensor, first_BD: torch.Tensor, word_VD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked-LM logits [M, V] and next-sentence logits [B, 2]."""
+        masked_MD = F.gelu(self.transform(masked_MD), approximate=self.gelu_form)
+        mlm_logits_MV = F.linear(self.transform_norm(masked_MD), word_VD, self.decoder_bias)
+        return mlm_logits_MV, self.next_sentence(torch.tanh(self.pooler(first_BD)))
 
 
 class BertForPretraining(nn.Module):
@@ -140,10 +139,7 @@ class BertForPretraining(nn.Module):
         masked_MD = hidden_TD.index_select(0, batch.masked_positions)
         num_samples = len(batch.next_sentence_labels)
         first_BD = hidden_TD.index_select(0, batch.layout.cu_seqlens[:num_samples].long())
-        return (
-            self.heads.masked_lm_logits(masked_MD, self.embeddings.word.weight),
-            self.heads.next_sentence_logits(first_BD),
-        )
+        return self.heads(masked_MD, first_BD, self.embeddings.word.weight)
 
     def forward(self, batch: BertInput, with_accuracy: bool = False) -> LossSums:
         mlm_logits_MV, nsp_logits_B2 = self.logits(batch)

@@ -17,6 +17,9 @@ class Lamb(Optimizer):
     """Vectorised over tensors (foreach). `found_inf`, a 0-dim tensor set by the caller, skips a step where it is 1."""
 
     found_inf: torch.Tensor | None = None
+    # Set where parameters are pieces of tensors: turns squared norms of pieces [2, n] (weights, updates) into those of the
+    # whole tensors. Called for every group with decay, also where it has no pieces here: it may be a collective.
+    share_squares: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
@@ -29,6 +32,8 @@ class Lamb(Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self._update(parameters, group)
+            elif self.share_squares and group["weight_decay"] > 0:
+                self.share_squares([], torch.zeros(2, 0))
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -66,7 +71,15 @@ class Lamb(Optimizer):
             torch._foreach_add_(updates, torch._foreach_mul(parameters, group["weight_decay"]))
             ratios = [
                 torch.where((w > 0) & (u > 0), w / u, 1.0)
-                for w, u in zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
+                for w, u in zip(*self._norms(parameters, updates), strict=True)
             ]
             updates = torch._foreach_mul(updates, ratios)
         torch._foreach_sub_(parameters, torch._foreach_mul(updates, rate))
+
+    def _norms(self, parameters: list[torch.Tensor], updates: list[torch.Tensor]) -> tuple[Any, Any]:
+        """Norms of weights and of updates, of whole tensors."""
+        weights, steps = torch._foreach_norm(parameters), torch._foreach_norm(updates)
+        if self.share_squares is None:
+            return weights, steps
+        squares = self.share_squares(parameters, torch.stack([torch.stack(weights), torch.stack(steps)]).square())
+        return squares.sqrt().unbind()

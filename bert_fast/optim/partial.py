@@ -25,8 +25,8 @@ class PartialSteps:
             members: dict[int, list[torch.Tensor]] = {}
             for parameter in group["params"]:
                 members.setdefault(part_of[id(parameter)], []).append(parameter)
-            for number, mine in members.items():
-                self._groups[number].append((index, mine))
+            for number, groups in enumerate(self._groups):  # all groups, also empty: LAMB may exchange norms of each
+                groups.append((index, members.get(number, [])))
 
     def step(self, part: int) -> None:
         """Update the parameters of one part."""

@@ -13,6 +13,7 @@ from bert_fast.communication.buckets import Layout, measure_ready_order, plan_la
 from bert_fast.communication.compress import wire_format
 from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import Config
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
@@ -22,6 +23,7 @@ from bert_fast.train.environment import Environment
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.plan_buckets import BucketRecord, measure_ready_times, plan_buckets
+from bert_fast.train.sharded import ShardedOptimizer
 from bert_fast.train.step import Engine, StepInput, TrainStep
 
 
@@ -32,7 +34,7 @@ class Machinery:
     model: BertForPretraining
     engine: Engine
     layout: Layout
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | ShardedOptimizer
     loss_scale: LossScale | None
     step: TrainStep
     buckets: BucketRecord | None = None
@@ -47,16 +49,20 @@ def build(config: Config, environment: Environment) -> Machinery:
     order = _shared_ready_order(config, environment, model)
     config, record = _with_buckets(config, environment, model, order)
     layout = make_layout(config, model, order)
-    make_engine = DdpEngine if config.communication.engine == "ddp" else BucketReducer
-    engine = make_engine(
-        model, layout, clip=config.communication.clip, max_norm=config.communication.max_norm,
-        wire=wire_format(config.communication.reduce_dtype, next(model.parameters()).dtype),
-    )  # fmt: skip
-    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    engine = make_engine(config, environment, model, layout)
+    optimizer: torch.optim.Optimizer | ShardedOptimizer
+    if isinstance(engine, ShardedReducer):
+        optimizer = ShardedOptimizer(engine, list(model.named_parameters()), config.optimizer)
+        parts = optimizer.parts()
+    else:
+        optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+        parameters = list(model.parameters())
+        parts = [[parameters[i] for i in bucket.parameters] for bucket in layout.buckets]
     loss_scale = LossScale(config.train.loss_scale, environment.device) if environment.dtype == torch.float16 else None
-    step = TrainStep(engine, optimizer, environment.device, environment.dtype, environment.world_size, loss_scale)
+    inner = optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
+    step = TrainStep(engine, inner, environment.device, environment.dtype, environment.world_size, loss_scale)
     if config.optimizer.when == "bucket":
-        step.update_by_bucket()
+        step.update_by_bucket(parts)
     machinery = Machinery(model, engine, layout, optimizer, loss_scale, step, record)
     _warm_up(config, environment, machinery)
     seed_ranks(config.train.seed, environment)
@@ -74,6 +80,16 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
     return model.to(environment.device)
 
 
+def make_engine(config: Config, environment: Environment, model: torch.nn.Module, layout: Layout) -> Engine:
+    """The communication engine of the config. One rank has nothing to shard."""
+    communication = config.communication
+    kind = DdpEngine if communication.engine == "ddp" else BucketReducer
+    if communication.shard_optimizer and environment.world_size > 1:
+        kind = ShardedReducer
+    wire = wire_format(communication.reduce_dtype, next(model.parameters()).dtype)
+    return kind(model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire)
+
+
 def make_layout(config: Config, model: torch.nn.Module, ready_order: list[int]) -> Layout:
     """Clip groups and buckets of the config over a model (`auto` is planned before)."""
     assert config.communication.bucket_mb != "auto"
@@ -82,6 +98,7 @@ def make_layout(config: Config, model: torch.nn.Module, ready_order: list[int]) 
         [name for name, _ in named], [p.numel() for _, p in named], ready_order,
         clip_groups=config.communication.clip_groups, bucket_mb=config.communication.bucket_mb,
         whole_groups=config.communication.clip == "bucket_before_reduce",
+        shards=config.system.world_size if config.communication.shard_optimizer else 1,
     )  # fmt: skip
 
 
@@ -140,7 +157,7 @@ def _with_bucket_mb(config: Config, bucket_mb: float | list[float]) -> Config:
 
 def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> None:
     """Synthetic steps: communicator, kernels, allocator, DDP's bucket plan. Everything is put back afterwards."""
-    model, optimizer = machinery.model, machinery.optimizer
+    model = machinery.model
     steps = config.train.warmup_batches
     if config.communication.engine == "ddp":
         steps = max(steps, REBUILD_STEPS)
@@ -150,10 +167,11 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
     scale_before = machinery.loss_scale.state_dict() if machinery.loss_scale else None
     for index in range(steps):
         machinery.step(_synthetic_input(config, environment, seed=index), lr=0.0)
+    machinery.engine.settle()
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), before, strict=True):
             parameter.copy_(value)
-    optimizer.state.clear()
+    machinery.step.optimizer.state.clear()
     if machinery.loss_scale and scale_before:
         machinery.loss_scale.load_state_dict(scale_before)
     if machinery.step.compute_timer is not None:
@@ -161,6 +179,8 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
     clip_statistics = machinery.engine.clip_statistics  # type: ignore[attr-defined]
     clip_statistics.read()
     machinery.engine.wire.bytes_sent = 0  # type: ignore[attr-defined]
+    if isinstance(machinery.engine, ShardedReducer):
+        machinery.engine.weight_bytes_sent = 0
 
 
 def matmul_ceiling(environment: Environment, seconds: float = 0.3) -> float:

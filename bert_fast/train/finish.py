@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bert_fast.balance.cost import cost_record, fit_cost
+from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import as_plain
 from bert_fast.files import write_json
 from bert_fast.mlperf.submission import check_log
@@ -57,6 +58,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
     progress, clock, config = run.progress, run.clock, run.config
     training = run.time_to_train - sum(clock.paused.values())
     flops = train_flops(config.model, progress.tokens, progress.tokens_squared, progress.masked)
+    engine = run.machinery.engine
     steps_here = max(1, progress.step - run.first_step)  # of this session: bytes are counted anew in each
     sums = progress.sums
     split = {
@@ -84,7 +86,8 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "first_step_s": progress.first_step_s,
         "mfu": flops / training / run.ceiling if run.ceiling else None,
         "matmul_ceiling_tflops": run.ceiling / 1e12,
-        "gradient_bytes_per_step": run.machinery.engine.wire.bytes_sent / steps_here,  # type: ignore[attr-defined]
+        "gradient_bytes_per_step": engine.wire.bytes_sent / steps_here,  # type: ignore[attr-defined]
+        "weight_bytes_per_step": engine.weight_bytes_sent / steps_here if isinstance(engine, ShardedReducer) else 0.0,
         "compliance_passed": None,
     }
     return {

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bert_fast.communication.buckets import Layout
+from bert_fast.communication.compress import WireFormat
 from bert_fast.communication.plan import BucketPlan, Link, exact_plan, fit_link, lower_bound, timeline
 from bert_fast.config import CommunicationConfig
 from bert_fast.train.environment import Environment
@@ -110,21 +111,28 @@ def _seconds(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
-def measure_link(total_bytes: int, dtype: torch.dtype, environment: Environment) -> Link:
+def measure_link(total_bytes: int, dtype: torch.dtype, environment: Environment, scatter: bool = False) -> Link:
     """Fit latency and bandwidth of all-reduces of this run's ranks, from 64 KiB to all gradients (4 MiB at least).
 
-    A collective.
+    A collective. With `scatter` of the sharded variant's reduce-scatters, by the bytes that go in.
     """
     sizes, seconds = [], []
     width = torch.empty((), dtype=dtype).element_size()
     grid = np.unique(np.geomspace(_SMALLEST, max(64 * _SMALLEST, total_bytes), _SIZES).astype(np.int64) // width)
-    buffers = [torch.zeros(int(numel), dtype=dtype, device=environment.device) for numel in grid]
+    world = environment.world_size
+    buffers = [torch.zeros(-(-int(numel) // world) * world, dtype=dtype, device=environment.device) for numel in grid]
+    wire = WireFormat(dtype)
     for number in range(1 + _REPEATS):
         for buffer in buffers:
             dist.barrier()
             _wait(environment)
             start = time.perf_counter()
-            dist.all_reduce(buffer)
+            if scatter:
+                works = wire.reduce_scatter(0, buffer, buffer[: len(buffer) // world], None)
+            else:
+                works = wire.all_reduce(0, buffer, buffer, None)
+            for work in works:
+                work.wait()
             _wait(environment)
             if number:
                 sizes.append(buffer.numel() * width)
@@ -161,7 +169,7 @@ def plan_buckets(
     if environment.world_size > 1:
         ready = ready.to(environment.device)
         dist.all_reduce(ready, op=dist.ReduceOp.MAX)
-        link = measure_link(sum(sizes), wire_dtype, environment)
+        link = measure_link(sum(sizes), wire_dtype, environment, scatter=config.shard_optimizer)
         shared = torch.tensor([link.latency_s, link.bytes_per_s], dtype=torch.float64, device=environment.device)
         dist.broadcast(shared, 0)
         link = Link(*shared.tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.model.bert import BertInput
 from bert_fast.optim.partial import PartialSteps
 from bert_fast.train.clock import DeviceTimer
@@ -27,6 +28,7 @@ class Engine(Protocol):
     def zero_grad(self) -> None: ...
     def micro_batch(self, last: bool, scale: torch.Tensor | None = None) -> Any: ...
     def finish(self) -> torch.Tensor: ...
+    def settle(self) -> None: ...
 
 
 @dataclass
@@ -59,7 +61,7 @@ class TrainStep:
         self, engine: Engine, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype,
         world_size: int, loss_scale: LossScale | None,
     ) -> None:  # fmt: skip
-        self._engine, self._optimizer, self._device, self._dtype = engine, optimizer, device, dtype
+        self._engine, self.optimizer, self._device, self._dtype = engine, optimizer, device, dtype
         self._world, self._loss_scale = world_size, loss_scale
         self._parts: PartialSteps | None = None
         self.compute_timer = DeviceTimer() if device.type == "cuda" else None
@@ -67,15 +69,15 @@ class TrainStep:
             type(optimizer), "found_inf"
         )
 
-    def update_by_bucket(self) -> None:
-        """Update a bucket's weights as soon as it is reduced (config `optimizer.when: bucket`). A collective."""
-        engine = self._engine
-        assert isinstance(engine, BucketReducer), "checked by the config"
-        parameters = list(engine.module.parameters())
-        self._parts = PartialSteps(
-            self._optimizer, [[parameters[i] for i in bucket.parameters] for bucket in engine.layout.buckets]
-        )
-        engine.watch_finite()
+    def update_by_bucket(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Update a bucket's weights as soon as it is reduced (config `optimizer.when: bucket`). A collective.
+
+        Args:
+            parts: the parameters, or pieces of them, that lie in each bucket.
+        """
+        assert isinstance(self._engine, BucketReducer), "checked by the config"
+        self._parts = PartialSteps(self.optimizer, parts)
+        self._engine.watch_finite()
 
     def __call__(self, inputs: StepInput, lr: float) -> StepResult:
         start = time.perf_counter()
@@ -87,13 +89,17 @@ class TrainStep:
         if self._parts is None:
             norm = self._engine.finish()
             is_finite = torch.isfinite(norm)
-            self._update((~is_finite).to(torch.float32), self._optimizer.step)
+            self._update((~is_finite).to(torch.float32), self.optimizer.step)
         else:
             norm, is_finite = self._finish_by_bucket(self._parts)
+        waited_s = 0.0  # in forward, for weights of the step before
+        if isinstance(self._engine, ShardedReducer):
+            self._engine.gather_weights()
+            waited_s, self._engine.weight_wait_s = self._engine.weight_wait_s, 0.0
         exposed_s = self._engine.exposed_s
         return StepResult(
-            mlm_sum, nsp_sum, norm, is_finite, torch.isfinite(mlm_sum + nsp_sum), backward_end - start, exposed_s,
-            time.perf_counter() - backward_end - exposed_s,
+            mlm_sum, nsp_sum, norm, is_finite, torch.isfinite(mlm_sum + nsp_sum), backward_end - start - waited_s,
+            exposed_s + waited_s, time.perf_counter() - backward_end - exposed_s,
         )  # fmt: skip
 
     def _finish_by_bucket(self, parts: PartialSteps) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +130,7 @@ class TrainStep:
         return torch.stack([a for a, _ in sums]).sum(), torch.stack([b for _, b in sums]).sum()
 
     def _set_rate(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def _update(self, found_inf: torch.Tensor, step: Callable[[], object], once: bool = True) -> None:
@@ -135,6 +141,6 @@ class TrainStep:
             if not bool(found_inf):
                 step()
             return
-        self._optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         step()

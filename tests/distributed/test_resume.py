@@ -101,6 +101,18 @@ def test_traffic_of_a_resumed_run(stopped_twice: Path, straight: Path) -> None:
     assert metrics_of(stopped_twice)[name] == metrics_of(straight)[name] > 0
 
 
+def test_sharded_run_stopped_and_resumed(workspace: Workspace) -> None:
+    """Optimizer state goes through the unsharded form and back without a change."""
+    sharded = (*SETTINGS, "communication.shard_optimizer=true", "optimizer.when=bucket", "optimizer.name=lamb")
+    code, run = workspace.run("run.folder=sharded", *sharded)
+    assert code == 0, run.stderr
+    folder = workspace.folder / "sharded-stopped"
+    stop(workspace.start("run.folder=sharded-stopped", *sharded), folder, 5, signal.SIGTERM)
+    code, run = workspace.run("run.folder=sharded-stopped", *sharded, resume=True)
+    assert code == 0, run.stderr
+    assert_same_run(folder, workspace.folder / "sharded")
+
+
 def test_crash_between_checkpoints(workspace: Workspace, straight: Path) -> None:
     """The launcher is killed where nothing can be saved: its ranks go with it, and the last checkpoint counts."""
     folder, checkpoints = workspace.folder / "crashed", "train.checkpoint_every_steps=10"

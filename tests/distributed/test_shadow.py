@@ -112,8 +112,8 @@ def order_of_events(rank: int, world: int, config: Config) -> list[str]:
 
     def launched() -> None:
         launch()
-        work, wire, bucket = engine._in_flight[-1]
-        engine._in_flight[-1] = (Waiting(work, len(engine._in_flight) - 1), wire, bucket)
+        exchange = engine._in_flight[-1]
+        exchange.work = Waiting(exchange.work, exchange.number)
 
     engine._launch = launched
     parts.step = lambda number: (events.append(f"update {number}"), step(number))

@@ -1,0 +1,160 @@
+"""The sharded variant: reduce-scatter in backward, all-gather of the weights overlapped with the next forward pass.
+
+Each rank keeps and updates one part (shard) of every bucket, so that optimizer state is divided by the number of ranks
+(ZeRO, arXiv 1910.02054) and the second half of an all-reduce is off the critical path (as in DeAR, arXiv 2302.12445).
+Weights and gradients lie in two flat buffers of one layout; shards are cut without regard to tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bert_fast.communication.buckets import Layout
+from bert_fast.communication.compress import WireFormat, all_gather
+from bert_fast.communication.reducer import BucketReducer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a tensor that lies in a shard: elements [begin, end) of the flattened parameter."""
+
+    parameter: int
+    bucket: int
+    begin: int
+    end: int
+
+
+def pieces_of(layout: Layout, rank: int, world: int) -> list[Piece]:
+    """The pieces of a rank's shards, in the order of buckets and of places in them."""
+    pieces = []
+    for number, bucket in enumerate(layout.buckets):
+        length = (bucket.end - bucket.start) // world
+        first = bucket.start + rank * length
+        for index in bucket.parameters:
+            begin = max(0, first - layout.offsets[index])
+            end = min(layout.numel[index], first + length - layout.offsets[index])
+            if begin < end:
+                pieces.append(Piece(index, number, begin, end))
+    return pieces
+
+
+class FlatWeights:
+    """One contiguous buffer for all weights; every parameter becomes a view of it."""
+
+    def __init__(self, parameters: list[nn.Parameter], layout: Layout) -> None:
+        first = parameters[0]
+        self.buffer = torch.zeros(layout.size, dtype=first.dtype, device=first.device)
+        for parameter, offset, n in zip(parameters, layout.offsets, layout.numel, strict=True):
+            view = self.buffer[offset : offset + n].view_as(parameter)
+            view.copy_(parameter.detach())
+            parameter.data = view
+
+
+class ShardedReducer(BucketReducer):
+    """As `BucketReducer`, but `finish` leaves each rank its shard of the averaged gradient.
+
+    After the optimizer has updated `pieces`, `gather_weights` starts the exchange; a module waits for its own weights when it
+    is called. The layout must be made for as many `shards` as there are ranks.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, *, clip: str, max_norm: float, wire: WireFormat,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, layout, clip=clip, max_norm=max_norm, wire=wire, group=group)
+        self._rank = dist.get_rank(group)
+        self._weights = FlatWeights(list(self._parameters), layout)
+        self._gathering: dict[int, dist.Work] = {}
+        self.weight_bytes_sent = 0
+        self.weight_wait_s = 0.0  # host time for which forward waited; the caller resets it
+        self.pieces = pieces_of(layout, self._rank, self._world)
+        index_of = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        for module in model.modules():
+            own = {layout.bucket_of[index_of[id(p)]] for p in module.parameters(recurse=False)}
+            if own:
+                module.register_forward_pre_hook(self._before_forward(sorted(own, reverse=True)))
+        model.register_state_dict_pre_hook(lambda *_: self.settle())
+        model.register_load_state_dict_pre_hook(lambda *_: self.settle())
+
+    def weight_of(self, piece: Piece) -> torch.Tensor:
+        """The flat weights of a piece, a view."""
+        start = self.layout.offsets[piece.parameter]
+        return self._weights.buffer[start + piece.begin : start + piece.end]
+
+    def gradient_of(self, piece: Piece) -> torch.Tensor:
+        """The averaged gradient of a piece, a view; valid after `finish`."""
+        start = self.layout.offsets[piece.parameter]
+        return self.gradients.buffer[start + piece.begin : start + piece.end]
+
+    def reduced(self, number: int) -> torch.Tensor:
+        return self._shard(self.gradients.buffer, number)
+
+    def gather_weights(self) -> None:
+        """Start to send updated shards to all ranks, in the order in which forward needs them."""
+        with self._beside(after_backward=True):
+            for number in reversed(range(len(self.layout.buckets))):
+                bucket, mine = self.layout.buckets[number], self._shard(self._weights.buffer, number)
+                whole = self._weights.buffer[bucket.start : bucket.end]
+                work = all_gather(whole, mine, group=self._group, async_op=True)
+                self._gathering[number] = work
+                self.weight_bytes_sent += mine.numel() * mine.element_size()
+                if self.trace and self._stream is None:
+                    ended = self.trace.begin("weights", bucket.name)
+                    work.get_future().add_done_callback(lambda _done, ended=ended: ended())
+
+    def settle(self) -> None:
+        """Wait until all weights are those of the last update."""
+        for number in list(self._gathering):
+            self._wait_for(number)
+
+    def gather_shards(self, shards: torch.Tensor) -> torch.Tensor:
+        """A buffer like the gradients', filled from every rank's shards of `shards` (such a buffer). A collective.
+
+        For optimizer state that is written to a checkpoint. Blocks.
+        """
+        whole = torch.zeros_like(shards)
+        for number, bucket in enumerate(self.layout.buckets):
+            all_gather(whole[bucket.start : bucket.end], self._shard(shards, number).clone(), group=self._group)
+        return whole
+
+    def _shard(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
+        bucket = self.layout.buckets[number]
+        length = (bucket.end - bucket.start) // self._world
+        start = bucket.start + self._rank * length
+        return buffer[start : start + length]
+
+    def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[dist.Work]:
+        return self.wire.reduce_scatter(number, wire, self.reduced(number), self._group)
+
+    def _norm(self) -> torch.Tensor:
+        squares = torch.stack([torch.linalg.vector_norm(self.reduced(n)) ** 2 for n in range(len(self.layout.buckets))])
+        total = squares.sum()
+        dist.all_reduce(total, group=self._group)
+        return total.sqrt()
+
+    def _scale_reduced(self, value: torch.Tensor) -> None:
+        for number in range(len(self.layout.buckets)):
+            self.reduced(number).mul_(value)
+
+    def _before_forward(self, buckets: list[int]) -> Callable[..., None]:
+        @torch.compiler.disable
+        def wait(*_: object) -> None:
+            if self._gathering:
+                start = time.perf_counter()
+                for number in buckets:
+                    self._wait_for(number)
+                self.weight_wait_s += time.perf_counter() - start
+
+        return wait
+
+    def _wait_for(self, number: int) -> None:
+        work = self._gathering.pop(number, None)
+        if work is not None:
+            with self._traced("wait", f"weights of {self.layout.buckets[number].name}"):
+                work.wait()

@@ -1,0 +1,113 @@
+"""An optimizer over this rank's shards, with the checkpoint format of the whole one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bert_fast.communication.sharded import ShardedReducer
+from bert_fast.config import OptimizerConfig
+from bert_fast.optim.build import build_optimizer, has_decay
+from bert_fast.optim.lamb import Lamb
+
+
+class ShardedOptimizer:
+    """Wraps the optimizer of a config over the pieces that this rank holds.
+
+    `state_dict` gathers (a collective) what the unsharded optimizer would have, and `load_state_dict` takes that: a
+    checkpoint can be read by any number of ranks, sharded or not.
+    """
+
+    def __init__(
+        self, engine: ShardedReducer, named_parameters: list[tuple[str, nn.Parameter]], config: OptimizerConfig
+    ):
+        self._engine, self._names = engine, [name for name, _ in named_parameters]
+        self._shapes = [p.shape for _, p in named_parameters]
+        self._pieces = []
+        self._index_of: dict[int, int] = {}
+        for piece in engine.pieces:
+            parameter = nn.Parameter(engine.weight_of(piece))
+            parameter.grad = engine.gradient_of(piece)
+            self._pieces.append(parameter)
+            self._index_of[id(parameter)] = piece.parameter
+        named = [(self._names[piece.parameter], p) for piece, p in zip(engine.pieces, self._pieces, strict=True)]
+        self.inner = build_optimizer(named, config)
+        if isinstance(self.inner, Lamb):
+            self.inner.share_squares = self._share_squares
+
+    def parts(self) -> list[list[nn.Parameter]]:
+        """The pieces of every bucket, for updates by bucket."""
+        parts: list[list[nn.Parameter]] = [[] for _ in self._engine.layout.buckets]
+        for piece, parameter in zip(self._engine.pieces, self._pieces, strict=True):
+            parts[piece.bucket].append(parameter)
+        return parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `build_optimizer(all parameters).state_dict()`. A collective; on every rank."""
+        decayed = [i for i, name in enumerate(self._names) if has_decay(name)]
+        order = decayed + [i for i, name in enumerate(self._names) if not has_decay(name)]
+        groups, start = [], 0
+        for group, count in zip(self.inner.param_groups, (len(decayed), len(order) - len(decayed)), strict=True):
+            settings = {key: value for key, value in group.items() if key != "params"}
+            groups.append({**settings, "params": list(range(start, start + count))})
+            start += count
+        steps, moments = self._moments()
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name in moments:
+            whole = self._engine.gather_shards(moments[name])
+            for place, index in enumerate(order):
+                start = self._engine.layout.offsets[index]
+                values = whole[start : start + self._engine.layout.numel[index]]
+                state.setdefault(place, {"step": steps.clone()})[name] = values.view(self._shapes[index]).clone()
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, whole: dict[str, Any]) -> None:
+        """Take this rank's shards of an unsharded state."""
+        order = sorted(range(len(self._names)), key=lambda i: (not has_decay(self._names[i]), i))
+        place_of = {index: place for place, index in enumerate(order)}
+        state, number_of = {}, {}
+        own = [p for group in self.inner.param_groups for p in group["params"]]
+        for number, parameter in enumerate(own):
+            number_of[id(parameter)] = number
+        for piece, parameter in zip(self._engine.pieces, self._pieces, strict=True):
+            entry = whole["state"].get(place_of[piece.parameter])
+            if entry is not None:
+                state[number_of[id(parameter)]] = {
+                    name: value if value.dim() == 0 else value.reshape(-1)[piece.begin : piece.end].clone()
+                    for name, value in entry.items()
+                }
+        mine = self.inner.state_dict()["param_groups"]
+        groups = [
+            {**{key: value for key, value in theirs.items() if key != "params"}, "params": ours["params"]}
+            for ours, theirs in zip(mine, whole["param_groups"], strict=True)
+        ]
+        self.inner.load_state_dict({"state": state, "param_groups": groups})
+
+    def _moments(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The step count, and per moment a buffer in which this rank's shards are filled. The same keys on all ranks."""
+        buffer = self._engine.gradients.buffer
+        entries = [(p, self.inner.state[p]) for p in self._pieces if p in self.inner.state]
+        count = max((float(entry["step"]) for _, entry in entries), default=0.0)
+        shared = torch.tensor(count, dtype=torch.float64, device=buffer.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        if float(shared) == 0.0:
+            return shared, {}
+        step = entries[0][1]["step"] if entries else shared
+        moments = {name: torch.zeros_like(buffer) for name in ("exp_avg", "exp_avg_sq")}
+        by_piece = {id(p): entry for p, entry in entries}
+        for piece, parameter in zip(self._engine.pieces, self._pieces, strict=True):
+            start = self._engine.layout.offsets[piece.parameter]
+            for name, values in moments.items():
+                values[start + piece.begin : start + piece.end] = by_piece[id(parameter)][name]
+        return step.to(buffer.device), moments
+
+    def _share_squares(self, parameters: list[torch.Tensor], squares: torch.Tensor) -> torch.Tensor:
+        """Sums over ranks of per-piece squares: [2, pieces] to the whole tensors' [2, pieces]. A collective."""
+        index = torch.tensor([self._index_of[id(p)] for p in parameters], dtype=torch.int64, device=squares.device)
+        total = torch.zeros(2, len(self._names), dtype=squares.dtype, device=squares.device)
+        total[:, index] = squares
+        dist.all_reduce(total)
+        return total[:, index]
