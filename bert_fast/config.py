@@ -314,6 +314,12 @@ class RunConfig(Section):
     folder: str | None = Field(None, description="the run's folder itself, instead of results_dir/name-seedN")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
     matmul_ceiling: bool = Field(True, description="measure the matmul ceiling before the clock (for the MFU)")
+    profile: bool = Field(
+        False,
+        description="write trace.json (Chrome, Perfetto): buckets, clips, collectives, updates of some steps as tracks",
+    )
+    profile_after: NonNegativeInt = Field(5, description="steps before the first that is traced")
+    profile_steps: PositiveInt = Field(3, description="how many steps are traced")
 
 
 class Config(Section):

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from bert_fast.files import write_atomically
 
 
+class Span(NamedTuple):
+    """Something that went on, on a track; seconds since the trace began."""
+
+    track: str
+    name: str
+    start: float
+    end: float
+
+
 class Trace:
-    """Spans on named tracks, by the host's clock. A track is made by its first span; tracks keep that order."""
+    """Spans on named tracks, by the host's clock."""
 
     def __init__(self, mirror: Callable[[str], AbstractContextManager[object]] | None = None) -> None:
         """
@@ -21,7 +31,7 @@ class Trace:
         """
         self._mirror = mirror or (lambda _name: nullcontext())
         self._origin = time.perf_counter()
-        self._spans: list[tuple[str, str, float, float]] = []
+        self._spans: list[Span] = []
 
     @contextmanager
     def span(self, track: str, name: str) -> Iterator[None]:
@@ -34,41 +44,49 @@ class Trace:
             end()
 
     def begin(self, track: str, name: str) -> Callable[[], None]:
-        """Start a span that another thread may end: call what is returned."""
-        start = time.perf_counter()
-        return lambda: self._spans.append((track, name, start, time.perf_counter()))
+        """Start a span that another place or thread may end: call what is returned."""
+        start = time.perf_counter() - self._origin
+        return lambda: self._spans.append(Span(track, name, start, time.perf_counter() - self._origin))
 
-    def spans(self) -> list[tuple[str, str, float, float]]:
-        """(track, name, start, end) in seconds since this trace began, by start."""
-        return sorted(
-            ((track, name, a - self._origin, b - self._origin) for track, name, a, b in self._spans), key=lambda s: s[2]
-        )
+    def spans(self) -> list[Span]:
+        """All ended spans, by start."""
+        return sorted(self._spans, key=lambda span: span.start)
 
-    def clear(self) -> None:
-        """Forget all spans; time goes on."""
-        self._spans.clear()
 
-    def write(self, path: Path, process: str, metadata: dict[str, object] | None = None) -> None:
-        """Write a trace whose one process is called `process`."""
-        # A viewer cannot draw spans of one track that overlap: a later one goes to a further lane of the track.
-        spans = self.spans()
-        order = list(dict.fromkeys(track for track, *_ in spans))
+def span_or_nothing(trace: Trace | None, track: str, name: str) -> AbstractContextManager[None]:
+    """`trace.span` where there is a trace."""
+    return trace.span(track, name) if trace else nullcontext()
+
+
+def write_trace(
+    path: Path, processes: Mapping[str, Sequence[Span]], tracks: Sequence[str], metadata: Mapping[str, Any]
+) -> None:
+    """Write the spans of several processes into one file.
+
+    A viewer cannot draw spans of one track that overlap: a later one goes to a further lane of its track.
+
+    Args:
+        tracks: the order of tracks; others follow in the order of their first spans.
+    """
+    events: list[dict[str, Any]] = []
+    for pid, (process, spans) in enumerate(processes.items()):
+        events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}})
+        order = list(dict.fromkeys([*tracks, *(span.track for span in spans)]))
         lanes: dict[str, list[float]] = {track: [] for track in order}
-        events: list[dict[str, object]] = []
-        for track, name, start, end in spans:
-            free = next((lane for lane, until in enumerate(lanes[track]) if until <= start), len(lanes[track]))
-            lanes[track][free : free + 1] = [end]
+        for span in spans:
+            ends = lanes[span.track]
+            lane = next((number for number, end in enumerate(ends) if end <= span.start), len(ends))
+            ends[lane : lane + 1] = [span.end]
             events.append({
-                "ph": "X", "pid": 0, "tid": 100 * order.index(track) + free, "name": name, "cat": track,
-                "ts": round(1e6 * start, 3), "dur": round(1e6 * (end - start), 3),
+                "ph": "X", "pid": pid, "tid": 100 * order.index(span.track) + lane, "name": span.name, "cat": span.track,
+                "ts": round(1e6 * span.start, 3), "dur": round(1e6 * (span.end - span.start), 3),
             })  # fmt: skip
-        names: list[dict[str, object]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": process}}]
-        for track, used in lanes.items():
-            for lane in range(len(used)):
-                place = {"ph": "M", "pid": 0, "tid": 100 * order.index(track) + lane}
-                names.append(
-                    {**place, "name": "thread_name", "args": {"name": track if lane == 0 else f"{track} {lane + 1}"}}
+        for place, (track, ends) in enumerate(lanes.items()):
+            for lane in range(len(ends)):
+                key = {"ph": "M", "pid": pid, "tid": 100 * place + lane}
+                events.append(
+                    {**key, "name": "thread_name", "args": {"name": f"{track} {lane + 1}" if lane else track}}
                 )
-                names.append({**place, "name": "thread_sort_index", "args": {"sort_index": place["tid"]}})
-        record = {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": metadata or {}}
-        write_atomically(path, json.dumps(record))
+                events.append({**key, "name": "thread_sort_index", "args": {"sort_index": key["tid"]}})
+    record = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(metadata)}
+    write_atomically(path, json.dumps(record))

@@ -15,6 +15,7 @@ from bert_fast.communication.buckets import Layout
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.compress import WireFormat
 from bert_fast.errors import UserError
+from bert_fast.trace import Trace
 
 REBUILD_STEPS = 2  # DDP learns its bucket plan in the first backward: run this many before a result counts
 
@@ -29,6 +30,7 @@ class DdpEngine:
                 "runs of it; use engine=bucketed, or clip_groups=layer, tensor or model"
             )
         caps = [sum(layout.numel[i] for i in b.parameters) * 4 / 2**20 for b in layout.buckets]
+        self.trace: Trace | None = None
         self.layout, self.wire, self._clip, self._max_norm = layout, wire, clip, max_norm
         self._parameters = list(model.parameters())
         self._index = {id(p): i for i, p in enumerate(self._parameters)}
@@ -109,6 +111,9 @@ class DdpEngine:
         wire = self.wire.encode(number, buffer)
         self.wire.count(wire)
         work = dist.all_reduce(wire, op=dist.ReduceOp.SUM, async_op=True)
+        if self.trace and not buffer.is_cuda:
+            ended = self.trace.begin("collectives", f"bucket {number}")
+            work.get_future().add_done_callback(lambda _done: ended())
 
         def back(_done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
             self.wire.decode(wire, buffer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from bert_fast.communication.buckets import FlatGradients, Layout, Span
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.compress import WireFormat
-from bert_fast.trace import Trace
+from bert_fast.trace import Trace, span_or_nothing
 
 
 @dataclass
@@ -30,6 +30,7 @@ class _Exchange:
     number: int
     rest: Iterator[dist.Work]
     work: dist.Work | None
+    reduced: Callable[[], None] = lambda: None  # ends the bucket's span in a trace
 
 
 class BucketReducer:
@@ -110,6 +111,7 @@ class BucketReducer:
                     self._advance(exchange)
                 if unscale is not None:
                     self.reduced(exchange.number).mul_(unscale)
+            exchange.reduced()
             if update and flag is not None:
                 self._wait_beside()
                 before = time.perf_counter()
@@ -165,19 +167,23 @@ class BucketReducer:
     def _launch(self) -> None:
         """Clip the next bucket's groups and start its first collective, then the next of the buckets before it."""
         number = self._next
-        values = self.gradients.of(self.layout.buckets[number])
+        bucket = self.layout.buckets[number]
+        values = self.gradients.of(bucket)
+        mine = _Exchange(number, iter(()), None)
+        if self.trace:
+            mine.reduced = self.trace.begin("buckets", bucket.name)
         if self._clip == "bucket_before_reduce":
             for group in self._groups_of[number]:
                 self._clip_span(group, self.layout.groups[group])
         self._next += 1
         if self._world == 1:
             self._look(values)
-            self._in_flight.append(_Exchange(number, iter(()), None))
+            self._in_flight.append(mine)
             return
         values.mul_(1.0 / self._world)
         wire = self.wire.encode(number, values)
         self._look(wire)
-        mine = _Exchange(number, self._collectives(number, wire, values), None)
+        mine.rest = self._collectives(number, wire, values)
         self._start(mine)
         if self.wire.stages > 1:
             for exchange in self._in_flight:
@@ -219,7 +225,7 @@ class BucketReducer:
             values.mul_(value)
 
     def _traced(self, track: str, name: str) -> AbstractContextManager[None]:
-        return self.trace.span(track, name) if self.trace else nullcontext()
+        return span_or_nothing(self.trace, track, name)
 
     @contextmanager
     def _beside(self, after_backward: bool = False) -> Iterator[None]:

@@ -19,6 +19,7 @@ from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.optim.build import build_optimizer
+from bert_fast.train.agreement import check_parameters, check_settings
 from bert_fast.train.environment import Environment
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.loss_scale import LossScale
@@ -46,9 +47,11 @@ def build(config: Config, environment: Environment) -> Machinery:
     if config.train.compile:
         for layer in model.layers:
             layer.compile(dynamic=True)
+    check_parameters([(name, list(p.shape)) for name, p in model.named_parameters()], environment)
     order = _shared_ready_order(config, environment, model)
     config, record = _with_buckets(config, environment, model, order)
     layout = make_layout(config, model, order)
+    check_settings(config, layout, environment)
     engine = make_engine(config, environment, model, layout)
     optimizer: torch.optim.Optimizer | ShardedOptimizer
     if isinstance(engine, ShardedReducer):
@@ -100,6 +103,18 @@ def make_layout(config: Config, model: torch.nn.Module, ready_order: list[int]) 
         whole_groups=config.communication.clip == "bucket_before_reduce",
         shards=config.system.world_size if config.communication.shard_optimizer else 1,
     )  # fmt: skip
+
+
+def bucket_note(config: Config, layout: Layout) -> str | None:
+    """What to say of a list of bucket sizes that is not as long as the model has buckets."""
+    sizes, count = config.communication.bucket_mb, len(layout.buckets)
+    if not isinstance(sizes, list) or len(sizes) == count:
+        return None
+    if len(sizes) < count:
+        return f"communication.bucket_mb lists {len(sizes)} sizes and the model fills {count} buckets: the last size repeats"
+    return (
+        f"communication.bucket_mb lists {len(sizes)} sizes and the model fills {count} buckets: the others are not used"
+    )
 
 
 def seed_ranks(seed: int, environment: Environment) -> None:
@@ -176,9 +191,9 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
         machinery.loss_scale.load_state_dict(scale_before)
     if machinery.step.compute_timer is not None:
         machinery.step.compute_timer.clear()
-    clip_statistics = machinery.engine.clip_statistics  # type: ignore[attr-defined]
+    clip_statistics = machinery.engine.clip_statistics
     clip_statistics.read()
-    machinery.engine.wire.bytes_sent = 0  # type: ignore[attr-defined]
+    machinery.engine.wire.bytes_sent = 0
     if isinstance(machinery.engine, ShardedReducer):
         machinery.engine.weight_bytes_sent = 0
 

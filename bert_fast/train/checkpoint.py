@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, and exact to resume from.
 
 checkpoints/step-00000120/state.pt       model, optimizer, loss scale, progress, clock (rank 0)
-                          rank-0.pt      random state of a rank
+                          rank-0.pt      random state of a rank, and what its wire format keeps
                           complete.json  written last by rank 0: without it the folder does not count
 """
 
@@ -23,16 +23,18 @@ from bert_fast.train.environment import Environment
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], environment: Environment, keep: int, key: dict[str, Any]
-) -> None:
+    folder: Path, step: int, state: dict[str, Any], rank_state: dict[str, Any], environment: Environment, keep: int,
+    key: dict[str, Any],
+) -> None:  # fmt: skip
     """Write the checkpoint of `step`; a collective. Older ones beyond `keep` are removed once it is complete.
 
+    `state` is rank 0's, `rank_state` every rank's own.
     `key` is what a resumed run must share with this one (model shape, data, batch).
     """
     target = folder / f"step-{step:08d}"
     if environment.is_main and (target / "complete.json").exists():
         (target / "complete.json").unlink()
-    write_atomically(target / f"rank-{environment.rank}.pt", _to_bytes(_random_state(environment)))
+    write_atomically(target / f"rank-{environment.rank}.pt", _to_bytes({**_random_state(environment), **rank_state}))
     if environment.is_main:
         write_atomically(target / "state.pt", _to_bytes(state))
     if dist.is_initialized():
@@ -50,7 +52,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -> dict[str, Any]:
-    """The state in a checkpoint; restores this rank's random state if as many ranks wrote it (`world_size` in the result).
+    """The state in a checkpoint, with `world_size`, the number of ranks that wrote it.
+
+    If as many read it, this rank's random state is restored and its `rank_state` is in the result.
 
     Raises:
         UserError: the checkpoint is of another model, data set or global batch; the differing entry is named.
@@ -68,16 +72,17 @@ def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -
     own_state = description["world_size"] == environment.world_size
     try:
         state: dict[str, Any] = torch.load(path / "state.pt", map_location=environment.device, weights_only=True)
-        random_state = torch.load(path / f"rank-{environment.rank}.pt", weights_only=True) if own_state else None
+        own = torch.load(path / f"rank-{environment.rank}.pt", weights_only=True) if own_state else None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"checkpoint {path} is damaged ({why}); remove it") from None
     state["world_size"] = description["world_size"]
-    if random_state is None:
+    if own is None:
         return state
-    torch.set_rng_state(random_state["cpu"])
+    torch.set_rng_state(own.pop("cpu"))
     if environment.device.type == "cuda":
-        torch.cuda.set_rng_state(random_state["cuda"], environment.device)
+        torch.cuda.set_rng_state(own.pop("cuda"), environment.device)
+    state["rank_state"] = own
     return state
 
 

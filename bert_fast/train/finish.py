@@ -86,7 +86,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "first_step_s": progress.first_step_s,
         "mfu": flops / training / run.ceiling if run.ceiling else None,
         "matmul_ceiling_tflops": run.ceiling / 1e12,
-        "gradient_bytes_per_step": engine.wire.bytes_sent / steps_here,  # type: ignore[attr-defined]
+        "gradient_bytes_per_step": engine.wire.bytes_sent / steps_here,
         "weight_bytes_per_step": engine.weight_bytes_sent / steps_here if isinstance(engine, ShardedReducer) else 0.0,
         "compliance_passed": None,
     }

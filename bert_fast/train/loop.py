@@ -30,7 +30,8 @@ from bert_fast.model.checkpoints import save_pretrained
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
-from bert_fast.train.build import Machinery, build, gather_floats, matmul_ceiling, seed_ranks
+from bert_fast.trace import span_or_nothing
+from bert_fast.train.build import Machinery, bucket_note, build, gather_floats, matmul_ceiling, seed_ranks
 from bert_fast.train.calibrate import calibrate, make_cost, make_planner
 from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from bert_fast.train.clock import Clock
@@ -38,6 +39,7 @@ from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
 from bert_fast.train.folder import checkpoint_vocabulary, resume_key, run_folder
 from bert_fast.train.inputs import planned_batches, to_device
+from bert_fast.train.profile import StepProfile
 from bert_fast.train.state import Progress
 from bert_fast.train.step import StepInput, StepResult
 from bert_fast.train.stop import StopFlag
@@ -84,6 +86,9 @@ class Run:
         self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.train.init_checkpoint)
         self.machinery: Machinery = build(self._planned_before(config), self.environment)
         self._record_buckets()
+        note = bucket_note(config, self.machinery.layout)
+        if note:
+            self.line.say(note)
         self.cost, self.cost_source = make_cost(config)
         if config.balance.fit_cost and not self.resume:
             fit = calibrate(config, self.environment, self.machinery)
@@ -191,9 +196,12 @@ class Run:
         self._block_start()
         if train.eval_at_start and progress.step == 0 and self._evaluate():
             return Outcome("success", True)
+        profile = StepProfile(config.run, self.environment, self.folder, self.machinery.step, progress.step)
         while progress.step < train.max_steps:
+            trace = profile.before(progress.step)
             waited = time.perf_counter()
-            plan, batches, masked, tokens, tokens_squared = prefetcher.next()
+            with span_or_nothing(trace, "data", "wait"):
+                plan, batches, masked, tokens, tokens_squared = prefetcher.next()
             inputs = StepInput(
                 [to_device(b, self.environment.device, config.batch.shape_multiple) for b in batches],
                 masked,
@@ -202,6 +210,9 @@ class Run:
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
             result = self.machinery.step(inputs, lr)
+            written = profile.after(progress.step)
+            if written:
+                self.line.say(f"trace of steps: {written} (open in ui.perfetto.dev or chrome://tracing)")
             if progress.first_step_s is None:
                 progress.first_step_s = self.clock.elapsed
             progress.step += 1
@@ -316,7 +327,7 @@ class Run:
         }  # fmt: skip
         if self.environment.is_main:
             values["cost"] = self._cost_rows(compute)
-            values["clip"] = self.machinery.engine.clip_statistics.read()  # type: ignore[attr-defined]
+            values["clip"] = self.machinery.engine.clip_statistics.read()
             self.metrics.write("step", self.progress.step, values)
             accuracy = self.progress.evaluations[-1]["accuracy"] if self.progress.evaluations else None
             remaining = (self.config.train.max_steps - self.progress.step) * seconds / steps
@@ -396,8 +407,8 @@ class Run:
                 "cost": [self.cost.linear, self.cost.quadratic],
             }
             save_checkpoint(
-                self.folder / "checkpoints", self.progress.step, state, self.environment, self.config.train.keep_checkpoints,
-                self._key,
+                self.folder / "checkpoints", self.progress.step, state, {"wire": machinery.engine.wire.state_dict()},
+                self.environment, self.config.train.keep_checkpoints, self._key,
             )  # fmt: skip
 
     def _restore(self) -> None:
@@ -414,6 +425,8 @@ class Run:
         self.machinery.optimizer.load_state_dict(state["optimizer"])
         if self.machinery.loss_scale and state["loss_scale"]:
             self.machinery.loss_scale.load_state_dict(state["loss_scale"])
+        if "rank_state" in state:  # by another number of ranks: error feedback starts anew
+            self.machinery.engine.wire.load_state_dict(state["rank_state"].get("wire", {}))
         self.progress.load_state_dict(state["progress"])
         self.progress.sessions += 1
         self.clock.load_state_dict(state["clock"])

@@ -11,10 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from bert_fast.communication.clip import ClipStatistics
+from bert_fast.communication.compress import WireFormat
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.model.bert import BertInput
 from bert_fast.optim.partial import PartialSteps
+from bert_fast.trace import Trace, span_or_nothing
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.loss_scale import LossScale
 
@@ -23,7 +26,10 @@ class Engine(Protocol):
     """What `communication.reducer.BucketReducer` and `communication.ddp.DdpEngine` share."""
 
     module: nn.Module
+    wire: WireFormat
+    clip_statistics: ClipStatistics
     exposed_s: float
+    trace: Trace | None
 
     def zero_grad(self) -> None: ...
     def micro_batch(self, last: bool, scale: torch.Tensor | None = None) -> Any: ...
@@ -64,6 +70,7 @@ class TrainStep:
         self._engine, self.optimizer, self._device, self._dtype = engine, optimizer, device, dtype
         self._world, self._loss_scale = world_size, loss_scale
         self._parts: PartialSteps | None = None
+        self._trace: Trace | None = None
         self.compute_timer = DeviceTimer() if device.type == "cuda" else None
         self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(
             type(optimizer), "found_inf"
@@ -79,6 +86,10 @@ class TrainStep:
         self._parts = PartialSteps(self.optimizer, parts)
         self._engine.watch_finite()
 
+    def set_trace(self, trace: Trace | None) -> None:
+        """Keep spans of what happens from now on, or no longer."""
+        self._trace = self._engine.trace = trace
+
     def __call__(self, inputs: StepInput, lr: float) -> StepResult:
         start = time.perf_counter()
         self._engine.zero_grad()
@@ -89,7 +100,8 @@ class TrainStep:
         if self._parts is None:
             norm = self._engine.finish()
             is_finite = torch.isfinite(norm)
-            self._update((~is_finite).to(torch.float32), self.optimizer.step)
+            with span_or_nothing(self._trace, "optimizer", "all"):
+                self._update((~is_finite).to(torch.float32), self.optimizer.step)
         else:
             norm, is_finite = self._finish_by_bucket(self._parts)
         waited_s = 0.0  # in forward, for weights of the step before
@@ -108,7 +120,8 @@ class TrainStep:
 
         def update(number: int, found_inf: torch.Tensor) -> None:
             flags.append(found_inf)
-            self._update(found_inf, lambda: parts.step(number), once=number == 0)
+            with span_or_nothing(self._trace, "optimizer", f"bucket {number}"):
+                self._update(found_inf, lambda: parts.step(number), once=number == 0)
 
         norm = self._engine.finish(update)  # type: ignore[call-arg]
         return norm, torch.isfinite(norm) & (flags[0] == 0)
@@ -120,10 +133,12 @@ class TrainStep:
         for index, batch in enumerate(inputs.micro_batches):
             last = index == len(inputs.micro_batches) - 1
             with self._engine.micro_batch(last, scale):
-                with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+                autocast = torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+                with autocast, span_or_nothing(self._trace, "compute", f"forward {index}"):
                     losses = self._engine.module(batch)
                 loss = self._world * (losses.mlm_sum / inputs.global_masked + losses.nsp_sum / inputs.global_samples)
-                (loss if scale is None else loss * scale).backward()
+                with span_or_nothing(self._trace, "compute", f"backward {index}"):
+                    (loss if scale is None else loss * scale).backward()
             sums.append((losses.mlm_sum.detach(), losses.nsp_sum.detach()))
         if len(sums) == 1:
             return sums[0]

@@ -409,7 +409,7 @@ STATE = {"model": {"w": torch.arange(5.0)}, "progress": {"step": 3, "sums": {"x"
 def test_checkpoint_round_trip_restores_the_random_stream(tmp_path: Path, environment: Environment) -> None:
     torch.manual_seed(11)
     torch.rand(3)
-    save_checkpoint(tmp_path, 3, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 3, STATE, {}, environment, keep=2, key=KEY)
     expected = torch.rand(4)
     torch.manual_seed(99)
     path = latest_checkpoint(tmp_path)
@@ -425,15 +425,15 @@ def test_checkpoint_round_trip_restores_the_random_stream(tmp_path: Path, enviro
 
 def test_old_checkpoints_are_removed_and_the_newest_is_found(tmp_path: Path, environment: Environment) -> None:
     for step in (5, 20, 100, 1000):
-        save_checkpoint(tmp_path, step, STATE, environment, keep=2, key=KEY)
+        save_checkpoint(tmp_path, step, STATE, {}, environment, keep=2, key=KEY)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00001000"
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_incomplete_checkpoints_are_ignored(tmp_path: Path, environment: Environment) -> None:
-    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
-    save_checkpoint(tmp_path, 6, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 6, STATE, {}, environment, keep=2, key=KEY)
     (tmp_path / "step-00000006" / "complete.json").unlink()
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000005"
 
@@ -442,19 +442,19 @@ def test_a_checkpoint_that_is_cut_off_does_not_count(
     tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when it is written over an older one of the same step."""
-    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
 
     def full(_path: Any, _content: Any) -> None:
         raise UserError("disk full")
 
     monkeypatch.setattr("bert_fast.train.checkpoint.write_atomically", full)
     with pytest.raises(UserError, match="disk full"):
-        save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+        save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
     assert latest_checkpoint(tmp_path) is None
 
 
 def test_checkpoint_of_another_model_names_the_entry(tmp_path: Path, environment: Environment) -> None:
-    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
     with pytest.raises(
         UserError, match=r"does not fit this config: model was 'abc' and is now 'xyz'; resume with the run's own"
     ):
@@ -464,7 +464,7 @@ def test_checkpoint_of_another_model_names_the_entry(tmp_path: Path, environment
 
 
 def test_checkpoint_of_another_world_size(tmp_path: Path, environment: Environment) -> None:
-    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
     """Is read; the random state of ranks that there were not is not."""
     before = torch.get_rng_state()
     state = load_checkpoint(tmp_path / "step-00000005", Environment(3, 3, 4, CPU, torch.float32), KEY)
@@ -485,7 +485,7 @@ def test_checkpoint_of_another_world_size(tmp_path: Path, environment: Environme
     ],
 )
 def test_damaged_checkpoint(tmp_path: Path, environment: Environment, name: str, damage: str) -> None:
-    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
     path = tmp_path / "step-00000005" / name
     if damage == "missing":
         path.unlink()
@@ -499,7 +499,7 @@ def test_damaged_checkpoint(tmp_path: Path, environment: Environment, name: str,
     ("name", "content"), [("state.pt", b"garbage, not an archive"), ("complete.json", b'{"step":')]
 )
 def test_checkpoint_of_garbage(tmp_path: Path, environment: Environment, name: str, content: bytes) -> None:
-    save_checkpoint(tmp_path, 5, STATE, environment, keep=2, key=KEY)
+    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
     (tmp_path / "step-00000005" / name).write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
         load_checkpoint(tmp_path / "step-00000005", environment, KEY)
