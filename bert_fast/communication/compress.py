@@ -15,11 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bert_fast.communication import exchange
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# torch 2.13 renamed these; images with older versions have only the old names
+# torch 2.13 renamed it; images with older versions have only the old name
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+Work = dist.Work | exchange.Exchange
 
 
 class WireFormat:
@@ -41,7 +44,7 @@ class WireFormat:
 
     def all_reduce(
         self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None
-    ) -> Iterator[dist.Work]:
+    ) -> Iterator[Work]:
         """The collectives after which `values` hold the sum over ranks. Resumed after each when that has ended."""
         self.count(wire)
         yield dist.all_reduce(wire, group=group, async_op=True)  # type: ignore[misc]
@@ -54,12 +57,12 @@ class WireFormat:
 
     def reduce_scatter(
         self, number: int, wire: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None
-    ) -> Iterator[dist.Work]:
+    ) -> Iterator[Work]:
         """As `all_reduce`, but only this rank's part of the sum, into `shard` [len(wire) / ranks]."""
         self.count(wire)
-        if dist.get_backend(group) == "gloo":  # its own reduce-scatter is slower than an all-reduce
+        if dist.get_backend(group) == "gloo":
             received = torch.empty_like(wire)
-            yield dist.all_to_all_single(received, wire, group=group, async_op=True)  # type: ignore[misc]
+            yield exchange.all_to_all(received, wire, 2 * number, group)
             torch.sum(received.view(-1, len(shard)), dim=0, dtype=shard.dtype, out=shard)
             return
         part = shard if wire.dtype == shard.dtype else torch.empty_like(shard, dtype=wire.dtype)

@@ -19,7 +19,8 @@ from torch import nn
 
 from bert_fast.communication.buckets import FlatGradients, Layout, Span
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
-from bert_fast.communication.compress import WireFormat
+from bert_fast.communication.compress import WireFormat, Work
+from bert_fast.communication.exchange import call_when_done
 from bert_fast.trace import Trace, span_or_nothing
 
 
@@ -28,8 +29,8 @@ class _Exchange:
     """A bucket on its way: the collectives still to come, and the one that runs."""
 
     number: int
-    rest: Iterator[dist.Work]
-    work: dist.Work | None
+    rest: Iterator[Work]
+    work: Work | None
     reduced: Callable[[], None] = lambda: None  # ends the bucket's span in a trace
 
 
@@ -191,7 +192,7 @@ class BucketReducer:
                     self._advance(exchange)
         self._in_flight.append(mine)
 
-    def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[dist.Work]:
+    def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[Work]:
         return self.wire.all_reduce(number, wire, values, self._group)
 
     def _start(self, exchange: _Exchange) -> None:
@@ -201,7 +202,7 @@ class BucketReducer:
             name = self.layout.buckets[exchange.number].name
             ended = self.trace.begin("collectives", name)
             if self._stream is None:
-                exchange.work.get_future().add_done_callback(lambda _done: ended())
+                call_when_done(exchange.work, ended)
             else:  # the host does not see when a collective ends; the profiler's own tracks do
                 ended()
 

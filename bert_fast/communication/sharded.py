@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bert_fast.communication import exchange
 from bert_fast.communication.buckets import Layout
-from bert_fast.communication.compress import WireFormat, all_gather
+from bert_fast.communication.compress import WireFormat, Work
 from bert_fast.communication.reducer import BucketReducer
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new and the old name
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ def pieces_of(layout: Layout, rank: int, world: int) -> list[Piece]:
             if begin < end:
                 pieces.append(Piece(index, number, begin, end))
     return pieces
+
+
+def start_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
+    """Start to fill `whole`, of which this rank has its part. On gloo, tags tell exchanges apart."""
+    if dist.get_backend(group) == "gloo":
+        return exchange.all_gather(whole, tag, group)
+    mine = whole.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+    return _all_gather(whole, mine, group=group, async_op=True)
 
 
 class FlatWeights:
@@ -70,7 +81,7 @@ class ShardedReducer(BucketReducer):
         super().__init__(model, layout, clip=clip, max_norm=max_norm, wire=wire, group=group)
         self._rank = dist.get_rank(group)
         self._weights = FlatWeights(list(self._parameters), layout)
-        self._gathering: dict[int, dist.Work] = {}
+        self._gathering: dict[int, Work] = {}
         self.weight_bytes_sent = 0
         self.weight_wait_s = 0.0  # host time for which forward waited; the caller resets it
         self.pieces = pieces_of(layout, self._rank, self._world)
@@ -99,14 +110,13 @@ class ShardedReducer(BucketReducer):
         """Start to send updated shards to all ranks, in the order in which forward needs them."""
         with self._beside(after_backward=True):
             for number in reversed(range(len(self.layout.buckets))):
-                bucket, mine = self.layout.buckets[number], self._shard(self._weights.buffer, number)
+                bucket = self.layout.buckets[number]
                 whole = self._weights.buffer[bucket.start : bucket.end]
-                work = all_gather(whole, mine, group=self._group, async_op=True)
+                work = start_gather(whole, 2 * number + 1, self._group)
                 self._gathering[number] = work
-                self.weight_bytes_sent += mine.numel() * mine.element_size()
+                self.weight_bytes_sent += whole.numel() // self._world * whole.element_size()
                 if self.trace and self._stream is None:
-                    ended = self.trace.begin("weights", bucket.name)
-                    work.get_future().add_done_callback(lambda _done, ended=ended: ended())
+                    exchange.call_when_done(work, self.trace.begin("weights", bucket.name))
 
     def settle(self) -> None:
         """Wait until all weights are those of the last update."""
@@ -120,7 +130,7 @@ class ShardedReducer(BucketReducer):
         """
         whole = torch.zeros_like(shards)
         for number, bucket in enumerate(self.layout.buckets):
-            all_gather(whole[bucket.start : bucket.end], self._shard(shards, number).clone(), group=self._group)
+            _all_gather(whole[bucket.start : bucket.end], self._shard(shards, number).clone(), group=self._group)
         return whole
 
     def _shard(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
@@ -129,7 +139,7 @@ class ShardedReducer(BucketReducer):
         start = bucket.start + self._rank * length
         return buffer[start : start + length]
 
-    def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[dist.Work]:
+    def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[Work]:
         return self.wire.reduce_scatter(number, wire, self.reduced(number), self._group)
 
     def _norm(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from bert_fast.train.agreement import check_parameters, check_settings
 from bert_fast.train.environment import Environment
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.loss_scale import LossScale
-from bert_fast.train.plan_buckets import BucketRecord, measure_ready_times, plan_buckets
+from bert_fast.train.plan_buckets import BucketRecord, measure_need_times, measure_ready_times, plan_buckets
 from bert_fast.train.sharded import ShardedOptimizer
 from bert_fast.train.step import Engine, StepInput, TrainStep
 
@@ -122,7 +123,8 @@ def seed_ranks(seed: int, environment: Environment) -> None:
     torch.manual_seed(seed * 100_003 + environment.rank)
 
 
-def _synthetic_input(config: Config, environment: Environment, seed: int) -> StepInput:
+def synthetic_input(config: Config, environment: Environment, seed: int) -> StepInput:
+    """Made-up batches of a rank, as long as the config allows; the same for the same seed."""
     batches = [
         synthetic_batch(config.batch.local_batch, config.data.max_seq_len, config.model.vocab_size, seed + i)
         for i in range(config.batch.accumulation)
@@ -133,7 +135,7 @@ def _synthetic_input(config: Config, environment: Environment, seed: int) -> Ste
 
 
 def _synthetic_loss(config: Config, environment: Environment, model: BertForPretraining) -> torch.Tensor:
-    inputs = _synthetic_input(config, environment, seed=0)
+    inputs = synthetic_input(config, environment, seed=0)
     with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
         losses = model(inputs.micro_batches[0])
     return losses.mlm_sum + losses.nsp_sum
@@ -159,9 +161,11 @@ def _with_buckets(
         return config, None
     parameters = list(model.parameters())
     wire = wire_format(communication.reduce_dtype, parameters[0].dtype).dtype
-    ready = measure_ready_times(parameters, lambda: _synthetic_loss(config, environment, model), environment)
+    forward = functools.partial(_synthetic_loss, config, environment, model)
+    ready = measure_ready_times(parameters, forward, environment)
+    needed = measure_need_times(model, forward, environment) if communication.shard_optimizer else None
     any_buckets = make_layout(_with_bucket_mb(config, 25.0), model, order)
-    record = plan_buckets(any_buckets, ready, communication, wire, environment)
+    record = plan_buckets(any_buckets, ready, communication, wire, environment, needed)
     return _with_bucket_mb(config, record.bucket_mb(wire_bytes=wire.itemsize)), record
 
 
@@ -181,7 +185,7 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
     before = [p.detach().clone() for p in model.parameters()]
     scale_before = machinery.loss_scale.state_dict() if machinery.loss_scale else None
     for index in range(steps):
-        machinery.step(_synthetic_input(config, environment, seed=index), lr=0.0)
+        machinery.step(synthetic_input(config, environment, seed=index), lr=0.0)
     machinery.engine.settle()
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), before, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import nn
 
 from bert_fast.communication.buckets import Layout
 from bert_fast.communication.compress import WireFormat
-from bert_fast.communication.plan import BucketPlan, Link, exact_plan, fit_link, lower_bound, timeline
+from bert_fast.communication.plan import BucketPlan, Link, exact_plan, lower_bound, tabulate_link, timeline
+from bert_fast.communication.plan_sharded import ShardedTimes, delays, sharded_plan
+from bert_fast.communication.sharded import start_gather
 from bert_fast.config import CommunicationConfig
 from bert_fast.train.environment import Environment
 
@@ -24,6 +26,15 @@ _SMALLEST = 2**16  # bytes of the smallest collective that is measured
 _SIZES = 5
 _REPEATS = 5
 _UNMEASURED = 1e15  # bytes/s
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """What the sharded variant adds: when forward needs each unit's weights, and by how much gathering them delays it."""
+
+    needed_s: tuple[float, ...]
+    gather: Link
+    delay_s: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class BucketRecord:
     link: Link
     plan: BucketPlan
     lower_bound_s: float
+    weights: WeightRecord | None = None  # of the sharded variant
 
     def bucket_mb(self, element_bytes: int = 4, wire_bytes: int = 4) -> list[float]:
         """The plan as a list for `communication.bucket_mb` (MiB of gradients, exactly)."""
@@ -49,6 +61,7 @@ class BucketRecord:
         return (
             f"buckets: {len(self.plan.ends)} for a backward of {1e3 * self.ready_s[-1]:.1f} ms and a link of {link}; predicted "
             f"exposed communication {1e3 * self.plan.exposed_s:.2f} ms, at least {1e3 * self.lower_bound_s:.2f} ms"
+            + (f"; weights delay forward by {1e3 * self.weights.delay_s:.2f} ms" if self.weights else "")
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -58,10 +71,11 @@ class BucketRecord:
                 {"name": name, "ready_s": ready, "bytes": size}
                 for name, ready, size in zip(self.units, self.ready_s, self.bytes, strict=True)
             ],
-            "link": {"latency_s": self.link.latency_s, "bytes_per_s": self.link.bytes_per_s},
+            "link": asdict(self.link),
             "ends": list(self.plan.ends),
             "predicted_exposed_s": self.plan.exposed_s,
             "lower_bound_s": self.lower_bound_s,
+            **({"weights": asdict(self.weights)} if self.weights else {}),
         }
 
 
@@ -92,6 +106,36 @@ def measure_ready_times(
     return np.median(np.array(passes), axis=0)
 
 
+def measure_need_times(model: nn.Module, forward: Callable[[], torch.Tensor], environment: Environment) -> np.ndarray:
+    """Seconds from the start of forward until a module that owns a parameter is first called: float64 [parameters]."""
+    cuda = environment.device.type == "cuda"
+    index_of = {id(parameter): index for index, parameter in enumerate(model.parameters())}
+    marks: dict[int, Any] = {}
+
+    def marker(own: list[int]) -> Callable[..., None]:
+        return lambda *_: [marks.setdefault(index, _now(cuda)) for index in own] and None
+
+    handles = []
+    for module in model.modules():
+        own = [index_of[id(parameter)] for parameter in module.parameters(recurse=False)]
+        if own:
+            handles.append(module.register_forward_pre_hook(marker(own)))
+    passes = []
+    for number in range(1 + _BACKWARDS):
+        marks.clear()
+        start = _now(cuda)
+        with torch.no_grad():
+            forward()
+        end = _now(cuda)
+        if cuda:
+            torch.cuda.synchronize()
+        if number:
+            passes.append([_seconds(start, marks.get(index, end)) for index in range(len(index_of))])
+    for handle in handles:
+        handle.remove()
+    return np.median(np.array(passes), axis=0)
+
+
 def _marker(marks: dict[int, Any], index: int, cuda: bool) -> Callable[[torch.Tensor], None]:
     def mark(_parameter: torch.Tensor) -> None:
         marks[index] = _now(cuda)
@@ -111,28 +155,43 @@ def _seconds(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
-def measure_link(total_bytes: int, dtype: torch.dtype, environment: Environment, scatter: bool = False) -> Link:
-    """Fit latency and bandwidth of all-reduces of this run's ranks, from 64 KiB to all gradients (4 MiB at least).
+def all_reduce(buffer: torch.Tensor) -> None:
+    """A blocking all-reduce, for `measure_link`."""
+    dist.all_reduce(buffer)
 
-    A collective. With `scatter` of the sharded variant's reduce-scatters, by the bytes that go in.
+
+def reduce_scatter(buffer: torch.Tensor) -> None:
+    """The sharded variant's blocking reduce-scatter, for `measure_link`."""
+    shard = buffer[: len(buffer) // dist.get_world_size()]
+    for work in WireFormat(buffer.dtype).reduce_scatter(0, buffer, shard, None):
+        work.wait()
+
+
+def gather(buffer: torch.Tensor) -> None:
+    """The sharded variant's blocking all-gather, for `measure_link`."""
+    start_gather(buffer, 0, None).wait()
+
+
+def measure_link(
+    total_bytes: int, dtype: torch.dtype, environment: Environment,
+    collective: Callable[[torch.Tensor], None] = all_reduce,
+) -> Link:  # fmt: skip
+    """The link of this run's ranks, measured from 64 KiB to all gradients (4 MiB at least). A collective.
+
+    Args:
+        collective: what is measured, over a buffer whose length the number of ranks divides.
     """
     sizes, seconds = [], []
     width = torch.empty((), dtype=dtype).element_size()
     grid = np.unique(np.geomspace(_SMALLEST, max(64 * _SMALLEST, total_bytes), _SIZES).astype(np.int64) // width)
     world = environment.world_size
     buffers = [torch.zeros(-(-int(numel) // world) * world, dtype=dtype, device=environment.device) for numel in grid]
-    wire = WireFormat(dtype)
     for number in range(1 + _REPEATS):
         for buffer in buffers:
             dist.barrier()
             _wait(environment)
             start = time.perf_counter()
-            if scatter:
-                works = wire.reduce_scatter(0, buffer, buffer[: len(buffer) // world], None)
-            else:
-                works = wire.all_reduce(0, buffer, buffer, None)
-            for work in works:
-                work.wait()
+            collective(buffer)
             _wait(environment)
             if number:
                 sizes.append(buffer.numel() * width)
@@ -140,7 +199,7 @@ def measure_link(total_bytes: int, dtype: torch.dtype, environment: Environment,
     slowest = torch.tensor(seconds, dtype=torch.float64, device=environment.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # the same times, and so the same outcome, on every rank
     try:
-        return fit_link(sizes, slowest.tolist())
+        return tabulate_link(sizes, slowest.tolist())
     except ValueError:  # a disturbed moment: plan as if latency were all there is, for few buckets
         return Link(float(slowest.median()), _UNMEASURED)
 
@@ -151,41 +210,56 @@ def _wait(environment: Environment) -> None:
 
 
 def plan_buckets(
-    layout: Layout, ready_s: np.ndarray, config: CommunicationConfig, wire_dtype: torch.dtype, environment: Environment
-) -> BucketRecord:
+    layout: Layout, ready_s: np.ndarray, config: CommunicationConfig, wire_dtype: torch.dtype, environment: Environment,
+    needed_s: np.ndarray | None = None,
+) -> BucketRecord:  # fmt: skip
     """Measure the link and plan. A collective; every rank gets rank 0's plan.
 
     Args:
         layout: with any buckets; its clip groups, and its order of parameters.
         ready_s: this rank's [parameters].
+        needed_s: this rank's [parameters], when forward needs them; for the sharded variant.
     """
     whole = config.clip == "bucket_before_reduce"
     members = [group.parameters for group in layout.groups] if whole else [(index,) for index in layout.order]
     names = [group.name for group in layout.groups] if whole else [layout.names[index] for index in layout.order]
     width = torch.empty((), dtype=wire_dtype).element_size()
     sizes = [sum(layout.numel[i] for i in unit) * width for unit in members]
-    ready = torch.tensor([max(float(ready_s[i]) for i in unit) for unit in members], dtype=torch.float64)
+    shards = config.shard_optimizer and environment.world_size > 1
+    ready = np.array([max(float(ready_s[i]) for i in unit) for unit in members])
     link = Link(0.0, _UNMEASURED)
     if environment.world_size > 1:
-        ready = ready.to(environment.device)
-        dist.all_reduce(ready, op=dist.ReduceOp.MAX)
-        link = measure_link(sum(sizes), wire_dtype, environment, scatter=config.shard_optimizer)
-        shared = torch.tensor([link.latency_s, link.bytes_per_s], dtype=torch.float64, device=environment.device)
-        dist.broadcast(shared, 0)
-        link = Link(*shared.tolist())
-    times = np.maximum.accumulate(ready.cpu().numpy())
-    limits = {
-        "min_bytes": config.min_bucket_mb * 2**20 * width / 4,
-        "max_bytes": config.max_bucket_mb * 2**20 * width / 4,
-    }
-    plan = exact_plan(times, np.array(sizes), link, **limits)
-    if environment.world_size > 1:  # processors may round differently, and all ranks must have the same buckets
-        ends = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=environment.device)
-        ends[: len(plan.ends)] = torch.tensor(plan.ends, device=environment.device)
-        dist.broadcast(ends, 0)
-        chosen = [end for end in ends.tolist() if end]
-        if chosen != list(plan.ends):
-            plan = timeline(times, np.array(sizes), chosen, link)
-    return BucketRecord(
-        tuple(names), tuple(times.tolist()), tuple(sizes), link, plan, lower_bound(times, np.array(sizes), link)
-    )
+        ready = _latest(ready, environment)
+        link = measure_link(sum(sizes), wire_dtype, environment, reduce_scatter if shards else all_reduce)
+    ready = np.maximum.accumulate(ready)
+    least, most = (mib * 2**20 * width / 4 for mib in (config.min_bucket_mb, config.max_bucket_mb))
+    if not shards:
+        plan = exact_plan(ready, np.array(sizes), link, min_bytes=least, max_bytes=most)
+        ends = _of_first_rank(plan.ends, len(sizes), environment)
+    else:
+        assert needed_s is not None
+        needed = _latest(np.array([min(float(needed_s[i]) for i in unit) for unit in members]), environment)
+        gathering = measure_link(sum(sizes) // width * 4, torch.float32, environment, gather)
+        times = ShardedTimes(ready, needed, np.array(sizes), np.array(sizes) / width * 4, link, gathering)
+        ends = _of_first_rank(sharded_plan(times, min_bytes=least, max_bytes=most), len(sizes), environment)
+    plan = timeline(ready, np.array(sizes), ends, link)
+    bound = lower_bound(ready, np.array(sizes), link)
+    weights = WeightRecord(tuple(needed.tolist()), gathering, delays(times, ends)[1]) if shards else None
+    return BucketRecord(tuple(names), tuple(ready.tolist()), tuple(sizes), link, plan, bound, weights)
+
+
+def _latest(seconds: np.ndarray, environment: Environment) -> np.ndarray:
+    """The slowest rank's times."""
+    shared = torch.tensor(seconds, dtype=torch.float64, device=environment.device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.cpu().numpy()
+
+
+def _of_first_rank(ends: Sequence[int], count: int, environment: Environment) -> list[int]:
+    """Rank 0's ends: processors may round differently, and all ranks must have the same buckets."""
+    if environment.world_size == 1:
+        return list(ends)
+    shared = torch.zeros(count + 1, dtype=torch.int64, device=environment.device)
+    shared[: len(ends)] = torch.tensor(ends, device=environment.device)
+    dist.broadcast(shared, 0)
+    return [end for end in shared.tolist() if end]

@@ -1,0 +1,82 @@
+"""Hosts on one machine: Linux network namespaces on a bridge, every link limited by a token bucket. Needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_BRIDGE, _SUBNET, _PORT = "bfbr0", "10.77.0", 29511
+
+
+def _sh(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@contextmanager
+def hosts(number: int, rate_mbit: int | None) -> Iterator[list[str]]:
+    """Names of `number` namespaces; each link carries `rate_mbit` in each direction (None: no limit). Removed at the end."""
+    names = [f"bf{os.getpid() % 10_000}h{i}" for i in range(number)]
+    _remove(names)  # of a run that was killed
+    try:
+        _sh("ip", "link", "add", _BRIDGE, "type", "bridge")
+        _sh("ip", "link", "set", _BRIDGE, "up")
+        for index, name in enumerate(names):
+            _sh("ip", "netns", "add", name)
+            _sh("ip", "link", "add", f"bfv{index}", "type", "veth", "peer", "name", f"bfb{index}")
+            _sh("ip", "link", "set", f"bfv{index}", "netns", name)
+            _sh("ip", "link", "set", f"bfb{index}", "master", _BRIDGE, "up")
+            _sh("ip", "-n", name, "addr", "add", f"{_SUBNET}.{index + 1}/24", "dev", f"bfv{index}")
+            _sh("ip", "-n", name, "link", "set", "lo", "up")
+            _sh("ip", "-n", name, "link", "set", f"bfv{index}", "up")
+            # A window that collapses in every pause, or a sender that paces itself, would be measured instead of the link.
+            for setting in ("tcp_slow_start_after_idle=0", "tcp_congestion_control=reno"):
+                _sh("ip", "netns", "exec", name, "sysctl", "-qw", f"net.ipv4.{setting}")
+            if rate_mbit:
+                shape = ("root", "tbf", "rate", f"{rate_mbit}mbit", "burst", "128kb", "latency", "50ms")
+                _sh("tc", "-n", name, "qdisc", "replace", "dev", f"bfv{index}", *shape)
+                _sh("tc", "qdisc", "replace", "dev", f"bfb{index}", *shape)
+        yield names
+    finally:
+        _remove(names)
+
+
+def _remove(names: list[str]) -> None:
+    for index, name in enumerate(names):
+        subprocess.run(["ip", "link", "del", f"bfb{index}"], capture_output=True)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+
+
+def run_hosts(script: Path, number: int, rate_mbit: int | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Start `script --worker SETTINGS` on every host; what rank 0 prints.
+
+    Raises:
+        RuntimeError: a worker ended with an error; its last line.
+        subprocess.CalledProcessError: the hosts could not be made.
+    """
+    with hosts(number, rate_mbit) as names:
+        processes = []
+        for rank, name in enumerate(names):
+            variables = {
+                **os.environ, "GLOO_SOCKET_IFNAME": f"bfv{rank}", "MASTER_ADDR": f"{_SUBNET}.1", "MASTER_PORT": str(_PORT),
+                "RANK": str(rank), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            command = ["ip", "netns", "exec", name, sys.executable, str(script), "--worker", json.dumps(settings)]
+            processes.append(
+                subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        try:
+            outputs = [process.communicate(timeout=3600) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(errors.strip().splitlines()[-1] if errors.strip() else f"exit {process.returncode}")
+    return json.loads(outputs[0][0].splitlines()[-1])

@@ -1,0 +1,105 @@
+"""A model whose passes wait instead of compute, as a host does while a GPU works: what is measured is scheduling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bert_fast.model.loss import LossSums
+from bert_fast.train.model_trace import model_trace
+
+TOTAL_NUMEL = 8_400_000  # 33.6 MB of gradients: eight layers of 4.2 MB
+FORWARD_SHARE, UPDATE_SHARE = 0.5, 0.1  # of the time of backward
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that become ready together (a clip group), in the order of the forward pass."""
+
+    name: str
+    numel: int
+    backward_s: float
+
+
+def units_of(model: str, backward_s: float) -> list[Unit]:
+    """`layers`: eight equal layers. `base`, `large`: BERT's groups, scaled to the same number of bytes, timed by FLOPs.
+
+    The tied word embedding is in `embeddings`, the last to become ready.
+    """
+    if model == "layers":
+        return [Unit(f"layers.{i}", TOTAL_NUMEL // 8, backward_s / 8) for i in range(8)]
+    ready, sizes, names = model_trace(model, backward_s, 4, whole_groups=True)
+    scale = TOTAL_NUMEL / (sizes.sum() / 4)
+    waits = [b - a for a, b in zip([0.0, *ready[:-1]], ready, strict=True)]
+    return [
+        Unit(name, int(size / 4 * scale), float(wait))
+        for name, size, wait in zip(names[::-1], sizes[::-1], waits[::-1], strict=True)
+    ]
+
+
+def scale_of(model: str) -> float:
+    """Bytes of the model's gradients over those of BERT in fp32; bucket sizes in MiB are scaled alike."""
+    return 1.0 if model == "layers" else TOTAL_NUMEL * 4 / model_trace(model, 1.0, 4, whole_groups=True)[1].sum()
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, forward_s: float, backward_s: float) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # type: ignore[override]
+        time.sleep(ctx.backward_s)
+        return gradient, torch.full_like(ctx.saved_tensors[0], 1e-3), None, None
+
+
+class _Layer(nn.Module):
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(unit.numel))
+        self.unit = unit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Wait.apply(x, self.weight, FORWARD_SHARE * self.unit.backward_s, self.unit.backward_s)
+
+
+class WaitingModel(nn.Module):
+    """One parameter a unit; `forward` takes a [1] tensor that requires a gradient."""
+
+    def __init__(self, units: list[Unit]) -> None:
+        super().__init__()
+        for unit in units:
+            parent: nn.Module = self
+            *path, last = unit.name.split(".")
+            for name in path:
+                if not hasattr(parent, name):
+                    parent.add_module(name, nn.Module())
+                parent = getattr(parent, name)
+            parent.add_module(last, _Layer(unit))
+        self._layers = [module for module in self.modules() if isinstance(module, _Layer)]
+
+    def forward(self, x: torch.Tensor) -> LossSums:
+        for layer in self._layers:
+            x = layer(x)
+        nothing = torch.zeros(())
+        return LossSums(x.sum(), nothing, nothing, nothing)
+
+
+def slow_updates(optimizer: torch.optim.Optimizer, seconds: float) -> None:
+    """Let the update of all elements of the model take `seconds` longer, that of some of them their share."""
+    step: Callable[[], Any] = optimizer.step
+
+    def slow() -> None:
+        step()
+        numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        time.sleep(seconds * numel / TOTAL_NUMEL)
+
+    optimizer.step = slow  # type: ignore[method-assign]
