@@ -18,8 +18,9 @@ MODES = ("none", "global_before_reduce", "bucket_before_reduce", "global_after_r
 def coefficient(norm: torch.Tensor, threshold: float, scale: torch.Tensor | None = None) -> torch.Tensor:
     """min(1, threshold * scale / norm) as a 0-dim tensor; NaN where the norm is not finite."""
     limit = threshold if scale is None else threshold * scale
-    ratio = (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
-    return torch.where(torch.isfinite(norm), ratio, torch.nan)
+    # Few operations, as there is one of these for every group. At norm 0 the ratio is infinite and clamped to 1; the last
+    # term is 0, or NaN where the norm is not finite.
+    return (limit / norm).clamp_max_(1.0).add_(norm, alpha=0.0)
 
 
 def group_threshold(max_norm: float, num_groups: int) -> float:
@@ -34,14 +35,23 @@ class ClipStatistics:
         self.names = names
         self._clipped = torch.zeros(len(names), device=device)
         self._coefficients = torch.zeros(len(names), device=device)
+        self._this_step = torch.ones(len(names), device=device)
+        self._places = list(self._this_step.unbind())
+        self._added = False
         self._count = 0
 
     def add(self, group: int, value: torch.Tensor) -> None:
-        """Record one clip coefficient of a group."""
-        self._clipped[group] += value < 1.0
-        self._coefficients[group] += value.nan_to_num()
-        if group == 0:
+        """Note a group's clip coefficient of this step."""
+        self._places[group].copy_(value)
+        self._added = True
+
+    def end_step(self) -> None:
+        """Count what was noted: a few operations for all groups."""
+        if self._added:
+            self._clipped += self._this_step < 1.0
+            self._coefficients += self._this_step.nan_to_num()
             self._count += 1
+            self._added = False
 
     def read(self) -> dict[str, dict[str, float]]:
         """Share of steps in which a group was clipped, and its mean coefficient. Synchronises; resets."""

@@ -70,6 +70,7 @@ class DdpEngine:
             value = coefficient(norm, self._max_norm)
             self.clip_statistics.add(0, value)
             torch._foreach_mul_(gradients, value)
+        self.clip_statistics.end_step()
         self.exposed_s = time.perf_counter() - start  # DDP waits inside backward; its wait cannot be told apart
         return norm
 

@@ -76,7 +76,8 @@ class BucketReducer:
         """Around forward and backward of one micro-batch; `scale` is the loss scale it runs under."""
         self._armed, self._scale = last, scale
         if last:
-            self._waiting, self._next = list(self._full), 0
+            self._waiting[:] = self._full
+            self._next = 0
         yield
         self._armed = False
 
@@ -127,6 +128,7 @@ class BucketReducer:
             self.clip_statistics.add(0, value)
             with self._traced("clip", "model"):
                 self._scale_reduced(value)
+        self.clip_statistics.end_step()
         return norm
 
     def reduced(self, number: int) -> torch.Tensor:
@@ -151,19 +153,21 @@ class BucketReducer:
         return flag
 
     def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
-        def ready(_parameter: torch.Tensor) -> None:
-            if not self._armed:
-                return
-            self._waiting[bucket] -= 1
-            if self._clip != "global_before_reduce" and self._next_is_full():
-                with self._beside(after_backward=True):
-                    while self._next_is_full():
-                        self._launch()
+        waiting, overlaps = self._waiting, self._clip != "global_before_reduce"
+
+        def ready(_parameter: torch.Tensor) -> None:  # once a tensor and step: as little as can be
+            if self._armed:
+                waiting[bucket] -= 1
+                if overlaps and not waiting[bucket]:
+                    self._leave()
 
         return ready
 
-    def _next_is_full(self) -> bool:
-        return self._next < len(self._waiting) and self._waiting[self._next] == 0
+    def _leave(self) -> None:
+        """Launch what is full and has no bucket before it that is not."""
+        with self._beside(after_backward=True):
+            while self._next < len(self._waiting) and self._waiting[self._next] == 0:
+                self._launch()
 
     def _launch(self) -> None:
         """Clip the next bucket's groups and start its first collective, then the next of the buckets before it."""
@@ -175,13 +179,14 @@ class BucketReducer:
             mine.reduced = self.trace.begin("buckets", bucket.name)
         if self._clip == "bucket_before_reduce":
             for group in self._groups_of[number]:
-                self._clip_span(group, self.layout.groups[group])
+                self._clip_span(group, self.layout.groups[group], 1.0 / self._world)
+        elif self._world > 1:
+            values.mul_(1.0 / self._world)
         self._next += 1
         if self._world == 1:
             self._look(values)
             self._in_flight.append(mine)
             return
-        values.mul_(1.0 / self._world)
         wire = self.wire.encode(number, values)
         self._look(wire)
         mine.rest = self._collectives(number, wire, values)
@@ -218,12 +223,13 @@ class BucketReducer:
         if self._watch is not None:
             self._watch += torch.linalg.vector_norm(values) * 0.0
 
-    def _clip_span(self, group: int, span: Span) -> None:
+    def _clip_span(self, group: int, span: Span, factor: float = 1.0) -> None:
+        """Clip, and multiply by `factor` in the same pass."""
         with self._traced("clip", span.name):
             values = self.gradients.of(span)
             value = coefficient(torch.linalg.vector_norm(values), self._threshold, self._scale)
             self.clip_statistics.add(group, value)
-            values.mul_(value)
+            values.mul_(value if factor == 1.0 else value * factor)
 
     def _traced(self, track: str, name: str) -> AbstractContextManager[None]:
         return span_or_nothing(self.trace, track, name)

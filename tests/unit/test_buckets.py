@@ -252,6 +252,8 @@ def test_statistics_are_means_over_steps_and_start_anew() -> None:
     for first, second in ((1.0, 0.5), (0.25, 0.5), (1.0, 1.0), (1.0, float("nan"))):
         statistics.add(0, torch.tensor(first))
         statistics.add(1, torch.tensor(second))
+        statistics.end_step()
+    statistics.end_step()
     read = statistics.read()
     assert read["a"] == {"clipped_share": 0.25, "mean_coefficient": pytest.approx(3.25 / 4)}
     assert read["b"] == {"clipped_share": 0.5, "mean_coefficient": 0.5}
