@@ -9,6 +9,7 @@ hook waits there for the collective before; on NCCL only the stream does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +31,12 @@ class WireFormat:
 
     stages = 1  # the most collectives a bucket takes
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, scale: float = 1.0) -> None:
+        """
+        Args:
+            scale: what values are multiplied by on the wire (a power of two), see `fp16_scale`.
+        """
+        self.dtype, self.scale = dtype, scale
         self.bytes_sent = 0  # payload handed to collectives by this rank
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
@@ -40,7 +45,9 @@ class WireFormat:
         Args:
             values: the bucket's gradients divided by the number of ranks, flat. May be changed.
         """
-        return values if values.dtype == self.dtype else values.to(self.dtype)
+        if values.dtype == self.dtype:
+            return values
+        return torch.mul(values, self.scale, out=torch.empty_like(values, dtype=self.dtype))
 
     def all_reduce(
         self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None
@@ -54,6 +61,8 @@ class WireFormat:
         """Put what arrived into the bucket."""
         if wire is not values:
             values.copy_(wire)
+            if self.scale != 1.0:  # not in the wire's format, in which small values would be lost after all
+                values.mul_(1.0 / self.scale)
 
     def reduce_scatter(
         self, number: int, wire: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None
@@ -64,6 +73,8 @@ class WireFormat:
             received = torch.empty_like(wire)
             yield exchange.all_to_all(received, wire, 2 * number, group)
             torch.sum(received.view(-1, len(shard)), dim=0, dtype=shard.dtype, out=shard)
+            if self.scale != 1.0:
+                shard.mul_(1.0 / self.scale)
             return
         part = shard if wire.dtype == shard.dtype else torch.empty_like(shard, dtype=wire.dtype)
         yield _reduce_scatter(part, wire, group=group, async_op=True)
@@ -81,6 +92,25 @@ class WireFormat:
         self.bytes_sent += wire.numel() * wire.element_size()
 
 
-def wire_format(name: str, gradient_dtype: torch.dtype) -> WireFormat:
-    """The format of the config's `reduce_dtype`. `fp32` means the gradients' own dtype (fp64 in tests)."""
-    return WireFormat(gradient_dtype if name == "fp32" else DTYPES[name])
+def fp16_scale(clip: str, max_norm: float, has_loss_scale: bool) -> float:
+    """What keeps averaged gradients off fp16's ends: below 6e-8 an entry is lost, above 65,504 the step is.
+
+    A rank sends its gradient divided by the number of ranks. With a loss scale that is large already. Clipped before the
+    reduction, no sum exceeds `max_norm`, and is brought to 2^14 at the most; else sums up to 511 are let through.
+    """
+    if has_loss_scale:
+        return 1.0
+    if clip in ("bucket_before_reduce", "global_before_reduce"):
+        return 2.0 ** math.floor(math.log2(2**14 / max_norm))
+    return 2.0**7
+
+
+def wire_format(name: str, gradient_dtype: torch.dtype, scale: float = 1.0) -> WireFormat:
+    """The format of the config's `reduce_dtype`. `fp32` means the gradients' own dtype (fp64 in tests).
+
+    Args:
+        scale: of `fp16_scale`; only fp16 needs one.
+    """
+    if name == "fp32":
+        return WireFormat(gradient_dtype)
+    return WireFormat(DTYPES[name], scale if name == "fp16" else 1.0)

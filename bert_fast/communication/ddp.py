@@ -29,7 +29,8 @@ class DdpEngine:
                 "communication.engine=ddp fills its buckets in ready order, and these communication.clip_groups are not "
                 "runs of it; use engine=bucketed, or clip_groups=layer, tensor or model"
             )
-        caps = [sum(layout.numel[i] for i in b.parameters) * 4 / 2**20 for b in layout.buckets]
+        width = next(model.parameters()).element_size()
+        caps = [sum(layout.numel[i] for i in b.parameters) * width / 2**20 for b in layout.buckets]
         self.trace: Trace | None = None
         self.layout, self.wire, self._clip, self._max_norm = layout, wire, clip, max_norm
         self._parameters = list(model.parameters())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bert_fast.communication.buckets import Layout, measure_ready_order, plan_layout
-from bert_fast.communication.compress import wire_format
+from bert_fast.communication.compress import fp16_scale, wire_format
 from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.sharded import ShardedReducer
@@ -90,7 +90,8 @@ def make_engine(config: Config, environment: Environment, model: torch.nn.Module
     kind = DdpEngine if communication.engine == "ddp" else BucketReducer
     if communication.shard_optimizer and environment.world_size > 1:
         kind = ShardedReducer
-    wire = wire_format(communication.reduce_dtype, next(model.parameters()).dtype)
+    scale = fp16_scale(communication.clip, communication.max_norm, environment.dtype == torch.float16)
+    wire = wire_format(communication.reduce_dtype, next(model.parameters()).dtype, scale)
     return kind(model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire)
 
 

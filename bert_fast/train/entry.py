@@ -22,6 +22,17 @@ from bert_fast.train.folder import check_folder, check_inputs, create_folder
 if TYPE_CHECKING:
     from bert_fast.train.loop import Outcome, Run
 
+# What c10d raises when another rank is gone or silent
+_LOST_RANK = (
+    "gloo",
+    "Gloo",
+    "NCCL",
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "pair closure",
+    "Timed out",
+)
 EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING, EXIT_BUG = 1, 2, 3, 70
 
 
@@ -41,9 +52,7 @@ def guarded(action: Callable[[], int]) -> int:
         return _bug(error)
     except RuntimeError as error:
         text = str(error)
-        if not any(
-            word in text for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
-        ):
+        if not any(word in text for word in _LOST_RANK):
             return _bug(error)
         return _report(f"lost contact with another rank: {text.splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
     except Exception as error:

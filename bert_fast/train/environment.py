@@ -111,7 +111,7 @@ def _init_process_group(config: Config, device: torch.device, rank: int, world: 
         else:
             device_id = device if backend == "nccl" else None
             dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         text = str(error).splitlines()[0]
         if "in use" in text.lower():
             raise UserError(
