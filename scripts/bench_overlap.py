@@ -5,9 +5,9 @@
 
 Two or four namespaces joined by veth pairs and a bridge, both ends of a link limited by a token bucket; gloo between them.
 Forward, backward and updates are modelled as waiting time, as on a host beside a GPU: they need no CPU, and what is measured
-is scheduling. `--model layers`: eight equal layers of 4.2 MB; `base` and `large`: BERT's clip groups, scaled to as many bytes,
-the time of backward spread by FLOPs, the tied word embedding last; `real`: the mini benchmark's model, computed on this CPU
-(every rank on its share of the cores, so its times are noisy).
+is scheduling. `--model layers`: eight equal layers of 4.2 MB; `base` and `large`: BERT's clip groups, scaled to half as many
+bytes, the time of backward spread by FLOPs, the tied word embedding last; `real`: a small BERT computed on this CPU, a thread a
+rank (so its times are noisy).
 
 The time of backward follows from the ratio of communication to backward; forward takes half as long, all updates a tenth. A
 cycle is a whole step. Variants run in turn; figures are medians. Exposed is what a cycle takes beyond a cycle without
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def main() -> int:
     if args.quick:
         args.links, args.ratios, args.repeats = ["1gbit"], [1], 3
         args.variants = ["one_bucket", "ddp_default", "auto", "auto_sharded"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
     facts = environment()
     metrics: dict[str, float] = {}
     samples: dict[str, list[float]] = {}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_BRIDGE, _SUBNET, _PORT = "bfbr0", "10.77.0", 29511
+_SUBNET, _PORT = "10.77.0", 29511
 
 
 def _sh(*command: str) -> None:
@@ -21,36 +21,33 @@ def _sh(*command: str) -> None:
 @contextmanager
 def hosts(number: int, rate_mbit: int | None) -> Iterator[list[str]]:
     """Names of `number` namespaces; each link carries `rate_mbit` in each direction (None: no limit). Removed at the end."""
-    names = [f"bf{os.getpid() % 10_000}h{i}" for i in range(number)]
-    _remove(names)  # of a run that was killed
+    mark = f"bf{os.getpid() % 100_000}"  # several runs may go on at once; names of interfaces have 15 characters
+    bridge, names = f"{mark}b", [f"{mark}h{i}" for i in range(number)]
     try:
-        _sh("ip", "link", "add", _BRIDGE, "type", "bridge")
-        _sh("ip", "link", "set", _BRIDGE, "up")
+        _sh("ip", "link", "add", bridge, "type", "bridge")
+        _sh("ip", "link", "set", bridge, "up")
         for index, name in enumerate(names):
+            outside = f"{mark}p{index}"
             _sh("ip", "netns", "add", name)
-            _sh("ip", "link", "add", f"bfv{index}", "type", "veth", "peer", "name", f"bfb{index}")
-            _sh("ip", "link", "set", f"bfv{index}", "netns", name)
-            _sh("ip", "link", "set", f"bfb{index}", "master", _BRIDGE, "up")
-            _sh("ip", "-n", name, "addr", "add", f"{_SUBNET}.{index + 1}/24", "dev", f"bfv{index}")
+            _sh("ip", "link", "add", name, "type", "veth", "peer", "name", outside)
+            _sh("ip", "link", "set", name, "netns", name)
+            _sh("ip", "link", "set", outside, "master", bridge, "up")
+            _sh("ip", "-n", name, "addr", "add", f"{_SUBNET}.{index + 1}/24", "dev", name)
             _sh("ip", "-n", name, "link", "set", "lo", "up")
-            _sh("ip", "-n", name, "link", "set", f"bfv{index}", "up")
+            _sh("ip", "-n", name, "link", "set", name, "up")
             # A window that collapses in every pause, or a sender that paces itself, would be measured instead of the link.
             for setting in ("tcp_slow_start_after_idle=0", "tcp_congestion_control=reno"):
                 _sh("ip", "netns", "exec", name, "sysctl", "-qw", f"net.ipv4.{setting}")
             if rate_mbit:
                 shape = ("root", "tbf", "rate", f"{rate_mbit}mbit", "burst", "128kb", "latency", "50ms")
-                _sh("tc", "-n", name, "qdisc", "replace", "dev", f"bfv{index}", *shape)
-                _sh("tc", "qdisc", "replace", "dev", f"bfb{index}", *shape)
+                _sh("tc", "-n", name, "qdisc", "replace", "dev", name, *shape)
+                _sh("tc", "qdisc", "replace", "dev", outside, *shape)
         yield names
     finally:
-        _remove(names)
-
-
-def _remove(names: list[str]) -> None:
-    for index, name in enumerate(names):
-        subprocess.run(["ip", "link", "del", f"bfb{index}"], capture_output=True)
-        subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+        for index, name in enumerate(names):
+            subprocess.run(["ip", "link", "del", f"{mark}p{index}"], capture_output=True)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
 
 
 def run_hosts(script: Path, number: int, rate_mbit: int | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def run_hosts(script: Path, number: int, rate_mbit: int | None, settings: dict[s
         processes = []
         for rank, name in enumerate(names):
             variables = {
-                **os.environ, "GLOO_SOCKET_IFNAME": f"bfv{rank}", "MASTER_ADDR": f"{_SUBNET}.1", "MASTER_PORT": str(_PORT),
+                **os.environ, "GLOO_SOCKET_IFNAME": name, "MASTER_ADDR": f"{_SUBNET}.1", "MASTER_PORT": str(_PORT),
                 "RANK": str(rank), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1",
             }  # fmt: skip
             command = ["ip", "netns", "exec", name, sys.executable, str(script), "--worker", json.dumps(settings)]

@@ -10,7 +10,7 @@ import numpy as np
 from overlap.variants import Instance, Links, SilentWire
 
 
-def measure_host(silent: Instance, repeats: int = 5) -> dict[str, list[float] | float]:
+def measure_host(silent: Instance, repeats: int = 2) -> dict[str, list[float] | float]:
     """Medians of a silent cycle, in seconds from its start: when buckets leave, backward's end, the cycle's end."""
     assert isinstance(silent.wire, SilentWire)
     left, backward, ends = [], [], []

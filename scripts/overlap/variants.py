@@ -103,27 +103,39 @@ class Instance:
     marks: dict[str, float] = field(default_factory=dict)
 
 
-def plan_ends(variant: Variant, units: list[Unit], links: Links, scale: float, cpu: Environment) -> list[int]:
-    """After how many units, in ready order, the buckets of a variant end."""
+@dataclass
+class Passes:
+    """Measured times of the passes, as `bucket_mb: auto` measures them: [units] in ready order, the latest rank's."""
+
+    ready_s: np.ndarray
+    needed_s: np.ndarray
+
+
+def measure_passes(units: list[Unit], cpu: Environment) -> Passes:
+    """A collective."""
+    model = WaitingModel(units)
+    x = torch.zeros(1, requires_grad=True)
+    ready = measure_ready_times(list(model.parameters()), lambda: model(x).mlm_sum, cpu)
+    shared = torch.tensor(np.stack([ready, measure_need_times(model, lambda: model(x).mlm_sum, cpu)]))
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    ready, needed = shared.numpy()[:, ::-1]
+    return Passes(np.maximum.accumulate(ready), needed)
+
+
+def plan_ends(variant: Variant, units: list[Unit], links: Links, scale: float, passes: Passes) -> list[int]:
+    """After how many units, in ready order, the buckets of a variant end. A collective."""
     sizes = np.array([unit.numel * 4.0 for unit in units[::-1]])
     if variant.buckets == "default":  # DDP's first bucket is of 1 MiB
         first = uniform_ends(sizes, scale * 2**20)[0]
         return [first, *(first + end for end in uniform_ends(sizes[first:], scale * 25 * 2**20))]
     if variant.buckets != "auto":
         return uniform_ends(sizes, scale * variant.buckets * 2**20)
-    model = WaitingModel(units)
-    x = torch.zeros(1, requires_grad=True)
-    parameters = list(model.parameters())
-    ready = measure_ready_times(parameters, lambda: model(x).mlm_sum, cpu)[::-1]
-    shared = torch.tensor(np.maximum.accumulate(ready))
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     if variant.shard:
-        needed = measure_need_times(model, lambda: model(x).mlm_sum, cpu)[::-1]
-        times = ShardedTimes(shared.numpy(), needed, sizes, sizes, links.reduce_scatter, links.all_gather)
+        times = ShardedTimes(passes.ready_s, passes.needed_s, sizes, sizes, links.reduce_scatter, links.all_gather)
         ends = sharded_plan(times)
     else:
         width = 0.5 if variant.wire == "bf16" else 1.0
-        ends = exact_plan(shared.numpy(), sizes * width, links.all_reduce).ends
+        ends = exact_plan(passes.ready_s, sizes * width, links.all_reduce).ends
     chosen = torch.tensor([*ends, *[0] * (len(units) - len(ends))])
     dist.broadcast(chosen, 0)
     return [end for end in chosen.tolist() if end]
@@ -164,7 +176,7 @@ def make(variant: Variant, units: list[Unit], ends: list[int], silent: bool = Fa
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
         parts = [[parameters[i] for i in bucket.parameters] for bucket in layout.buckets]
-    slow_updates(optimizer, update_s)
+    slow_updates(optimizer, sum(unit.numel for unit in units), update_s)
     step = TrainStep(engine, optimizer, torch.device("cpu"), torch.float32, world, None)
     if variant.when == "bucket":
         step.update_by_bucket(parts)
@@ -182,7 +194,7 @@ def _plain_ddp(
     """As a user has it: no clipping, no hook. Its buckets are the default ones of a model of BERT's size."""
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps)
     optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-3, fused=True)
-    slow_updates(optimizer, update_s)
+    slow_updates(optimizer, sum(numel), update_s)
 
     def cycle() -> None:
         optimizer.zero_grad(set_to_none=False)
@@ -197,7 +209,7 @@ def without_engine(units: list[Unit]) -> tuple[Callable[[], None], list[float]]:
     model = WaitingModel(units)
     x = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-3, fused=True)
-    slow_updates(optimizer, UPDATE_SHARE * sum(unit.backward_s for unit in units))
+    slow_updates(optimizer, sum(unit.numel for unit in units), UPDATE_SHARE * sum(unit.backward_s for unit in units))
     backward: list[float] = []
 
     def cycle() -> None:

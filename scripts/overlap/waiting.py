@@ -13,7 +13,10 @@ from torch import nn
 from bert_fast.model.loss import LossSums
 from bert_fast.train.model_trace import model_trace
 
-TOTAL_NUMEL = 8_400_000  # 33.6 MB of gradients: eight layers of 4.2 MB
+LAYERS_NUMEL, BERT_NUMEL = (
+    8_400_000,
+    4_200_000,
+)  # 33.6 MB of gradients: eight layers of 4.2 MB; BERT's groups, half as much
 FORWARD_SHARE, UPDATE_SHARE = 0.5, 0.1  # of the time of backward
 
 
@@ -27,14 +30,14 @@ class Unit:
 
 
 def units_of(model: str, backward_s: float) -> list[Unit]:
-    """`layers`: eight equal layers. `base`, `large`: BERT's groups, scaled to the same number of bytes, timed by FLOPs.
+    """`layers`: eight equal layers. `base`, `large`: BERT's groups, scaled to half that number of bytes, timed by FLOPs.
 
     The tied word embedding is in `embeddings`, the last to become ready.
     """
     if model == "layers":
-        return [Unit(f"layers.{i}", TOTAL_NUMEL // 8, backward_s / 8) for i in range(8)]
+        return [Unit(f"layers.{i}", LAYERS_NUMEL // 8, backward_s / 8) for i in range(8)]
     ready, sizes, names = model_trace(model, backward_s, 4, whole_groups=True)
-    scale = TOTAL_NUMEL / (sizes.sum() / 4)
+    scale = scale_of(model)
     waits = [b - a for a, b in zip([0.0, *ready[:-1]], ready, strict=True)]
     return [
         Unit(name, int(size / 4 * scale), float(wait))
@@ -44,7 +47,12 @@ def units_of(model: str, backward_s: float) -> list[Unit]:
 
 def scale_of(model: str) -> float:
     """Bytes of the model's gradients over those of BERT in fp32; bucket sizes in MiB are scaled alike."""
-    return 1.0 if model == "layers" else TOTAL_NUMEL * 4 / model_trace(model, 1.0, 4, whole_groups=True)[1].sum()
+    return 1.0 if model == "layers" else BERT_NUMEL * 4 / model_trace(model, 1.0, 4, whole_groups=True)[1].sum()
+
+
+def numel_of(model: str) -> int:
+    """Elements of the model that waits."""
+    return LAYERS_NUMEL if model == "layers" else BERT_NUMEL
 
 
 class _Wait(torch.autograd.Function):
@@ -93,13 +101,13 @@ class WaitingModel(nn.Module):
         return LossSums(x.sum(), nothing, nothing, nothing)
 
 
-def slow_updates(optimizer: torch.optim.Optimizer, seconds: float) -> None:
-    """Let the update of all elements of the model take `seconds` longer, that of some of them their share."""
+def slow_updates(optimizer: torch.optim.Optimizer, total: int, seconds: float) -> None:
+    """Let the update of `total` elements take `seconds` longer, that of some of them their share."""
     step: Callable[[], Any] = optimizer.step
 
     def slow() -> None:
         step()
         numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        time.sleep(seconds * numel / TOTAL_NUMEL)
+        time.sleep(seconds * numel / total)
 
     optimizer.step = slow  # type: ignore[method-assign]

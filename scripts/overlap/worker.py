@@ -16,8 +16,8 @@ from bert_fast.trace import Trace
 from bert_fast.train.environment import Environment
 from bert_fast.train.plan_buckets import all_reduce, gather, measure_link, reduce_scatter
 from overlap.prediction import lower_bound, measure_host, predict
-from overlap.variants import VARIANTS, Instance, Links, make, plan_ends, without_engine
-from overlap.waiting import FORWARD_SHARE, TOTAL_NUMEL, UPDATE_SHARE, scale_of, units_of
+from overlap.variants import VARIANTS, Instance, Links, Variant, make, measure_passes, plan_ends, without_engine
+from overlap.waiting import FORWARD_SHARE, UPDATE_SHARE, numel_of, scale_of, units_of
 
 _TRACED = ("one_bucket", "25mib", "auto", "auto_shadow", "auto_sharded_shadow")
 
@@ -32,17 +32,19 @@ def work(settings: dict[str, Any]) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     cpu = Environment(rank, rank, world, torch.device("cpu"), torch.float32)
-    links = _measure_links(cpu)
-    model, ratio = settings["model"], settings["ratio"]
-    backward_s = (float(links.all_reduce(TOTAL_NUMEL * 4)) - links.all_reduce.latency_s) / ratio
+    model, total = settings["model"], numel_of(settings["model"])
+    links = Links(*(measure_link(total * 4, torch.float32, cpu, way) for way in (all_reduce, reduce_scatter, gather)))
+    backward_s = float(links.all_reduce(total * 4)) / settings["ratio"]
     units = units_of(model, backward_s)
+    passes = measure_passes(units, cpu)
     alone, backward = without_engine(units)
-    cycles: dict[str, Callable[[], None]] = {"compute": alone, "communication": _communication()}
+    cycles: dict[str, Callable[[], None]] = {"compute": alone, "communication": _communication(total)}
     instances: dict[str, Instance] = {}
     predicted, bounds = {}, {}
+    left: dict[tuple[str, str], list[float]] = {}  # of single units, by clipping and format
     for name in settings["variants"]:
         variant = VARIANTS[name]
-        ends = plan_ends(variant, units, links, scale_of(model), cpu)
+        ends = plan_ends(variant, units, links, scale_of(model), passes)
         instances[name] = make(variant, units, ends)
         cycles[name] = instances[name].cycle
         host = _latest(measure_host(make(variant, units, ends, silent=True)))
@@ -50,12 +52,15 @@ def work(settings: dict[str, Any]) -> None:
         forward = [sum(waits[a:b]) for a, b in pairwise([0, *ends])]
         predicted[name] = predict(instances[name], host, links, forward, UPDATE_SHARE * backward_s)
         if variant.buckets == "auto" and not variant.shard and variant.clip != "global_before_reduce":
-            alone_units = make(variant, units, list(range(1, len(units) + 1)), silent=True)
-            ready = _latest(measure_host(alone_units))["left"]
+            key = (variant.clip, variant.wire)
+            if key not in left:
+                single = make(
+                    Variant(clip=variant.clip, wire=variant.wire), units, list(range(1, len(units) + 1)), silent=True
+                )
+                left[key] = _latest(measure_host(single))["left"]
             width = 2 if variant.wire == "bf16" else 4
-            bounds[name] = lower_bound(
-                instances[name], host, links, [unit.numel * width for unit in units[::-1]], ready
-            )  # fmt: skip
+            sizes = [unit.numel * width for unit in units[::-1]]
+            bounds[name] = lower_bound(instances[name], host, links, sizes, left[key])
     samples: dict[str, list[float]] = {name: [] for name in cycles}
     for number in range(1 + settings["repeats"]):
         for name, cycle in cycles.items():
@@ -88,15 +93,8 @@ def work(settings: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def _measure_links(cpu: Environment) -> Links:
-    found = []
-    for collective in (all_reduce, reduce_scatter, gather):
-        found.append(measure_link(TOTAL_NUMEL * 4, torch.float32, cpu, collective))
-    return Links(*found)
-
-
-def _communication() -> Callable[[], None]:
-    buffer = torch.zeros(TOTAL_NUMEL)
+def _communication(numel: int) -> Callable[[], None]:
+    buffer = torch.zeros(numel)
     return lambda: dist.all_reduce(buffer)
 
 

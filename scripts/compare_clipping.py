@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Loss curves of clipping modes side by side: the same config, seeds and number of steps, modes in turn.
+
+    python scripts/compare_clipping.py --config configs/mini_cpu.yaml --seeds 5 --out results/overlap/clipping
+
+Writes clipping.json (figures by name, curves of every run), clipping.md (a table) and clipping.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from run_seeds import run_one  # noqa: E402
+
+from bert_fast.communication.clip import MODES  # noqa: E402
+from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.files import write_atomically  # noqa: E402
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from bert_fast.report.metrics import read_metrics  # noqa: E402
+
+COLOURS = {"bucket_before_reduce": "#e6550d", "global_before_reduce": "#3182bd", "none": "#969696"}
+
+
+def curves_of(folder: Path) -> dict[str, Any]:
+    """Loss by step, accuracy by samples, and what share of the clip groups' norms was clipped."""
+    rows = read_metrics(folder)
+    steps = [row for row in rows if row["kind"] == "step"]
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    clipped = [group["clipped_share"] for row in steps for group in row["clip"].values()]
+    return {
+        "step": [row["step"] for row in steps], "loss": [round(row["loss"], 5) for row in steps],
+        "samples": [row["samples"] for row in evaluations],
+        "accuracy": [round(row["accuracy"], 5) for row in evaluations],
+        "clipped_share": statistics.fmean(clipped) if clipped else 0.0,
+    }  # fmt: skip
+
+
+def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Thin lines are seeds, the thick one their mean."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "bert_fast"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for mode, found in runs.items():
+        colour = COLOURS.get(mode, "#31a354")
+        for axis, x, y in ((left, "step", "loss"), (right, "samples", "accuracy")):
+            for run in found:
+                axis.plot(run[x], run[y], color=colour, lw=0.5, alpha=0.5)
+            mean = [statistics.fmean(values) for values in zip(*(run[y] for run in found), strict=True)]
+            axis.plot(found[0][x], mean, color=colour, lw=2, label=mode)
+    left.set(xlabel="step", ylabel="training loss")
+    right.set(xlabel="samples", ylabel="masked-LM accuracy")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    write_atomically(path, buffer.getvalue())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")
+    parser.add_argument("--seeds", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=750, help="of every run (default %(default)s)")
+    default = ["bucket_before_reduce", "global_before_reduce"]
+    parser.add_argument("--modes", nargs="+", default=default, choices=MODES, help="default: both that clip before")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.steps = 1, 60
+    facts = environment()
+    common = [
+        f"train.max_steps={args.steps}", "train.target_accuracy=null", "mlperf.enabled=false", "run.tensorboard=false",
+        *args.overrides,
+    ]  # fmt: skip
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in args.modes}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(1, args.seeds + 1):
+            for mode in args.modes:
+                folder = Path(scratch) / f"{mode}-{seed}"
+                try:
+                    run_one(args.config, [*common, f"communication.clip={mode}"], seed, folder)
+                except UserError as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    return 3
+                runs[mode].append(curves_of(folder))
+                last = runs[mode][-1]
+                print(f"seed {seed}, {mode}: loss {last['loss'][-1]:.4f}, accuracy {last['accuracy'][-1:]}", flush=True)
+    metrics: dict[str, float] = {}
+    rows = []
+    for mode, found in runs.items():
+        losses = [statistics.fmean(run["loss"][-5:]) for run in found]
+        accuracies = [run["accuracy"][-1] if run["accuracy"] else float("nan") for run in found]
+        metrics |= {
+            f"{mode}/final_loss": statistics.fmean(losses), f"{mode}/final_accuracy": statistics.fmean(accuracies),
+            f"{mode}/clipped_share": statistics.fmean(run["clipped_share"] for run in found),
+        }  # fmt: skip
+        spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in (losses, accuracies)]
+        rows.append((
+            mode, f"{metrics[f'{mode}/final_loss']:.4f} ± {spread[0]:.4f}",
+            f"{metrics[f'{mode}/final_accuracy']:.4f} ± {spread[1]:.4f}", f"{100 * metrics[f'{mode}/clipped_share']:.0f} %",
+        ))  # fmt: skip
+    if len(args.modes) == 2:
+        first, second = (runs[mode] for mode in args.modes)
+        paired = [
+            statistics.fmean(a["loss"][-5:]) - statistics.fmean(b["loss"][-5:])
+            for a, b in zip(first, second, strict=True)
+        ]
+        metrics["paired_loss_difference"] = statistics.fmean(paired)
+    text = markdown_table(("clipping", "loss of the last lines", "last accuracy", "norms clipped"), rows)
+    print("\n" + text)
+    out = Path(args.out)
+    write_atomically(out / "clipping.md", text + "\n")
+    draw(out / "clipping.svg", runs)
+    config = {"config": args.config, "seeds": args.seeds, "steps": args.steps, "overrides": common}
+    write_result(args.json or out / "clipping.json", metrics, config, facts, runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
