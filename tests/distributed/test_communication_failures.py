@@ -69,7 +69,7 @@ def test_a_run_goes_on_after_any_rank_was_killed(workspace: Workspace, rank: int
     run.wait_until(lambda: last_step(folder) >= 12)
     os.kill(run.pid_of_rank(rank), signal.SIGKILL)
     assert run.wait() == 4
-    assert re.search(rf"rank {rank} by SIGKILL; the others were stopped.*--resume", the_error(run))
+    assert re.search(rf"killed: rank {rank} by SIGKILL; the others were stopped.*--resume", the_error(run))
     resumed(workspace, folder)
 
 
@@ -126,7 +126,7 @@ def test_a_rank_killed_before_the_first_step(workspace: Workspace) -> None:
     run.wait_until(lambda: set(run.processes().values()) == {"", "0", "1"})
     os.kill(run.pid_of_rank(1), signal.SIGKILL)
     assert run.wait() == 4
-    assert re.search("rank 1 by SIGKILL", the_error(run))
+    assert "killed: rank 1 by SIGKILL; the others were stopped" in the_error(run)
 
 
 @pytest.mark.parametrize(
