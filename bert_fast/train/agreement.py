@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from bert_fast.communication.buckets import Layout
 from bert_fast.config import Config, as_plain
@@ -33,11 +34,12 @@ def check_parameters(named_shapes: list[tuple[str, list[int]]], environment: Env
             )
 
 
-def check_settings(config: Config, layout: Layout, environment: Environment) -> None:
+def check_settings(config: Config, layout: Layout, model: nn.Module, environment: Environment) -> None:
     """A collective. Raises UserError where a rank's settings or buckets are not rank 0's; the setting is named."""
     plain = as_plain(config)
     settings = {f"{section}.{name}": value for section in _SETTINGS for name, value in plain[section].items()}
     settings["the order of gradients"] = list(layout.order)
+    settings["the checksum of the starting weights"] = _checksum(model)
     settings["the buckets"] = [[bucket.start, bucket.end] for bucket in layout.buckets]
     other = _first_difference(settings, environment)
     if other is None:
@@ -51,13 +53,18 @@ def check_settings(config: Config, layout: Layout, environment: Environment) -> 
     )
 
 
+def _checksum(model: nn.Module) -> list[int]:
+    """Exact, in whatever order it is added up: the bits as whole numbers."""
+    return [int(p.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) for p in model.parameters()]
+
+
 def _first_difference(value: Any, environment: Environment) -> tuple[int, Any] | None:
     """The first rank whose value (plain, as JSON) is not rank 0's, and that value; digests travel first."""
     if not dist.is_initialized():
         return None
     digest = hashlib.sha256(json.dumps(value).encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=environment.device)
-    everyone = [torch.empty_like(mine) for _ in range(environment.world_size)]
+    everyone = [mine.clone() for _ in range(environment.world_size)]
     dist.all_gather(everyone, mine)
     digests = [int(each) for each in everyone]
     rank = next((rank for rank, each in enumerate(digests) if each != digests[0]), None)

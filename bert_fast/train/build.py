@@ -52,7 +52,7 @@ def build(config: Config, environment: Environment) -> Machinery:
     order = _shared_ready_order(config, environment, model)
     config, record = _with_buckets(config, environment, model, order)
     layout = make_layout(config, model, order)
-    check_settings(config, layout, environment)
+    check_settings(config, layout, model, environment)
     engine = make_engine(config, environment, model, layout)
     optimizer: torch.optim.Optimizer | ShardedOptimizer
     if isinstance(engine, ShardedReducer):

@@ -216,19 +216,13 @@ def test_reducer_equals_one_process(
             assert [r["started"] for r in results] == [[] if world == 1 else r["spans"] for r in results]
 
 
-DDP_IN_FP64 = pytest.mark.xfail(
-    strict=True, reason="DdpEngine counts 4 bytes an element in DDP's bucket caps: in fp64 DDP splits clip groups"
-)
-
-
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize(
     ("clip", "dtype", "tolerance"),
     [
         *((clip, torch.float32, 1e-5) for clip in MODES),
-        *((clip, torch.float64, 1e-12) for clip in MODES if clip != "bucket_before_reduce"),
-        pytest.param("bucket_before_reduce", torch.float64, 1e-12, marks=DDP_IN_FP64),
+        *((clip, torch.float64, 1e-12) for clip in MODES),
     ],
 )
 def test_ddp_equals_one_process(
