@@ -43,12 +43,20 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
 
 
 def estimate(
-    config: ModelConfig, *, tokens: int, tokens_squared: int, masked: int, element_bytes: int, keeps_scores: bool
+    config: ModelConfig,
+    *,
+    tokens: int,
+    tokens_squared: int,
+    masked: int,
+    element_bytes: int,
+    keeps_scores: bool,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Memory of a rank whose largest micro-batch has these sums of L, L^2 and masked positions.
 
     Args:
         element_bytes: of activations (2 under bf16 or fp16 autocast, 4 in fp32).
+        shards: ranks over which optimizer state is divided.
         keeps_scores: whether the attention backend keeps its probabilities for backward (fused kernels do not).
     """
     parameters = num_parameters(config)
@@ -56,4 +64,4 @@ def estimate(
     if keeps_scores:
         activations += config.num_layers * config.num_heads * tokens_squared * element_bytes * 2
     activations += masked * (config.vocab_size * (4 + element_bytes) + 4 * config.hidden_size * element_bytes)
-    return MemoryEstimate(4 * parameters, 4 * parameters, 8 * parameters, activations)
+    return MemoryEstimate(4 * parameters, 4 * parameters, -(-8 * parameters // shards), activations)

@@ -194,8 +194,9 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
     machinery.step.optimizer.state.clear()
     if machinery.loss_scale and scale_before:
         machinery.loss_scale.load_state_dict(scale_before)
-    if machinery.step.compute_timer is not None:
-        machinery.step.compute_timer.clear()
+    for timer in (machinery.step.compute_timer, machinery.step.exposed_timer):
+        if timer is not None:
+            timer.clear()
     clip_statistics = machinery.engine.clip_statistics
     clip_statistics.read()
     machinery.engine.wire.bytes_sent = 0

@@ -120,6 +120,7 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
     figures = estimate(
         config.model, tokens=tokens, tokens_squared=squared, masked=int(0.15 * tokens),
         element_bytes=4 if dtype == torch.float32 else 2, keeps_scores=config.system.device == "cpu",
+        shards=config.system.world_size if config.communication.shard_optimizer else 1,
     )  # fmt: skip
     parts = ((name, getattr(figures, name)) for name in ("weights", "gradients", "optimizer", "activations"))
     listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts)

@@ -296,6 +296,8 @@ class Run:
         interval = self._interval
         if self.machinery.step.compute_timer is not None:
             self._compute = self.machinery.step.compute_timer.read()
+        if self.machinery.step.exposed_timer is not None:
+            interval["exposed_s"] = sum(self.machinery.step.exposed_timer.read())
         table = gather_floats(
             [*self._sums.tolist(), float(self.stop.number), interval["exposed_s"], interval["data_s"],
              interval["optimizer_s"], *self._compute],

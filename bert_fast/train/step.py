@@ -48,7 +48,7 @@ class StepInput:
 
 @dataclass
 class StepResult:
-    """0-dim device tensors of this rank and host timings in seconds (on CUDA `compute_timer` has the device's)."""
+    """0-dim device tensors of this rank and host timings in seconds (on CUDA the timers have the device's)."""
 
     mlm_sum: torch.Tensor
     nsp_sum: torch.Tensor
@@ -72,6 +72,9 @@ class TrainStep:
         self._parts: PartialSteps | None = None
         self._trace: Trace | None = None
         self.compute_timer = DeviceTimer() if device.type == "cuda" else None
+        self.exposed_timer = (
+            DeviceTimer() if device.type == "cuda" else None
+        )  # from backward's end to the averaged gradient
         self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(
             type(optimizer), "found_inf"
         )
@@ -98,7 +101,8 @@ class TrainStep:
         backward_end = time.perf_counter()
         self._set_rate(lr)
         if self._parts is None:
-            norm = self._engine.finish()
+            with self.exposed_timer or nullcontext():
+                norm = self._engine.finish()
             is_finite = torch.isfinite(norm)
             with span_or_nothing(self._trace, "optimizer", "all"):
                 self._update((~is_finite).to(torch.float32), self.optimizer.step)
@@ -123,7 +127,8 @@ class TrainStep:
             with span_or_nothing(self._trace, "optimizer", f"bucket {number}"):
                 self._update(found_inf, lambda: parts.step(number), once=number == 0)
 
-        norm = self._engine.finish(update)  # type: ignore[call-arg]
+        with self.exposed_timer or nullcontext():  # with the updates in between
+            norm = self._engine.finish(update)  # type: ignore[call-arg]
         return norm, torch.isfinite(norm) & (flags[0] == 0)
 
     def _forward_backward(self, inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
