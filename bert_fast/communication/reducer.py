@@ -78,8 +78,10 @@ class BucketReducer:
         if last:
             self._waiting[:] = self._full
             self._next = 0
-        yield
-        self._armed = False
+        try:
+            yield
+        finally:
+            self._armed = False
 
     def watch_finite(self) -> None:
         """From now on tell, at the end of backward, whether any rank's gradient is not finite. A collective.

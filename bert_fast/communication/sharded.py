@@ -108,6 +108,7 @@ class ShardedReducer(BucketReducer):
 
     def gather_weights(self) -> None:
         """Start to send updated shards to all ranks, in the order in which forward needs them."""
+        self.settle()  # of buckets that no module has asked for
         with self._beside(after_backward=True):
             for number in reversed(range(len(self.layout.buckets))):
                 bucket = self.layout.buckets[number]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +23,9 @@ from bert_fast.communication.plan import (
     uniform_ends,
 )  # fmt: skip
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-def random_case(seed: int, most: int = 60) -> tuple[np.ndarray, np.ndarray, Link]:
-    """Ready times, sizes and a link of very different regimes."""
-    rng = np.random.default_rng(seed)
-    count = int(rng.integers(1, most + 1))
-    ready = np.cumsum(rng.exponential(1.0, count)) * 1e-3
-    sizes = np.exp(rng.normal(0, rng.uniform(0.1, 2.5), count)) * 1e6
-    link = Link(float(10 ** rng.uniform(-6, -2)), float(sizes.sum() / ready[-1] * 10 ** rng.uniform(-1, 1.5)))
-    return ready, sizes, link
+from bench_planner import random_timeline as random_case
 
 
 def brute_force(ready: np.ndarray, sizes: np.ndarray, link: Link) -> float:
