@@ -4,6 +4,8 @@
 python scripts/prepare_data.py --out data/pydocs                      # embedded corpus, new vocabulary
 python scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out data/pydocs-mini
 python scripts/prepare_data.py --corpus prose --input books/ --out data/books --vocab vocab.txt
+python scripts/prepare_data.py import --input tfrecords/ --out data/mlperf/train --vocab vocab.txt   # or HDF5 files
+python scripts/prepare_data.py export --input data/mlperf/eval --out eval_tfrecords/ --form tfrecord
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bert_fast.data.corpus import PYDOCS_PACKAGES
+from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
@@ -65,8 +68,50 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, flush=True)
+
+
+def import_samples(arguments: list[str]) -> None:
+    """`import`: files of samples into one store."""
+    parser = argparse.ArgumentParser("prepare_data.py import", description=import_samples.__doc__)
+    parser.add_argument(
+        "--input", required=True, help="folder of TFRecord or HDF5 files (their order is that of samples), or one"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the store")
+    parser.add_argument("--vocab", required=True, metavar="FILE", help="the vocab.txt that the samples were made with")
+    parser.add_argument("--max-samples", type=int, help="only the first n (MLPerf's evaluation set: 10000)")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    args = parser.parse_args(arguments)
+    sources = find_sources(args.input)
+    import_store(sources, args.out, args.vocab, max_samples=args.max_samples, num_workers=args.workers, log=say)
+
+
+def export_samples(arguments: list[str]) -> None:
+    """`export`: a store into files of samples in a form that others read."""
+    parser = argparse.ArgumentParser("prepare_data.py export", description=export_samples.__doc__)
+    parser.add_argument("--input", required=True, metavar="STORE", help="folder with manifest.json")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="gets part-00000-of-00010.tfrecord and so on")
+    parser.add_argument("--form", choices=FORMS, default="tfrecord", help="default %(default)s")
+    parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of a row (default %(default)s)")
+    parser.add_argument("--max-predictions", type=int, default=76, help="masks of a row (default %(default)s)")
+    parser.add_argument("--per-file", type=int, default=100_000, help="samples of a file (default %(default)s)")
+    args = parser.parse_args(arguments)
+    export_store(
+        args.input, args.out, args.form, width=args.max_seq_len, most_masked=args.max_predictions, per_file=args.per_file,
+        log=say,
+    )  # fmt: skip
+
+
+COMMANDS = {"import": import_samples, "export": export_samples}
+
+
 def main() -> int:
     try:
+        if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+            COMMANDS[sys.argv[1]](sys.argv[2:])
+            return 0
         args = parse(sys.argv[1:])
         if args.verify:
             for split in ("train", "eval"):
@@ -80,7 +125,7 @@ def main() -> int:
             args.corpus, args.input, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
             args.eval_max_samples, params,
         )  # fmt: skip
-        prepare(recipe, args.out, args.workers, log=lambda line: print(line, flush=True))
+        prepare(recipe, args.out, args.workers, log=say)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

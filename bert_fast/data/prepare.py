@@ -16,17 +16,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from bert_fast.data import corpus as corpora
+from bert_fast.data.pool import Pool
 from bert_fast.data.samples import SampleParams, make_samples
-from bert_fast.data.store import Part, merge_parts, read_part, write_part
+from bert_fast.data.store import Part, merge_parts, read_part, take_first, write_part
 from bert_fast.data.wordpiece import WordPiece, load_vocabulary, train_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.files import sha256_of, write_atomically, write_json
@@ -71,38 +68,13 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
         load_vocabulary(recipe.vocab)  # a bad one is found before the long part
     out = Path(out)
     workers = num_workers or os.cpu_count() or 1
-    with _Pool(workers) as pool:
+    with Pool(workers) as pool:
         text = _text_stage(recipe, out, pool, log)
         vocab_path = _vocab_stage(recipe, out, text, log)
         manifests = {split: _sample_stage(recipe, out, split, text, vocab_path, pool, log) for split in SPLITS}
     seconds = time.perf_counter() - start
     log(f"prepared {out} in {seconds:.1f} s")
     return {**manifests, "seconds": seconds}
-
-
-class _Pool:
-    """Ordered, bounded map over processes: results come in input order and never pile up in memory."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._executor = ProcessPoolExecutor(workers, mp_context=get_context("forkserver"))
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._executor.shutdown(wait=kind is None, cancel_futures=True)
-
-    def map(self, function: Callable[..., Any], arguments: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
-        arguments = iter(arguments)
-        pending: list[Future[Any]] = [self._executor.submit(function, *a) for a in islice(arguments, 3 * self._workers)]
-        try:
-            while pending:
-                result = pending.pop(0).result()
-                pending.extend(self._executor.submit(function, *a) for a in islice(arguments, 1))
-                yield result
-        except BrokenProcessPool:
-            raise UserError("a worker process died (out of memory?); run again with fewer --workers") from None
 
 
 def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -112,7 +84,7 @@ def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     return stamp if stamp.get("key") == key else None
 
 
-def _text_stage(recipe: Recipe, out: Path, pool: _Pool, log: Log) -> dict[str, Any]:
+def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, Any]:
     """Write the corpus as sentences, a line each. Returns the stamp: files, hashes and counts by split."""
     key, stamp_path = recipe.text_key(), out / "text" / "stamp.json"
     sources = corpora.list_sources(recipe.corpus, recipe.input, recipe.packages)
@@ -238,7 +210,7 @@ def _vocab_stage(recipe: Recipe, out: Path, text: dict[str, Any], log: Log) -> P
 
 
 def _sample_stage(
-    recipe: Recipe, out: Path, split: str, text: dict[str, Any], vocab_path: Path, pool: _Pool, log: Log
+    recipe: Recipe, out: Path, split: str, text: dict[str, Any], vocab_path: Path, pool: Pool, log: Log
 ) -> dict[str, Any]:
     vocabulary = load_vocabulary(vocab_path)
     key = {"text": text[split]["sha256"], "vocab": vocabulary.sha256, **recipe.params.as_dict()}
@@ -267,7 +239,7 @@ def _sample_stage(
             last_line = now
             log(f"{split}: {len(parts)}/{len(text[split]['files'])} files, {samples / (now - start):,.0f} samples/s")
     if split == "eval" and recipe.eval_max_samples:
-        parts = _truncate(parts, recipe.eval_max_samples, parts_folder)
+        parts = take_first(parts, recipe.eval_max_samples, parts_folder)
     manifest = merge_parts(
         folder, parts,
         {
@@ -307,28 +279,3 @@ def _tokenizer(vocab_path: str) -> tuple[WordPiece, Any]:
     if key not in _TOKENIZERS:
         _TOKENIZERS[key] = (WordPiece(vocab_path), load_vocabulary(vocab_path))
     return _TOKENIZERS[key]
-
-
-def _truncate(parts: list[Part], limit: int, folder: Path) -> list[Part]:
-    """The first `limit` samples of the parts, in order."""
-    kept: list[Part] = []
-    for part in parts:
-        if limit <= 0:
-            break
-        if len(part.lengths) > limit:
-            part = _head(part, limit, folder)
-        kept.append(part)
-        limit -= len(part.lengths)
-    return kept
-
-
-def _head(part: Part, count: int, folder: Path) -> Part:
-    import numpy as np
-
-    from bert_fast.data.store import unpack_record
-
-    data = np.fromfile(part.path, dtype=np.uint16)
-    ends = np.cumsum(3 + 2 * part.num_masked.astype(np.int64) + part.lengths)
-    starts = ends - (3 + 2 * part.num_masked.astype(np.int64) + part.lengths)
-    samples = (unpack_record(data[starts[i] : ends[i]]) for i in range(count))
-    return write_part(folder / "head.bin", samples)

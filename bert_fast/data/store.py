@@ -65,10 +65,43 @@ def write_part(path: str | Path, samples: Iterable[Sample]) -> Part:
             lengths.append(len(sample.input_ids))
             num_masked.append(len(sample.masked_positions))
             num_random += sample.is_random_next
-    part = Part(str(path), np.array(lengths, np.uint16), np.array(num_masked, np.uint16), num_random)
+    return _finish_part(path, np.array(lengths, np.uint16), np.array(num_masked, np.uint16), num_random)
+
+
+def write_part_of_records(path: str | Path, blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, int]]) -> Part:
+    """As `write_part`, from blocks of ready records: (records uint16, lengths, num_masked, samples with a random next)."""
+    lengths, num_masked, num_random = [np.zeros(0, np.uint16)], [np.zeros(0, np.uint16)], 0
+    with atomic_file(path) as file:
+        for records, block_lengths, block_masked, block_random in blocks:
+            file.write(records.tobytes())
+            lengths.append(block_lengths.astype(np.uint16))
+            num_masked.append(block_masked.astype(np.uint16))
+            num_random += block_random
+    return _finish_part(path, np.concatenate(lengths), np.concatenate(num_masked), num_random)
+
+
+def _finish_part(path: str | Path, lengths: np.ndarray, num_masked: np.ndarray, num_random: int) -> Part:
     with atomic_file(f"{path}.npz") as file:
-        np.savez(file, lengths=part.lengths, num_masked=part.num_masked, num_random=np.array(num_random))
-    return part
+        np.savez(file, lengths=lengths, num_masked=num_masked, num_random=np.array(num_random))
+    return Part(str(path), lengths, num_masked, num_random)
+
+
+def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
+    """The first `limit` samples of the parts, in order; a part that is cut is written anew in `folder`."""
+    kept: list[Part] = []
+    for part in parts:
+        if limit <= 0:
+            break
+        if len(part.lengths) > limit:
+            ends = np.cumsum(_record_sizes(part.lengths, part.num_masked))
+            data = np.fromfile(part.path, dtype=np.uint16, count=int(ends[limit - 1]))
+            starts = np.concatenate([[0], ends[: limit - 1]])
+            random_next = int(data[starts + 2].sum())
+            head = (data, part.lengths[:limit], part.num_masked[:limit], random_next)
+            part = write_part_of_records(folder / "head.bin", [head])
+        kept.append(part)
+        limit -= len(part.lengths)
+    return kept
 
 
 def read_part(path: str | Path) -> Part | None:
@@ -165,6 +198,11 @@ class Store:
 
     def __getitem__(self, index: int) -> Sample:
         return unpack_record(self._tokens[self._offsets[index] : self._offsets[index + 1]])
+
+    def records(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Records of samples begin ... end - 1 end to end, and where each starts in them."""
+        offsets = np.asarray(self._offsets[begin : end + 1])
+        return self._tokens[offsets[0] : offsets[-1]], offsets[:-1] - offsets[0]
 
     def batch(self, ids: np.ndarray, keep_order: bool = False) -> Batch:
         """Samples `ids` (int64 [B]) as one batch, longest first unless `keep_order`."""

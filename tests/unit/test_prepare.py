@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bert_fast import files
+from bert_fast.data import pool as pool_module
 from bert_fast.data import prepare as module
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
@@ -55,7 +56,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
             super().shutdown(wait=True, cancel_futures=cancel_futures)
 
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(pool_module, "ProcessPoolExecutor", Threads)
 
 
 @pytest.fixture

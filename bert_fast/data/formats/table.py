@@ -1,0 +1,142 @@
+"""Many samples as arrays: between the padded features of foreign files and the records of the store, without a Python loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+HEADER = 3
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """n samples end to end.
+
+    tokens [sum of lengths], lengths [n], len_a [n] (tokens of the first segment), positions and labels [sum of num_masked],
+    num_masked [n], is_random_next [n]; all int64.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    len_a: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+    num_masked: np.ndarray
+    is_random_next: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def check(table: SampleTable, vocab_size: int, first: int = 0) -> None:
+    """Raise ValueError(index, reason) for the first sample that is none. `first` is the index of the table's first."""
+
+    def refuse(bad: np.ndarray, owner: np.ndarray | None, reason: str) -> None:
+        if bad.any():
+            place = int(np.flatnonzero(bad)[0])
+            raise ValueError(first + (place if owner is None else int(owner[place])), reason)
+
+    of_token = np.repeat(np.arange(len(table)), table.lengths)
+    of_mask = np.repeat(np.arange(len(table)), table.num_masked)
+    refuse(table.lengths < 3, None, "has fewer than 3 tokens")
+    refuse(
+        (table.tokens < 0) | (table.tokens >= vocab_size),
+        of_token,
+        f"has a token outside the {vocab_size:,} of the vocabulary",
+    )
+    refuse(
+        (table.labels < 0) | (table.labels >= vocab_size),
+        of_mask,
+        f"has a label outside the {vocab_size:,} of the vocabulary",
+    )
+    refuse((table.len_a < 1) | (table.len_a > table.lengths), None, "has segments that are not one A followed by one B")
+    refuse(
+        (table.positions < 0) | (table.positions >= table.lengths[of_mask]), of_mask, "masks a position beyond its end"
+    )
+    repeated = np.zeros(len(table.positions), bool)
+    repeated[1:] = (np.diff(table.positions) <= 0) & (of_mask[1:] == of_mask[:-1])
+    refuse(repeated, of_mask, "has masked positions that do not rise")
+    refuse(
+        (table.is_random_next < 0) | (table.is_random_next > 1), None, "has a next-sentence label other than 0 and 1"
+    )
+
+
+def from_padded(
+    input_ids: np.ndarray, input_mask: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, labels: np.ndarray,
+    num_masked: np.ndarray, next_sentence: np.ndarray, first: int = 0,
+) -> SampleTable:  # fmt: skip
+    """From padded rows [n, S] and [n, P]; `num_masked` [n] says how many of the P count.
+
+    Raises:
+        ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
+    """
+    lengths = input_mask.sum(axis=1).astype(np.int64)
+    columns = np.arange(input_ids.shape[1])
+    real = columns < lengths[:, None]
+    len_a = (real & (segment_ids == 0)).sum(axis=1).astype(np.int64)
+    second = (columns >= len_a[:, None]) & real
+    for bad, reason in (
+        ((input_mask != real).any(axis=1), "has an input mask that is not ones followed by zeros"),
+        ((real & (segment_ids != second)).any(axis=1), "has segments that are not one A followed by one B"),
+    ):
+        if bad.any():
+            raise ValueError(first + int(np.flatnonzero(bad)[0]), reason)
+    counted = np.arange(positions.shape[1]) < num_masked[:, None]
+    return SampleTable(
+        input_ids[real].astype(np.int64), lengths, len_a, positions[counted].astype(np.int64),
+        labels[counted].astype(np.int64), num_masked.astype(np.int64), next_sentence.ravel().astype(np.int64),
+    )  # fmt: skip
+
+
+def to_padded(table: SampleTable, width: int, most_masked: int) -> dict[str, np.ndarray]:
+    """MLPerf's features by name, padded with zeros; int64, the weights float32."""
+    real = np.arange(width) < table.lengths[:, None]
+    counted = np.arange(most_masked) < table.num_masked[:, None]
+
+    def padded(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+        rows = np.zeros(where.shape, np.int64)
+        rows[where] = values
+        return rows
+
+    return {
+        "input_ids": padded(table.tokens, real), "input_mask": real.astype(np.int64),
+        "segment_ids": (real & (np.arange(width) >= table.len_a[:, None])).astype(np.int64),
+        "masked_lm_positions": padded(table.positions, counted), "masked_lm_ids": padded(table.labels, counted),
+        "masked_lm_weights": counted.astype(np.float32), "next_sentence_labels": table.is_random_next[:, None],
+    }  # fmt: skip
+
+
+def to_records(table: SampleTable) -> np.ndarray:
+    """The store's records, one after the other, uint16 (`data.store`)."""
+    sizes = HEADER + 2 * table.num_masked + table.lengths
+    starts = np.cumsum(sizes) - sizes
+    out = np.empty(int(sizes.sum()), np.uint16)
+    for place, values in enumerate((table.len_a, table.num_masked, table.is_random_next)):
+        out[starts + place] = values
+    for values, counts, begins in (
+        (table.positions, table.num_masked, starts + HEADER),
+        (table.labels, table.num_masked, starts + HEADER + table.num_masked),
+        (table.tokens, table.lengths, starts + HEADER + 2 * table.num_masked),
+    ):
+        out[_runs(begins, counts)] = values
+    return out
+
+
+def from_records(records: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_masked: np.ndarray) -> SampleTable:
+    """The inverse: samples whose records begin at `starts` in `records` (uint16)."""
+    lengths, num_masked = lengths.astype(np.int64), num_masked.astype(np.int64)
+    positions = records[_runs(starts + HEADER, num_masked)]
+    labels = records[_runs(starts + HEADER + num_masked, num_masked)]
+    tokens = records[_runs(starts + HEADER + 2 * num_masked, lengths)]
+    return SampleTable(
+        tokens.astype(np.int64), lengths, records[starts].astype(np.int64), positions.astype(np.int64),
+        labels.astype(np.int64), num_masked, records[starts + 2].astype(np.int64),
+    )  # fmt: skip
+
+
+def _runs(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """begins[0], begins[0] + 1, ... counts[0] of them, then those of the next."""
+    total = int(counts.sum())
+    offsets = np.cumsum(counts) - counts
+    return np.repeat(begins - offsets, counts) + np.arange(total)

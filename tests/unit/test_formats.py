@@ -1,0 +1,266 @@
+"""MLPerf's sample files: round trips to the byte, an Example made by the protobuf library, damage of every kind."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bert_fast.data.formats import importer, mlperf, tfrecord
+from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
+from bert_fast.data.formats.mlperf import FEATURES, read_blocks
+from bert_fast.data.samples import Sample
+from bert_fast.data.store import Store, merge_parts, write_part
+from bert_fast.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(395))]
+WIDTH, MOST = 64, 10
+
+
+def make_samples(count: int, seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(count):
+        length = int(rng.integers(5, WIDTH + 1))
+        masks = int(rng.integers(1, min(MOST, length - 1) + 1))
+        positions = np.sort(rng.choice(np.arange(1, length), masks, replace=False)).astype(np.uint16)
+        tokens, labels = (rng.integers(5, 400, n).astype(np.uint16) for n in (length, masks))
+        samples.append(Sample(tokens, int(rng.integers(2, length - 1)), positions, labels, int(rng.integers(2))))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    part = write_part(folder / "part.bin", make_samples(2500))
+    merge_parts(folder / "s", [part], {"vocab_size": 400, "vocab_sha256": "0"})
+    return folder / "s"
+
+
+def export(store: Path, out: Path, form: str, per_file: int = 700) -> list[str]:
+    export_store(store, out, form, width=WIDTH, most_masked=MOST, per_file=per_file, log=lambda _line: None)
+    return find_sources(out)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_round_trip_loses_nothing(tmp_path: Path, store: Path, vocab: Path, form: str) -> None:
+    files = export(store, tmp_path / "out", form)
+    assert [Path(path).name.split(".")[0] for path in files] == [f"part-0000{i}-of-00004" for i in range(4)]
+    manifest = import_store(files, tmp_path / "back", vocab, num_workers=1, log=lambda _line: None)
+    assert manifest["num_samples"] == 2500
+    for name in ("samples.bin", "offsets.npy", "lengths.npy", "num_masked.npy"):
+        assert (tmp_path / "back" / name).read_bytes() == (store / name).read_bytes()
+    assert manifest["num_random_next"] == Store(store).manifest["num_random_next"]
+
+
+def test_the_first_samples_and_their_hash(tmp_path: Path, store: Path, vocab: Path) -> None:
+    files = export(store, tmp_path / "out", "tfrecord")
+    manifest = import_store(files, tmp_path / "first", vocab, max_samples=1000, num_workers=1, log=lambda _line: None)
+    assert manifest["num_samples"] == 1000
+    whole = Store(store)
+    for index in (0, 699, 700, 999):
+        ours, theirs = Store(tmp_path / "first")[index], whole[index]
+        np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
+        np.testing.assert_array_equal(ours.masked_labels, theirs.masked_labels)
+    assert manifest["num_random_next"] == sum(whole[i].is_random_next for i in range(1000))
+    Store(tmp_path / "first").check(vocab_size=400, max_seq_len=64, vocab_sha256=None, sha256=manifest["sha256"])
+
+
+def test_a_stopped_import_goes_on(tmp_path: Path, store: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = export(store, tmp_path / "out", "tfrecord")
+    good = Path(files[2]).read_bytes()
+    times = Path(files[2]).stat()
+    Path(files[2]).write_bytes(good[:-10] + bytes(10))
+    import os
+
+    os.utime(files[2], ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match=r"part-00002-of-00004.tfrecord: record 699 .*the 699 before it are good"):
+        import_store(files, tmp_path / "back", vocab, num_workers=1, log=lambda _line: None)
+    assert not (tmp_path / "back").exists()
+    Path(files[2]).write_bytes(good)
+    os.utime(files[2], ns=(times.st_atime_ns, times.st_mtime_ns))
+    made: list[str] = []
+    real = mlperf.read_blocks
+    monkeypatch.setattr(importer, "read_blocks", lambda path, size: made.append(path) or real(path, size))
+    parts = sorted((tmp_path).glob("back.parts-*/*.bin"))
+    assert [part.name for part in parts][:2] == ["00000.bin", "00001.bin"]
+    for number, path in enumerate(files):
+        importer.import_part(path, str(parts[0].with_name(f"{number:05d}.bin")), 400)
+    assert not {files[0], files[1]} & set(made), "finished parts are taken as they are"
+    import_store(files, tmp_path / "back", vocab, num_workers=1, log=lambda _line: None)
+    assert (tmp_path / "back/samples.bin").read_bytes() == (store / "samples.bin").read_bytes()
+    assert not list(tmp_path.glob("back.parts-*"))
+
+
+@given(st.lists(st.integers(0, 2**21 - 1)))
+def test_integers_there_and_back(values: list[int]) -> None:
+    np.testing.assert_array_equal(tfrecord.decode_varints(tfrecord.encode_varints(np.array(values, np.int64))), values)
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value >= 0x80:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def test_values_that_are_not_packed_and_other_fields() -> None:
+    """An old writer's Example: one tag a value, an unknown field, a feature of bytes."""
+
+    def message(number: int, content: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    unpacked = b"".join(varint(1 << 3) + varint(value) for value in (3, 300, 70_000))
+    entry = message(1, b"ids") + message(2, message(3, unpacked))
+    other = message(1, b"text") + message(2, message(1, message(1, b"hello")))
+    example = message(1, message(1, entry) + message(1, other)) + message(9, b"later")
+    found = tfrecord.parse_examples([example, example], ["ids"])["ids"]
+    np.testing.assert_array_equal(found.table(), [[3, 300, 70_000]] * 2)
+    with pytest.raises(ValueError, match="holds bytes"):
+        tfrecord.parse_examples([example], ["text"])
+    with pytest.raises(ValueError, match="has no feature more"):
+        tfrecord.parse_examples([example], ["more"])
+
+
+def test_checksum_is_tfrecords() -> None:
+    """The empty and a known input of CRC32-C (RFC 3720, B.4), masked."""
+
+    def masked(crc: int) -> int:
+        return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+    assert tfrecord.masked_crc(b"") == masked(0)
+    assert tfrecord.masked_crc(bytes(32)) == masked(0x8A9136AA)
+
+
+def records_of(path: str) -> list[bytes]:
+    return list(tfrecord.read_records(path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], r"record 99 is cut short; the 99 before it are good"),
+        (lambda data: data + b"12345", r"record 100 is cut short in its head; the 100 before"),
+        (lambda data: data[:8] + b"\0" + data[9:], r"record 0 has a length whose checksum"),
+        (lambda data: data[:400] + b"\xff\xff" + data[402:], r"record \d+ has a"),
+        (lambda data: b"not a record file at all, but text", r"record 0 has a length .*is this a TFRecord"),
+    ],
+)
+def test_damaged_tfrecords(tmp_path: Path, store: Path, damage: Any, message: str) -> None:
+    (path,) = export(store, tmp_path / "out", "tfrecord", per_file=10_000)
+    tfrecord.write_records(path, records_of(path)[:100])
+    Path(path).write_bytes(damage(Path(path).read_bytes()))
+    with pytest.raises(UserError, match=message):
+        list(read_blocks(path, 400))
+
+
+def example_with(**changes: Any) -> bytes:
+    features: dict[str, np.ndarray] = {
+        "input_ids": np.array([2, 9, 9, 3, 9, 3, 0, 0]), "input_mask": np.array([1, 1, 1, 1, 1, 1, 0, 0]),
+        "segment_ids": np.array([0, 0, 0, 0, 1, 1, 0, 0]), "masked_lm_positions": np.array([1, 4, 0]),
+        "masked_lm_ids": np.array([7, 8, 0]), "masked_lm_weights": np.array([1.0, 1.0, 0.0]),
+        "next_sentence_labels": np.array([1]),
+    }  # fmt: skip
+    return tfrecord.make_example({name: np.array(changes.get(name, value)) for name, value in features.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"input_mask": [1, 1, 0, 1, 1, 1, 0, 0]}, "input mask that is not ones followed by zeros"),
+        ({"segment_ids": [0, 1, 0, 1, 1, 1, 0, 0]}, "segments that are not one A followed by one B"),
+        ({"input_ids": [2, 9, 400, 3, 9, 3, 0, 0]}, "token outside the 400"),
+        ({"masked_lm_ids": [7, 9000, 0]}, "label outside the 400"),
+        ({"masked_lm_positions": [1, 7, 0]}, "masks a position beyond its end"),
+        ({"masked_lm_positions": [4, 1, 0]}, "positions that do not rise"),
+        ({"masked_lm_weights": [0.0, 1.0, 0.0]}, "weights that are not ones followed by zeros"),
+        ({"next_sentence_labels": [2]}, "next-sentence label other than"),
+    ],
+)
+def test_records_that_are_no_samples(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    tfrecord.write_records(tmp_path / "a.tfrecord", [example_with(), example_with(), example_with(**changes)])
+    with pytest.raises(UserError, match=f"a.tfrecord: record 2 .*{reason}.*; the 2 before it are good"):
+        list(read_blocks(tmp_path / "a.tfrecord", 400))
+
+
+def test_rows_of_another_length(tmp_path: Path) -> None:
+    tfrecord.write_records(tmp_path / "a", [example_with(), example_with(input_ids=[2, 9, 3])])
+    with pytest.raises(UserError, match="feature input_ids has another length than in its neighbours"):
+        list(read_blocks(tmp_path / "a", 400))
+
+
+def test_features_are_those_of_mlperf(tmp_path: Path, store: Path) -> None:
+    (path,) = export(store, tmp_path / "out", "tfrecord", per_file=10_000)
+    found = tfrecord.parse_examples(records_of(path)[:2], FEATURES)
+    assert found["input_ids"].table().shape == (2, WIDTH)
+    assert found["masked_lm_weights"].values.dtype == np.float32
+    assert found["next_sentence_labels"].table().shape == (2, 1)
+
+
+@pytest.mark.parametrize("form", ["hdf5", "hdf5-variable"])
+def test_damaged_hdf5(tmp_path: Path, store: Path, form: str) -> None:
+    (path,) = export(store, tmp_path / "out", form, per_file=10_000)
+    with h5py.File(path, "a") as file:
+        del file["segment_ids"]
+    with pytest.raises(UserError, match="no field segment_ids; it has .*input_ids"):
+        list(read_blocks(path, 400))
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="no HDF5 file, or damaged"):
+        list(read_blocks(path, 400))
+
+
+def test_too_small_a_disk_and_too_small_rows(
+    tmp_path: Path, store: Path, vocab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = export(store, tmp_path / "out", "tfrecord")
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(importer.shutil, "disk_usage", lambda _place: usage)
+    with pytest.raises(UserError, match="GiB free and the import may take"):
+        import_store(files, tmp_path / "back", vocab, num_workers=1, log=lambda _line: None)
+    with pytest.raises(UserError, match="rows of 32 and 10 do not hold them"):
+        export_store(store, tmp_path / "b", "tfrecord", width=32, most_masked=10, per_file=10, log=lambda _line: None)
+    with pytest.raises(UserError, match="no such file, or a folder without files"):
+        find_sources(tmp_path / "nothing")
+
+
+def test_the_command(tmp_path: Path, store: Path, vocab: Path) -> None:
+    def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        script = [sys.executable, str(ROOT / "scripts/prepare_data.py"), *map(str, arguments)]
+        return subprocess.run(script, capture_output=True, text=True, timeout=60)
+
+    done = command(
+        "export", "--input", store, "--out", tmp_path / "out", "--max-seq-len", WIDTH, "--max-predictions", MOST,
+        "--per-file", 1000,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = ("import", "--input", tmp_path / "out", "--out", tmp_path / "back", "--vocab", vocab, "--workers", 2)
+    done = command(*again)
+    assert done.returncode == 0, done.stderr
+    assert "2,500 samples from 3 files" in done.stdout
+    assert "samples/s" in done.stdout
+    assert "already there" in command(*again).stdout
+    assert (tmp_path / "back/samples.bin").read_bytes() == (store / "samples.bin").read_bytes()
+    (tmp_path / "out/part-00001-of-00003.tfrecord").write_bytes(struct.pack("<Q", 5))
+    done = command(*again)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "part-00001-of-00003.tfrecord: record 0 is cut short in its head" in done.stderr
