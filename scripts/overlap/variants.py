@@ -41,7 +41,7 @@ class Variant:
 
 
 VARIANTS = {
-    "one_bucket": Variant(buckets=1000.0),
+    "one_bucket": Variant(buckets=1e6),
     "ddp_default": Variant("ddp", "default", "none"),
     "ddp_plan": Variant("ddp", "auto"),
     "25mib": Variant(),
