@@ -247,7 +247,9 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     seed: NonNegativeInt = Field(0, description="seeds weights, dropout and the order of samples")
     init_checkpoint: str | None = Field(
-        None, description="folder with config.json + model.safetensors (Hugging Face form) to start from"
+        None,
+        description="folder with config.json + model.safetensors (Hugging Face form), or prefix of a TensorFlow checkpoint "
+        "(model.ckpt-28252), to start from",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="autocast format; auto: bf16 where the hardware has it, else fp32"

@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders (`config.json` + `model.safetensors`) of BertForPreTraining."""
+"""Weights in and out: Hugging Face folders (`config.json` + `model.safetensors`) of BertForPreTraining; TensorFlow's in."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from bert_fast.config import ModelConfig
 from bert_fast.errors import UserError
 from bert_fast.files import write_atomically, write_json
+from bert_fast.model.tensorflow_bundle import TensorBundle, is_bundle
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
@@ -64,6 +65,49 @@ def from_huggingface(weights: dict[str, torch.Tensor], config: ModelConfig, wher
     return state
 
 
+def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, torch.Tensor]:
+    """A checkpoint of Google's BERT under Hugging Face's names; optimizer slots (adam_m, lamb_v, ...) are left.
+
+    Kernels are [in, out] there and [out, in] here. Raises UserError naming a tensor that is missing.
+    """
+    renamed: dict[str, torch.Tensor] = {}
+    for theirs, google in _google_names(num_layers):
+        values = torch.from_numpy(bundle[google])
+        renamed[theirs] = values.t().contiguous() if google.endswith("/kernel") else values
+    return renamed
+
+
+def _google_names(num_layers: int) -> Iterator[tuple[str, str]]:
+    """(Hugging Face's name, TensorFlow's variable)."""
+
+    def norm(theirs: str, google: str) -> Iterator[tuple[str, str]]:
+        yield f"{theirs}.LayerNorm.weight", f"{google}/LayerNorm/gamma"
+        yield f"{theirs}.LayerNorm.bias", f"{google}/LayerNorm/beta"
+
+    def dense(theirs: str, google: str) -> Iterator[tuple[str, str]]:
+        yield f"{theirs}.weight", f"{google}/kernel"
+        yield f"{theirs}.bias", f"{google}/bias"
+
+    for kind in ("word", "position", "token_type"):
+        yield f"bert.embeddings.{kind}_embeddings.weight", f"bert/embeddings/{kind}_embeddings"
+    yield from norm("bert.embeddings", "bert/embeddings")
+    for index in range(num_layers):
+        theirs, google = f"bert.encoder.layer.{index}", f"bert/encoder/layer_{index}"
+        for part in ("query", "key", "value"):
+            yield from dense(f"{theirs}.attention.self.{part}", f"{google}/attention/self/{part}")
+        yield from dense(f"{theirs}.attention.output.dense", f"{google}/attention/output/dense")
+        yield from norm(f"{theirs}.attention.output", f"{google}/attention/output")
+        yield from dense(f"{theirs}.intermediate.dense", f"{google}/intermediate/dense")
+        yield from dense(f"{theirs}.output.dense", f"{google}/output/dense")
+        yield from norm(f"{theirs}.output", f"{google}/output")
+    yield from dense("bert.pooler.dense", "bert/pooler/dense")
+    yield from dense("cls.predictions.transform.dense", "cls/predictions/transform/dense")
+    yield from norm("cls.predictions.transform", "cls/predictions/transform")
+    yield "cls.predictions.bias", "cls/predictions/output_bias"
+    yield "cls.seq_relationship.weight", "cls/seq_relationship/output_weights"
+    yield "cls.seq_relationship.bias", "cls/seq_relationship/output_bias"
+
+
 def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` that `BertForPreTraining.from_pretrained` reads."""
     folder = Path(folder)
@@ -89,21 +133,22 @@ def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
 
 
 def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
-    """Load a Hugging Face folder into `model`.
+    """Load a Hugging Face folder, or a TensorFlow checkpoint by its prefix (`model.ckpt-28252`), into `model`.
 
     Raises:
         UserError: files missing or damaged, or a shape that does not fit the model (the tensor is named).
     """
-    folder = Path(folder)
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"checkpoint {folder} has no model.safetensors; point train.init_checkpoint at such a folder")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {error}") from None
+    if is_bundle(folder):
+        bundle = TensorBundle(folder)
+        layers = sum(name.endswith("attention/self/query/kernel") for name in bundle.entries)
+        weights = from_tensorflow(bundle, min(layers, config.num_layers))
+    else:
+        weights = _read_safetensors(Path(folder))
+        _check_description(config, Path(folder))
+        layers = sum(key.endswith("attention.self.query.weight") for key in weights)
+    if layers != config.num_layers:
+        raise UserError(f"checkpoint {folder} has {layers} layers, model.num_layers={config.num_layers}")
     state = from_huggingface(weights, config, str(folder))
-    _check_description(config, folder)
     own = model.state_dict()
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
@@ -111,10 +156,17 @@ def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
                 f"checkpoint {folder} is of another model: {name} is {list(tensor.shape)} there and "
                 f"{list(own[name].shape)} in the config's model section"
             )
-    layers = sum(key.endswith("attention.self.query.weight") for key in weights)
-    if layers != config.num_layers:
-        raise UserError(f"checkpoint {folder} has {layers} layers, model.num_layers={config.num_layers}")
     model.load_state_dict(state)
+
+
+def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"checkpoint {folder} has no model.safetensors; point train.init_checkpoint at such a folder")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {error}") from None
 
 
 def _check_description(config: ModelConfig, folder: Path) -> None:

@@ -13,6 +13,7 @@ from bert_fast.cli import to_yaml
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
 from bert_fast.files import sha256_of, write_atomically
+from bert_fast.model.tensorflow_bundle import is_bundle
 
 
 def run_folder(config: Config) -> Path:
@@ -49,8 +50,11 @@ def check_inputs(config: Config) -> None:
     if config.balance.cost_file is not None:
         read_cost(config.balance.cost_file)
     checkpoint = config.train.init_checkpoint
-    if checkpoint and not (Path(checkpoint) / "model.safetensors").is_file():
-        raise UserError(f"train.init_checkpoint={checkpoint} has no model.safetensors")
+    if checkpoint and not is_bundle(checkpoint) and not (Path(checkpoint) / "model.safetensors").is_file():
+        raise UserError(
+            f"train.init_checkpoint={checkpoint} is neither a folder with model.safetensors nor the prefix of a TensorFlow "
+            "checkpoint (PREFIX.index)"
+        )
 
 
 def create_folder(config: Config, resume: bool) -> Path:
@@ -86,8 +90,10 @@ def commit() -> str:
 
 def checkpoint_vocabulary(folder: str | None) -> str | None:
     """Hash of the vocabulary that lies beside a starting checkpoint, if one does: stores must have been made with it."""
-    vocab = Path(folder) / "vocab.txt" if folder else None
-    return sha256_of(vocab) if vocab and vocab.is_file() else None
+    if not folder:
+        return None
+    vocab = (Path(folder).parent if is_bundle(folder) else Path(folder)) / "vocab.txt"
+    return sha256_of(vocab) if vocab.is_file() else None
 
 
 def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str, str]:

@@ -316,7 +316,7 @@ def test_missing_data_and_checkpoint_are_named_before_ranks_start(
     check_inputs(make_config())
     with pytest.raises(UserError, match=r"no data at nowhere/eval \(data\.eval\); make it with"):
         check_inputs(make_config("data.eval=nowhere/eval"))
-    with pytest.raises(UserError, match=r"train\.init_checkpoint=.* has no model\.safetensors"):
+    with pytest.raises(UserError, match=r"train\.init_checkpoint=.* is neither a folder with model\.safetensors nor"):
         check_inputs(make_config(f"train.init_checkpoint={tmp_path}"))
 
 

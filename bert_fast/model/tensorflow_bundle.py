@@ -1,0 +1,167 @@
+"""TensorFlow checkpoints (format V2: PREFIX.index, PREFIX.data-00000-of-00001), read without TensorFlow.
+
+The index is a sorted table of blocks (LevelDB's format): the footer points to an index block, that to data blocks, whose
+entries share prefixes of their keys. The value of key "" is a BundleHeaderProto, all others are BundleEntryProtos: dtype,
+shape, shard, offset, size, masked CRC32-C of the bytes. Tensors lie raw, little endian, in the data shards.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bert_fast.errors import UserError
+
+_FOOTER, _MAGIC = 48, 0xDB4775248B80FB57
+_TYPES: dict[int, str] = {1: "<f4", 2: "<f8", 3: "<i4", 4: "u1", 6: "i1", 9: "<i8", 10: "?", 14: "bfloat16", 19: "<f2"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    kind: int
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+
+
+def is_bundle(prefix: str | Path) -> bool:
+    """Whether `prefix` names a checkpoint: PREFIX.index is there."""
+    return Path(f"{prefix}.index").is_file()
+
+
+class TensorBundle:
+    """A checkpoint's tensors by name; each is read when asked for."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open PREFIX.index. Raises UserError if it is missing or damaged."""
+        self._prefix = str(prefix)
+        path = Path(f"{prefix}.index")
+        try:
+            self.entries, self._shards = _read_index(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"checkpoint {path}: {error.strerror}") from None
+        except (ValueError, IndexError, struct.error) as error:
+            raise UserError(f"checkpoint {path} is no index of a TensorFlow checkpoint, or damaged ({error})") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A tensor, float types as float32. Raises UserError if it is missing, cut short or of a type that is not read."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise UserError(f"checkpoint {self._prefix} has no tensor {name}")
+        if entry.kind not in _TYPES:
+            raise UserError(
+                f"checkpoint {self._prefix}: {name} is of TensorFlow's type {entry.kind}, which is not read"
+            )
+        path = Path(f"{self._prefix}.data-{entry.shard:05d}-of-{self._shards:05d}")
+        try:
+            with open(path, "rb") as file:
+                file.seek(entry.offset)
+                data = file.read(entry.size)
+        except OSError as error:
+            raise UserError(f"checkpoint {path}: {error.strerror}") from None
+        if len(data) < entry.size:
+            raise UserError(f"checkpoint {path} is cut short: {name} ends beyond it")
+        kind = _TYPES[entry.kind]
+        if kind == "bfloat16":
+            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(data, kind)
+        if values.size != int(np.prod(entry.shape, dtype=np.int64)):
+            raise UserError(f"checkpoint {path}: {name} has {values.size} values and shape {list(entry.shape)}")
+        values = values.reshape(entry.shape)
+        return values.astype(np.float32) if values.dtype.kind == "f" else values.copy()
+
+
+def _read_index(data: bytes) -> tuple[dict[str, Entry], int]:
+    if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
+        raise ValueError("its last bytes are not a table's")
+    _, at = _handle(data, len(data) - _FOOTER)  # of the meta index, which has nothing for us
+    index, _ = _handle(data, at)
+    entries: dict[str, Entry] = {}
+    shards = 1
+    for _, value in _block(data, *index):
+        for key, proto in _block(data, *_handle(value, 0)[0]):
+            if key == b"":
+                shards = next((number for field, number in _fields(proto) if field == 1), 1)  # type: ignore[assignment]
+            else:
+                entries[key.decode()] = _entry(proto)
+    return entries, shards
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
+    """Offset and size of a block, and the place behind the handle."""
+    offset, at = _varint(data, at)
+    size, at = _varint(data, at)
+    return (offset, size), at
+
+
+def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a block."""
+    if offset + size >= len(data):
+        raise ValueError("a block runs over the end")
+    if data[offset + size] != 0:
+        raise ValueError("a block is compressed")
+    block = data[offset : offset + size]
+    (restarts,) = struct.unpack("<I", block[-4:])
+    end, at, key = size - 4 * (restarts + 1), 0, b""
+    while at < end:
+        shared, at = _varint(block, at)
+        fresh, at = _varint(block, at)
+        length, at = _varint(block, at)
+        key = key[:shared] + block[at : at + fresh]
+        at += fresh
+        yield key, block[at : at + length]
+        at += length
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Fields of a protobuf message: numbers as int, messages as bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield tag >> 3, value
+        elif kind == 2:
+            size, at = _varint(data, at)
+            yield tag >> 3, data[at : at + size]
+            at += size
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind}")
+
+
+def _entry(proto: bytes) -> Entry:
+    found: dict[int, int] = {}
+    shape: list[int] = []
+    for field, value in _fields(proto):
+        if field == 2 and isinstance(value, bytes):
+            for dimension, content in _fields(value):
+                if dimension == 2 and isinstance(content, bytes):
+                    shape.append(next((size for part, size in _fields(content) if part == 1), 0))  # type: ignore[arg-type]
+        elif isinstance(value, int):
+            found[field] = value
+    return Entry(found.get(1, 0), tuple(shape), found.get(3, 0), found.get(4, 0), found.get(5, 0))
