@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""TFRecord into the store: samples/s of one core and resident memory, against TensorFlow's own reader and parser.
+
+    python scripts/bench_import.py --tensorflow /path/to/env/bin/python --json results/import/import.json
+
+`--tensorflow` names a Python with TensorFlow (an environment of its own); it writes the file (MLPerf's features, 512 tokens, 76
+masks, Wikipedia-like lengths) and reads it in turn with ours. Without it we write the file and only we read it. TensorFlow reads
+and parses batches of 1,024 with one thread and does not write anything; ours includes checks and the writing of the store's part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+WIDTH, MOST, VOCABULARY = 512, 76, 30_522
+
+WRITE = """
+import sys
+import numpy as np, tensorflow as tf
+source, target = sys.argv[1:]
+rows = np.load(source)
+with tf.io.TFRecordWriter(target) as writer:
+    for index in range(len(rows["input_ids"])):
+        features = {}
+        for name in rows.files:
+            values = rows[name][index]
+            if values.dtype.kind == "f":
+                features[name] = tf.train.Feature(float_list=tf.train.FloatList(value=values.tolist()))
+            else:
+                features[name] = tf.train.Feature(int64_list=tf.train.Int64List(value=values.tolist()))
+        writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+"""
+
+READ = """
+import sys, time
+import tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(1)
+tf.config.threading.set_inter_op_parallelism_threads(1)
+path, width, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+form = {name: tf.io.FixedLenFeature([width], tf.int64) for name in ("input_ids", "input_mask", "segment_ids")}
+form |= {name: tf.io.FixedLenFeature([most], tf.int64) for name in ("masked_lm_positions", "masked_lm_ids")}
+form |= {"masked_lm_weights": tf.io.FixedLenFeature([most], tf.float32), "next_sentence_labels": tf.io.FixedLenFeature([1], tf.int64)}
+options = tf.data.Options()
+options.threading.private_threadpool_size = 1
+data = tf.data.TFRecordDataset(path).batch(1024).map(lambda batch: tf.io.parse_example(batch, form)).with_options(options)
+for _ in data.take(2):
+    pass
+start, count = time.perf_counter(), 0
+for batch in data:
+    count += batch["input_ids"].numpy().shape[0]
+print(count / (time.perf_counter() - start))
+"""
+
+
+def read_ours(path: str, part: str) -> None:
+    """Print samples/s and peak resident MiB of one import of a file, in this process."""
+    from bert_fast.data.formats.importer import import_part
+
+    start = time.perf_counter()
+    found = import_part(path, part, VOCABULARY)
+    seconds = time.perf_counter() - start
+    print(len(found.lengths) / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def make_rows(count: int, path: Path) -> None:
+    """MLPerf's features of made-up samples, as an .npz."""
+    import numpy as np
+
+    from bert_fast.balance.lengths import wikipedia_like
+    from bert_fast.data.formats.table import SampleTable, to_padded
+
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(8, wikipedia_like(count)).astype(np.int64)
+    masked = np.minimum(MOST, np.maximum(1, (0.15 * lengths).astype(np.int64)))
+    positions = np.concatenate(
+        [np.sort(rng.choice(n - 1, m, replace=False)) + 1 for n, m in zip(lengths, masked, strict=True)]
+    )
+    table = SampleTable(
+        rng.integers(1000, VOCABULARY, lengths.sum()), lengths, lengths // 2, positions, rng.integers(1000, VOCABULARY, masked.sum()),
+        masked, rng.integers(0, 2, count),
+    )  # fmt: skip
+    np.savez(path, **to_padded(table, WIDTH, MOST))  # type: ignore[arg-type]
+
+
+def run(command: list[str], core: int) -> list[float]:
+    """Numbers that a process prints last, on one core."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return [float(word) for word in done.stdout.split()[-2:]]
+
+
+def main() -> int:
+    from bert_fast.data.formats.mlperf import write_tfrecord
+    from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=40_000, help="of the file (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter that has TensorFlow")
+    parser.add_argument("--read-ours", nargs=2, help=argparse.SUPPRESS)
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.read_ours:
+        read_ours(*args.read_ours)
+        return 0
+    if args.quick:
+        args.samples, args.repeats = 4000, 2
+    facts = environment()
+    core = sorted(os.sched_getaffinity(0))[-1]
+    ours, theirs, memory = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, path = Path(scratch, "rows.npz"), Path(scratch, "part-00000.tfrecord")
+        make_rows(args.samples, rows)
+        if args.tensorflow:
+            subprocess.run([args.tensorflow, "-c", WRITE, rows, path], check=True, capture_output=True)
+        else:
+            import numpy as np
+
+            from bert_fast.data.formats.table import from_padded
+
+            with np.load(rows) as found:
+                counts = (found["masked_lm_weights"] > 0).sum(axis=1)
+                table = from_padded(
+                    found["input_ids"], found["input_mask"], found["segment_ids"], found["masked_lm_positions"],
+                    found["masked_lm_ids"], counts, found["next_sentence_labels"],
+                )  # fmt: skip
+            write_tfrecord(path, [table], WIDTH, MOST)
+        size = path.stat().st_size
+        for number in range(args.repeats):
+            command = [sys.executable, __file__, "--read-ours", str(path), str(Path(scratch, f"part-{number}.bin"))]
+            rate, mib = run(command, core)
+            ours.append(rate)
+            memory.append(mib)
+            if args.tensorflow:
+                theirs.append(run([args.tensorflow, "-c", READ, str(path), str(WIDTH), str(MOST)], core)[-1])
+    metrics = {
+        "import_samples_per_s": statistics.median(ours),
+        "import_rss_mib": max(memory),
+        "bytes_per_sample": size / args.samples,
+    }
+    table_rows = [
+        ("ours, into the store", f"{metrics['import_samples_per_s']:,.0f}", f"{min(ours):,.0f}-{max(ours):,.0f}")
+    ]
+    if theirs:
+        metrics["import_samples_per_s_tensorflow"] = statistics.median(theirs)
+        rate = metrics["import_samples_per_s_tensorflow"]
+        table_rows.append(("TensorFlow, read and parse only", f"{rate:,.0f}", f"{min(theirs):,.0f}-{max(theirs):,.0f}"))
+    print(markdown_table(("reader, one core", "samples/s", "range"), table_rows))
+    print(
+        f"{args.samples:,} samples of {metrics['bytes_per_sample']:,.0f} bytes; resident at most {max(memory):,.0f} MiB"
+    )
+    if args.json:
+        config = {"samples": args.samples, "repeats": args.repeats, "width": WIDTH, "most_masked": MOST}
+        write_result(args.json, metrics, config, facts, {"ours": ours, "tensorflow": theirs, "rss_mib": memory})
+        print(json.dumps({"written": args.json}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
