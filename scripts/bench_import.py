@@ -3,9 +3,9 @@
 
     python scripts/bench_import.py --tensorflow /path/to/env/bin/python --json results/import/import.json
 
-`--tensorflow` names a Python with TensorFlow (an environment of its own); it writes the file (MLPerf's features, 512 tokens, 76
-masks, Wikipedia-like lengths) and reads it in turn with ours. Without it we write the file and only we read it. TensorFlow reads
-and parses batches of 1,024 with one thread and does not write anything; ours includes checks and the writing of the store's part.
+`--tensorflow` names a Python with TensorFlow (an environment of its own); it writes the file (MLPerf's features, 512 tokens,
+76 masks, Wikipedia-like lengths) and reads it in turn with ours. Without it we write the file and only we read it. TensorFlow
+reads and parses batches of 1,024 with one thread and writes nothing; ours includes checks and writes the store's part.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ tf.config.threading.set_inter_op_parallelism_threads(1)
 path, width, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 form = {name: tf.io.FixedLenFeature([width], tf.int64) for name in ("input_ids", "input_mask", "segment_ids")}
 form |= {name: tf.io.FixedLenFeature([most], tf.int64) for name in ("masked_lm_positions", "masked_lm_ids")}
-form |= {"masked_lm_weights": tf.io.FixedLenFeature([most], tf.float32), "next_sentence_labels": tf.io.FixedLenFeature([1], tf.int64)}
+form["masked_lm_weights"] = tf.io.FixedLenFeature([most], tf.float32)
+form["next_sentence_labels"] = tf.io.FixedLenFeature([1], tf.int64)
 options = tf.data.Options()
 options.threading.private_threadpool_size = 1
 data = tf.data.TFRecordDataset(path).batch(1024).map(lambda batch: tf.io.parse_example(batch, form)).with_options(options)
@@ -87,9 +88,9 @@ def make_rows(count: int, path: Path) -> None:
     positions = np.concatenate(
         [np.sort(rng.choice(n - 1, m, replace=False)) + 1 for n, m in zip(lengths, masked, strict=True)]
     )
+    tokens, labels = (rng.integers(1000, VOCABULARY, n.sum()) for n in (lengths, masked))
     table = SampleTable(
-        rng.integers(1000, VOCABULARY, lengths.sum()), lengths, lengths // 2, positions, rng.integers(1000, VOCABULARY, masked.sum()),
-        masked, rng.integers(0, 2, count),
+        tokens, lengths, lengths // 2, positions, labels, masked, rng.integers(0, 2, count)
     )  # fmt: skip
     np.savez(path, **to_padded(table, WIDTH, MOST))  # type: ignore[arg-type]
 
