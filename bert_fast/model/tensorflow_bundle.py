@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_fast.errors import UserError
+from bert_fast.protobuf import BYTES, VARINT, fields, varint
 
 _FOOTER, _MAGIC = 48, 0xDB4775248B80FB57
 _TYPES: dict[int, str] = {1: "<f4", 2: "<f8", 3: "<i4", 4: "u1", 6: "i1", 9: "<i8", 10: "?", 14: "bfloat16", 19: "<f2"}
@@ -92,27 +93,16 @@ def _read_index(data: bytes) -> tuple[dict[str, Entry], int]:
     for _, value in _block(data, *index):
         for key, proto in _block(data, *_handle(value, 0)[0]):
             if key == b"":
-                shards = next((number for field, number in _fields(proto) if field == 1), 1)  # type: ignore[assignment]
+                shards = _number(proto, 1, 1)
             else:
                 entries[key.decode()] = _entry(proto)
     return entries, shards
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
     """Offset and size of a block, and the place behind the handle."""
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
+    offset, at = varint(data, at)
+    size, at = varint(data, at)
     return (offset, size), at
 
 
@@ -126,42 +116,31 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     (restarts,) = struct.unpack("<I", block[-4:])
     end, at, key = size - 4 * (restarts + 1), 0, b""
     while at < end:
-        shared, at = _varint(block, at)
-        fresh, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, at = varint(block, at)
+        fresh, at = varint(block, at)
+        length, at = varint(block, at)
         key = key[:shared] + block[at : at + fresh]
         at += fresh
         yield key, block[at : at + length]
         at += length
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a protobuf message: numbers as int, messages as bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-        elif kind == 2:
-            size, at = _varint(data, at)
-            yield tag >> 3, data[at : at + size]
-            at += size
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
+def _number(proto: bytes, field: int, default: int) -> int:
+    """A number in a message."""
+    return next(
+        (varint(proto, begin)[0] for found, kind, begin, _ in fields(proto) if (found, kind) == (field, VARINT)),
+        default,
+    )
 
 
 def _entry(proto: bytes) -> Entry:
-    found: dict[int, int] = {}
     shape: list[int] = []
-    for field, value in _fields(proto):
-        if field == 2 and isinstance(value, bytes):
-            for dimension, content in _fields(value):
-                if dimension == 2 and isinstance(content, bytes):
-                    shape.append(next((size for part, size in _fields(content) if part == 1), 0))  # type: ignore[arg-type]
-        elif isinstance(value, int):
-            found[field] = value
-    return Entry(found.get(1, 0), tuple(shape), found.get(3, 0), found.get(4, 0), found.get(5, 0))
+    for field, kind, begin, end in fields(proto):
+        if (field, kind) == (2, BYTES):
+            shape += [
+                _number(proto[a:b], 1, 0)
+                for part, form, a, b in fields(proto, begin, end)
+                if (part, form) == (2, BYTES)
+            ]
+    kind, shard, offset, size = (_number(proto, field, 0) for field in (1, 3, 4, 5))
+    return Entry(kind, tuple(shape), shard, offset, size)

@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
-from tiny_task import config_over
+from test_shadow import make_config as unsharded_config
 
-from bert_fast.cli import config_from_tree
 from bert_fast.communication.buckets import Layout, plan_layout
 from bert_fast.communication.sharded import ShardedReducer, pieces_of
 from bert_fast.config import Config
@@ -35,13 +34,8 @@ CLIPS = ["none", "global_before_reduce", "bucket_before_reduce", "global_after_r
 
 
 def make_config(store: Path, world: int, shard: bool, **changes: dict[str, Any]) -> Config:
-    tree = config_over(store)
-    tree["system"]["world_size"] = world
-    tree["batch"] = {"global_batch": 16, "local_batch": 16 // world}
-    tree["communication"]["shard_optimizer"] = shard
-    for section, values in changes.items():
-        tree[section] |= values
-    return config_from_tree(tree)
+    communication = {"shard_optimizer": shard, **changes.pop("communication", {})}
+    return unsharded_config(store, world, "end", communication=communication, **changes)
 
 
 class Task:

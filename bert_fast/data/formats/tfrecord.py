@@ -17,6 +17,7 @@ import numpy as np
 
 from bert_fast.errors import UserError
 from bert_fast.files import atomic_file
+from bert_fast.protobuf import fields
 
 _BLOCK = 1 << 22
 _LENGTH = struct.Struct("<Q")
@@ -73,58 +74,23 @@ def write_records(path: str | Path, payloads: Iterable[bytes]) -> int:
 # ---- protobuf -------------------------------------------------------------------------------------------------------
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A varint and the place behind it."""
-    value, shift = 0, 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(field number, wire type, begin, end) of the fields of a message in data[at:end]."""
-    while at < end:
-        tag, at = _varint(data, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == 2:
-            size, at = _varint(data, at)
-            yield number, kind, at, at + size
-            at += size
-        elif kind == 0:
-            begin = at
-            _, at = _varint(data, at)
-            yield number, kind, begin, at
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-            yield number, kind, at, at + size
-            at += size
-        else:
-            raise ValueError(f"wire type {kind}")
-    if at != end:
-        raise ValueError("a field runs over its end")
-
-
 def _find(data: bytes) -> dict[str, tuple[int, bytes]]:
     """Kind (1 bytes, 2 floats, 3 integers) and packed values of every feature of an Example."""
     found: dict[str, tuple[int, bytes]] = {}
-    for number, kind, begin, end in _fields(data, 0, len(data)):
+    for number, kind, begin, end in fields(data, 0, len(data)):
         if (number, kind) != (1, 2):
             continue
-        for entry, entry_kind, entry_begin, entry_end in _fields(data, begin, end):
+        for entry, entry_kind, entry_begin, entry_end in fields(data, begin, end):
             if (entry, entry_kind) != (1, 2):
                 continue
             name, value = "", (0, 0)
-            for part, _, part_begin, part_end in _fields(data, entry_begin, entry_end):
+            for part, _, part_begin, part_end in fields(data, entry_begin, entry_end):
                 if part == 1:
                     name = data[part_begin:part_end].decode()
                 elif part == 2:
                     value = (part_begin, part_end)
-            for form, _, form_begin, form_end in _fields(data, *value):
-                values = [data[a:b] for field, _, a, b in _fields(data, form_begin, form_end) if field == 1]
+            for form, _, form_begin, form_end in fields(data, *value):
+                values = [data[a:b] for field, _, a, b in fields(data, form_begin, form_end) if field == 1]
                 found[name] = (form, values[0] if len(values) == 1 else b"".join(values))
     return found
 
