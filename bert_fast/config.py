@@ -391,6 +391,11 @@ class Config(Section):
                     f"optimizer.when=bucket needs communication.clip=none or bucket_before_reduce: with {communication.clip} "
                     "no update is known before the last bucket; set optimizer.when=end"
                 )
+        if self.optimizer.when == "bucket" and self.optimizer.use_apex:
+            raise ValueError(
+                "optimizer.when=bucket steps over some tensors at a time, and apex's optimizers count their steps as a whole; "
+                "set optimizer.when=end or optimizer.use_apex=false"
+            )
         if communication.shard_optimizer and communication.engine != "bucketed":
             raise ValueError(
                 f"communication.shard_optimizer needs communication.engine=bucketed, not {communication.engine}; change one"

@@ -128,7 +128,11 @@ def main() -> int:
     samples: dict[str, list[float]] = {}
     parts, pictures = [], {}
     for model, hosts, link, ratio in (
-        (m, h, li, r) for m in args.model for h in args.hosts for li in args.links for r in args.ratios
+        (m, h, li, r)
+        for m in args.model
+        for h in args.hosts
+        for li in args.links
+        for r in (args.ratios if m != "real" else args.ratios[:1])  # its passes take what they take
     ):
         settings = {"model": model, "ratio": ratio, "variants": args.variants, "repeats": args.repeats}
         try:
@@ -156,10 +160,10 @@ def main() -> int:
     if args.out:
         from overlap.picture import draw
 
-        title, traces = next(iter(pictures.items()))
-        if "200mbit" in args.links and 1 in args.ratios:
-            title, traces = next((t, p) for t, p in pictures.items() if "200mbit, ratio 1:" in t)
-        if traces:
+        drawn = {title: traces for title, traces in pictures.items() if traces}
+        if drawn:
+            title = next((title for title in drawn if ", ratio 1:" in title), next(iter(drawn)))
+            traces = drawn[title]
             draw(Path(args.out) / f"timeline-{args.name}.svg", title, traces)
     return 0
 

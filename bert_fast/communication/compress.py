@@ -100,9 +100,10 @@ def fp16_scale(clip: str, max_norm: float, has_loss_scale: bool) -> float:
     """
     if has_loss_scale:
         return 1.0
-    if clip in ("bucket_before_reduce", "global_before_reduce"):
-        return 2.0 ** math.floor(math.log2(2**14 / max_norm))
-    return 2.0**7
+    usual = 2.0**7
+    if clip in ("bucket_before_reduce", "global_before_reduce"):  # a threshold that never clips says nothing of sums
+        return max(usual, 2.0 ** math.floor(math.log2(2**14 / max_norm)))
+    return usual
 
 
 def wire_format(name: str, gradient_dtype: torch.dtype, scale: float = 1.0) -> WireFormat:

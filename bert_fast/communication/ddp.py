@@ -29,6 +29,10 @@ class DdpEngine:
                 "communication.engine=ddp fills its buckets in ready order, and these communication.clip_groups are not "
                 "runs of it; use engine=bucketed, or clip_groups=layer, tensor or model"
             )
+        if type(wire).all_reduce is not WireFormat.all_reduce:
+            raise UserError(
+                "communication.engine=ddp only casts; a format with collectives of its own needs engine=bucketed"
+            )
         width = next(model.parameters()).element_size()
         caps = [sum(layout.numel[i] for i in b.parameters) * width / 2**20 for b in layout.buckets]
         self.trace: Trace | None = None

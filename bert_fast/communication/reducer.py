@@ -60,7 +60,7 @@ class BucketReducer:
         self._armed = False
         self._scale: torch.Tensor | None = None
         self._watch: torch.Tensor | None = None
-        self._flag_group: dist.ProcessGroup | None = None
+        self.small_group: dist.ProcessGroup | None = None  # for what must not queue behind buckets; the default without
         device = self.gradients.buffer.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.exposed_s = 0.0
@@ -78,6 +78,7 @@ class BucketReducer:
         if last:
             self._waiting[:] = self._full
             self._next = 0
+            self._in_flight.clear()  # of a step that an exception ended
         try:
             yield
         finally:
@@ -91,7 +92,7 @@ class BucketReducer:
         """
         self._watch = torch.zeros((), device=self.gradients.buffer.device)
         if dist.is_initialized():
-            self._flag_group = dist.new_group()
+            self.small_group = dist.new_group()
 
     def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
         """Wait for the collectives, unscale, clip after the reduction if asked. Returns the averaged gradient's norm.
@@ -151,7 +152,7 @@ class BucketReducer:
         flag = torch.isfinite(self._watch).logical_not().to(torch.float32)
         self._watch.zero_()
         if self._world > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._flag_group)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.small_group)
         return flag
 
     def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
@@ -223,7 +224,8 @@ class BucketReducer:
     def _look(self, values: torch.Tensor) -> None:
         """Remember whether what leaves is finite: a sum that is not finite stays so."""
         if self._watch is not None:
-            self._watch += torch.linalg.vector_norm(values) * 0.0
+            wide = torch.promote_types(values.dtype, torch.float32)  # the norm of values that fit may not fit
+            self._watch += torch.linalg.vector_norm(values, dtype=wide) * 0.0
 
     def _clip_span(self, group: int, span: Span, factor: float = 1.0) -> None:
         """Clip, and multiply by `factor` in the same pass."""

@@ -83,7 +83,7 @@ class ShardedReducer(BucketReducer):
         self._weights = FlatWeights(list(self._parameters), layout)
         self._gathering: dict[int, Work] = {}
         self.weight_bytes_sent = 0
-        self.weight_wait_s = 0.0  # host time for which forward waited; the caller resets it
+        self.weight_wait_s = 0.0  # host time for which forward waited since `zero_grad`
         self.pieces = pieces_of(layout, self._rank, self._world)
         index_of = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         for module in model.modules():
@@ -92,6 +92,10 @@ class ShardedReducer(BucketReducer):
                 module.register_forward_pre_hook(self._before_forward(sorted(own, reverse=True)))
         model.register_state_dict_pre_hook(lambda *_: self.settle())
         model.register_load_state_dict_pre_hook(lambda *_: self.settle())
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self.weight_wait_s = 0.0
 
     def weight_of(self, piece: Piece) -> torch.Tensor:
         """The flat weights of a piece, a view."""
@@ -124,21 +128,20 @@ class ShardedReducer(BucketReducer):
         for number in list(self._gathering):
             self._wait_for(number)
 
-    def gather_shards(self, shards: torch.Tensor) -> torch.Tensor:
-        """A buffer like the gradients', filled from every rank's shards of `shards` (such a buffer). A collective.
-
-        For optimizer state that is written to a checkpoint. Blocks.
-        """
-        whole = torch.zeros_like(shards)
-        for number, bucket in enumerate(self.layout.buckets):
-            _all_gather(whole[bucket.start : bucket.end], self._shard(shards, number).clone(), group=self._group)
+    def gather_bucket(self, number: int, shard: torch.Tensor) -> torch.Tensor:
+        """All ranks' shards of a bucket, end to end. A collective; blocks. For optimizer state that is written down."""
+        whole = shard.new_empty(self._world * len(shard))
+        _all_gather(whole, shard, group=self._group)
         return whole
 
-    def _shard(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
+    def shard_start(self, number: int) -> int:
+        """Where this rank's shard of a bucket begins in the flat buffers."""
         bucket = self.layout.buckets[number]
-        length = (bucket.end - bucket.start) // self._world
-        start = bucket.start + self._rank * length
-        return buffer[start : start + length]
+        return bucket.start + self._rank * ((bucket.end - bucket.start) // self._world)
+
+    def _shard(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
+        bucket, start = self.layout.buckets[number], self.shard_start(number)
+        return buffer[start : start + (bucket.end - bucket.start) // self._world]
 
     def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[Work]:
         return self.wire.reduce_scatter(number, wire, self.reduced(number), self._group)

@@ -13,6 +13,7 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from bert_fast.config import Config
+from bert_fast.mlperf.rules import open_because
 
 _STATUS = {
     "onprem": "Available on-premise",
@@ -76,6 +77,8 @@ class ResultLog:
         self.event(constants.SUBMISSION_STATUS, _STATUS[mlperf.status])
         self.event(constants.SUBMISSION_POC_NAME, mlperf.poc_name)
         self.event(constants.SUBMISSION_POC_EMAIL, mlperf.poc_email)
+        if mlperf.division == "open":
+            self.event("open_because", open_because(config))
 
     def hyperparameters(self, config: Config) -> None:
         """Every hyper-parameter key of the closed rules, for LAMB and for Adam alike (names are MLPerf's)."""

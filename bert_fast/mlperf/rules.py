@@ -1,11 +1,91 @@
-"""MLPerf's rules for BERT as code."""
+"""MLPerf's rules for BERT as code: what the closed division fixes, and what of a config breaks it."""
 
 from __future__ import annotations
 
+from bert_fast.config import Config
+from bert_fast.errors import UserError
+
 RULESET = "5.0.0"  # BERT's last: later rulesets no longer admit it
 TARGET_ACCURACY = 0.720
+EVALUATION_SAMPLES = 10_000
+_SHAPE = {
+    "hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096, "max_positions": 512,
+    "type_vocab_size": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+}  # fmt: skip
+_VOCABULARIES = (30_522, 30_528)  # as published, and padded to a multiple of 64
+_CLIPS = ("global_before_reduce", "global_after_reduce")
 
 
 def evaluation_interval(global_batch: int) -> int:
     """Samples between evaluations in the closed division: floor(0.05 (230.23 GBS + 3,000,000) / 25,000) 25,000."""
     return int(0.05 * (230.23 * global_batch + 3_000_000) // 25_000) * 25_000
+
+
+def open_because(config: Config) -> list[str]:
+    """What of a config the closed division does not allow, a sentence each; empty if it may be closed.
+
+    Free in the closed division: global batch, learning rate, epsilon, training and warm-up steps, start_warmup_step, betas
+    and weight decay; order, sharding and batching of samples that stays random overall.
+    """
+    optimizer, schedule, train, data = config.optimizer, config.schedule, config.train, config.data
+    communication, batch = config.communication, config.batch.global_batch
+    found = []
+
+    def must(holds: bool, what: str, rule: str) -> None:
+        if not holds:
+            found.append(f"{what}: {rule}")
+
+    must(optimizer.name == "lamb", f"optimizer.name={optimizer.name}", "the optimizer is LAMB")
+    for name, value in _SHAPE.items():
+        own = getattr(config.model, name)
+        must(own == value, f"model.{name}={own}", f"the model is BERT-large with {name} {value}")
+    vocabulary = config.model.vocab_size
+    must(
+        vocabulary in _VOCABULARIES,
+        f"model.vocab_size={vocabulary}",
+        "the vocabulary has 30,522 tokens, or 30,528 padded",
+    )
+    must(data.max_seq_len == 512, f"data.max_seq_len={data.max_seq_len}", "samples have up to 512 tokens")
+    must(
+        data.eval_samples in (None, EVALUATION_SAMPLES), f"data.eval_samples={data.eval_samples}",
+        "the evaluation set has 10,000 samples",
+    )  # fmt: skip
+    must(
+        communication.clip in _CLIPS, f"communication.clip={communication.clip}",
+        "a rank's whole gradient or the averaged one is clipped; per group is not the reference's mathematics",
+    )  # fmt: skip
+    must(
+        communication.max_norm == 1.0,
+        f"communication.max_norm={communication.max_norm}",
+        "gradients are clipped at norm 1",
+    )
+    must(schedule.power == 1.0, f"schedule.power={schedule.power}", "the learning rate decays linearly")
+    must(schedule.end_lr == 0.0, f"schedule.end_lr={schedule.end_lr}", "the learning rate decays to 0")
+    must(
+        train.init_checkpoint is not None,
+        "train.init_checkpoint is not set",
+        "training starts from the given checkpoint",
+    )
+    must(
+        train.target_accuracy == TARGET_ACCURACY, f"train.target_accuracy={train.target_accuracy}",
+        f"the target is {TARGET_ACCURACY}",
+    )  # fmt: skip
+    interval = evaluation_interval(batch)
+    whole = -(-interval // batch) * batch
+    for name in ("eval_every_samples", "eval_start_samples"):
+        own = getattr(train, name)
+        must(
+            own in (interval, whole) or (own is None and name == "eval_start_samples"), f"train.{name}={own}",
+            f"with a global batch of {batch:,}, evaluations are every {interval:,} samples, or {whole:,}, whole batches",
+        )  # fmt: skip
+    return found
+
+
+def check_division(config: Config) -> None:
+    """Refuse a config that claims the closed division and breaks a rule of it. Raises UserError naming the rules."""
+    if config.mlperf.division != "closed":
+        return
+    reasons = open_because(config)
+    if reasons:
+        more = f" ({len(reasons) - 1} more: {'; '.join(reasons[1:])})" if len(reasons) > 1 else ""
+        raise UserError(f"mlperf.division=closed: {reasons[0]}{more}; change it or set mlperf.division=open")

@@ -19,7 +19,7 @@ class Lamb(Optimizer):
     found_inf: torch.Tensor | None = None
     # Set where parameters are pieces of tensors: turns squared norms of pieces [2, n] (weights, updates) into those of the
     # whole tensors. Called for every group with decay, also where it has no pieces here: it may be a collective.
-    share_squares: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor] | None = None
+    share_squares: Callable[[list[torch.Tensor], torch.Tensor | None], torch.Tensor] | None = None
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
@@ -33,7 +33,7 @@ class Lamb(Optimizer):
             if parameters:
                 self._update(parameters, group)
             elif self.share_squares and group["weight_decay"] > 0:
-                self.share_squares([], torch.zeros(2, 0))
+                self.share_squares([], None)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]

@@ -38,6 +38,7 @@ def check_settings(config: Config, layout: Layout, model: nn.Module, environment
     """A collective. Raises UserError where a rank's settings or buckets are not rank 0's; the setting is named."""
     plain = as_plain(config)
     settings = {f"{section}.{name}": value for section in _SETTINGS for name, value in plain[section].items()}
+    del settings["train.init_checkpoint"]  # may lie elsewhere on every node; the checksum sees to it
     settings["the order of gradients"] = list(layout.order)
     settings["the checksum of the starting weights"] = _checksum(model)
     settings["the buckets"] = [[bucket.start, bucket.end] for bucket in layout.buckets]
@@ -46,10 +47,10 @@ def check_settings(config: Config, layout: Layout, model: nn.Module, environment
         return
     rank, theirs = other
     reference = _of_rank(settings, 0)
-    name = next(key for key in reference if reference[key] != theirs.get(key))
+    name = next(key for key in {**reference, **theirs} if reference.get(key) != theirs.get(key))
     raise UserError(
         f"rank {rank} has another config than rank 0: {name} is {_short(theirs.get(name))} there and "
-        f"{_short(reference[name])} on rank 0; start all ranks with the same config"
+        f"{_short(reference.get(name))} on rank 0; start all ranks with the same config"
     )
 
 

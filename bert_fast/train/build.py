@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import Config
+from bert_fast.errors import UserError
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
@@ -56,6 +58,8 @@ def build(config: Config, environment: Environment) -> Machinery:
     engine = make_engine(config, environment, model, layout)
     optimizer: torch.optim.Optimizer | ShardedOptimizer
     if isinstance(engine, ShardedReducer):
+        if config.train.compile:
+            torch.compiler.reset()  # what was traced so far does not know the hooks that wait for weights
         optimizer = ShardedOptimizer(engine, list(model.named_parameters()), config.optimizer)
         parts = optimizer.parts()
     else:
@@ -89,6 +93,8 @@ def make_engine(config: Config, environment: Environment, model: torch.nn.Module
     communication = config.communication
     kind = DdpEngine if communication.engine == "ddp" else BucketReducer
     if communication.shard_optimizer and environment.world_size > 1:
+        if environment.device.type == "cuda" and dist.get_backend() == "gloo":
+            raise UserError("communication.shard_optimizer on CUDA needs NCCL; set communication.backend=nccl or auto")
         kind = ShardedReducer
     scale = fp16_scale(communication.clip, communication.max_norm, environment.dtype == torch.float16)
     wire = wire_format(communication.reduce_dtype, next(model.parameters()).dtype, scale)
@@ -184,6 +190,7 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
     if not steps:
         return
     before = [p.detach().clone() for p in model.parameters()]
+    wire_before = copy.deepcopy(machinery.engine.wire.state_dict())
     scale_before = machinery.loss_scale.state_dict() if machinery.loss_scale else None
     for index in range(steps):
         machinery.step(synthetic_input(config, environment, seed=index), lr=0.0)
@@ -199,6 +206,7 @@ def _warm_up(config: Config, environment: Environment, machinery: Machinery) -> 
             timer.clear()
     clip_statistics = machinery.engine.clip_statistics
     clip_statistics.read()
+    machinery.engine.wire.load_state_dict(wire_before)
     machinery.engine.wire.bytes_sent = 0
     if isinstance(machinery.engine, ShardedReducer):
         machinery.engine.weight_bytes_sent = 0

@@ -16,6 +16,7 @@ from bert_fast.cli import load_config, to_yaml
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import write_json
+from bert_fast.mlperf.rules import check_division
 from bert_fast.train import launch
 from bert_fast.train.folder import check_folder, check_inputs, create_folder
 
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace, process_start: float) -> int:
     """Dispatch: print, dry-run, start ranks here, or be a rank."""
     _die_with_launcher()
     config = load_config(args.config, args.overrides)
+    if config.mlperf.enabled:
+        check_division(config)
     if args.print_config:
         print(to_yaml(as_plain(config)), end="")
         return 0

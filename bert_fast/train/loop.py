@@ -152,6 +152,7 @@ class Run:
         )
         try:
             outcome = self._steps(prefetcher)
+            self._say_trace(self.profile.close())
         finally:
             prefetcher.close()
         if outcome.status != "stopped":
@@ -192,13 +193,13 @@ class Run:
     def _steps(self, prefetcher: Prefetcher[tuple[Plan, list[Batch], int, int, int]]) -> Outcome:
         config, progress = self.config, self.progress
         train = config.train
+        self.profile = StepProfile(config.run, self.environment, self.folder, self.machinery.step, progress.step)
         self._reset_interval()
         self._block_start()
         if train.eval_at_start and progress.step == 0 and self._evaluate():
             return Outcome("success", True)
-        profile = StepProfile(config.run, self.environment, self.folder, self.machinery.step, progress.step)
         while progress.step < train.max_steps:
-            trace = profile.before(progress.step)
+            trace = self.profile.before(progress.step)
             waited = time.perf_counter()
             with span_or_nothing(trace, "data", "wait"):
                 plan, batches, masked, tokens, tokens_squared = prefetcher.next()
@@ -210,9 +211,7 @@ class Run:
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
             result = self.machinery.step(inputs, lr)
-            written = profile.after(progress.step)
-            if written:
-                self.line.say(f"trace of steps: {written} (open in ui.perfetto.dev or chrome://tracing)")
+            self._say_trace(self.profile.after(progress.step))
             if progress.first_step_s is None:
                 progress.first_step_s = self.clock.elapsed
             progress.step += 1
@@ -235,6 +234,10 @@ class Run:
             if checkpoint:
                 self._checkpoint()
         return Outcome("aborted" if train.target_accuracy is not None else "success", False)
+
+    def _say_trace(self, path: Path | None) -> None:
+        if path:
+            self.line.say(f"trace of steps: {path} (open in ui.perfetto.dev or chrome://tracing)")
 
     # ---- accounting -------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,11 @@ class StepProfile:
 
     def after(self, number: int) -> Path | None:
         """After step `number`. A collective at the last step of the trace; then the file that was written, on rank 0."""
-        if self._trace is None or number != self._last:
+        return self.close() if number == self._last else None
+
+    def close(self) -> Path | None:
+        """Write what there is, also where the run ends within the trace. A collective if a trace was begun."""
+        if self._trace is None:
             return None
         rank, world = self._environment.rank, self._environment.world_size
         self._step.set_trace(None)

@@ -46,7 +46,7 @@ class ShardedOptimizer:
         return parts
 
     def state_dict(self) -> dict[str, Any]:
-        """As `build_optimizer(all parameters).state_dict()`. A collective; on every rank."""
+        """As `build_optimizer(all parameters).state_dict()`, on the host. A collective; only rank 0 gets the state."""
         decayed = [i for i, name in enumerate(self._names) if has_decay(name)]
         order = decayed + [i for i, name in enumerate(self._names) if not has_decay(name)]
         groups, start = [], 0
@@ -54,14 +54,21 @@ class ShardedOptimizer:
             settings = {key: value for key, value in group.items() if key != "params"}
             groups.append({**settings, "params": list(range(start, start + count))})
             start += count
-        steps, moments = self._moments()
+        place_of = {index: place for place, index in enumerate(order)}
+        steps = self._steps()
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for name in moments:
-            whole = self._engine.gather_shards(moments[name])
-            for place, index in enumerate(order):
-                start = self._engine.layout.offsets[index]
-                values = whole[start : start + self._engine.layout.numel[index]]
-                state.setdefault(place, {"step": steps.clone()})[name] = values.view(self._shapes[index]).clone()
+        if float(steps) == 0.0:
+            return {"state": state, "param_groups": groups}
+        for name in ("exp_avg", "exp_avg_sq"):  # one bucket at a time: a device may not hold the whole state
+            for number, bucket in enumerate(self._engine.layout.buckets):
+                whole = self._engine.gather_bucket(number, self._shard_of(number, name))
+                if dist.get_rank() == 0:
+                    host = whole.cpu()
+                    for index in bucket.parameters:
+                        start = self._engine.layout.offsets[index] - bucket.start
+                        values = host[start : start + self._engine.layout.numel[index]]
+                        entry = state.setdefault(place_of[index], {"step": steps.clone()})
+                        entry[name] = values.view(self._shapes[index]).clone()
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, whole: dict[str, Any]) -> None:
@@ -86,28 +93,33 @@ class ShardedOptimizer:
         ]
         self.inner.load_state_dict({"state": state, "param_groups": groups})
 
-    def _moments(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The step count, and per moment a buffer in which this rank's shards are filled. The same keys on all ranks."""
-        buffer = self._engine.gradients.buffer
-        entries = [(p, self.inner.state[p]) for p in self._pieces if p in self.inner.state]
-        count = max((float(entry["step"]) for _, entry in entries), default=0.0)
-        shared = torch.tensor(count, dtype=torch.float64, device=buffer.device)
+    def _steps(self) -> torch.Tensor:
+        """The step count, 0-dim on the host; the same for all tensors and ranks."""
+        entries = [self.inner.state[p] for p in self._pieces if p in self.inner.state]
+        count = max((float(entry["step"]) for entry in entries), default=0.0)
+        shared = torch.tensor(count, dtype=torch.float64, device=self._engine.gradients.buffer.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        if float(shared) == 0.0:
-            return shared, {}
-        step = entries[0][1]["step"] if entries else shared
-        moments = {name: torch.zeros_like(buffer) for name in ("exp_avg", "exp_avg_sq")}
-        by_piece = {id(p): entry for p, entry in entries}
-        for piece, parameter in zip(self._engine.pieces, self._pieces, strict=True):
-            start = self._engine.layout.offsets[piece.parameter]
-            for name, values in moments.items():
-                values[start + piece.begin : start + piece.end] = by_piece[id(parameter)][name]
-        return step.to(buffer.device), moments
+        return shared.cpu().to(entries[0]["step"].dtype if entries else torch.float64)
 
-    def _share_squares(self, parameters: list[torch.Tensor], squares: torch.Tensor) -> torch.Tensor:
-        """Sums over ranks of per-piece squares: [2, pieces] to the whole tensors' [2, pieces]. A collective."""
-        index = torch.tensor([self._index_of[id(p)] for p in parameters], dtype=torch.int64, device=squares.device)
-        total = torch.zeros(2, len(self._names), dtype=squares.dtype, device=squares.device)
-        total[:, index] = squares
-        dist.all_reduce(total)
+    def _shard_of(self, number: int, name: str) -> torch.Tensor:
+        """This rank's shard of a moment of a bucket."""
+        shard = torch.zeros_like(self._engine.reduced(number))
+        first = self._engine.shard_start(number)
+        for piece, parameter in zip(self._engine.pieces, self._pieces, strict=True):
+            if piece.bucket == number:
+                start = self._engine.layout.offsets[piece.parameter] - first
+                shard[start + piece.begin : start + piece.end] = self.inner.state[parameter][name]
+        return shard
+
+    def _share_squares(self, parameters: list[torch.Tensor], squares: torch.Tensor | None) -> torch.Tensor:
+        """Sums over ranks of per-piece squares: [2, pieces] to the whole tensors' [2, pieces]. A collective.
+
+        A rank without pieces takes part with zeros, of the same type and on the same device as the others.
+        """
+        buffer = self._engine.gradients.buffer
+        total = torch.zeros(2, len(self._names), dtype=buffer.dtype, device=buffer.device)
+        index = torch.tensor([self._index_of[id(p)] for p in parameters], dtype=torch.int64, device=buffer.device)
+        if squares is not None:
+            total[:, index] = squares
+        dist.all_reduce(total, group=self._engine.small_group)
         return total[:, index]

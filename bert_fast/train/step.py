@@ -111,7 +111,7 @@ class TrainStep:
         waited_s = 0.0  # in forward, for weights of the step before
         if isinstance(self._engine, ShardedReducer):
             self._engine.gather_weights()
-            waited_s, self._engine.weight_wait_s = self._engine.weight_wait_s, 0.0
+            waited_s = self._engine.weight_wait_s
         exposed_s = self._engine.exposed_s
         return StepResult(
             mlm_sum, nsp_sum, norm, is_finite, torch.isfinite(mlm_sum + nsp_sum), backward_end - start - waited_s,

@@ -74,3 +74,11 @@ def test_a_span_may_be_ended_elsewhere() -> None:
     late, inner = trace.spans()
     assert late.name == "late"
     assert late.start <= inner.start <= inner.end <= late.end
+
+
+@pytest.mark.distributed
+def test_a_run_that_ends_within_the_trace_writes_what_there_is(workspace: Workspace) -> None:
+    code, run = workspace.run("run.folder=short", *SETTINGS, "train.max_steps=5")
+    assert code == 0, run.stderr
+    assert "trace of steps: " in run.stdout
+    assert spans_of(workspace.folder / "short/trace.json", 1)["compute"]
