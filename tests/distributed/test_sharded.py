@@ -217,6 +217,34 @@ def test_a_layer_waits_for_its_own_weights_only(pool: Pools, tiny_store: Path) -
         assert events.index("layers.1.output_norm") < events.index("wait 0") < events.index("heads.transform")
 
 
+def waits_of_compiled(rank: int, world: int, config: Config) -> list[int]:
+    """Which buckets the second step waits for, in order, before the end of forward; layers are traced, not generated."""
+    real = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: real(self, backend="eager", **options)  # type: ignore[assignment,method-assign]
+    try:
+        task = Task(rank, world, config)
+        task.step(0)
+        engine = task.machinery.engine
+        assert isinstance(engine, ShardedReducer)
+        waited: list[int] = []
+        wait_for = engine._wait_for
+        engine._wait_for = lambda number: (waited.append(number), wait_for(number))[1]  # type: ignore[method-assign]
+        settle = engine.settle
+        engine.settle = lambda: (waited.append(-1), settle())[1]  # type: ignore[method-assign]
+        task.step(1)
+        return list(dict.fromkeys(waited[: waited.index(-1)]))
+    finally:
+        torch.nn.Module.compile = real  # type: ignore[method-assign]
+        torch.compiler.reset()
+
+
+def test_compiled_layers_wait_for_their_weights(pool: Pools, tiny_store: Path) -> None:
+    """The hooks come after the first trace, in which the order of gradients is measured."""
+    changes: dict[str, Any] = {"communication": {"bucket_mb": 0.001}, "train": {"compile": True}}
+    for waited in pool(2).call(waits_of_compiled, make_config(tiny_store, 2, True, **changes)):
+        assert waited == [3, 2, 1, 0]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 1024])
 def test_pieces_cover_every_weight_once(world: int) -> None:
     numel = [5, 1, 700, 33, 16, 2]

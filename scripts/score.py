@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Score MLPerf BERT result logs, of anyone: time to train, samples, steps, time of a step, rate per accelerator, start-up.
+
+    python scripts/score.py results/mini_cpu ORG/results/SYSTEM/bert --csv scores.csv --plot accuracy.svg
+
+A folder holds result_*.txt of one system; with ORG/systems/SYSTEM.json beside, accelerators are counted from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.files import write_atomically  # noqa: E402
+from bert_fast.mlperf.score import SystemScore, score_folder  # noqa: E402
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+
+COLUMNS = (
+    "system", "division", "accelerators", "global batch", "runs", "converged", "minutes", "samples", "steps", "step ms",
+    "samples/s/accelerator", "start-up s",
+)  # fmt: skip
+
+
+def row_of(score: SystemScore) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    first, step = score.runs[0], score.mean("step_s")
+    return [
+        score.name, first.division, number(score.accelerators, ","), f"{first.global_batch:,}", str(len(score.runs)),
+        str(sum(run.converged for run in score.runs)), number(score.minutes, ".4f"), number(score.mean("samples"), ",.0f"),
+        number(score.mean("steps"), ",.0f"), number(None if step is None else 1e3 * step, ",.1f"), number(score.rate, ",.1f"),
+        number(score.mean("startup_s"), ".2f"),
+    ]  # fmt: skip
+
+
+def draw(path: Path, scores: list[SystemScore]) -> None:
+    """Accuracy against time, a line a run, a colour a system."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "bert_fast"
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for number, score in enumerate(scores):
+        for index, run in enumerate(score.runs):
+            times, _, accuracies = zip(*run.evaluations, strict=True) if run.evaluations else ((), (), ())
+            axis.plot(times, accuracies, color=f"C{number}", lw=0.8, label=score.name if index == 0 else None)
+    axis.set(xlabel="seconds after run_start", ylabel="masked-LM accuracy", xscale="log")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    write_atomically(path, buffer.getvalue())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="with result_*.txt of one system, or one log")
+    parser.add_argument("--csv", metavar="FILE", help="write the table there")
+    parser.add_argument("--plot", metavar="FILE", help="write accuracy against time there, as SVG")
+    add_arguments(parser)
+    args = parser.parse_args()
+    try:
+        scores = [score_folder(folder) for folder in args.folders]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = [row_of(score) for score in scores]
+    print(markdown_table(COLUMNS, rows))
+    if args.csv:
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(
+            [COLUMNS, *([cell.replace(",", "") for cell in row] for row in rows)]
+        )
+        write_atomically(args.csv, out.getvalue())
+    if args.plot:
+        draw(Path(args.plot), scores)
+    if args.json:
+        metrics = {f"score_minutes/{score.name}": score.minutes for score in scores}
+        samples = {score.name: [run.time_s for run in score.runs] for score in scores}
+        write_result(args.json, metrics, {"folders": args.folders}, environment(), samples)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
