@@ -64,7 +64,10 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("batch.local_batch=7", r"7 x 2 x 1 = 14; set batch\.global_batch=14"),
         ("model.num_heads=5", "nearest number of heads that does is 4"),
         ("data.train=nowhere/train", r"no data at nowhere/train .*(prepare_data\.py|make data)"),
-        ("train.init_checkpoint=nowhere", r"train\.init_checkpoint=nowhere is neither a folder with model\.safetensors"),
+        (
+            "train.init_checkpoint=nowhere",
+            r"train\.init_checkpoint=nowhere is neither a folder with model\.safetensors",
+        ),
     ],
 )
 def test_bad_setting(workspace: Workspace, override: str, says: str) -> None:
