@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bert_fast.data.corpus import PYDOCS_PACKAGES
+from bert_fast.data.corpus import KINDS, PYDOCS_PACKAGES
 from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
@@ -32,8 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = SampleParams()
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="YAML file that sets any of these options; flags go before it")
-    add("--corpus", choices=("pydocs", "prose", "mlcommons"), default="pydocs", help="kind of text (docs/data.md)")
-    add("--input", metavar="FOLDER", help="folder of text files (prose, mlcommons)")
+    add("--corpus", choices=KINDS, default="pydocs", help="kind of text (docs/data.md)")
+    add("--input", metavar="FOLDER", help="folder of text files, or one dump or table")
+    add("--column", default="text", help="column of text in a parquet corpus (default %(default)s)")
     add("--packages", nargs="+", default=list(PYDOCS_PACKAGES), help="packages whose documentation pydocs reads")
     add("--out", metavar="FOLDER", default="data/pydocs", help="gets vocab.txt, train/ and eval/ (default %(default)s)")
     add("--vocab", metavar="FILE", help="a BERT vocab.txt; one is trained if not given")
@@ -122,7 +123,7 @@ def main() -> int:
             args.max_seq_len, args.max_predictions, args.mask_prob, args.short_seq_prob, args.dupe_factor, args.seed
         )
         recipe = Recipe(
-            args.corpus, args.input, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
+            args.corpus, args.input, args.column, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
             args.eval_max_samples, params,
         )  # fmt: skip
         prepare(recipe, args.out, args.workers, log=say)

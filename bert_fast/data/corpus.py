@@ -4,6 +4,8 @@ Kinds:
     mlcommons  folder of text files, one sentence a line, a blank line between documents (MLPerf's cleaned shards)
     prose      folder of .txt, .md, .rst files, one document a file; sentences are split by `sentencex`
     pydocs     documentation strings of the Python standard library and of installed packages, one document a module
+    mediawiki  a dump of Wikipedia (.xml.bz2), one document an article
+    parquet    Parquet files, or a folder that Hugging Face `datasets` saved, one document a row of a text column
 
 A document's text comes in blocks (a paragraph run, a documentation string) so that repeated blocks can be dropped.
 """
@@ -14,20 +16,32 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import sentencex
 
+from bert_fast.data.columns import COLUMN_SUFFIXES, num_blocks, read_texts
+from bert_fast.data.wikitext import DUMP_SUFFIXES, Page, clean, read_pages
 from bert_fast.errors import UserError
+
+KINDS = ("pydocs", "prose", "mlcommons", "mediawiki", "parquet")
 
 PYDOCS_PACKAGES = ("torch", "numpy", "transformers")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "idlelib", "lib2to3"}
-_PROSE_SUFFIXES = {".txt", ".md", ".rst"}
+_SUFFIXES = {
+    "prose": (".txt", ".md", ".rst"),
+    "mediawiki": DUMP_SUFFIXES,
+    "parquet": COLUMN_SUFFIXES,
+    "mlcommons": ("",),
+}
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,15 +83,67 @@ def list_sources(kind: str, folder: str | None = None, packages: tuple[str, ...]
             for file in sorted(root.rglob("*.py"))
             if not _SKIPPED_FOLDERS.intersection(file.relative_to(root).parts)
         ]
+    if folder is not None and kind in ("mediawiki", "parquet") and Path(folder).is_file():
+        return [Source(Path(folder).name, str(folder))]
     if folder is None or not Path(folder).is_dir():
         raise UserError(f"corpus {kind}: folder {folder} does not exist; pass --input FOLDER with text files in it")
     root = Path(folder)
-    wanted = (lambda p: p.suffix.lower() in _PROSE_SUFFIXES) if kind == "prose" else (lambda p: p.name[0] != ".")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and wanted(p))
+    suffixes = _SUFFIXES[kind]
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name[0] != "." and p.name.lower().endswith(suffixes))
     if not files:
-        what = "no .txt, .md or .rst files" if kind == "prose" else "no files"
+        what = "no files" if suffixes == ("",) else f"no {' or '.join(suffixes)} files"
         raise UserError(f"corpus {kind}: folder {folder} holds {what}")
     return [Source(p.relative_to(root).as_posix(), str(p)) for p in files]
+
+
+# What one worker reads at a time: whole files, articles of a dump, or a block of a table file.
+Piece = list[Source] | list[Page] | tuple[Source, int, str]
+
+
+def list_pieces(kind: str, sources: list[Source], column: str = "text") -> Iterator[Piece]:
+    """The corpus in pieces of about a MiB, in a fixed order. Streams: a dump is read as its pieces are taken."""
+    if kind == "parquet":
+        for source in sources:
+            yield from ((source, block, column) for block in range(num_blocks(source.path)))
+    elif kind == "mediawiki":
+        for source in sources:
+            yield from _by_size(read_pages(source.path), lambda page: len(page.wikitext))
+    else:
+        yield from _by_size(sources, lambda source: os.path.getsize(source.path))
+
+
+_Item = TypeVar("_Item", Source, Page)
+
+
+def _by_size(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    chunk: list[_Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += size_of(item)
+        if size >= _PIECE_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def read_piece(kind: str, piece: Piece) -> Iterator[Document]:
+    """Documents of a piece."""
+    if isinstance(piece, tuple):
+        source, block, column = piece
+        for row, text in enumerate(read_texts(source.path, block, column)):
+            sentences = _split_prose(text)
+            if sentences:
+                yield Document(f"{source.name}#{block}.{row}", [sentences])
+        return
+    for item in piece:
+        if isinstance(item, Page):
+            sentences = _split_prose(clean(item))
+            if sentences:
+                yield Document(item.title, [sentences])
+        else:
+            yield from read_documents(kind, item)
 
 
 def read_documents(kind: str, source: Source) -> Iterator[Document]:
@@ -94,7 +160,7 @@ def read_documents(kind: str, source: Source) -> Iterator[Document]:
     elif kind == "mlcommons":
         yield from _read_mlcommons(source)
     else:
-        raise UserError(f"unknown corpus kind {kind}; known: mlcommons, prose, pydocs")
+        raise UserError(f"unknown corpus kind {kind}; known: {', '.join(KINDS)}")
 
 
 def is_held_out(origin: str, fraction: float, seed: int) -> bool:

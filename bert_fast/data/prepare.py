@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Recipe:
 
     corpus: str = "pydocs"
     input: str | None = None
+    column: str = "text"
     packages: tuple[str, ...] = corpora.PYDOCS_PACKAGES
     vocab: str | None = None
     vocab_size: int = 2048
@@ -48,10 +50,11 @@ class Recipe:
     def text_key(self) -> dict[str, Any]:
         """What the text stage depends on."""
         packages = list(self.packages) if self.corpus == "pydocs" else []
-        return {
+        key = {
             "corpus": self.corpus, "input": self.input, "packages": packages, "eval_fraction": self.eval_fraction,
             "seed": self.params.seed,
         }  # fmt: skip
+        return {**key, "column": self.column} if self.corpus == "parquet" else key
 
 
 Log = Callable[[str], None]
@@ -97,10 +100,18 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
         return done
     start = time.perf_counter()
     shutil.rmtree(out / "text", ignore_errors=True)
+    tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    pieces_folder = out / f"pieces-{tag}"
     writers = {split: _TextWriter(out / "text", split) for split in SPLITS}
     seen: set[bytes] = set()
-    chunks = _chunks_by_size(sources, 1 << 20)
-    for documents in pool.map(_read_chunk, ((recipe.corpus, chunk) for chunk in chunks)):
+    pieces = corpora.list_pieces(recipe.corpus, sources, recipe.column)
+    jobs = ((str(pieces_folder / f"{n:06d}.pickle"), recipe.corpus, piece) for n, piece in enumerate(pieces))
+    last_line, documents_read = start, 0
+    for documents in pool.map(_read_piece, jobs):
+        documents_read += len(documents)
+        if time.perf_counter() - last_line > 5:
+            last_line = time.perf_counter()
+            log(f"text: {documents_read:,} documents, {documents_read / (last_line - start):,.0f} a second")
         for origin, blocks in documents:
             kept = []
             for digest, sentences in blocks:
@@ -121,6 +132,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
             hint = "raise --eval-fraction" if split == "eval" and stamp["train"]["documents"] else "is the text empty?"
             raise UserError(f"corpus {recipe.corpus}: no document for the {split} split; {hint}{where}")
     write_json(stamp_path, stamp)
+    shutil.rmtree(pieces_folder, ignore_errors=True)
     megabytes, seconds = sum(stamp[s]["bytes"] for s in SPLITS) / 1e6, time.perf_counter() - start
     log(
         f"text: {len(sources):,} files -> {stamp['train']['documents']:,} + {stamp['eval']['documents']:,} documents, "
@@ -129,28 +141,23 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     return stamp
 
 
-def _chunks_by_size(sources: list[corpora.Source], limit: int) -> Iterator[list[corpora.Source]]:
-    chunk: list[corpora.Source] = []
-    size = 0
-    for source in sources:
-        chunk.append(source)
-        size += os.path.getsize(source.path)
-        if size >= limit:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+_Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences
 
 
-def _read_chunk(kind: str, sources: list[corpora.Source]) -> list[tuple[str, list[tuple[bytes, list[str]]]]]:
-    return [
+def _read_piece(path: str, kind: str, piece: corpora.Piece) -> list[tuple[str, _Blocks]]:
+    """Documents of a piece, kept in `path` until the stage is over: cleaning a whole Wikipedia is hours of work."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            return pickle.load(file)  # type: ignore[no-any-return]  # our own file
+    documents = [
         (
             document.origin,
             [(hashlib.blake2b("\n".join(b).encode(), digest_size=16).digest(), b) for b in document.blocks],
         )
-        for source in sources
-        for document in corpora.read_documents(kind, source)
+        for document in corpora.read_piece(kind, piece)
     ]
+    write_atomically(path, pickle.dumps(documents))
+    return documents
 
 
 class _TextWriter:

@@ -1,0 +1,216 @@
+"""Articles out of a MediaWiki dump, and texts out of tables: what is kept, what is dropped, what damage is said of."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_fast.data import corpus as corpora
+from bert_fast.data.columns import num_blocks, read_texts
+from bert_fast.data.prepare import Recipe, prepare
+from bert_fast.data.samples import SampleParams
+from bert_fast.data.wikitext import Page, clean, read_pages
+from bert_fast.errors import UserError
+
+ARTICLE = """{{Infobox planet|name=Mars|mass={{val|6.4|e=23}}}}
+'''Mars''' is the [[fourth planet|fourth]] planet from the [[Sun]].<ref>A note. {{cite web|url=x}}</ref> It is red &amp; dusty.<!-- secret -->
+[[File:Mars.jpg|thumb|A caption with a [[link]] that is no text]]
+== Moons ==
+It has two moons ({{lang|grc|Φόβος}}), [[Phobos (moon)|Phobos]] and ''Deimos''<ref name="m"/>.
+
+{| class="wikitable"
+! Moon !! Radius
+|-
+| Phobos || 11 km
+|}
+* The first item of a list stands here.
+[[Category:Planets]]
+__NOTOC__ <math>E = mc^2</math>
+"""
+
+
+def make_dump(pages: list[tuple[str, str, str]]) -> str:
+    """A dump of (title, namespace, wikitext); a text of `#REDIRECT` becomes a redirect."""
+    entries = [
+        f"<page><title>{escape(title)}</title><ns>{space}</ns><id>{n}</id>"
+        + ('<redirect title="Elsewhere" />' if text.startswith("#REDIRECT") else "")
+        + f'<revision><id>{n}</id><text bytes="9" xml:space="preserve">{escape(text)}</text></revision></page>'
+        for n, (title, space, text) in enumerate(pages)
+    ]
+    spaces = "".join(f'<namespace key="{key}">{name}</namespace>' for key, name in ((0, ""), (6, "Datei"), (14, "Kategorie")))
+    return (
+        '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11">'
+        f"<siteinfo><namespaces>{spaces}</namespaces></siteinfo>\n" + "\n".join(entries) + "\n</mediawiki>\n"
+    )
+
+
+PAGES = [
+    ("Mars", "0", ARTICLE),
+    ("Diskussion:Mars", "1", "Talk is no article at all."),
+    ("Red planet", "0", "#REDIRECT [[Mars]]"),
+    ("Venus", "0", "Venus is hot. It has no moon at all.\n\nIt is a planet."),
+]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".xml", bytes), (".xml.bz2", bz2.compress), (".xml.gz", gzip.compress)])
+def test_articles_are_read_and_nothing_else(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"wiki{suffix}"
+    path.write_bytes(pack(make_dump(PAGES).encode()))
+    pages = list(read_pages(path))
+    assert [page.title for page in pages] == ["Mars", "Venus"]
+    assert pages[0].wikitext == ARTICLE
+    assert pages[0].spaces == {"datei", "kategorie"}
+
+
+def test_a_dump_of_several_streams(tmp_path: Path) -> None:
+    text = make_dump(PAGES).encode()
+    path = tmp_path / "wiki-multistream.xml.bz2"
+    path.write_bytes(b"".join(bz2.compress(text[i : i + 400]) for i in range(0, len(text), 400)))
+    assert [page.title for page in read_pages(path)] == ["Mars", "Venus"]
+
+
+def test_reading_keeps_one_page_in_memory(tmp_path: Path) -> None:
+    """The tree that is parsed does not grow: finished pages are taken out of it."""
+    path = tmp_path / "wiki.xml"
+    path.write_text(make_dump([(f"P{n}", "0", "word " * 2000) for n in range(300)]))
+    import tracemalloc
+
+    tracemalloc.start()
+    count = sum(1 for _ in read_pages(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 300
+    assert peak < path.stat().st_size / 4
+
+
+def test_wikitext_becomes_running_text() -> None:
+    assert clean(Page("Mars", ARTICLE, frozenset())).split("\n\n") == [
+        "Mars is the fourth planet from the Sun. It is red & dusty.",
+        "It has two moons, Phobos and Deimos.",
+        "The first item of a list stands here.",
+    ]
+
+
+def test_namespaces_of_the_dump_decide_which_links_are_dropped() -> None:
+    text = "Ein Satz steht hier.\n[[Datei:Bild.jpg|mini|Eine Unterschrift mit Worten]]\nNoch ein [[Satz:Art|ganzer]] Satz."
+    page = Page("x", text, frozenset({"datei"}))
+    assert clean(page) == "Ein Satz steht hier.\n\nNoch ein ganzer Satz."
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[: len(raw) * 2 // 3], r"wiki.xml.bz2 is cut or damaged \(.*\): \d+ articles before it were whole"),
+        (lambda raw: b"not a dump", r"wiki.xml.bz2 is no MediaWiki dump"),
+        (lambda raw: bz2.compress(bz2.decompress(raw)[:-400]), r"is cut or damaged .*: 3\d+ articles .* the last is 'P3\d+'"),
+        (lambda raw: bz2.compress(make_dump([("T", "1", "talk")]).encode()), "no article in it"),
+        (lambda raw: bz2.compress(make_dump([("T", "0", "caf\u00e9 au lait")]).encode("latin-1")), "is cut or damaged"),
+    ],
+)
+def test_damaged_dumps(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    text = make_dump([(f"P{n}", "0", " ".join(str(n * k) for k in range(300))) for n in range(40)])
+    path = tmp_path / "wiki.xml.bz2"
+    path.write_bytes(damage(bz2.compress(text.encode(), 1)))
+    with pytest.raises(UserError, match=message):
+        list(read_pages(path))
+
+
+TEXTS = [f"Row {n} is a document. It has two sentences." for n in range(10)]
+
+
+def write_parquet(path: Path, column: str = "text", values: list[Any] | None = None) -> None:
+    pq.write_table(pa.table({"id": list(range(10)), column: values or TEXTS}), path, row_group_size=4)
+
+
+def write_arrow(path: Path, stream: bool) -> None:
+    table = pa.table({"text": TEXTS})
+    make = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with make(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+
+
+@pytest.mark.parametrize("form", ["parquet", "stream", "file"])
+def test_texts_of_a_table_come_block_by_block(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"data.{'parquet' if form == 'parquet' else 'arrow'}"
+    if form == "parquet":
+        write_parquet(path)
+    else:
+        write_arrow(path, form == "stream")
+    assert num_blocks(path) == 3
+    assert [text for block in range(3) for text in read_texts(path, block)] == TEXTS
+    assert list(read_texts(path, 1)) == TEXTS[4:8]
+
+
+def test_a_table_without_the_column_says_which_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, "content")
+    with pytest.raises(UserError, match=r"a.parquet: no column text; it has id, content \(--column names another\)"):
+        list(read_texts(path, 0))
+    assert len(list(read_texts(path, 0, "content"))) == 4
+    with pytest.raises(UserError, match="column id holds int64, not strings"):
+        list(read_texts(path, 0, "id"))
+
+
+@pytest.mark.parametrize("name", ["cut.parquet", "cut.arrow"])
+def test_a_damaged_table(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write_parquet(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=f"{name}: damaged, or no "):
+        num_blocks(path)
+
+
+def test_from_a_dump_to_stores_with_a_stop_in_the_middle(
+    tmp_path: Path, vocab_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped text stage goes on where it was: finished pieces are not cleaned again, and the stores are the same."""
+    body = "\n\n".join("The shape of the input is xyz. It returns a tensor of the shape." for _ in range(3))
+    pages = [(f"P{n}", "0", f"Number {n} is here. " + body) for n in range(40)]
+    path = tmp_path / "wiki.xml.bz2"
+    path.write_bytes(bz2.compress(make_dump(pages).encode()))
+    monkeypatch.setattr(corpora, "_PIECE_BYTES", 2000)
+    params = SampleParams(max_seq_len=32, max_predictions=5, dupe_factor=1, seed=1)
+    recipe = Recipe("mediawiki", str(path), vocab=str(vocab_file), eval_fraction=0.2, params=params)
+    whole = prepare(recipe, tmp_path / "whole", 1, log=lambda line: None)
+    assert whole["train"]["documents"] + whole["eval"]["documents"] == 40
+    cut = tmp_path / "out"
+    path.write_bytes(bz2.compress(make_dump(pages).encode()))  # same bytes, another time: sources are told by both
+    original = path.read_bytes()
+    path.write_bytes(original[: len(original) - 60])
+    with pytest.raises(UserError, match="is cut or damaged"):
+        prepare(recipe, cut, 1, log=lambda line: None)
+    assert not (cut / "train").exists()
+    path.write_bytes(original)
+    again = prepare(recipe, cut, 1, log=lambda line: None)
+    assert again["train"]["sha256"] == whole["train"]["sha256"]
+
+
+def test_a_stopped_text_stage_reads_its_pieces_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bert_fast.data import prepare as module
+
+    piece: Any = [Page("A", "A sentence is here. Another one follows it.", frozenset())]
+    path = tmp_path / "pieces" / "000000.pickle"
+    first = module._read_piece(str(path), "mediawiki", piece)
+    assert first[0][0] == "A"
+    monkeypatch.setattr(corpora, "read_piece", lambda *_: pytest.fail("cleaned again"))
+    assert module._read_piece(str(path), "mediawiki", piece) == first
+
+
+def test_a_table_as_a_corpus(tmp_path: Path, vocab_file: Path) -> None:
+    folder = tmp_path / "saved" / "train"
+    folder.mkdir(parents=True)
+    write_arrow(folder / "data-00000-of-00001.arrow", stream=True)
+    (folder / "state.json").write_text("{}")
+    sources = corpora.list_sources("parquet", str(tmp_path / "saved"))
+    assert [source.name for source in sources] == ["train/data-00000-of-00001.arrow"]
+    documents = [d for piece in corpora.list_pieces("parquet", sources) for d in corpora.read_piece("parquet", piece)]
+    assert [document.blocks[0][0] for document in documents] == [f"Row {n} is a document." for n in range(10)]
+    assert len({document.origin for document in documents}) == 10
