@@ -4,8 +4,10 @@
 python scripts/prepare_data.py --out data/pydocs                      # embedded corpus, new vocabulary
 python scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out data/pydocs-mini
 python scripts/prepare_data.py --corpus prose --input books/ --out data/books --vocab vocab.txt
+python scripts/prepare_data.py --corpus mediawiki --input enwiki-pages-articles.xml.bz2 --out data/wiki --vocab vocab.txt
 python scripts/prepare_data.py import --input tfrecords/ --out data/mlperf/train --vocab vocab.txt   # or HDF5 files
 python scripts/prepare_data.py export --input data/mlperf/eval --out eval_tfrecords/ --form tfrecord
+python scripts/prepare_data.py verify data/mlperf
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bert_fast.data.corpus import KINDS, PYDOCS_PACKAGES
 from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
-from bert_fast.data.prepare import Recipe, prepare
+from bert_fast.data.prepare import SPLITS, Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
+from bert_fast.data.verify import check_hashes, verify_store
+from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
+from bert_fast.report.bench import markdown_table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-fraction", type=float, default=0.02, help="share of documents held out")
     add("--eval-max-samples", type=int, help="keep only the first n evaluation samples")
     add("--workers", type=int, help="processes (default: all cores)")
-    add("--verify", action="store_true", help="only compare the stores in --out with their hashes")
     return parser
 
 
@@ -105,20 +109,46 @@ def export_samples(arguments: list[str]) -> None:
     )  # fmt: skip
 
 
-COMMANDS = {"import": import_samples, "export": export_samples}
+def verify_samples(arguments: list[str]) -> int:
+    """`verify`: do stores look like BERT's samples, and are their bytes as they were written? Exit code 1 if not."""
+    parser = argparse.ArgumentParser("prepare_data.py verify", description=verify_samples.__doc__)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a store, or a folder with train/ and eval/")
+    parser.add_argument("--vocab", metavar="FILE", help="the vocab.txt it should be of (default: the one beside it)")
+    parser.add_argument("--samples", type=int, default=200_000, help="records to read (default %(default)s)")
+    parser.add_argument("--no-hashes", action="store_true", help="leave out the hash of all bytes (about 1 GB/s)")
+    args = parser.parse_args(arguments)
+    failed = 0
+    for folder in _stores_in(args.folders):
+        store = Store(folder)
+        beside = [place / "vocab.txt" for place in (folder, folder.parent) if (place / "vocab.txt").is_file()]
+        vocab = args.vocab or (beside[0] if beside else None)
+        findings = verify_store(store, load_vocabulary(vocab) if vocab else None, args.samples)
+        if not args.no_hashes:
+            findings.append(check_hashes(store))
+        rows = [(each.name, each.found, each.expected, "ok" if each.passed else "WRONG") for each in findings]
+        print(f"{folder}: {len(store):,} samples\n{markdown_table(('check', 'found', 'expected', ''), rows)}")
+        wrong = [each.name for each in findings if not each.passed]
+        print(f"{folder}: {'looks wrong: ' + ', '.join(wrong) if wrong else 'looks right'}")
+        failed += bool(wrong)
+    return 1 if failed else 0
+
+
+def _stores_in(folders: list[str]) -> list[Path]:
+    found = []
+    for folder in map(Path, folders):
+        inner = [folder / split for split in SPLITS if (folder / split / "manifest.json").is_file()]
+        found += inner or [folder]
+    return found
+
+
+COMMANDS = {"import": import_samples, "export": export_samples, "verify": verify_samples}
 
 
 def main() -> int:
     try:
         if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-            COMMANDS[sys.argv[1]](sys.argv[2:])
-            return 0
+            return COMMANDS[sys.argv[1]](sys.argv[2:]) or 0
         args = parse(sys.argv[1:])
-        if args.verify:
-            for split in ("train", "eval"):
-                Store(Path(args.out) / split).verify()
-            print(f"{args.out}: both stores are intact")
-            return 0
         params = SampleParams(
             args.max_seq_len, args.max_predictions, args.mask_prob, args.short_seq_prob, args.dupe_factor, args.seed
         )

@@ -62,7 +62,7 @@ def read_pages(path: str | Path) -> Iterator[Page]:
     except (EOFError, ElementTree.ParseError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: {error.strerror}") from None
-        what = "is cut or damaged" if started else "is no MediaWiki dump"
+        what = "is cut or damaged" if started or isinstance(error, EOFError) else "is no MediaWiki dump"
         raise UserError(
             f"{path} {what} ({str(error)[:100]}): {count:,} articles before it were whole, the last is '{last}'; "
             "fetch the file again"
@@ -99,30 +99,29 @@ def _article(element: ElementTree.Element, spaces: frozenset[str]) -> Page | Non
 
 def clean(page: Page) -> str:
     """The running text of an article: paragraphs apart by blank lines; no templates, tables, notes, headings, captions."""
-    mwparserfromhell = _parser()
-    code = mwparserfromhell.parse(re.sub(r"__[A-Z]+__", "", page.wikitext))
-    nodes = mwparserfromhell.nodes
-    for node in code.filter(recursive=True, matches=lambda each: _is_dropped(each, nodes, page.spaces)):
-        try:
-            code.remove(node)
-        except ValueError:  # it went with the one around it
-            continue
-    text = code.strip_code(normalize=True, collapse=True)
-    lines = (line.strip().lstrip("*#:;").strip() for line in str(text).splitlines())
+    parser = _parser()
+    text = "".join(_rendered(parser.parse(re.sub(r"__[A-Z]+__", "", page.wikitext)), parser.nodes, page.spaces))
+    lines = (line.strip().lstrip("*#:;").strip() for line in text.splitlines())
     # What templates leave behind: empty brackets, and spaces before a point.
-    tidy = (re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\(\s*[,;]?\s*\)", "", line)) for line in lines)
+    tidy = (re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\(\s*[,;]?\s*\)", "", " ".join(line.split()))) for line in lines)
     return "\n\n".join(line for line in tidy if len(line.split()) > 2)
 
 
-def _is_dropped(node: Any, nodes: Any, spaces: frozenset[str]) -> bool:
-    if isinstance(node, nodes.Template | nodes.Comment | nodes.Heading | nodes.Argument):
-        return True
-    if isinstance(node, nodes.Tag):
-        return str(node.tag).strip().lower() in _DROPPED_TAGS
-    if isinstance(node, nodes.Wikilink):
-        space, colon, _ = str(node.title).partition(":")
-        return bool(colon) and space.strip().lower() in (spaces or {"file", "image", "category"})
-    return False
+def _rendered(code: Any, nodes: Any, spaces: frozenset[str]) -> Iterator[str]:
+    """Text of wikitext nodes; what is none (templates, comments, headings, parameters) gives nothing."""
+    for node in code.nodes if code is not None else ():
+        if isinstance(node, nodes.Text):
+            yield node.value
+        elif isinstance(node, nodes.HTMLEntity):
+            yield node.normalize()
+        elif isinstance(node, nodes.Wikilink):
+            space, colon, _ = str(node.title).partition(":")
+            if not (colon and space.strip().lower() in (spaces or {"file", "image", "category"})):
+                yield from _rendered(node.title if node.text is None else node.text, nodes, spaces)
+        elif isinstance(node, nodes.ExternalLink):
+            yield from _rendered(node.title, nodes, spaces)
+        elif isinstance(node, nodes.Tag) and str(node.tag).strip().lower() not in _DROPPED_TAGS:
+            yield from _rendered(node.contents, nodes, spaces)
 
 
 def _parser() -> Any:

@@ -76,9 +76,13 @@ class WordPiece:
 
     def __init__(self, vocab_path: str | Path) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we parallelise over processes
-        from tokenizers import BertWordPieceTokenizer
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-        self._tokenizer = BertWordPieceTokenizer(str(vocab_path), lowercase=True)
+        # Not BertWordPieceTokenizer: it makes an id of "[MASK]" in the text, the reference three tokens.
+        vocabulary = {token: index for index, token in enumerate(load_vocabulary(vocab_path).tokens)}
+        self._tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     def encode(self, sentences: list[str]) -> list[list[int]]:
         """Token ids of each sentence, without special tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from bert_fast.config import Config
-from bert_fast.mlperf.rules import open_because
+from bert_fast.mlperf.rules import open_because, wants_tensors
 
 _STATUS = {
     "onprem": "Available on-premise",
@@ -105,6 +105,16 @@ class ResultLog:
             ("opt_gradient_clip_mode", config.communication.clip),
         ):
             self.event(key, value)
+
+    def tensors(self, names: Iterable[str], ruleset: str) -> None:
+        """The tensors that were initialised, by TensorFlow's names, for rulesets that ask for them."""
+        if wants_tensors(ruleset):
+            for name in names:
+                self.event(constants.WEIGHTS_INITIALIZATION, tensor=name)
+
+    def throughput(self, samples_per_s: float, step: int) -> None:
+        """Samples per second up to a step, without evaluations."""
+        self.event("tracked_stats", {"throughput": samples_per_s}, step=step)
 
     def close(self) -> None:
         if self._logger:

@@ -8,6 +8,8 @@ from bert_fast.errors import UserError
 RULESET = "5.0.0"  # BERT's last: later rulesets no longer admit it
 TARGET_ACCURACY = 0.720
 EVALUATION_SAMPLES = 10_000
+INIT_LIMIT_S = {"closed": 30 * 60, "open": 240 * 60}  # from init_start to init_stop
+_RULESETS_WITH_TENSORS = ("1.1.0", "2.0.0", "2.1.0")
 _SHAPE = {
     "hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096, "max_positions": 512,
     "type_vocab_size": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1,
@@ -19,6 +21,21 @@ _CLIPS = ("global_before_reduce", "global_after_reduce")
 def evaluation_interval(global_batch: int) -> int:
     """Samples between evaluations in the closed division: floor(0.05 (230.23 GBS + 3,000,000) / 25,000) 25,000."""
     return int(0.05 * (230.23 * global_batch + 3_000_000) // 25_000) * 25_000
+
+
+def wants_tensors(ruleset: str) -> bool:
+    """Whether a closed log of this ruleset names every tensor that was initialised."""
+    return ruleset in _RULESETS_WITH_TENSORS
+
+
+def check_init_time(seconds: float, division: str) -> None:
+    """Refuse a run whose initialisation took longer than its division allows, before its clock starts."""
+    if seconds > INIT_LIMIT_S[division]:
+        raise UserError(
+            f"initialisation took {seconds / 60:.0f} minutes and mlperf.division={division} allows "
+            f"{INIT_LIMIT_S[division] / 60:.0f}; set train.compile=false or communication.bucket_mb to a number, or "
+            "mlperf.enabled=false"
+        )
 
 
 def open_because(config: Config) -> list[str]:

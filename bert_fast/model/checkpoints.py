@@ -71,14 +71,14 @@ def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, torch.Te
     Kernels are [in, out] there and [out, in] here. Raises UserError naming a tensor that is missing.
     """
     renamed: dict[str, torch.Tensor] = {}
-    for theirs, google in _google_names(num_layers):
+    for theirs, google in google_variables(num_layers):
         values = torch.from_numpy(bundle[google])
         renamed[theirs] = values.t().contiguous() if google.endswith("/kernel") else values
     return renamed
 
 
-def _google_names(num_layers: int) -> Iterator[tuple[str, str]]:
-    """(Hugging Face's name, TensorFlow's variable)."""
+def google_variables(num_layers: int) -> Iterator[tuple[str, str]]:
+    """(Hugging Face's name, TensorFlow's variable) of every tensor."""
 
     def norm(theirs: str, google: str) -> Iterator[tuple[str, str]]:
         yield f"{theirs}.LayerNorm.weight", f"{google}/LayerNorm/gamma"

@@ -26,7 +26,8 @@ from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError
 from bert_fast.files import write_atomically, write_json
 from bert_fast.mlperf.log import ResultLog
-from bert_fast.model.checkpoints import save_pretrained
+from bert_fast.mlperf.rules import check_init_time
+from bert_fast.model.checkpoints import google_variables, save_pretrained
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
@@ -85,6 +86,9 @@ class Run:
             self.mllog.hyperparameters(config)
         self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.train.init_checkpoint)
         self.machinery: Machinery = build(self._planned_before(config), self.environment)
+        if not self.resume:
+            variables = (name for _, name in google_variables(config.model.num_layers))
+            self.mllog.tensors(variables, config.mlperf.ruleset)
         self._record_buckets()
         note = bucket_note(config, self.machinery.layout)
         if note:
@@ -98,9 +102,10 @@ class Run:
             self.ceiling = float(gather_floats([matmul_ceiling(self.environment)], self.environment).sum())
         if dist.is_initialized():
             dist.barrier()
-        if not self.resume:
-            self.mllog.end(constants.INIT_STOP)
         self.init_s = time.time() - self._process_start
+        if config.mlperf.enabled and not self.resume:
+            check_init_time(self.init_s, config.mlperf.division)
+            self.mllog.end(constants.INIT_STOP)
 
     def _planned_before(self, config: Config) -> Config:
         """A resumed run keeps the buckets that were planned for it: sums over other buckets may round differently."""
@@ -123,12 +128,17 @@ class Run:
         write_json(self.folder / "buckets.json", record.as_json())
 
     def _clear_caches(self) -> bool:
-        if not self.config.mlperf.clear_caches or not self.environment.is_main:
+        """Drop each node's page cache if asked to. Returns whether this node's was; says so where it could not be."""
+        if not self.config.mlperf.clear_caches or self.environment.local_rank:
             return False
         try:
             os.sync()
             Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
-        except OSError:
+        except OSError as error:
+            self.line.say(
+                f"warning: caches were not cleared ({error.strerror}); cache_clear is logged false. Run as root, or let the "
+                "job's prologue write 3 to /proc/sys/vm/drop_caches"
+            )
             return False
         return True
 
@@ -383,6 +393,7 @@ class Run:
                 )  # fmt: skip
             result: Evaluation = self._evaluator(self.machinery.model)
             self.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
+        self.mllog.throughput(samples / self.clock.training, progress.step)
         while progress.next_evaluation <= samples:
             progress.next_evaluation += train.eval_every_samples
         record = {

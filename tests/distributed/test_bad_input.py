@@ -18,6 +18,7 @@ from tiny_task import prepare_data
 from training_run import TORCHRUN, TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.cli import load_config
+from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
 from bert_fast.train.checkpoint import latest_checkpoint
@@ -264,8 +265,8 @@ def test_prepare_data(tiny_store: Path, tmp_path: Path, case: str, says: str) ->
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert re.search(f"^error: .*{says}", done.stderr)
-    verified = prepare_data("--out", out, "--verify")
-    assert verified.returncode == 0, verified.stderr
+    for split in ("train", "eval"):
+        Store(out / split).verify()
 
 
 def test_verify_finds_a_changed_store(tiny_store: Path, tmp_path: Path) -> None:
@@ -275,6 +276,7 @@ def test_verify_finds_a_changed_store(tiny_store: Path, tmp_path: Path) -> None:
     changed = bytearray(path.read_bytes())
     changed[100] ^= 1
     path.write_bytes(changed)
-    done = prepare_data("--out", tmp_path, "--verify")
-    assert done.returncode == 2
-    assert re.search(r"^error: .*eval: samples\.bin changed since it was written", done.stderr)
+    done = prepare_data("verify", tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"bytes .*eval: samples\.bin changed since it was written.* WRONG", done.stdout)
+    assert re.search(r"eval: looks wrong: .*bytes", done.stdout)

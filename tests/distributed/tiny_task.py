@@ -55,7 +55,7 @@ def write_text(path: Path, num_documents: int = 60) -> None:
 
 def prepare_data(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """scripts/prepare_data.py as a person starts it."""
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--workers", "1", *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -64,7 +64,7 @@ def prepare_store(folder: Path) -> Path:
     (folder / "text").mkdir()
     write_text(folder / "text" / "tiny.txt")
     done = prepare_data(
-        "--corpus", "mlcommons", "--input", folder / "text", "--out", folder / "store", "--vocab-size", "200",
+        "--workers", "1", "--corpus", "mlcommons", "--input", folder / "text", "--out", folder / "store", "--vocab-size", "200",
         "--max-seq-len", "32", "--max-predictions", "5", "--dupe-factor", "3", "--eval-fraction", "0.2", "--seed", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -124,7 +124,9 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path, kind: str) -> None:
 def test_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("Text.")
     source = list_sources("mlcommons", str(tmp_path))[0]
-    with pytest.raises(UserError, match="unknown corpus kind webtext; known: mlcommons, prose, pydocs"):
+    with pytest.raises(
+        UserError, match="unknown corpus kind webtext; known: pydocs, prose, mlcommons, mediawiki, parquet"
+    ):
         list(read_documents("webtext", source))
 
 

@@ -110,7 +110,8 @@ def test_a_stopped_import_goes_on(tmp_path: Path, store: Path, vocab: Path, monk
 
 @given(st.lists(st.integers(0, 2**21 - 1)))
 def test_integers_there_and_back(values: list[int]) -> None:
-    np.testing.assert_array_equal(tfrecord.decode_varints(tfrecord.encode_varints(np.array(values, np.int64))), values)
+    data = tfrecord.encode_varints(np.array(values, np.int64))
+    np.testing.assert_array_equal(tfrecord.decode_varints(data)[0], values)
 
 
 def varint(value: int) -> bytes:
@@ -202,7 +203,7 @@ def test_records_that_are_no_samples(tmp_path: Path, changes: dict[str, Any], re
 
 def test_rows_of_another_length(tmp_path: Path) -> None:
     tfrecord.write_records(tmp_path / "a", [example_with(), example_with(input_ids=[2, 9, 3])])
-    with pytest.raises(UserError, match="feature input_ids has another length than in its neighbours"):
+    with pytest.raises(UserError, match="record 1 feature input_ids has another length than in its neighbours"):
         list(read_blocks(tmp_path / "a", 400))
 
 
@@ -210,7 +211,7 @@ def test_features_are_those_of_mlperf(tmp_path: Path, store: Path) -> None:
     (path,) = export(store, tmp_path / "out", "tfrecord", per_file=10_000)
     found = tfrecord.parse_examples(records_of(path)[:2], FEATURES)
     assert found["input_ids"].table().shape == (2, WIDTH)
-    assert found["masked_lm_weights"].values.dtype == np.float32
+    assert found["masked_lm_weights"].table().dtype == np.float32
     assert found["next_sentence_labels"].table().shape == (2, 1)
 
 

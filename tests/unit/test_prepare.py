@@ -108,7 +108,7 @@ def test_a_second_run_does_nothing(
         raise AssertionError("work was done again")
 
     monkeypatch.setattr(module, "_make_part", never)
-    monkeypatch.setattr(module, "_read_chunk", never)
+    monkeypatch.setattr(module, "_read_piece", never)
     assert run(recipe, tmp_path / "out", lines=lines) == first
     assert sum("already there" in line for line in lines) == 3
     assert times == {path: path.stat().st_mtime_ns for path in times}

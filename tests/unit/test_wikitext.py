@@ -21,7 +21,7 @@ from bert_fast.data.wikitext import Page, clean, read_pages
 from bert_fast.errors import UserError
 
 ARTICLE = """{{Infobox planet|name=Mars|mass={{val|6.4|e=23}}}}
-'''Mars''' is the [[fourth planet|fourth]] planet from the [[Sun]].<ref>A note. {{cite web|url=x}}</ref> It is red &amp; dusty.<!-- secret -->
+'''Mars''' is the [[4th|fourth]] planet from the [[Sun]].<ref>A {{cite web|url=x}}</ref> It is red &amp; dusty.<!-- secret -->
 [[File:Mars.jpg|thumb|A caption with a [[link]] that is no text]]
 == Moons ==
 It has two moons ({{lang|grc|Φόβος}}), [[Phobos (moon)|Phobos]] and ''Deimos''<ref name="m"/>.
@@ -45,7 +45,9 @@ def make_dump(pages: list[tuple[str, str, str]]) -> str:
         + f'<revision><id>{n}</id><text bytes="9" xml:space="preserve">{escape(text)}</text></revision></page>'
         for n, (title, space, text) in enumerate(pages)
     ]
-    spaces = "".join(f'<namespace key="{key}">{name}</namespace>' for key, name in ((0, ""), (6, "Datei"), (14, "Kategorie")))
+    spaces = "".join(
+        f'<namespace key="{key}">{name}</namespace>' for key, name in ((0, ""), (6, "Datei"), (14, "Kategorie"))
+    )
     return (
         '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11">'
         f"<siteinfo><namespaces>{spaces}</namespaces></siteinfo>\n" + "\n".join(entries) + "\n</mediawiki>\n"
@@ -100,7 +102,9 @@ def test_wikitext_becomes_running_text() -> None:
 
 
 def test_namespaces_of_the_dump_decide_which_links_are_dropped() -> None:
-    text = "Ein Satz steht hier.\n[[Datei:Bild.jpg|mini|Eine Unterschrift mit Worten]]\nNoch ein [[Satz:Art|ganzer]] Satz."
+    text = (
+        "Ein Satz steht hier.\n[[Datei:Bild.jpg|mini|Eine Unterschrift mit Worten]]\nNoch ein [[Satz:Art|ganzer]] Satz."
+    )
     page = Page("x", text, frozenset({"datei"}))
     assert clean(page) == "Ein Satz steht hier.\n\nNoch ein ganzer Satz."
 
@@ -108,9 +112,15 @@ def test_namespaces_of_the_dump_decide_which_links_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw[: len(raw) * 2 // 3], r"wiki.xml.bz2 is cut or damaged \(.*\): \d+ articles before it were whole"),
+        (
+            lambda raw: raw[: len(raw) * 2 // 3],
+            r"wiki.xml.bz2 is cut or damaged \(.*\): \d+ articles before it were whole",
+        ),
         (lambda raw: b"not a dump", r"wiki.xml.bz2 is no MediaWiki dump"),
-        (lambda raw: bz2.compress(bz2.decompress(raw)[:-400]), r"is cut or damaged .*: 3\d+ articles .* the last is 'P3\d+'"),
+        (
+            lambda raw: bz2.compress(bz2.decompress(raw)[:-400]),
+            r"is cut or damaged .*: 3\d+ articles .* the last is 'P3\d+'",
+        ),
         (lambda raw: bz2.compress(make_dump([("T", "1", "talk")]).encode()), "no article in it"),
         (lambda raw: bz2.compress(make_dump([("T", "0", "caf\u00e9 au lait")]).encode("latin-1")), "is cut or damaged"),
     ],

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bert_fast.data.formats.table import SampleTable, check, from_padded, to_padded
-from bert_fast.data.formats.tfrecord import make_example, parse_examples, read_records, write_records
+from bert_fast.data.formats.table import SampleTable, check, from_padded, segments_of, to_padded
+from bert_fast.data.formats.tfrecord import Features, make_example, parse_examples, read_records, write_records
 from bert_fast.errors import UserError
 from bert_fast.files import atomic_file
 
@@ -24,7 +24,7 @@ FEATURES = (
     "next_sentence_labels",
 )  # fmt: skip
 _HDF5 = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids", "next_sentence_labels")
-BLOCK = 1024  # samples decoded together: a few MiB
+BLOCK = 512  # samples decoded together: a few MiB
 
 
 def read_blocks(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
@@ -53,25 +53,25 @@ def read_tfrecord(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
 
 def _of_examples(payloads: list[bytes], first: int) -> SampleTable:
     try:
-        found = parse_examples(payloads, FEATURES)
+        return _table_of(parse_examples(payloads, FEATURES))
     except ValueError as error:
         place, reason = error.args
         raise ValueError(first + place, reason) from None
-    rows: dict[str, np.ndarray] = {}
-    for name, features in found.items():
-        try:
-            rows[name] = features.table()
-        except ValueError:
-            raise ValueError(first, f"feature {name} has another length than in its neighbours") from None
-    weights = rows["masked_lm_weights"]
-    counts = (weights != 0).sum(axis=1)
-    uneven = ((np.arange(weights.shape[1]) < counts[:, None]) != (weights != 0)).any(axis=1)
+
+
+def _table_of(found: dict[str, Features]) -> SampleTable:
+    weights = found["masked_lm_weights"].table() != 0
+    counts = np.count_nonzero(weights, axis=1)
+    uneven = ((np.arange(weights.shape[1]) < counts[:, None]) != weights).any(axis=1)
     if uneven.any():
-        raise ValueError(first + int(np.flatnonzero(uneven)[0]), "has weights that are not ones followed by zeros")
-    return from_padded(
-        rows["input_ids"], rows["input_mask"], rows["segment_ids"], rows["masked_lm_positions"], rows["masked_lm_ids"],
-        counts, rows["next_sentence_labels"], first,
-    )  # fmt: skip
+        raise ValueError(int(np.flatnonzero(uneven)[0]), "has weights that are not ones followed by zeros")
+    lengths, len_a = segments_of(found["input_mask"].table(), found["segment_ids"].table())
+    tokens, positions, labels = (
+        found[name].first(sizes).astype(np.int64)
+        for name, sizes in (("input_ids", lengths), ("masked_lm_positions", counts), ("masked_lm_ids", counts))
+    )
+    labels_of_pairs = found["next_sentence_labels"].table().ravel().astype(np.int64)
+    return SampleTable(tokens, lengths, len_a, positions, labels, counts, labels_of_pairs)
 
 
 def _damaged(path: str | Path, error: ValueError, good: int) -> UserError:

@@ -71,22 +71,34 @@ def from_padded(
     Raises:
         ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
     """
-    lengths = input_mask.sum(axis=1).astype(np.int64)
-    columns = np.arange(input_ids.shape[1])
-    real = columns < lengths[:, None]
-    len_a = (real & (segment_ids == 0)).sum(axis=1).astype(np.int64)
-    second = (columns >= len_a[:, None]) & real
-    for bad, reason in (
-        ((input_mask != real).any(axis=1), "has an input mask that is not ones followed by zeros"),
-        ((real & (segment_ids != second)).any(axis=1), "has segments that are not one A followed by one B"),
-    ):
-        if bad.any():
-            raise ValueError(first + int(np.flatnonzero(bad)[0]), reason)
+    lengths, len_a = segments_of(input_mask, segment_ids, first)
+    real = np.arange(input_ids.shape[1]) < lengths[:, None]
     counted = np.arange(positions.shape[1]) < num_masked[:, None]
     return SampleTable(
         input_ids[real].astype(np.int64), lengths, len_a, positions[counted].astype(np.int64),
         labels[counted].astype(np.int64), num_masked.astype(np.int64), next_sentence.ravel().astype(np.int64),
     )  # fmt: skip
+
+
+def segments_of(input_mask: np.ndarray, segment_ids: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """lengths and len_a [n] from padded rows [n, S].
+
+    Raises:
+        ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
+    """
+    lengths = np.count_nonzero(input_mask, axis=1)
+    columns = np.arange(input_mask.shape[1])
+    real = columns < lengths[:, None]
+    ones = segment_ids == 1
+    len_a = lengths - np.count_nonzero(ones & real, axis=1)
+    second = (columns >= len_a[:, None]) & real
+    for bad, reason in (
+        (input_mask != real, "has an input mask that is not ones followed by zeros"),
+        (real & ((ones != second) | (segment_ids > 1)), "has segments that are not one A followed by one B"),
+    ):
+        if bad.any():
+            raise ValueError(first + int(np.flatnonzero(bad.any(axis=1))[0]), reason)
+    return lengths, len_a
 
 
 def to_padded(table: SampleTable, width: int, most_masked: int) -> dict[str, np.ndarray]:

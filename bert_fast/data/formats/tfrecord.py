@@ -11,23 +11,26 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
 
+from bert_fast.data.formats.locate import FLOATS, locate
 from bert_fast.errors import UserError
 from bert_fast.files import atomic_file
 from bert_fast.protobuf import fields
 
 _BLOCK = 1 << 22
-_LENGTH = struct.Struct("<Q")
+_HEAD, _LENGTH = struct.Struct("<QI"), struct.Struct("<Q")
 _CRC = struct.Struct("<I")
+_BITS = np.array([0, 0x7F, 0x3FFF, 0x1FFFFF], np.uint32)  # of a varint of so many bytes
 _LONGEST = 1 << 30  # bytes; a longer record is a damaged length
 
 
-def masked_crc(data: bytes | memoryview) -> int:
+def masked_crc(data: bytes) -> int:
     """TFRecord's CRC32-C: rotated and shifted, so that a CRC of data that holds CRCs is no weaker."""
-    crc = google_crc32c.value(bytes(data))
+    crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -42,22 +45,36 @@ def read_records(path: str | Path) -> Iterator[bytes]:
     def damaged(why: str) -> UserError:
         return UserError(f"{path}: record {good} {why}; the {good:,} before it are good")
 
-    with open(path, "rb", buffering=_BLOCK) as file:
-        while head := file.read(12):
-            if len(head) < 12:
-                raise damaged("is cut short in its head")
-            if masked_crc(head[:8]) != _CRC.unpack_from(head, 8)[0]:
+    with open(path, "rb") as file:
+        block, at = b"", 0
+        while True:
+            if len(block) - at < 12:
+                block, at = _refilled(file, block, at, 12), 0
+                if not block:
+                    return
+                if len(block) < 12:
+                    raise damaged("is cut short in its head")
+            length, length_crc = _HEAD.unpack_from(block, at)
+            if masked_crc(block[at : at + 8]) != length_crc:
                 raise damaged("has a length whose checksum does not fit (is this a TFRecord file?)")
-            (length,) = _LENGTH.unpack_from(head)
             if length > _LONGEST:
                 raise damaged(f"claims {length:,} bytes")
-            payload, tail = file.read(length), file.read(4)
-            if len(payload) < length or len(tail) < 4:
-                raise damaged("is cut short")
-            if masked_crc(payload) != _CRC.unpack(tail)[0]:
+            if len(block) - at < length + 16:
+                block, at = _refilled(file, block, at, length + 16), 0
+                if len(block) < length + 16:
+                    raise damaged("is cut short")
+            at += 12
+            payload = block[at : at + length]
+            if masked_crc(payload) != _CRC.unpack_from(block, at + length)[0]:
                 raise damaged("has a checksum that does not fit")
             yield payload
             good += 1
+            at += length + 4
+
+
+def _refilled(file: BinaryIO, block: bytes, at: int, least: int) -> bytes:
+    """What is left of a block, and more of the file: at least `least` bytes if it has them."""
+    return block[at:] + file.read(max(_BLOCK, least))
 
 
 def write_records(path: str | Path, payloads: Iterable[bytes]) -> int:
@@ -95,39 +112,70 @@ def _find(data: bytes) -> dict[str, tuple[int, bytes]]:
     return found
 
 
-def decode_varints(data: bytes) -> np.ndarray:
-    """Non-negative varints one after the other, int64 [count]. Raises ValueError if the last is cut or one is too long."""
+def decode_varints(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+    """Non-negative varints one after the other, and the place of each one's last byte.
+
+    Returns:
+        (uint8 [count], None) if each takes one byte, else (uint32 or int64 [count], int64 [count]).
+
+    Raises:
+        ValueError: the last is cut, or one is negative.
+    """
     raw = np.frombuffer(data, np.uint8)
-    if not len(raw):
-        return np.zeros(0, np.int64)
-    if (raw < 0x80).all():
-        return raw.astype(np.int64)
-    if raw[-1] >= 0x80:
+    more = raw >= 0x80
+    if not more.any():
+        return raw, None
+    if more[-1]:
         raise ValueError("the last integer is cut short")
-    ends = np.flatnonzero(raw < 0x80)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    sizes = ends - starts + 1
-    if sizes.max() > 9:  # ten bytes are a negative number
+    ends = np.flatnonzero(~more)
+    sizes = np.diff(ends, prepend=-1)
+    longest = int(sizes.max())
+    if longest > 9:  # ten bytes are a negative number
         raise ValueError("an integer is negative or damaged")
-    values = np.zeros(len(ends), np.int64)
-    for byte in range(int(sizes.max())):
-        longer = sizes > byte
-        values[longer] |= (raw[starts[longer] + byte].astype(np.int64) & 0x7F) << (7 * byte)
-    return values
+    if longest <= 3:  # what a vocabulary needs: three bytes are read as one number
+        starts = ends + 1 - sizes
+        at_every_byte = np.ndarray((len(raw),), "<u4", data + bytes(3), strides=(1,))
+        word = at_every_byte[starts]
+        word = (word & 0x7F) | (word >> 1 & 0x3F80) | (word >> 2 & 0x1FC000)
+        return word & _BITS[sizes], ends
+    values = raw[ends].astype(np.int64)
+    for behind in range(1, longest):  # from the last byte, the highest bits, to the first
+        longer = np.flatnonzero(sizes > behind)
+        values[longer] = values[longer] << 7 | (raw[ends[longer] - behind] & 0x7F)
+    return values, ends
 
 
 class Features:
-    """Features of several examples: flat values and where each example's begin, `offsets` [examples + 1]."""
+    """A feature of several examples: flat values, where each example's begin (`offsets` [n + 1]), zeros after them [n]."""
 
-    def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
-        self.values, self.offsets = values, offsets
+    def __init__(self, name: str, values: np.ndarray, offsets: np.ndarray, zeros: np.ndarray) -> None:
+        self.values = values
+        self._counts, self._zeros = np.diff(offsets), zeros
+        self._name = name
+
+    @property
+    def _width(self) -> int:
+        sizes = self._counts + self._zeros
+        odd = np.flatnonzero(sizes != sizes[0])
+        if len(odd):
+            raise ValueError(int(odd[0]), f"feature {self._name} has another length than in its neighbours")
+        return int(sizes[0])
 
     def table(self) -> np.ndarray:
-        """[examples, length] where all examples have as many values. Raises ValueError where not."""
-        sizes = np.diff(self.offsets)
-        if len(sizes) and (sizes != sizes[0]).any():
-            raise ValueError("examples differ in length")
-        return self.values.reshape(len(sizes), -1)
+        """[examples, length]. Raises ValueError(index, reason) where examples differ in length."""
+        width = self._width
+        if not self._zeros.any():
+            return self.values.reshape(-1, width)
+        rows = np.zeros((len(self._counts), width), self.values.dtype)
+        rows[np.arange(width) < self._counts[:, None]] = self.values
+        return rows
+
+    def first(self, counts: np.ndarray) -> np.ndarray:
+        """The first counts[i] values of every example, end to end. Raises ValueError as `table`."""
+        width = self._width
+        if np.array_equal(self._counts, counts):
+            return self.values
+        return self.table()[np.arange(width) < counts[:, None]]
 
 
 def parse_examples(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str, Features]:
@@ -136,6 +184,17 @@ def parse_examples(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str,
     Raises:
         ValueError: a feature is missing or damaged; the place in `payloads` is the first argument, the reason the second.
     """
+    joined = b"".join([*payloads, bytes(64)])
+    edges = np.concatenate([[0], np.cumsum([len(payload) for payload in payloads])]).astype(np.int64)
+    data = np.frombuffer(joined, np.uint8)
+    places = locate(data, edges[:-1], edges[1:], names)
+    if places is not None:
+        return {name: _at_places(joined, data, name, *place) for name, place in places.items()}
+    return _parse_one_by_one(payloads, names)
+
+
+def _parse_one_by_one(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str, Features]:
+    """Examples of any form, and the reason where one is none."""
     pieces: dict[str, list[bytes]] = {name: [] for name in names}
     floats: set[str] = set()
     for place, payload in enumerate(payloads):
@@ -155,20 +214,37 @@ def parse_examples(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str,
     return {name: _decode(pieces[name], name, name in floats) for name in names}
 
 
+def _at_places(joined: bytes, data: np.ndarray, name: str, form: int, begins: np.ndarray, ends: np.ndarray) -> Features:
+    """A feature whose values lie at known places of `joined`, which `data` views."""
+    size = int(ends[0] - begins[0])
+    if size and (ends - begins == size).all():  # zeros and ones, or floats: rows of one size, copied as a whole
+        rows = np.lib.stride_tricks.sliding_window_view(data, size)[begins]
+        offsets = np.arange(len(begins) + 1)
+        if form == FLOATS and size % 4 == 0:
+            return Features(name, rows.view("<f4").ravel(), offsets * (size // 4), np.zeros(len(begins), np.int64))
+        if form != FLOATS and not (rows & 0x80).any():
+            return Features(name, rows.ravel(), offsets * size, np.zeros(len(begins), np.int64))
+    pieces = [joined[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+    return _decode(pieces, name, form == FLOATS)
+
+
 def _decode(pieces: list[bytes], name: str, is_float: bool) -> Features:
+    sizes = np.array([len(piece) for piece in pieces])
+    if not is_float:
+        pieces = [piece.rstrip(b"\0") for piece in pieces]  # padding: a zero is one byte
+    kept = np.array([len(piece) for piece in pieces])
+    edges = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
     data = b"".join(pieces)
-    edges = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     if is_float:
         if (edges % 4).any():
             raise ValueError(0, f"feature {name} is damaged")
-        return Features(np.frombuffer(data, "<f4"), edges // 4)
+        return Features(name, np.frombuffer(data, "<f4"), edges // 4, np.zeros_like(sizes))
     try:
-        values = decode_varints(data)
+        values, ends = decode_varints(data)
     except ValueError as error:
         raise ValueError(0, f"feature {name}: {error}") from None
-    raw = np.frombuffer(data, np.uint8)
-    complete = np.concatenate([[0], np.cumsum(raw < 0x80)])  # integers that end before a byte
-    return Features(values, complete[edges])
+    offsets = edges if ends is None else np.searchsorted(ends, edges)
+    return Features(name, values, offsets, sizes - kept)
 
 
 def _encode_varint(value: int) -> bytes:

@@ -1,0 +1,249 @@
+"""Does a store look like BERT's samples? Statistics of its tables and of records drawn from all over it.
+
+The tables (lengths, numbers of masks) are read whole; of the records as many as `most_samples`, in stretches that lie evenly
+over the store, so that the time hardly grows with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bert_fast.data.batch import Batch
+from bert_fast.data.store import Store
+from bert_fast.data.wordpiece import Vocabulary
+from bert_fast.errors import UserError
+
+_STRETCH = 1000  # samples read together
+_WINDOW = 32  # samples in a row whose lengths are a fingerprint
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was found, what is expected, and whether that is all right."""
+
+    name: str
+    found: str
+    expected: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What samples were made with. Fields that a store's manifest does not have are MLPerf's."""
+
+    max_seq_len: int = 512
+    max_predictions: int = 76
+    mask_prob: float = 0.15
+    short_seq_prob: float = 0.1
+
+    @classmethod
+    def of_manifest(cls, manifest: dict[str, Any]) -> Expectation:
+        params = manifest.get("params") or {}
+        return cls(**{name: params[name] for name in cls.__dataclass_fields__ if name in params})
+
+
+def verify_store(store: Store, vocabulary: Vocabulary | None, most_samples: int = 200_000) -> list[Finding]:
+    """Check a store. `vocabulary` is the one it should have been made with, if known.
+
+    Returns:
+        A finding a check, failed ones included; nothing is raised for a store that looks wrong.
+    """
+    expected = Expectation.of_manifest(store.manifest)
+    findings = [*_check_tables(store, expected)]
+    if vocabulary is not None:
+        own = store.manifest["vocab_sha256"]
+        findings.append(Finding("vocabulary", own[:16], vocabulary.sha256[:16], own == vocabulary.sha256))
+    findings += _check_records(store, expected, vocabulary, most_samples)
+    return findings
+
+
+def stretches(total: int, most_samples: int) -> list[tuple[int, int]]:
+    """Begin and end of what is read: all of a small store, else stretches evenly over it."""
+    if total <= most_samples:
+        return [(begin, min(total, begin + _STRETCH)) for begin in range(0, total, _STRETCH)]
+    number = max(1, most_samples // _STRETCH)
+    rng = np.random.default_rng(_SEED)
+    width = total / number
+    return [
+        (begin, begin + _STRETCH)
+        for begin in ((np.arange(number) * width + rng.random(number) * (width - _STRETCH)).astype(int).tolist())
+    ]
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
+    lengths, masked = np.asarray(store.lengths), np.asarray(store.num_masked)
+    longest, shortest = int(lengths.max()), int(lengths.min())
+    yield Finding(
+        "lengths", f"{shortest} to {longest}, mean {lengths.mean():.0f}", f"5 to {expected.max_seq_len}, not all alike",
+        shortest >= 5 and longest <= expected.max_seq_len and (len(lengths) < 100 or shortest < longest),
+    )  # fmt: skip
+    # One that was cut short on purpose is uniform between 2 and the longest; one at the end of a document is short too.
+    short = float((lengths < expected.max_seq_len // 2).mean())
+    least = 0.4 * expected.short_seq_prob
+    yield Finding("share below half the longest", f"{short:.3f}", f"{least:.3f} to 0.9", least <= short <= 0.9)
+    rounded = np.rint(lengths * expected.mask_prob)
+    wanted = np.minimum(np.clip(rounded, 1, expected.max_predictions), lengths.astype(np.int64) - 3)
+    off = int((np.abs(masked - wanted) > 0).sum())
+    yield Finding(
+        "number of masks", f"{off:,} samples differ", f"min({expected.max_predictions}, {expected.mask_prob:g} L) of each",
+        off <= 1e-4 * len(lengths),
+    )  # fmt: skip
+    repeated = repeated_stretches(lengths)
+    yield Finding(
+        "stretches that occur twice", f"{repeated:,}", "0", repeated == 0
+    )  # a file that was imported two times
+
+
+def repeated_stretches(lengths: np.ndarray) -> int:
+    """Runs of `_WINDOW` samples whose lengths occur again, in the same order, elsewhere in the table.
+
+    A hash of the content chooses which windows are compared (1 in 16), so that copies meet wherever they lie. Windows with few
+    different lengths say nothing and are left out.
+    """
+    kept: list[np.ndarray] = []
+    size = 1 << 20
+    with np.errstate(over="ignore"):
+        weights = np.uint64(0x9E3779B97F4A7C15) ** np.arange(_WINDOW, dtype=np.uint64)
+        for begin in range(0, max(0, len(lengths) - _WINDOW + 1), size):
+            piece = lengths[begin : begin + size + _WINDOW - 1].astype(np.uint64)
+            count = len(piece) - _WINDOW + 1
+            hashes, changes = np.zeros(count, np.uint64), np.zeros(count, np.int16)
+            for offset in range(_WINDOW):
+                hashes += (piece[offset : offset + count] + np.uint64(1)) * weights[offset]
+                if offset:
+                    changes += piece[offset : offset + count] != piece[offset - 1 : offset - 1 + count]
+            hashes ^= hashes >> np.uint64(29)
+            hashes *= np.uint64(0xBF58476D1CE4E5B9)
+            kept.append(hashes[(changes >= _WINDOW // 2) & (hashes >> np.uint64(60) == 0)])
+    every = np.concatenate([*kept, np.zeros(0, np.uint64)])
+    return len(every) - len(np.unique(every))
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+class _Sums:
+    """Counts over the records that were read."""
+
+    def __init__(self) -> None:
+        self.samples = self.masks = self.tokens = self.masked = self.kept = self.random_next = 0
+        self.stray_masks = self.unknown = self.badly_framed = self.out_of_range = 0
+        self.highest = 0
+        self.hashes: list[np.ndarray] = []
+        self.constant: list[int] = []  # where stretches begin whose samples are alike
+
+
+def _check_records(
+    store: Store, expected: Expectation, vocabulary: Vocabulary | None, most_samples: int
+) -> Iterator[Finding]:
+    sums = _Sums()
+    special = _special_ids(store, vocabulary)
+    for begin, end in stretches(len(store), most_samples):
+        _count(sums, store.batch(np.arange(begin, end), keep_order=True), special, begin)
+    size = store.manifest["vocab_size"]
+    yield Finding(
+        "token ids", f"up to {sums.highest:,}", f"below {size:,} and most of them used",
+        sums.highest < size and (sums.samples < 10_000 or sums.highest > size // 2),
+    )  # fmt: skip
+    yield Finding(
+        "[CLS] A [SEP] B [SEP]", f"{sums.badly_framed:,} of {sums.samples:,} otherwise", "0: else another vocabulary",
+        sums.badly_framed == 0,
+    )  # fmt: skip
+    unknown = sums.unknown / max(1, sums.tokens)
+    yield Finding("share of [UNK]", f"{unknown:.4f}", "below 0.05: else another vocabulary", unknown < 0.05)
+    for name, count, share in (
+        ("masks that are [MASK]", sums.masked, 0.8),
+        ("masks that kept their token", sums.kept, 0.1),
+        ("masks with a random token", sums.masks - sums.masked - sums.kept, 0.1),
+    ):
+        yield _share(name, count, sums.masks, share)
+    few = sums.samples // 1000  # a text about BERT can hold the very words, and some tokenizers make ids of them
+    yield Finding(
+        "[MASK] where nothing is predicted", f"{sums.stray_masks:,}", f"at most {few:,}", sums.stray_masks <= few
+    )
+    yield Finding("masks on [CLS], [SEP]", f"{sums.out_of_range:,}", f"at most {few:,}", sums.out_of_range <= few)
+    next_share = sums.random_next / max(1, sums.samples)
+    slack = 2.5 / math.sqrt(max(1, sums.samples))  # five standard errors
+    passed = 0.40 - slack <= next_share <= 0.65 + slack
+    yield Finding("share of random next sentences", f"{next_share:.3f}", "0.40 to 0.65", passed)
+    hashes = np.concatenate(sums.hashes)
+    twice = len(hashes) - len(np.unique(hashes))
+    most = 0.001 * len(hashes)  # very short documents can repeat themselves
+    yield Finding("samples that occur twice", f"{twice:,} of {len(hashes):,}", f"at most {most:,.0f}", twice <= most)
+    where = f"{len(sums.constant):,}" + (f", the first at sample {sums.constant[0]:,}" if sums.constant else "")
+    yield Finding("stretches that are constant", where, "0 (one label, one length, or one text)", not sums.constant)
+
+
+def _special_ids(store: Store, vocabulary: Vocabulary | None) -> tuple[int, int, int, int]:
+    """[CLS], [SEP], [MASK], [UNK]: the vocabulary's, or what the first sample and the commonest replacement say."""
+    if vocabulary is not None:
+        return vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id, vocabulary.tokens.index("[UNK]")
+    batch = store.batch(np.arange(min(len(store), _STRETCH)), keep_order=True)
+    values = np.bincount(batch.input_ids[batch.masked_positions])
+    first = store[0].input_ids
+    return int(first[0]), int(first[-1]), int(values.argmax()), -1
+
+
+def _count(sums: _Sums, batch: Batch, special: tuple[int, int, int, int], begin: int) -> None:
+    cls_id, sep_id, mask_id, unk_id = special
+    ids, starts, count = batch.input_ids, batch.cu_seqlens[:-1].astype(np.int64), len(batch.lengths)
+    ends = batch.cu_seqlens[1:].astype(np.int64) - 1
+    segment_start = np.diff(batch.token_type_ids, prepend=0) == 1
+    framed = (ids[starts] == cls_id) & (ids[ends] == sep_id)
+    second = np.flatnonzero(segment_start)
+    middle_ok = len(second) == count and bool((ids[second - 1] == sep_id).all())
+    sums.badly_framed += count - int(framed.sum()) if middle_ok else count
+    tokens = ids[batch.masked_positions]
+    is_mask = tokens == mask_id
+    sums.samples += count
+    sums.tokens += len(ids)
+    sums.masks += len(tokens)
+    sums.masked += int(is_mask.sum())
+    sums.kept += int((tokens == batch.masked_labels).sum())
+    sums.stray_masks += int((ids == mask_id).sum()) - int(is_mask.sum())
+    sums.unknown += int((ids == unk_id).sum())
+    sums.out_of_range += int(np.isin(batch.masked_labels, (cls_id, sep_id)).sum())
+    sums.highest = max(sums.highest, int(ids.max()), int(batch.masked_labels.max(initial=0)))
+    sums.random_next += int((batch.next_sentence_labels == 1).sum())
+    hashes = _hashes(ids, starts, batch.position_ids)
+    sums.hashes.append(hashes)
+    labels = batch.next_sentence_labels
+    alike = len(np.unique(hashes)) <= count // 10 or len(set(batch.lengths)) == 1 or len(np.unique(labels)) == 1
+    if count >= 100 and alike:
+        sums.constant.append(begin)
+
+
+def _hashes(ids: np.ndarray, starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """64 bits of every sample's tokens, in order."""
+    with np.errstate(over="ignore"):
+        mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0xC2B2AE3D27D4EB4F)
+        mixed ^= mixed >> np.uint64(31)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+        return np.add.reduceat(mixed, starts)
+
+
+def _share(name: str, count: int, total: int, expected: float) -> Finding:
+    """A share of masks: within five standard errors, and a hundredth for tokens that were drawn as themselves."""
+    share = count / max(1, total)
+    slack = 5 * math.sqrt(expected * (1 - expected) / max(1, total)) + 0.01 * (1 - expected)
+    return Finding(name, f"{share:.4f}", f"{expected:.2f} ± {slack:.4f}", abs(share - expected) <= slack)
+
+
+def check_hashes(store: Store) -> Finding:
+    """Compare the files with the hashes in the manifest."""
+    try:
+        store.verify()
+    except UserError as error:
+        return Finding("bytes", str(error), "as the manifest's hashes", False)
+    return Finding("bytes", "unchanged", "as the manifest's hashes", True)
