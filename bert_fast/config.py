@@ -63,6 +63,10 @@ class DataConfig(Section):
     max_seq_len: PositiveInt = Field(512, description="longest sample in tokens; a longer one in a store is refused")
     vocab_sha256: str | None = Field(None, description="if set, the stores must have been made with this vocabulary")
     eval_sha256: str | None = Field(None, description="if set, the evaluation store must have this hash")
+    dynamic_masking: bool = Field(
+        False,
+        description="predict other tokens of a sample each time it is used, not those chosen offline (open division)",
+    )
     eval_samples: PositiveInt | None = Field(
         None, description="use the first n evaluation samples (MLPerf: 10000); all of them if unset"
     )
@@ -298,7 +302,9 @@ class SystemConfig(Section):
 class MlperfConfig(Section):
     enabled: bool = Field(True, description="write an MLPerf log and check it")
     division: Literal["open", "closed"] = Field("open", description="closed: LAMB only, and every closed rule")
-    ruleset: str = Field("5.0.0", description="mlperf-logging ruleset; 5.0.0 is BERT's last")
+    ruleset: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")] = Field(
+        "5.0.0", description="mlperf-logging ruleset; 5.0.0 is BERT's last"
+    )
     organization: str = Field("bert_fast", description="submission_org")
     platform: str = Field("unnamed", description="submission_platform")
     status: Literal["onprem", "cloud", "research", "preview"] = Field("research", description="submission_status")

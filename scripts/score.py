@@ -19,16 +19,18 @@ sys.path.insert(0, str(ROOT))
 
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
+from bert_fast.mlperf.convergence import judge  # noqa: E402
+from bert_fast.mlperf.rules import RULESET  # noqa: E402
 from bert_fast.mlperf.score import SystemScore, score_folder  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 
 COLUMNS = (
     "system", "division", "accelerators", "global batch", "runs", "converged", "minutes", "samples", "steps", "step ms",
-    "samples/s/accelerator", "start-up s",
+    "samples/s/accelerator", "start-up s", "reference convergence",
 )  # fmt: skip
 
 
-def row_of(score: SystemScore) -> list[str]:
+def row_of(score: SystemScore, ruleset: str) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
@@ -37,8 +39,21 @@ def row_of(score: SystemScore) -> list[str]:
         score.name, first.division, number(score.accelerators, ","), f"{first.global_batch:,}", str(len(score.runs)),
         str(sum(run.converged for run in score.runs)), number(score.minutes, ".4f"), number(score.mean("samples"), ",.0f"),
         number(score.mean("steps"), ",.0f"), number(None if step is None else 1e3 * step, ",.1f"), number(score.rate, ",.1f"),
-        number(score.mean("startup_s"), ".2f"),
+        number(score.mean("startup_s"), ".2f"), convergence(score, ruleset),
     ]  # fmt: skip
+
+
+def convergence(score: SystemScore, ruleset: str) -> str:
+    """Verdict of the reference convergence points: for open runs in brackets, as it does not bind them."""
+    first = score.runs[0]
+    samples = [run.samples if run.converged else None for run in score.runs]
+    verdict = judge(samples, first.global_batch, ruleset)
+    if verdict.samples is None:
+        return "-"
+    word = "passed" if verdict.passed else "too few samples" if verdict.point else "no reference"
+    if verdict.scale != 1.0:
+        word += f", x {verdict.scale:.5f}"
+    return word if first.division == "closed" else f"({word})"
 
 
 def draw(path: Path, scores: list[SystemScore]) -> None:
@@ -67,6 +82,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="with result_*.txt of one system, or one log")
     parser.add_argument("--csv", metavar="FILE", help="write the table there")
     parser.add_argument("--plot", metavar="FILE", help="write accuracy against time there, as SVG")
+    parser.add_argument("--ruleset", default=RULESET, help="whose reference convergence points (default %(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
     try:
@@ -74,7 +90,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [row_of(score) for score in scores]
+    rows = [row_of(score, args.ruleset) for score in scores]
     print(markdown_table(COLUMNS, rows))
     if args.csv:
         out = io.StringIO()

@@ -88,7 +88,12 @@ def write_store(vocabulary: Vocabulary, make_documents: Callable[..., Any]) -> C
         samples = make_samples(make_documents(num_documents, seed), vocabulary, params, chunk=0)
         folder.mkdir(parents=True, exist_ok=True)
         part = write_part(folder / "part.bin", samples)
-        extra = {"vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary), "text_sha256": "0" * 64}
+        extra = {
+            "vocab_sha256": vocabulary.sha256,
+            "vocab_size": len(vocabulary),
+            "mask_id": 4,
+            "text_sha256": "0" * 64,
+        }
         manifest = merge_parts(folder, [part], extra)
         (folder / "part.bin").unlink()
         (folder / "part.bin.npz").unlink()

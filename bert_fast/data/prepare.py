@@ -252,6 +252,7 @@ def _sample_stage(
         {
             "key": key, "corpus": recipe.corpus, "text_sha256": text[split]["sha256"],
             "documents": text[split]["documents"], "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
+            "mask_id": vocabulary.mask_id,
             "params": asdict(recipe.params),
         },
     )  # fmt: skip

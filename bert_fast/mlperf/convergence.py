@@ -36,7 +36,7 @@ class ConvergencePoint:
 
 @dataclass(frozen=True)
 class ConvergenceVerdict:
-    """What the reference says of a set of runs. `scale` multiplies the score: runs faster than the mean, but allowed, pay it."""
+    """What the reference says of a set of runs. `scale` multiplies the score of runs faster than the mean, but allowed."""
 
     passed: bool
     text: str
@@ -75,7 +75,7 @@ def reference_points(ruleset: str, *, pruned: bool = True) -> dict[int, Converge
 
 
 def reference_point(global_batch: int, ruleset: str) -> ConvergencePoint | None:
-    """The pruned point of a global batch: its own, interpolated, the smallest for batches below it, None for those above all."""
+    """The pruned point of a global batch: its own, interpolated, the smallest for batches below, None for those above all."""
     points = reference_points(ruleset)
     if global_batch in points:
         return points[global_batch]

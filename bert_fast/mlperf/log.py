@@ -13,7 +13,7 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from bert_fast.config import Config
-from bert_fast.mlperf.rules import open_because, wants_tensors
+from bert_fast.mlperf.rules import open_because, wants_short_status, wants_tensors
 
 _STATUS = {
     "onprem": "Available on-premise",
@@ -74,7 +74,9 @@ class ResultLog:
         self.event(constants.SUBMISSION_DIVISION, mlperf.division)
         self.event(constants.SUBMISSION_ORG, mlperf.organization)
         self.event(constants.SUBMISSION_PLATFORM, mlperf.platform)
-        self.event(constants.SUBMISSION_STATUS, _STATUS[mlperf.status])
+        self.event(
+            constants.SUBMISSION_STATUS, mlperf.status if wants_short_status(mlperf.ruleset) else _STATUS[mlperf.status]
+        )
         self.event(constants.SUBMISSION_POC_NAME, mlperf.poc_name)
         self.event(constants.SUBMISSION_POC_EMAIL, mlperf.poc_email)
         if mlperf.division == "open":
@@ -103,6 +105,9 @@ class ResultLog:
             ("opt_lamb_learning_rate_decay_poly_power", schedule.power),
             ("opt_gradient_clip_norm", config.communication.max_norm),
             ("opt_gradient_clip_mode", config.communication.clip),
+            ("target_accuracy", config.train.target_accuracy),
+            ("number_of_ranks", config.system.world_size),
+            ("number_of_nodes", config.system.world_size // config.system.node_size),
         ):
             self.event(key, value)
 

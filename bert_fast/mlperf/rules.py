@@ -28,6 +28,11 @@ def wants_tensors(ruleset: str) -> bool:
     return ruleset in _RULESETS_WITH_TENSORS
 
 
+def wants_short_status(ruleset: str) -> bool:
+    """Whether submission_status is one word (up to 4.0.0)."""
+    return tuple(int(part) for part in ruleset.split(".")[:2]) <= (4, 0)
+
+
 def check_init_time(seconds: float, division: str) -> None:
     """Refuse a run whose initialisation took longer than its division allows, before its clock starts."""
     if seconds > INIT_LIMIT_S[division]:
@@ -67,6 +72,7 @@ def open_because(config: Config) -> list[str]:
         data.eval_samples in (None, EVALUATION_SAMPLES), f"data.eval_samples={data.eval_samples}",
         "the evaluation set has 10,000 samples",
     )  # fmt: skip
+    must(not data.dynamic_masking, "data.dynamic_masking=true", "masks are those of the given samples")
     must(
         communication.clip in _CLIPS, f"communication.clip={communication.clip}",
         "a rank's whole gradient or the averaged one is clipped; per group is not the reference's mathematics",

@@ -127,7 +127,7 @@ class BertForPretraining(nn.Module):
         """Final hidden states, [T, D]. Under autocast the residual stream is in the autocast format."""
         hidden_TD = self.embeddings(batch)
         device = hidden_TD.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
         for layer in self.layers:
             hidden_TD = layer(hidden_TD, batch.layout, self.backend)

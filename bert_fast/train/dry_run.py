@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from bert_fast.balance.planner import Planner
-from bert_fast.communication.buckets import Layout
+from bert_fast.communication.buckets import Layout, measure_ready_order
+from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import Config
 from bert_fast.data.store import Store
 from bert_fast.memory.estimate import estimate, num_parameters
@@ -17,10 +19,12 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import print_table
-from bert_fast.train.build import make_layout
+from bert_fast.train.build import make_engine, make_layout
 from bert_fast.train.calibrate import make_cost, make_planner
-from bert_fast.train.environment import pick_device, pick_dtype
+from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.folder import run_folder
+from bert_fast.train.inputs import synthetic_batch, to_device
+from bert_fast.train.sharded import ShardedOptimizer
 
 _PLANNED_STEPS = 20
 
@@ -55,8 +59,58 @@ def dry_run(config: Config) -> None:
         ("lengths", where),
         ("plan", _plan_text(config, planner)),
         ("clipping", f"{config.communication.clip}, {len(layout.groups)} clip groups"),
+        ("rehearsal", rehearse(config)),
         ("buckets", ("planned before the clock; of 25 MiB it were " if plans_buckets else "") + _bucket_text(layout)),
     ])  # fmt: skip
+
+
+def rehearse(config: Config, num_layers: int = 2) -> str:
+    """One step of the last rank on the meta device: real widths, a few layers, every collective answered at once.
+
+    Nothing is computed and nothing is sent; what does not fit together (layout, engine, optimizer) fails here.
+    """
+    if config.communication.engine == "ddp":
+        return "none: torch's DistributedDataParallel wants a device"
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    meta, world = torch.device("meta"), config.system.world_size
+    communication = config.communication
+    if communication.bucket_mb == "auto":
+        communication = communication.model_copy(update={"bucket_mb": 25.0})
+    shape = config.model.model_copy(update={"num_layers": min(num_layers, config.model.num_layers)})
+    config = config.model_copy(update={"model": shape, "communication": communication})
+    dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
+    try:
+        environment = Environment(world - 1, (world - 1) % config.system.node_size, world, meta, torch.float32)
+        with meta:
+            model = BertForPretraining(shape, "loop")
+        batch = synthetic_batch(min(4, config.batch.local_batch), config.data.max_seq_len, shape.vocab_size, 0)
+        inputs = to_device(batch, meta, config.batch.shape_multiple)
+
+        def backward() -> None:
+            losses = model(inputs)
+            (losses.mlm_sum + losses.nsp_sum).backward()
+
+        order = measure_ready_order(list(model.parameters()), backward)
+        model.zero_grad(set_to_none=True)
+        engine = make_engine(config, environment, model, make_layout(config, model, order))
+        own = config.optimizer.model_copy(update={"use_apex": False})
+        if isinstance(engine, ShardedReducer):
+            optimizer = ShardedOptimizer(engine, list(model.named_parameters()), own).inner
+        else:
+            optimizer = build_optimizer(model.named_parameters(), own)
+        for group in optimizer.param_groups:
+            group["fused"] = False  # torch's fused update knows real devices only
+        engine.zero_grad()
+        with engine.micro_batch(True):
+            backward()
+        engine.finish()
+        optimizer.step()
+        engine.settle()
+        sent = engine.wire.bytes_sent / 2**20
+    finally:
+        dist.destroy_process_group()
+    return f"a step of rank {world - 1:,} of {world:,} with {shape.num_layers} layers: {sent:,.1f} MiB of gradients to reduce"
 
 
 def expected_ready_order(model: BertForPretraining) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -12,12 +14,15 @@ from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertInput
 
 
-def planned_batches(store: Store, plan: Plan, rank: int, strategy: str, max_seq_len: int) -> list[Batch]:
-    """The micro-batches of a rank in a step, laid out as the strategy has it."""
-    return [
-        lay_out(store.batch(plan.ids[part], keep_order=plan.rows is not None), plan, part, strategy, max_seq_len)
-        for part in plan.micro_batches(rank)
-    ]
+def planned_batches(
+    store: Store, plan: Plan, rank: int, strategy: str, max_seq_len: int, change: Callable[[Batch], Batch] | None = None
+) -> list[Batch]:
+    """The micro-batches of a rank in a step, laid out as the strategy has it. `change` is made to the samples before."""
+    batches = []
+    for part in plan.micro_batches(rank):
+        batch = store.batch(plan.ids[part], keep_order=plan.rows is not None)
+        batches.append(lay_out(change(batch) if change else batch, plan, part, strategy, max_seq_len))
+    return batches
 
 
 def lay_out(batch: Batch, plan: Plan, part: slice, strategy: str, max_seq_len: int) -> Batch:
@@ -33,7 +38,7 @@ def to_device(batch: Batch, device: torch.device, multiple: int = 1) -> BertInpu
 
     def move(array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     return BertInput(
         move(batch.input_ids),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from bert_fast.cli import to_yaml
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch
 from bert_fast.data.loader import Prefetcher
+from bert_fast.data.masking import mask_id_of, redraw
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError
 from bert_fast.files import write_atomically, write_json
@@ -179,6 +182,10 @@ class Run:
             store.check(
                 vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=vocab, sha256=sha256
             )
+        self._redraw: Callable[..., Batch] | None = None
+        if data.dynamic_masking:
+            mask_id, size = mask_id_of(self.store.manifest, data.train), self.store.manifest["vocab_size"]
+            self._redraw = functools.partial(redraw, seed=config.train.seed, mask_id=mask_id, vocab_size=size)
         self._evaluator: Evaluator | None = None
         self._key = resume_key(config, self.store.manifest["sha256"], self.eval_store.manifest["sha256"])
         if not self.resume:
@@ -194,8 +201,9 @@ class Run:
         """This rank's batches of a step, with the global counts that normalise the loss (background thread)."""
         plan = self.planner.plan(step)
         batches = planned_batches(
-            self.store, plan, self.environment.rank, self.config.balance.strategy, self.config.data.max_seq_len
-        )
+            self.store, plan, self.environment.rank, self.config.balance.strategy, self.config.data.max_seq_len,
+            functools.partial(self._redraw, step=step) if self._redraw else None,
+        )  # fmt: skip
         lengths = self.store.lengths[plan.ids].astype(np.int64)
         masked = int(self.store.num_masked[plan.ids].sum(dtype=np.int64))
         return plan, batches, masked, int(lengths.sum()), int((lengths**2).sum())

@@ -265,3 +265,71 @@ def test_the_command(tmp_path: Path, store: Path, vocab: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert "part-00001-of-00003.tfrecord: record 0 is cut short in its head" in done.stderr
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.permutations(["input_ids", "weights", "a", "labels"]),
+            st.lists(st.integers(0, 2**21 - 1), min_size=1, max_size=90),
+            st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40),
+        ),
+        min_size=1, max_size=6,
+    ),
+    st.sampled_from(["", "unpacked", "extra", "double", "bytes"]),
+)  # fmt: skip
+def test_features_found_together_are_those_found_one_by_one(rows: list[Any], odd: str) -> None:
+    """Keys in any order, values of any size; forms that the quick way does not know are left to the general one."""
+
+    def message(number: int, content: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    def entry(name: str, integers: list[int], floats: list[float]) -> bytes:
+        if name == "weights":
+            feature = message(2, message(1, np.array(floats, "<f4").tobytes()))
+        elif name == "labels" and odd == "unpacked":
+            feature = message(3, b"".join(varint(1 << 3) + varint(value) for value in integers))
+        else:
+            feature = message(3, message(1, b"".join(map(varint, integers))))
+        return message(1, message(1, name.encode()) + message(2, feature))
+
+    payloads = []
+    for order, integers, floats in rows:
+        entries = [entry(name, integers, floats) for name in order]
+        if odd == "extra":
+            entries.insert(1, entry("more", [1], []))
+        if odd == "double":
+            entries.append(entry("a", [5, 6], []))
+        if odd == "bytes":
+            entries.append(message(1, message(1, b"text") + message(2, message(1, message(1, b"x")))))
+        payloads.append(message(1, b"".join(entries)))
+    names = ["input_ids", "weights", "a", "labels"]
+    quick, plain = tfrecord.parse_examples(payloads, names), tfrecord._parse_one_by_one(payloads, names)
+    for name in names:
+        np.testing.assert_array_equal(
+            quick[name]._counts + quick[name]._zeros, plain[name]._counts + plain[name]._zeros
+        )
+        np.testing.assert_array_equal(_all_values(quick[name]), _all_values(plain[name]))
+
+
+def _all_values(features: tfrecord.Features) -> np.ndarray:
+    ends = np.cumsum(features._counts)
+    pieces = np.split(features.values, ends[:-1])
+    zeros = [np.zeros(count) for count in features._zeros]
+    return np.concatenate([part for pair in zip(pieces, zeros, strict=True) for part in pair])
+
+
+def test_the_quick_way_is_taken_for_what_writers_write(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = export(store, tmp_path / "out", "tfrecord", per_file=10_000)
+    monkeypatch.setattr(tfrecord, "_parse_one_by_one", lambda *_: pytest.fail("fell back"))
+    assert sum(len(block) for block in read_blocks(path, 400)) == 2500
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_records_longer_than_a_block_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(tfrecord, "_BLOCK", 256)
+    payloads = [bytes([n]) * (size + n) for n in range(20)]
+    tfrecord.write_records(tmp_path / "a", payloads)
+    assert list(tfrecord.read_records(tmp_path / "a")) == payloads

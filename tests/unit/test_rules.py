@@ -64,6 +64,7 @@ def test_a_closed_config_is_let_through() -> None:
         ({"model__vocab_size": 32_000}, "model.vocab_size=32000"),
         ({"model__hidden_dropout": 0.0}, "model.hidden_dropout=0.0"),
         ({"data__max_seq_len": 128}, "data.max_seq_len=128"),
+        ({"data__dynamic_masking": True}, "data.dynamic_masking=true"),
         ({"data__eval_samples": 5000}, "data.eval_samples=5000"),
         ({"train__target_accuracy": 0.7}, "train.target_accuracy=0.7"),
         ({"train__eval_every_samples": 175_000}, "train.eval_every_samples=175000"),

@@ -11,6 +11,7 @@ import yaml
 
 from bert_fast.cli import load_config
 from bert_fast.memory.estimate import num_parameters
+from bert_fast.mlperf.rules import check_division
 from bert_fast.train.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,8 +24,18 @@ def relative(path: Path) -> str:
 
 
 def test_there_are_configs() -> None:
-    assert {"mini_cpu.yaml", "mini_start.yaml"} <= {path.name for path in CONFIGS}
+    published = {f"bert_large_{point}.yaml" for point in (
+        "8xa100_lamb", "64xa100_lamb", "1024xa100_lamb", "4096xa100_lamb", "8xh100_lamb", "1024xa100_adam", "1368xa100_adam"
+    )}  # fmt: skip
+    assert {"mini_cpu.yaml", "mini_start.yaml", *published} <= {path.name for path in CONFIGS}
     assert RECIPES
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_a_closed_config_keeps_the_closed_rules(path: Path) -> None:
+    config = load_config(path)
+    assert (config.mlperf.division == "closed") == path.stem.endswith("_lamb")
+    check_division(config)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
@@ -36,6 +47,8 @@ def test_config_loads_and_dry_runs(
     monkeypatch.setenv("COLUMNS", "400")
     dry_run(config)
     printed = capsys.readouterr().out
+    world = config.system.world_size
+    assert f"a step of rank {world - 1:,} of {world:,} with" in printed, "rehearsed with a fake group of the whole size"
     for part in ("memory of a rank", "MiB", "plan", "imbalance mean", "buckets", "MiB in ready order", "clip groups"):
         assert part in printed, part
     batch = config.batch

@@ -69,8 +69,12 @@ def import_store(
     if max_samples:
         parts = take_first(parts, max_samples, parts_folder)
     manifest = merge_parts(
-        out, parts, {"key": key, "corpus": "imported", "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary)}
-    )
+        out, parts,
+        {
+            "key": key, "corpus": "imported", "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
+            "mask_id": vocabulary.mask_id,
+        },
+    )  # fmt: skip
     shutil.rmtree(parts_folder, ignore_errors=True)
     seconds = time.perf_counter() - start
     log(

@@ -1,0 +1,237 @@
+"""A submission package, and one table of verdicts on it: MLPerf's checkers' and our own of the set of runs.
+
+`<org>/results/<system>/bert/result_0.txt` to 9, `<org>/systems/<system>.json`, `<org>/benchmarks/bert/implementations/`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bert_fast.errors import UserError
+from bert_fast.files import write_atomically, write_json
+from bert_fast.mlperf.convergence import NUM_RUNS, judge
+from bert_fast.mlperf.rules import TARGET_ACCURACY
+from bert_fast.mlperf.score import RunScore, SystemScore, read_events, score_run
+from bert_fast.mlperf.submission import check_convergence, check_logs, check_package, check_system
+
+IMPLEMENTATION = "bert_fast"
+_SAME_IN_ALL = ("global_batch_size", "submission_division", "submission_benchmark", "opt_name", "opt_base_learning_rate",
+                "train_dataset_sha256", "eval_dataset_sha256")  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the verdict table. `passed` is None where the check does not apply."""
+
+    check: str
+    passed: bool | None
+    detail: str
+
+    @property
+    def word(self) -> str:
+        return "-" if self.passed is None else "passed" if self.passed else "FAILED"
+
+
+# ---- laying out -----------------------------------------------------------------------------------------------------
+
+
+def lay_out(
+    logs: list[Path], out: Path, *, organization: str, system: str, description: dict[str, str], sources: Iterable[Path],
+    root: Path, notes: str,
+) -> Path:  # fmt: skip
+    """Write the package into `out/organization`; what was there of this system is replaced as a whole. Returns that folder.
+
+    Args:
+        logs: result logs in the order of their numbers.
+        sources: files of the implementation, below `root`.
+        notes: README.md of the implementation.
+
+    Raises:
+        UserError: a name that is no folder's, or a number of logs other than ten.
+    """
+    for what, name in (("organization", organization), ("system", system)):
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{what} '{name}' must be letters, digits and . _ + - (it names a folder)")
+    if len(logs) != NUM_RUNS:
+        raise UserError(f"a package has {NUM_RUNS} results and {len(logs)} were given; run the missing seeds")
+    package = out / organization
+    package.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=package, prefix=".new-") as scratch:
+        staged = Path(scratch)
+        for number, log in enumerate(logs):
+            write_atomically(staged / "bert" / f"result_{number}.txt", log.read_bytes())
+        for source in sources:
+            write_atomically(staged / "code" / source.relative_to(root), source.read_bytes())
+        write_atomically(staged / "code" / "README.md", notes)
+        _replace(staged / "bert", package / "results" / system / "bert")
+        _replace(staged / "code", package / "benchmarks" / "bert" / "implementations" / IMPLEMENTATION)
+    write_json(package / "systems" / f"{system}.json", description)
+    return package
+
+
+def _replace(new: Path, old: Path) -> None:
+    if old.exists():
+        shutil.rmtree(old)
+    old.parent.mkdir(parents=True, exist_ok=True)
+    new.rename(old)
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, Any]]:
+    """Every check on every system of a package, and figures by name (`package_passed`, `minutes/SYSTEM`).
+
+    Raises:
+        UserError: the folder is no package.
+    """
+    package = Path(package)
+    folders = sorted(path for path in package.glob("results/*/bert") if path.is_dir())
+    if not folders:
+        raise UserError(f"{package}: no results/<system>/bert in it; give the folder of the organization")
+    rows: list[Row] = []
+    figures: dict[str, Any] = {}
+    for folder in folders:
+        system = folder.parent.name
+        found, division = _check_runs(folder, ruleset)
+        rows += found
+        description = package / "systems" / f"{system}.json"
+        if description.is_file():
+            said = check_system(description, ruleset)
+            rows.append(Row(f"{system}: system description", said.passed, "" if said.passed else _first(said.reasons)))
+        else:
+            rows.append(Row(f"{system}: system description", False, f"systems/{system}.json is missing"))
+        if division == "closed":
+            said = check_convergence(folder, ruleset)
+            detail = "reference convergence" if said.passed else _first(said.reasons)
+            rows.append(Row(f"{system}: RCP checker", said.passed, detail))
+        else:
+            rows.append(Row(f"{system}: RCP checker", None, "for the closed division only"))
+    checked = check_package(package, ruleset)
+    rows.append(Row("package checker", checked.verdict.passed, _first(checked.verdict.reasons, checked.verdict.passed)))
+    times = ", ".join(f"{name} {minutes:.4f} min" for name, minutes in checked.minutes.items())
+    rows.append(Row("result summarizer", checked.summary.passed, times or _first(checked.summary.reasons)))
+    for folder in folders:
+        rows.append(_score_row(folder, checked.scaling.get(folder.parent.name, 1.0), figures))
+    figures["package_passed"] = int(all(row.passed is not False for row in rows))
+    return rows, figures
+
+
+def _first(reasons: list[str], passed: bool = False) -> str:
+    return "" if passed else (reasons[0][:200] if reasons else "no reason given")
+
+
+def _score_row(folder: Path, scale: float, figures: dict[str, Any]) -> Row:
+    system = folder.parent.name
+    runs = []
+    for path in sorted(folder.glob("result_*.txt")):
+        try:
+            runs.append(score_run(path))
+        except UserError as error:
+            return Row(f"{system}: score", False, str(error))
+    score = SystemScore(system, None, tuple(runs))
+    if score.minutes is None:
+        return Row(f"{system}: score", False, "more than one run did not converge, or there are fewer than 3")
+    figures[f"minutes/{system}"] = score.minutes * scale
+    scaled = f", x {scale:.5f} by the reference = {score.minutes * scale:.4f}" if scale != 1.0 else ""
+    return Row(f"{system}: score", True, f"{score.minutes:.4f} min, mean without fastest and slowest{scaled}")
+
+
+def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
+    """Our own checks of a system's runs, stricter than the checkers', and the compliance checker on each."""
+    system = folder.parent.name
+    paths = sorted(folder.glob("result_*.txt"))
+    names = {path.name for path in paths}
+    missing = [f"result_{n}.txt" for n in range(NUM_RUNS) if f"result_{n}.txt" not in names]
+    extra = sorted(names - {f"result_{n}.txt" for n in range(NUM_RUNS)})
+    odd = [*(f"{name} is missing" for name in missing), *(f"{name} is one too many" for name in extra)]
+    rows = [Row(f"{system}: {NUM_RUNS} results", not odd, ", ".join(odd) or "result_0.txt to result_9.txt")]
+    verdicts = check_logs(paths, ruleset)
+    bad = [(path.name, v.reasons) for path, v in zip(paths, verdicts, strict=True) if not v.passed]
+    detail = "; ".join(f"{name}: {_first(reasons)}" for name, reasons in bad) or f"all {len(paths)} logs, {ruleset}"
+    rows.append(Row(f"{system}: compliance checker", not bad, detail))
+    runs: dict[str, RunScore] = {}
+    events: dict[str, list[dict[str, Any]]] = {}
+    unreadable = []
+    for path in paths:
+        try:
+            events[path.name], runs[path.name] = read_events(path), score_run(path)
+        except UserError as error:
+            unreadable.append(str(error).replace(f"{path}: ", f"{path.name}: "))
+    rows.append(Row(f"{system}: readable", not unreadable, "; ".join(unreadable) or "every log has its start and stop"))
+    for name, faults in (
+        ("converged", _not_converged(runs)), ("never resumed", _resumed(events)), ("seeds", _seeds(runs)),
+        ("one setting", _unlike(events)), ("order", _out_of_order(events)),
+    ):  # fmt: skip
+        rows.append(Row(f"{system}: {name}", not faults, "; ".join(faults)))
+    division = next(iter(runs.values())).division if runs else "unknown"
+    if division == "closed" and runs:
+        first = next(iter(runs.values()))
+        verdict = judge([run.samples if run.converged else None for run in runs.values()], first.global_batch, ruleset)
+        rows.append(Row(f"{system}: samples to converge", verdict.passed, verdict.text))
+    return rows, division
+
+
+def _not_converged(runs: dict[str, RunScore]) -> list[str]:
+    faults = []
+    for name, run in runs.items():
+        accuracies = [accuracy for _, _, accuracy in run.evaluations]
+        last = accuracies[-1] if accuracies else math.nan
+        if not all(math.isfinite(accuracy) for accuracy in accuracies):
+            faults.append(f"{name}: an accuracy is not finite")
+        elif not run.converged:
+            faults.append(f"{name}: did not reach the target (one of ten may)")
+        elif not accuracies or (run.division == "closed" and last < TARGET_ACCURACY):
+            faults.append(f"{name}: says success at accuracy {last:.4f}, below {TARGET_ACCURACY}")
+    return faults
+
+
+def _resumed(events: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [
+        f"{name}: was stopped and resumed, so its time is none"
+        for name, found in events.items()
+        if any(event["key"] == "resumed" for event in found)
+    ]
+
+
+def _seeds(runs: dict[str, RunScore]) -> list[str]:
+    counts = Counter(run.seed for run in runs.values())
+    faults = [f"{name}: no seed" for name, run in runs.items() if run.seed is None]
+    twice = [seed for seed, count in counts.items() if count > 1 and seed is not None]
+    return faults + [
+        f"seed {seed} in {', '.join(name for name, run in runs.items() if run.seed == seed)}" for seed in twice
+    ]
+
+
+def _unlike(events: dict[str, list[dict[str, Any]]]) -> list[str]:
+    faults = []
+    for key in _SAME_IN_ALL:
+        values: dict[str, list[str]] = {}
+        for name, found in events.items():
+            for value in {json.dumps(event["value"]) for event in found if event["key"] == key}:
+                values.setdefault(value, []).append(name)
+        if len(values) > 1:
+            odd = min(values.items(), key=lambda item: len(item[1]))
+            faults.append(f"{key} is {odd[0]} in {', '.join(odd[1])} and not in the others")
+    return faults
+
+
+def _out_of_order(events: dict[str, list[dict[str, Any]]]) -> list[str]:
+    faults = []
+    for name, found in events.items():
+        first = {event["key"]: event["time_ms"] for event in reversed(found)}
+        order = [key for key in ("init_start", "init_stop", "run_start", "run_stop") if key in first]
+        late = [b for a, b in itertools.pairwise(order) if first[a] > first[b]]
+        faults += [f"{name}: {key} comes too early" for key in late]
+    return faults

@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""A submission from runs: run ten seeds or collect finished logs, lay out the package, run every checker, print one verdict.
+
+    python scripts/submit.py --describe my_system.yaml                       # a YAML to fill in
+    python scripts/submit.py --config configs/mini_cpu.yaml --system my_system.yaml --out submission/
+    python scripts/submit.py --logs runs/*/result_0.txt --system my_system.yaml --out submission/
+    python scripts/submit.py --check submission/my_org                        # a finished package, of anyone
+
+Runs go to OUT/runs/seed-N; one that is there and finished is not run again, so a stopped command goes on where it was. The
+exit code is 0 if every check passed, 1 if one failed, 2 for bad input. The checkers work on a copy: results/ stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bert_fast.cli import load_config  # noqa: E402
+from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.files import write_atomically, write_json  # noqa: E402
+from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402
+from bert_fast.mlperf.package import lay_out, verdict_of  # noqa: E402
+from bert_fast.mlperf.rules import RULESET  # noqa: E402
+from bert_fast.mlperf.score import read_events  # noqa: E402
+from bert_fast.mlperf.system import collect_system, complete_system, read_person, template  # noqa: E402
+from bert_fast.report.bench import markdown_table  # noqa: E402
+
+_SOURCES = (
+    "bert_fast",
+    "configs",
+    "scripts",
+    "slurm",
+    "run_pretraining.py",
+    "pyproject.toml",
+    "constraints.txt",
+    "LICENSE",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="run this config with ten seeds, one after the other")
+    what.add_argument("--logs", nargs="+", metavar="PATH", help="finished logs, or folders with result_*.txt in them")
+    what.add_argument("--check", metavar="ORG_FOLDER", help="only check a package")
+    what.add_argument("--describe", metavar="FILE", help="write what this machine says of itself as a YAML to fill in")
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="section.field=value", help="of the config (--config)")
+    add("--system", metavar="FILE", help="the system description's YAML")
+    add("--out", metavar="FOLDER", default="submission", help="gets the organization's folder (default %(default)s)")
+    add("--runs", type=int, default=NUM_RUNS, help="how many seeds (default %(default)s)")
+    add("--first-seed", type=int, default=0, help="default %(default)s")
+    add("--ruleset", default=RULESET, help="default %(default)s, the last that admits BERT")
+    add("--name", help="name of the system's folder (default: from system_name)")
+    add("--json", metavar="FILE", help="write the figures and the table there")
+    return parser
+
+
+def run_seeds(args: argparse.Namespace, out: Path) -> list[Path]:
+    """Run what is missing of the seeds. Raises UserError if a run breaks; finished ones are kept."""
+    load_config(args.config, args.overrides)  # a bad one is found at once
+    logs = []
+    for seed in range(args.first_seed, args.first_seed + args.runs):
+        folder = out / "runs" / f"seed-{seed}"
+        if not (folder / "metrics.json").is_file():
+            print(f"seed {seed}: running", flush=True)
+            command = [sys.executable, str(ROOT / "run_pretraining.py"), "--config", args.config, f"run.folder={folder}",
+                       f"train.seed={seed}", *args.overrides]  # fmt: skip
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode not in (0, 1):  # 1: the target was not reached, which one of ten may
+                said = done.stderr.strip().splitlines() or ["no message"]
+                raise UserError(f"seed {seed} ended with code {done.returncode}: {said[-1].removeprefix('error: ')}")
+        logs.append(folder / "result_0.txt")
+        figures = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+        reached = "" if figures["target_reached"] else ", target not reached"
+        print(f"seed {seed}: {figures['time_to_train_s']:.1f} s, {figures['samples_to_target']:,} samples{reached}")
+    return logs
+
+
+def collect(paths: list[str]) -> list[Path]:
+    """Logs in the order given; those of a folder by number."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inner = sorted(path.glob("result_*.txt"), key=_number) if path.is_dir() else [path]
+        if not inner or not all(each.is_file() for each in inner):
+            raise UserError(f"{path}: no result log there")
+        found += inner
+    return found
+
+
+def _number(path: Path) -> int:
+    digits = re.search(r"\d+", path.stem)
+    return int(digits.group()) if digits else 0
+
+
+def facts_of(log: Path) -> dict[str, Any]:
+    """Organization, platform, division and number of nodes, as the log says them."""
+    values = {event["key"]: event["value"] for event in read_events(log)}
+    missing = [key for key in ("submission_division", "submission_org", "submission_platform") if key not in values]
+    if missing:
+        raise UserError(f"{log}: the log has no {missing[0]}")
+    return values
+
+
+def sources() -> list[Path]:
+    """Files of this project that a reader needs to repeat the runs."""
+    found = []
+    for name in _SOURCES:
+        path = ROOT / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [file for file in files if file.is_file() and "__pycache__" not in file.parts]
+    return found
+
+
+def notes(args: argparse.Namespace, logs: list[Path]) -> str:
+    command = f"--config {args.config} {' '.join(args.overrides)}".strip() if args.config else "(collected logs)"
+    lines = [f"{n}. seed {facts_of(log).get('seed', 'unknown')}" for n, log in enumerate(logs)]
+    return (
+        "# bert_fast\n\nHow these results were made: install with the pinned versions (`constraints.txt`), then\n\n"
+        f"    python scripts/submit.py {command}\n\nResults, in the order of their numbers:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def build(args: argparse.Namespace) -> Path:
+    """Run or collect, and lay the package out. Returns the organization's folder."""
+    if not args.system:
+        raise UserError("--system FILE is missing; make one with --describe FILE and fill it in")
+    person, out = read_person(args.system), Path(args.out)
+    collected = collect_system()
+    if args.config:  # what is missing in the description is found before hours of runs
+        config = load_config(args.config, args.overrides)
+        complete_system(collected, person, config.mlperf.division, 1)
+    logs = run_seeds(args, out) if args.config else collect(args.logs)
+    facts = facts_of(logs[0])
+    nodes = int(facts.get("number_of_nodes", 1))
+    description = complete_system(collected, person, facts["submission_division"], nodes)
+    system = args.name or re.sub(r"[^A-Za-z0-9._+-]+", "_", description["system_name"])
+    organization = re.sub(r"[^A-Za-z0-9._+-]+", "_", description["submitter"])
+    return lay_out(
+        logs, out, organization=organization, system=system, description=description, sources=sources(), root=ROOT,
+        notes=notes(args, logs),
+    )  # fmt: skip
+
+
+def main() -> int:
+    args = build_parser().parse_intermixed_args()
+    try:
+        if args.describe:
+            if Path(args.describe).exists():
+                raise UserError(f"{args.describe} is there already; choose another name")
+            write_atomically(args.describe, template(collect_system()))
+            print(f"{args.describe}: fill in what is empty")
+            return 0
+        package = Path(args.check) if args.check else build(args)
+        rows, figures = verdict_of(package, args.ruleset)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    for row in rows:
+        if row.passed is False:
+            print(f"FAILED {row.check}: {row.detail}")
+    print(markdown_table(("check", "verdict"), [(row.check, row.word) for row in rows]))
+    for row in rows:
+        if row.passed and row.detail and ("score" in row.check or "samples to converge" in row.check):
+            print(f"{row.check}: {row.detail}")
+    passed = bool(figures["package_passed"])
+    print(f"{package}: {'every check passed' if passed else 'not to be submitted as it is'}")
+    if args.json:
+        write_json(args.json, {"metrics": figures, "rows": [[row.check, row.word, row.detail] for row in rows]})
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
