@@ -115,7 +115,11 @@ def verify_samples(arguments: list[str]) -> int:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a store, or a folder with train/ and eval/")
     parser.add_argument("--vocab", metavar="FILE", help="the vocab.txt it should be of (default: the one beside it)")
     parser.add_argument("--samples", type=int, default=200_000, help="records to read (default %(default)s)")
-    parser.add_argument("--no-hashes", action="store_true", help="leave out the hash of all bytes (about 1 GB/s)")
+    parser.add_argument(
+        "--hashes",
+        action=argparse.BooleanOptionalAction,
+        help="compare the hash of all bytes (about 1 GB/s; default: for stores of up to 50 GB)",
+    )
     args = parser.parse_args(arguments)
     failed = 0
     for folder in _stores_in(args.folders):
@@ -123,7 +127,8 @@ def verify_samples(arguments: list[str]) -> int:
         beside = [place / "vocab.txt" for place in (folder, folder.parent) if (place / "vocab.txt").is_file()]
         vocab = args.vocab or (beside[0] if beside else None)
         findings = verify_store(store, load_vocabulary(vocab) if vocab else None, args.samples)
-        if not args.no_hashes:
+        small = (folder / "samples.bin").stat().st_size <= 50e9
+        if args.hashes if args.hashes is not None else small:
             findings.append(check_hashes(store))
         rows = [(each.name, each.found, each.expected, "ok" if each.passed else "WRONG") for each in findings]
         print(f"{folder}: {len(store):,} samples\n{markdown_table(('check', 'found', 'expected', ''), rows)}")

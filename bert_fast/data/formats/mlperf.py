@@ -33,9 +33,13 @@ def read_blocks(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
     Raises:
         UserError: the file is damaged, lacks a field, or holds something that is no sample; which, and how many were good.
     """
+    return (read_hdf5 if is_hdf5(path) else read_tfrecord)(path, vocab_size)
+
+
+def is_hdf5(path: str | Path) -> bool:
+    """Whether a file begins as HDF5 does; what does not is taken for TFRecord."""
     with open(path, "rb") as file:
-        is_hdf5 = file.read(8) == b"\x89HDF\r\n\x1a\n"
-    return (read_hdf5 if is_hdf5 else read_tfrecord)(path, vocab_size)
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
 def read_tfrecord(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
