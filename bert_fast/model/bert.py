@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert_fast.config import ModelConfig
+from bert_fast.model import fused
 from bert_fast.model.attention import BACKENDS, SequenceLayout
 from bert_fast.model.loss import LossSums, loss_sums
 
@@ -51,7 +52,7 @@ class Embeddings(nn.Module):
         """[T, D]."""
         hidden_TD = self.word(batch.input_ids) + self.position(batch.position_ids)
         hidden_TD = self.norm(hidden_TD + self.token_type(batch.token_type_ids))
-        return _dropout(hidden_TD, self.dropout, self.training)
+        return _dropout(hidden_TD, self.dropout if self.training else 0.0)
 
 
 class EncoderLayer(nn.Module):
@@ -74,11 +75,17 @@ class EncoderLayer(nn.Module):
     def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, backend: str) -> torch.Tensor:
         qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
         context_TD = BACKENDS[backend](qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
-        mixed_TD = _dropout(self.attention_out(context_TD), self.hidden_dropout, self.training)
-        hidden_TD = self.attention_norm(hidden_TD + mixed_TD)
+        dropout = self.hidden_dropout if self.training else 0.0
+        if fused.fuses(hidden_TD):
+            mixed_TD = self.attention_out(context_TD)
+            hidden_TD = fused.dropout_add_norm(mixed_TD, hidden_TD, self.attention_norm, dropout)
+            output_TD = fused.gelu_linear(self.up(hidden_TD), self.down, self.gelu_form)
+            return fused.dropout_add_norm(output_TD, hidden_TD, self.output_norm, dropout)
+        mixed_TD = _dropout(self.attention_out(context_TD), dropout)
+        # CUDA's autocast normalises in fp32: the residual stream is kept in its own format (the same on CPUs)
+        hidden_TD = self.attention_norm(hidden_TD + mixed_TD).to(hidden_TD.dtype)
         inner_TF = F.gelu(self.up(hidden_TD), approximate=self.gelu_form)
-        output_TD = _dropout(self.down(inner_TF), self.hidden_dropout, self.training)
-        return self.output_norm(hidden_TD + output_TD)
+        return self.output_norm(hidden_TD + _dropout(self.down(inner_TF), dropout)).to(hidden_TD.dtype)
 
 
 class PretrainingHeads(nn.Module):
@@ -94,13 +101,10 @@ class PretrainingHeads(nn.Module):
         self.next_sentence = nn.Linear(width, 2)
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(
-        self, masked_MD: torch.Tensor, first_BD: torch.Tensor, word_VD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masked-LM logits [M, V] and next-sentence logits [B, 2]."""
+    def forward(self, masked_MD: torch.Tensor, first_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is projected to the vocabulary [M, D], and next-sentence logits [B, 2]."""
         masked_MD = F.gelu(self.transform(masked_MD), approximate=self.gelu_form)
-        mlm_logits_MV = F.linear(self.transform_norm(masked_MD), word_VD, self.decoder_bias)
-        return mlm_logits_MV, self.next_sentence(torch.tanh(self.pooler(first_BD)))
+        return self.transform_norm(masked_MD), self.next_sentence(torch.tanh(self.pooler(first_BD)))
 
 
 class BertForPretraining(nn.Module):
@@ -133,18 +137,27 @@ class BertForPretraining(nn.Module):
             hidden_TD = layer(hidden_TD, batch.layout, self.backend)
         return hidden_TD
 
-    def logits(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masked-LM logits [M, V] of the masked positions and next-sentence logits [B, 2]."""
+    def _head_inputs(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_TD = self.encode(batch)
         masked_MD = hidden_TD.index_select(0, batch.masked_positions)
         num_samples = len(batch.next_sentence_labels)
         first_BD = hidden_TD.index_select(0, batch.layout.cu_seqlens[:num_samples].long())
-        return self.heads(masked_MD, first_BD, self.embeddings.word.weight)
+        return self.heads(masked_MD, first_BD)
+
+    def logits(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked-LM logits [M, V] of the masked positions and next-sentence logits [B, 2]."""
+        masked_MD, nsp_logits_B2 = self._head_inputs(batch)
+        return F.linear(masked_MD, self.embeddings.word.weight, self.heads.decoder_bias), nsp_logits_B2
 
     def forward(self, batch: BertInput, with_accuracy: bool = False) -> LossSums:
-        mlm_logits_MV, nsp_logits_B2 = self.logits(batch)
-        return loss_sums(mlm_logits_MV, batch.masked_labels, nsp_logits_B2, batch.next_sentence_labels, with_accuracy)
+        masked_MD, nsp_logits_B2 = self._head_inputs(batch)
+        return loss_sums(
+            masked_MD, self.embeddings.word.weight, self.heads.decoder_bias, batch.masked_labels, nsp_logits_B2,
+            batch.next_sentence_labels, with_accuracy,
+        )  # fmt: skip
 
 
-def _dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    return F.dropout(x, p) if training and p > 0 else x
+def _dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    if p == 0:
+        return x
+    return fused.dropout(x, p) if fused.fuses(x) else F.dropout(x, p)

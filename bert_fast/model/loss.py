@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,24 +17,73 @@ class LossSums(NamedTuple):
     nsp_correct: torch.Tensor | None = None
 
 
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of fp32 logits that are alive at a time
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows of logits that are computed together."""
+    return max(16, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
+class ProjectedCrossEntropy(torch.autograd.Function):
+    """Vocabulary projection and summed cross-entropy, chunk by chunk of rows: the logits are never all alive.
+
+    The gradient is known up to one factor when the loss is, so forward computes it as well and keeps no logits. Rows with a
+    label below 0 do not count. Products are in `dtype`, sums in fp32 at least.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor, rows: int,
+        with_accuracy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        dtype = hidden_MD.dtype
+        wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        narrow_VD, narrow_V = weight_VD.to(dtype), bias_V.to(dtype)
+        total, correct = (torch.zeros((), dtype=kind, device=hidden_MD.device) for kind in (wide, torch.int64))
+        wants_gradient = any(ctx.needs_input_grad[:3])
+        d_hidden, d_weight, d_bias = [], None, torch.zeros_like(bias_V, dtype=wide)
+        for hidden, labels in zip(hidden_MD.split(rows), labels_M.split(rows), strict=True):
+            logits = torch.addmm(narrow_V, hidden, narrow_VD.t())
+            if with_accuracy:
+                correct += (logits.argmax(-1) == labels).sum()
+            loss, gradient = _cross_entropy(logits, labels, wants_gradient)
+            total += loss
+            if gradient is not None:
+                d_hidden.append(gradient @ narrow_VD)
+                part = gradient.t() @ hidden
+                d_weight = part if d_weight is None else d_weight.to(wide).add_(part)
+                d_bias += gradient.sum(0, dtype=wide)
+        if wants_gradient:
+            d_weight = torch.zeros_like(weight_VD) if d_weight is None else d_weight
+            ctx.save_for_backward(torch.cat(d_hidden) if d_hidden else hidden_MD, d_weight, d_bias)
+            ctx.kinds = (weight_VD.dtype, bias_V.dtype)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        weight_kind, bias_kind = ctx.kinds
+        return d_hidden * grad, d_weight.to(weight_kind) * grad, (d_bias * grad).to(bias_kind), None, None, None
+
+
 def loss_sums(
-    mlm_logits_MV: torch.Tensor,
-    labels_M: torch.Tensor,
-    nsp_logits_B2: torch.Tensor,
-    nsp_labels_B: torch.Tensor,
-    with_accuracy: bool = False,
-) -> LossSums:
-    """Cross-entropies summed over masked positions and over samples, computed in fp32 at least."""
-    mlm_sum = SummedCrossEntropy.apply(mlm_logits_MV, labels_M)
+    masked_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor,
+    nsp_logits_B2: torch.Tensor, nsp_labels_B: torch.Tensor, with_accuracy: bool = False,
+) -> LossSums:  # fmt: skip
+    """Cross-entropies summed over masked positions (projected to the vocabulary here) and over samples."""
+    device = masked_MD.device.type
+    rows = chunk_rows(len(weight_VD), device)
+    narrow = device != "meta" and torch.is_autocast_enabled(device)
+    if narrow:
+        masked_MD = masked_MD.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False) if narrow else nullcontext():
+        mlm_sum, correct = ProjectedCrossEntropy.apply(masked_MD, weight_VD, bias_V, labels_M, rows, with_accuracy)
     nsp_sum = SummedCrossEntropy.apply(nsp_logits_B2, nsp_labels_B)
     if not with_accuracy:
         return LossSums(mlm_sum, nsp_sum)
-    return LossSums(
-        mlm_sum,
-        nsp_sum,
-        (mlm_logits_MV.argmax(-1) == labels_M).sum(),
-        (nsp_logits_B2.argmax(-1) == nsp_labels_B).sum(),
-    )
+    return LossSums(mlm_sum, nsp_sum, correct, (nsp_logits_B2.argmax(-1) == nsp_labels_B).sum())
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -46,19 +96,29 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
-        wide = logits_MV.float() if logits_MV.dtype in (torch.bfloat16, torch.float16) else logits_MV
-        counts = labels_M[:, None] >= 0
-        column = labels_M[:, None].clamp_min(0)
-        log_sum = torch.logsumexp(wide, 1, keepdim=True)
-        loss = ((log_sum - wide.gather(1, column)) * counts).sum()
-        if ctx.needs_input_grad[0]:
-            # a row that does not count: exp(x - inf) = 0, and nothing is taken off at its label
-            gradient = (wide - log_sum.masked_fill(~counts, torch.inf)).exp_()
-            gradient.scatter_add_(1, column, -counts.to(gradient.dtype))
-            ctx.save_for_backward(gradient.to(logits_MV.dtype))
+        loss, gradient = _cross_entropy(logits_MV, labels_M, ctx.needs_input_grad[0])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None  # a 0-dim factor: computed in fp32, kept in the gradient's format
+
+
+def _cross_entropy(
+    logits_MV: torch.Tensor, labels_M: torch.Tensor, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss in fp32 at least, and its gradient in the format of the logits."""
+    wide = logits_MV.float() if logits_MV.dtype in (torch.bfloat16, torch.float16) else logits_MV
+    counts = labels_M[:, None] >= 0
+    column = labels_M[:, None].clamp_min(0)
+    log_sum = torch.logsumexp(wide, 1, keepdim=True)
+    loss = ((log_sum - wide.gather(1, column)) * counts).sum()
+    if not wants_gradient:
+        return loss, None
+    # a row that does not count: exp(x - inf) = 0, and nothing is taken off at its label
+    gradient = (wide - log_sum.masked_fill(~counts, torch.inf)).exp_()
+    gradient.scatter_add_(1, column, -counts.to(gradient.dtype))
+    return loss, gradient.to(logits_MV.dtype)

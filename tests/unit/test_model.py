@@ -23,7 +23,7 @@ from bert_fast.model import flops
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.model.checkpoints import load_pretrained, read_config, save_pretrained, to_huggingface
-from bert_fast.model.loss import SummedCrossEntropy, loss_sums
+from bert_fast.model.loss import ProjectedCrossEntropy, SummedCrossEntropy, chunk_rows, loss_sums
 from bert_fast.train.inputs import to_device
 
 CPU_BACKENDS = ("loop", "grouped", "matmul", "padded")
@@ -363,9 +363,11 @@ def test_summed_cross_entropy_of_half_logits_is_computed_in_fp32(dtype: torch.dt
 
 
 def test_no_masked_position_is_a_loss_of_zero() -> None:
-    logits = torch.zeros(0, 7, requires_grad=True)
+    hidden = torch.zeros(0, 3, requires_grad=True)
     sums = loss_sums(
-        logits,
+        hidden,
+        torch.ones(7, 3, requires_grad=True),
+        torch.zeros(7, requires_grad=True),
         torch.zeros(0, dtype=torch.long),
         torch.zeros(1, 2, requires_grad=True),
         torch.zeros(1, dtype=torch.long),
@@ -374,7 +376,59 @@ def test_no_masked_position_is_a_loss_of_zero() -> None:
     assert sums.mlm_sum.item() == 0.0
     assert sums.mlm_correct.item() == 0
     sums.mlm_sum.backward()
-    assert logits.grad.shape == (0, 7)
+    assert hidden.grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_projected_loss_in_chunks_equals_the_plain_one(rows: int, dtype: torch.dtype) -> None:
+    """Loss, accuracy and the gradients of hidden states, projection and bias; rows without a label do not count."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(10, 6), torch.randn(17, 6), torch.randn(17)
+    labels = torch.tensor([3, -1, 5, 16, 0, 0, 2, -1, 9, 9])
+
+    def leaves() -> list[torch.Tensor]:
+        return [
+            x.double().requires_grad_() if dtype == torch.float64 else x.clone().requires_grad_()
+            for x in (hidden, weight, bias)
+        ]
+
+    ours, plain = leaves(), leaves()
+    total, correct = ProjectedCrossEntropy.apply(ours[0].to(dtype), ours[1], ours[2], labels, rows, True)
+    (total * 0.5).backward()
+    logits = F.linear(plain[0], plain[1], plain[2])
+    expected = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    (expected * 0.5).backward()
+    tolerance = 1e-12 if dtype == torch.float64 else 0.03
+    assert total.item() == pytest.approx(expected.item(), rel=tolerance)
+    if dtype == torch.float64:
+        assert correct.item() == (logits.argmax(-1) == labels).sum().item()
+    for a, b in zip(ours, plain, strict=True):
+        assert a.grad is not None
+        assert_close(a.grad, b.grad, rtol=tolerance)
+
+
+def test_the_logits_of_a_large_batch_are_never_all_alive() -> None:
+    """Largest tensor that forward and backward make: a chunk of logits, not all of them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = [0]
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest[0] = max(largest[0], out.numel())
+            return out
+
+    hidden, weight = torch.randn(400, 8, requires_grad=True), torch.randn(2000, 8, requires_grad=True)
+    with Largest():
+        total, _ = ProjectedCrossEntropy.apply(
+            hidden, weight, torch.zeros(2000), torch.randint(0, 2000, (400,)), 50, False
+        )
+        total.backward()
+    assert largest[0] == 50 * 2000
+    assert chunk_rows(30_528, "cpu") * 30_528 * 4 <= 64 << 20
 
 
 # ---- initialisation, counts, FLOPs ----------------------------------------------------------------------------------
@@ -437,7 +491,8 @@ def test_flops_formula_equals_torchs_counter(shape: dict[str, int], backend: str
     squared = 16**2 if backend == "matmul" else 0
     expected = flops.forward_flops_per_token(config) * 16 + flops.forward_flops_per_token_squared(config) * squared
     expected += flops.forward_flops_per_masked_token(config) * masked
-    assert forward == expected + next_sentence
+    # the gradient of the vocabulary projection is computed with its loss
+    assert forward == expected + next_sentence + 2 * 2 * config.hidden_size * config.vocab_size * masked
     assert everything == flops.train_flops(config, 16, squared, masked) + 3 * next_sentence
 
 
