@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,17 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_space(folder: str | Path, needed: int, what: str) -> None:
+    """Refuse work that a disk is too small for, before it begins. Raises UserError."""
+    folder = Path(folder)
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{place} has {free / 2**30:.1f} GiB free and {what} may take {needed / 2**30:.1f} GiB; make room"
+        )
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

@@ -28,7 +28,7 @@ from typing import TypeVar
 import sentencex
 
 from bert_fast.data.columns import COLUMN_SUFFIXES, num_blocks, read_texts
-from bert_fast.data.wikitext import DUMP_SUFFIXES, Page, clean, read_pages
+from bert_fast.data.wikitext import Page, clean, is_dump, read_pages
 from bert_fast.errors import UserError
 
 KINDS = ("pydocs", "prose", "mlcommons", "mediawiki", "parquet")
@@ -37,7 +37,7 @@ PYDOCS_PACKAGES = ("torch", "numpy", "transformers")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "idlelib", "lib2to3"}
 _SUFFIXES = {
     "prose": (".txt", ".md", ".rst"),
-    "mediawiki": DUMP_SUFFIXES,
+    "mediawiki": (".xml", ".xml.bz2"),
     "parquet": COLUMN_SUFFIXES,
     "mlcommons": ("",),
 }
@@ -89,11 +89,17 @@ def list_sources(kind: str, folder: str | None = None, packages: tuple[str, ...]
         raise UserError(f"corpus {kind}: folder {folder} does not exist; pass --input FOLDER with text files in it")
     root = Path(folder)
     suffixes = _SUFFIXES[kind]
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name[0] != "." and p.name.lower().endswith(suffixes))
+    files = sorted(p for p in root.rglob("*") if p.is_file() and _is_text(kind, p.name))
     if not files:
         what = "no files" if suffixes == ("",) else f"no {' or '.join(suffixes)} files"
         raise UserError(f"corpus {kind}: folder {folder} holds {what}")
     return [Source(p.relative_to(root).as_posix(), str(p)) for p in files]
+
+
+def _is_text(kind: str, name: str) -> bool:
+    if kind == "mediawiki":
+        return is_dump(name)
+    return name[0] != "." and name.lower().endswith(_SUFFIXES[kind])
 
 
 # What one worker reads at a time: whole files, articles of a dump, or a block of a table file.

@@ -27,9 +27,12 @@ from bert_fast.data.samples import SampleParams, make_samples
 from bert_fast.data.store import Part, merge_parts, read_part, take_first, write_part
 from bert_fast.data.wordpiece import WordPiece, load_vocabulary, train_vocabulary
 from bert_fast.errors import UserError
-from bert_fast.files import sha256_of, write_atomically, write_json
+from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 
 _TEXT_FILE_BYTES = 1 << 19
+# Bytes of text, pieces and stores together over those of the sources, at ten passes. A compressed dump becomes five times as
+# much text; a byte of text becomes about half a byte a pass, twice for a while.
+_SPACE = {"pydocs": 3, "prose": 12, "mlcommons": 12, "mediawiki": 20, "parquet": 20}
 SPLITS = ("train", "eval")
 
 
@@ -100,8 +103,13 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
         return done
     start = time.perf_counter()
     shutil.rmtree(out / "text", ignore_errors=True)
+    size = sum(os.path.getsize(source.path) for source in sources)
+    check_space(out, int(_SPACE[recipe.corpus] * size), "the preparation")
     tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     pieces_folder = out / f"pieces-{tag}"
+    for stale in out.glob("pieces-*"):
+        if stale != pieces_folder:
+            shutil.rmtree(stale)
     writers = {split: _TextWriter(out / "text", split) for split in SPLITS}
     seen: set[bytes] = set()
     pieces = corpora.list_pieces(recipe.corpus, sources, recipe.column)
@@ -240,7 +248,7 @@ def _sample_stage(
     last_line = start
     for part in pool.map(_make_part, jobs):
         parts.append(part)
-        samples += len(part.lengths)
+        samples += part.num_samples
         now = time.perf_counter()
         if now - last_line > 5:
             last_line = now

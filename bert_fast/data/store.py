@@ -9,10 +9,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -46,12 +47,16 @@ def unpack_record(record: np.ndarray) -> Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """A finished piece of a store on disk, written by one worker."""
+    """A finished piece of a store on disk, written by one worker; its tables lie beside it."""
 
     path: str
-    lengths: np.ndarray
-    num_masked: np.ndarray
+    num_samples: int
     num_random_next: int
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """lengths and num_masked, uint16 [num_samples]."""
+        with np.load(f"{self.path}.npz") as loaded:
+            return loaded["lengths"], loaded["num_masked"]
 
 
 def write_part(path: str | Path, samples: Iterable[Sample]) -> Part:
@@ -83,7 +88,7 @@ def write_part_of_records(path: str | Path, blocks: Iterable[tuple[np.ndarray, n
 def _finish_part(path: str | Path, lengths: np.ndarray, num_masked: np.ndarray, num_random: int) -> Part:
     with atomic_file(f"{path}.npz") as file:
         np.savez(file, lengths=lengths, num_masked=num_masked, num_random=np.array(num_random))
-    return Part(str(path), lengths, num_masked, num_random)
+    return Part(str(path), len(lengths), num_random)
 
 
 def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
@@ -92,15 +97,16 @@ def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
     for part in parts:
         if limit <= 0:
             break
-        if len(part.lengths) > limit:
-            ends = np.cumsum(_record_sizes(part.lengths, part.num_masked))
+        if part.num_samples > limit:
+            lengths, num_masked = part.tables()
+            ends = np.cumsum(_record_sizes(lengths, num_masked))
             data = np.fromfile(part.path, dtype=np.uint16, count=int(ends[limit - 1]))
             starts = np.concatenate([[0], ends[: limit - 1]])
             random_next = int(data[starts + 2].sum())
-            head = (data, part.lengths[:limit], part.num_masked[:limit], random_next)
+            head = (data, lengths[:limit], num_masked[:limit], random_next)
             part = write_part_of_records(folder / "head.bin", [head])
         kept.append(part)
-        limit -= len(part.lengths)
+        limit -= part.num_samples
     return kept
 
 
@@ -110,8 +116,8 @@ def read_part(path: str | Path) -> Part | None:
     if not tables.is_file() or not Path(path).is_file():
         return None
     with np.load(tables) as loaded:
-        part = Part(str(path), loaded["lengths"], loaded["num_masked"], int(loaded["num_random"]))
-    expected = _record_sizes(part.lengths, part.num_masked).sum() * _BYTES
+        part = Part(str(path), len(loaded["lengths"]), int(loaded["num_random"]))
+        expected = _record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
     return part if Path(path).stat().st_size == expected else None
 
 
@@ -125,9 +131,8 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
     Returns the manifest, completed with counts, the length histogram and the hash of the token file.
     """
     folder = Path(folder)
-    lengths = np.concatenate([part.lengths for part in parts]) if parts else np.zeros(0, np.uint16)
-    num_masked = np.concatenate([part.num_masked for part in parts]) if parts else np.zeros(0, np.uint16)
-    if not len(lengths):
+    total = sum(part.num_samples for part in parts)
+    if not total:
         raise UserError(f"no samples for store {folder}: the text is empty or too short for one sentence pair")
     (folder / "manifest.json").unlink(missing_ok=True)
     with atomic_file(folder / "samples.bin") as out:
@@ -135,26 +140,49 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
             with open(part.path, "rb") as source:
                 while block := source.read(1 << 22):
                     out.write(block)
-    offsets = np.concatenate([[0], np.cumsum(_record_sizes(lengths, num_masked))])
-    for name, table in (("offsets", offsets), ("lengths", lengths), ("num_masked", num_masked)):
-        with atomic_file(folder / f"{name}.npy") as file:
-            np.save(file, table)
-    histogram = np.bincount(lengths)
+    histogram, masked = np.zeros(1 << 16, np.int64), 0
+    with (
+        _table_file(folder / "offsets.npy", np.int64, total + 1) as offsets,
+        _table_file(folder / "lengths.npy", np.uint16, total) as lengths_file,
+        _table_file(folder / "num_masked.npy", np.uint16, total) as masked_file,
+    ):
+        offsets.write(bytes(8))
+        end = 0
+        for part in parts:  # one part's tables in memory at a time
+            lengths, num_masked = part.tables()
+            ends = end + np.cumsum(_record_sizes(lengths, num_masked))
+            end = int(ends[-1]) if len(ends) else end
+            offsets.write(ends.astype("<i8").tobytes())
+            lengths_file.write(lengths.astype("<u2").tobytes())
+            masked_file.write(num_masked.astype("<u2").tobytes())
+            histogram += np.bincount(lengths, minlength=1 << 16)
+            masked += int(num_masked.sum(dtype=np.int64))
+    used = np.flatnonzero(histogram)
+    tokens = int((histogram[used] * used).sum())
     complete = {
         "format": FORMAT,
-        "num_samples": len(lengths),
-        "num_tokens": int(lengths.sum(dtype=np.int64)),
-        "num_masked": int(num_masked.sum(dtype=np.int64)),
+        "num_samples": total,
+        "num_tokens": tokens,
+        "num_masked": masked,
         "num_random_next": sum(part.num_random_next for part in parts),
-        "max_length": int(lengths.max()),
-        "mean_length": round(float(lengths.mean(dtype=np.float64)), 3),
-        "length_histogram": {str(n): int(histogram[n]) for n in np.flatnonzero(histogram)},
+        "max_length": int(used[-1]),
+        "mean_length": round(tokens / total, 3),
+        "length_histogram": {str(n): int(histogram[n]) for n in used},
         "sha256": sha256_of(folder / "samples.bin"),
         "tables_sha256": {name: sha256_of(folder / name) for name in _TABLES},
         **manifest,
     }
     write_json(folder / "manifest.json", complete)
     return complete
+
+
+@contextmanager
+def _table_file(path: Path, kind: type[np.generic], count: int) -> Iterator[BinaryIO]:
+    """A .npy file of `count` numbers whose bytes are written piece by piece."""
+    with atomic_file(path) as file:
+        header = {"descr": np.dtype(kind).newbyteorder("<").str, "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
 
 
 class Store:
@@ -230,6 +258,15 @@ class Store:
                     f"store {self.folder} {what}: hash {found[:16]}..., expected {expected[:16]}...; prepare the data "
                     "with the vocabulary and text of this config"
                 )
+
+    def check_bytes(self, sha256: str) -> None:
+        """Refuse a token file whose bytes are not those of a hash: the manifest is only what was once written."""
+        found = sha256_of(self.folder / "samples.bin")
+        if found != sha256:
+            raise UserError(
+                f"store {self.folder}: samples.bin has the hash {found[:16]}..., expected {sha256[:16]}... (data.eval_sha256); "
+                "prepare the data again"
+            )
 
     def verify(self) -> None:
         """Compare the files with the manifest's hashes. Raises UserError naming the one that changed."""

@@ -59,21 +59,39 @@ def verify_store(store: Store, vocabulary: Vocabulary | None, most_samples: int 
     if vocabulary is not None:
         own = store.manifest["vocab_sha256"]
         findings.append(Finding("vocabulary", own[:16], vocabulary.sha256[:16], own == vocabulary.sha256))
-    findings += _check_records(store, expected, vocabulary, most_samples)
+    bad = damaged_records(store, stretches(len(store), most_samples))
+    findings.append(Finding("headers of records", f"{bad:,} do not fit the tables", "0", bad == 0))
+    if bad == 0:  # else nothing in them can be believed
+        findings += _check_records(store, expected, vocabulary, most_samples)
     return findings
+
+
+def damaged_records(store: Store, places: list[tuple[int, int]]) -> int:
+    """Records whose header is not what the tables say, of those that would be read."""
+    bad = 0
+    for begin, end in places:
+        records, starts = store.records(begin, end)
+        lengths, masked = (np.asarray(table[begin:end]).astype(np.int64) for table in (store.lengths, store.num_masked))
+        len_a, count, label = (records[starts + place].astype(np.int64) for place in range(3))
+        bad += int(((count != masked) | (label > 1) | (len_a < 1) | (len_a > lengths)).sum())
+        inside = np.repeat(np.arange(end - begin), masked)
+        places_of = (
+            np.repeat(starts + 3, masked) + np.arange(len(inside)) - np.repeat(np.cumsum(masked) - masked, masked)
+        )
+        bad += len(np.unique(inside[records[places_of] >= lengths[inside]]))
+    return bad
 
 
 def stretches(total: int, most_samples: int) -> list[tuple[int, int]]:
     """Begin and end of what is read: all of a small store, else stretches evenly over it."""
     if total <= most_samples:
         return [(begin, min(total, begin + _STRETCH)) for begin in range(0, total, _STRETCH)]
-    number = max(1, most_samples // _STRETCH)
+    size = min(_STRETCH, max(1, most_samples))
+    number = max(1, most_samples // size)
     rng = np.random.default_rng(_SEED)
     width = total / number
-    return [
-        (begin, begin + _STRETCH)
-        for begin in ((np.arange(number) * width + rng.random(number) * (width - _STRETCH)).astype(int).tolist())
-    ]
+    begins = np.arange(number) * width + rng.random(number) * max(0.0, width - size)
+    return [(begin, begin + size) for begin in begins.astype(int).tolist()]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

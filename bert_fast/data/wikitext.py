@@ -16,12 +16,18 @@ from xml.etree import ElementTree
 
 from bert_fast.errors import UserError
 
-DUMP_SUFFIXES = (".xml", ".xml.bz2", ".xml.gz")
+_DUMP_NAME = re.compile(r"\.xml(-p\d+p\d+)?(\.bz2|\.gz)?$")  # a dump in parts says its range of pages
+_ALWAYS_DROPPED = {"file", "image", "media", "category"}  # these names work in every language's dump
 # Tags whose content is no running text. Of the others (b, small, span, ...) the content stays.
 _DROPPED_TAGS = {
     "ref", "references", "table", "gallery", "math", "chem", "timeline", "score", "syntaxhighlight", "source", "pre", "code",
     "graph", "imagemap", "mapframe", "templatedata", "hiero", "inputbox",
 }  # fmt: skip
+
+
+def is_dump(name: str) -> bool:
+    """Whether a file is named as a dump, or a part of one, is."""
+    return _DUMP_NAME.search(name.lower()) is not None
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,12 @@ def _rendered(code: Any, nodes: Any, spaces: frozenset[str]) -> Iterator[str]:
             yield node.normalize()
         elif isinstance(node, nodes.Wikilink):
             space, colon, _ = str(node.title).partition(":")
-            if not (colon and space.strip().lower() in (spaces or {"file", "image", "category"})):
+            if not (colon and space.strip().lower() in spaces | _ALWAYS_DROPPED):
                 yield from _rendered(node.title if node.text is None else node.text, nodes, spaces)
         elif isinstance(node, nodes.ExternalLink):
             yield from _rendered(node.title, nodes, spaces)
+        elif isinstance(node, nodes.Tag) and str(node.tag).strip().lower() == "br":
+            yield " "
         elif isinstance(node, nodes.Tag) and str(node.tag).strip().lower() not in _DROPPED_TAGS:
             yield from _rendered(node.contents, nodes, spaces)
 

@@ -69,9 +69,18 @@ def open_because(config: Config) -> list[str]:
     )
     must(data.max_seq_len == 512, f"data.max_seq_len={data.max_seq_len}", "samples have up to 512 tokens")
     must(
-        data.eval_samples in (None, EVALUATION_SAMPLES), f"data.eval_samples={data.eval_samples}",
+        data.eval_samples == EVALUATION_SAMPLES, f"data.eval_samples={data.eval_samples}",
         "the evaluation set has 10,000 samples",
     )  # fmt: skip
+    must(
+        config.model.layer_norm_eps == 1e-12, f"model.layer_norm_eps={config.model.layer_norm_eps:g}",
+        "the model is the reference's, with 1e-12",
+    )  # fmt: skip
+    must(
+        config.balance.strategy != "stratified_presort", "balance.strategy=stratified_presort",
+        "every sample is as likely in every batch; strata fix how many of each length",
+    )  # fmt: skip
+    must(not train.eval_at_start, "train.eval_at_start=true", "evaluations are at the interval, none before the first")
     must(not data.dynamic_masking, "data.dynamic_masking=true", "masks are those of the given samples")
     must(
         communication.clip in _CLIPS, f"communication.clip={communication.clip}",
@@ -102,6 +111,15 @@ def open_because(config: Config) -> list[str]:
             f"with a global batch of {batch:,}, evaluations are every {interval:,} samples, or {whole:,}, whole batches",
         )  # fmt: skip
     return found
+
+
+def check_evaluation_set(num_samples: int, config: Config) -> None:
+    """Refuse a closed run whose evaluation store is too small. Raises UserError."""
+    if config.mlperf.enabled and config.mlperf.division == "closed" and num_samples < EVALUATION_SAMPLES:
+        raise UserError(
+            f"mlperf.division=closed: the evaluation store {config.data.eval} has {num_samples:,} samples and the rule is "
+            f"{EVALUATION_SAMPLES:,}; import the whole set"
+        )
 
 
 def check_division(config: Config) -> None:

@@ -29,7 +29,7 @@ from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError
 from bert_fast.files import write_atomically, write_json
 from bert_fast.mlperf.log import ResultLog
-from bert_fast.mlperf.rules import check_init_time
+from bert_fast.mlperf.rules import check_evaluation_set, check_init_time
 from bert_fast.model.checkpoints import google_variables, save_pretrained
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
@@ -182,6 +182,9 @@ class Run:
             store.check(
                 vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=vocab, sha256=sha256
             )
+        if data.eval_sha256 and self.environment.is_main:
+            self.eval_store.check_bytes(data.eval_sha256)
+        check_evaluation_set(len(self.eval_store), config)
         self._redraw: Callable[..., Batch] | None = None
         if data.dynamic_masking:
             mask_id, size = mask_id_of(self.store.manifest, data.train), self.store.manifest["vocab_size"]
@@ -212,6 +215,10 @@ class Run:
         config, progress = self.config, self.progress
         train = config.train
         self.profile = StepProfile(config.run, self.environment, self.folder, self.machinery.step, progress.step)
+        # A closed run evaluates at its interval alone
+        self._may_evaluate_last = train.target_accuracy is not None and (
+            config.mlperf.division == "open" or not config.mlperf.enabled
+        )
         self._reset_interval()
         self._block_start()
         if train.eval_at_start and progress.step == 0 and self._evaluate():
@@ -239,7 +246,7 @@ class Run:
             progress.masked += masked
             self._account(plan, result, masked, data_s, lr)
             last = progress.step == train.max_steps
-            evaluate = progress.samples >= progress.next_evaluation or (last and train.target_accuracy is not None)
+            evaluate = progress.samples >= progress.next_evaluation or (last and self._may_evaluate_last)
             every = train.checkpoint_every_steps
             checkpoint = every > 0 and progress.step % every == 0 and not last
             boundary = progress.step % train.log_every_steps == 0 or evaluate or checkpoint or last

@@ -22,12 +22,19 @@ from bert_fast.data.pool import Pool
 from bert_fast.data.store import Part, Store, merge_parts, read_part, take_first, write_part_of_records
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
-from bert_fast.files import sha256_of
+from bert_fast.files import check_space, sha256_of
 
 FORMS = ("tfrecord", "hdf5", "hdf5-variable")
+_EXPORTED_BYTES: dict[str, Callable[[int, int], int]] = {  # of a sample, at most about
+    "tfrecord": lambda width, masks: 4 * width + 8 * masks + 200,
+    "hdf5": lambda width, masks: 12 * width + 8 * masks + 8,
+    "hdf5-variable": lambda width, masks: 8 * width + 8 * masks + 100,
+}
 _BLOCK = 4096
 # Bytes of a store over those of its sources: measured 0.25 to 0.4 for TFRecord (0.6 for tiny samples), 0.7 for variable HDF5
 _STORE_SHARE = {True: 0.45, False: 0.8}  # is TFRecord
+
+_BYTES_OF_SAMPLE = 2 * (3 + 2 * 76 + 512)  # the longest of MLPerf's
 
 Log = Callable[[str], None]
 
@@ -47,18 +54,19 @@ def import_store(
         "sources": [[Path(path).name, os.path.getsize(path), int(os.path.getmtime(path))] for path in sources],
         "vocab": vocabulary.sha256, "max_samples": max_samples,
     }  # fmt: skip
-    tag = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     if _is_done(out, key):
         log(f"{out}: already there")
         return Store(out).manifest
-    parts_folder = out.with_name(f"{out.name}.parts-{tag}")
-    _check_space(sources, parts_folder)
+    parts_folder = out.with_name(f"{out.name}.parts")
+    part_paths = [_part_path(parts_folder, path, vocabulary.sha256) for path in sources]
+    _remove_strangers(parts_folder, part_paths)
+    _check_space(sources, part_paths, parts_folder, max_samples)
     parts, samples, last_line = [], 0, start
-    jobs = ((path, str(parts_folder / f"{number:05d}.bin"), len(vocabulary)) for number, path in enumerate(sources))
+    jobs = ((path, part, len(vocabulary)) for path, part in zip(sources, part_paths, strict=True))
     with Pool(num_workers or os.cpu_count() or 1) as pool:
         for part in pool.map(import_part, jobs):
             parts.append(part)
-            samples += len(part.lengths)
+            samples += part.num_samples
             now = time.perf_counter()
             if now - last_line > 5:
                 last_line = now
@@ -90,15 +98,31 @@ def _is_done(out: Path, key: dict[str, Any]) -> bool:
         return False
 
 
-def _check_space(sources: list[str], folder: Path) -> None:
+def _part_path(folder: Path, source: str, vocab_sha256: str) -> str:
+    """Where the part of a source goes: named by what it is made from, so that a file that is fetched again is one anew."""
+    stat = os.stat(source)
+    tag = hashlib.sha256(f"{source} {stat.st_size} {stat.st_mtime_ns} {vocab_sha256}".encode()).hexdigest()[:12]
+    return str(folder / f"{Path(source).name}-{tag}.bin")
+
+
+def _remove_strangers(folder: Path, wanted: list[str]) -> None:
+    """Parts of sources that are no longer there, or no longer the same."""
+    keep = {*wanted, *(f"{path}.npz" for path in wanted)}
+    for path in folder.glob("*") if folder.is_dir() else ():
+        if str(path) not in keep:
+            path.unlink()
+
+
+def _check_space(sources: list[str], parts: list[str], folder: Path, max_samples: int | None) -> None:
     """Refuse before hours of work: parts and store lie beside each other for a while."""
-    needed = int(2 * sum(_STORE_SHARE[not is_hdf5(path)] * os.path.getsize(path) for path in sources))
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"{place} has {free / 2**30:.1f} GiB free and the import may take {needed / 2**30:.1f} GiB; make room"
-        )
+    made = [Path(part) for part in parts if Path(f"{part}.npz").is_file()]
+    done = sum(part.stat().st_size for part in made if part.is_file())
+    needed = 0.0
+    for source in sources:
+        needed += 2 * _STORE_SHARE[not is_hdf5(source)] * os.path.getsize(source)
+        if max_samples:  # the first file or two hold them
+            needed = min(needed, 2.0 * max_samples * _BYTES_OF_SAMPLE)
+    check_space(folder, int(needed) - done, "the import")
 
 
 def import_part(path: str, part_path: str, vocab_size: int) -> Part:
@@ -141,6 +165,7 @@ def export_store(
             f"{folder} has samples of {store.manifest['max_length']} tokens and {int(store.num_masked.max())} masks; rows of "
             f"{width} and {most_masked} do not hold them"
         )
+    check_space(Path(out), len(store) * _EXPORTED_BYTES[form](width, most_masked), "the export")
     number = -(-len(store) // per_file)
     suffix = "tfrecord" if form == "tfrecord" else "hdf5"
     for index in range(number):
