@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +38,26 @@ def row_of(score: SystemScore, ruleset: str) -> list[str]:
     first, step = score.runs[0], score.mean("step_s")
     return [
         score.name, first.division, number(score.accelerators, ","), f"{first.global_batch:,}", str(len(score.runs)),
-        str(sum(run.converged for run in score.runs)), number(score.minutes, ".4f"), number(score.mean("samples"), ",.0f"),
+        str(sum(run.converged for run in score.runs)), number(score.scaled_minutes, ".4f"),
+        number(score.mean("samples"), ",.0f"),
         number(score.mean("steps"), ",.0f"), number(None if step is None else 1e3 * step, ",.1f"), number(score.rate, ",.1f"),
         number(score.mean("startup_s"), ".2f"), convergence(score, ruleset),
     ]  # fmt: skip
+
+
+def with_unique_names(scores: list[SystemScore], folders: list[str]) -> list[SystemScore]:
+    """Two results of one system name are told apart by the folders above, as far as they differ."""
+    names = [score.name for score in scores]
+    for depth in range(1, 8):
+        twice = {name for name in names if names.count(name) > 1}
+        if not twice:
+            break
+        parts = [Path(folder).resolve().parts for folder in folders]
+        names = [
+            "/".join((*own[max(0, len(own) - 3 - depth) : -3], score.name)) if name in twice else name
+            for name, own, score in zip(names, parts, scores, strict=True)
+        ]
+    return [replace(score, name=name) for score, name in zip(scores, names, strict=True)]
 
 
 def convergence(score: SystemScore, ruleset: str) -> str:
@@ -86,11 +103,11 @@ def main() -> int:
     add_arguments(parser)
     args = parser.parse_args()
     try:
-        scores = [score_folder(folder) for folder in args.folders]
+        scores = with_unique_names([score_folder(folder) for folder in args.folders], args.folders)
+        rows = [row_of(score, args.ruleset) for score in scores]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [row_of(score, args.ruleset) for score in scores]
     print(markdown_table(COLUMNS, rows))
     if args.csv:
         out = io.StringIO()
@@ -101,7 +118,7 @@ def main() -> int:
     if args.plot:
         draw(Path(args.plot), scores)
     if args.json:
-        metrics = {f"score_minutes/{score.name}": score.minutes for score in scores}
+        metrics = {f"score_minutes/{score.name}": score.scaled_minutes for score in scores}
         samples = {score.name: [run.time_s for run in score.runs] for score in scores}
         write_result(args.json, metrics, {"folders": args.folders}, environment(), samples)
     return 0

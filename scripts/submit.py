@@ -15,19 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.cli import load_config  # noqa: E402
+from bert_fast.cli import load_config, to_yaml  # noqa: E402
+from bert_fast.config import as_plain  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically, write_json  # noqa: E402
 from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402
-from bert_fast.mlperf.package import lay_out, verdict_of  # noqa: E402
+from bert_fast.mlperf.package import check_names, lay_out, verdict_of  # noqa: E402
 from bert_fast.mlperf.rules import RULESET  # noqa: E402
 from bert_fast.mlperf.score import read_events  # noqa: E402
 from bert_fast.mlperf.system import collect_system, complete_system, read_person, template  # noqa: E402
@@ -70,19 +73,35 @@ def run_seeds(args: argparse.Namespace, out: Path) -> list[Path]:
     logs = []
     for seed in range(args.first_seed, args.first_seed + args.runs):
         folder = out / "runs" / f"seed-{seed}"
-        if not (folder / "metrics.json").is_file():
+        overrides = [*args.overrides, f"run.folder={folder}", f"train.seed={seed}"]
+        wanted = to_yaml(as_plain(load_config(args.config, overrides)))
+        if (folder / "metrics.json").is_file():
+            if (folder / "config.yaml").read_text(encoding="utf-8") != wanted:
+                raise UserError(f"{folder} holds a run of another config; choose another --out, or remove it")
+        else:
             print(f"seed {seed}: running", flush=True)
-            command = [sys.executable, str(ROOT / "run_pretraining.py"), "--config", args.config, f"run.folder={folder}",
-                       f"train.seed={seed}", *args.overrides]  # fmt: skip
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if done.returncode not in (0, 1):  # 1: the target was not reached, which one of ten may
-                said = done.stderr.strip().splitlines() or ["no message"]
-                raise UserError(f"seed {seed} ended with code {done.returncode}: {said[-1].removeprefix('error: ')}")
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: its time would be none
+            _run_one([sys.executable, str(ROOT / "run_pretraining.py"), "--config", args.config, *overrides], seed)
         logs.append(folder / "result_0.txt")
         figures = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
         reached = "" if figures["target_reached"] else ", target not reached"
         print(f"seed {seed}: {figures['time_to_train_s']:.1f} s, {figures['samples_to_target']:,} samples{reached}")
     return logs
+
+
+def _run_one(command: list[str], seed: int) -> None:
+    """Run to the end; on an interrupt, let the ranks end by themselves first."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, text=True)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+        errors.seek(0)
+        said = errors.read().strip().splitlines() or ["no message"]
+    if code not in (0, 1):  # 1: the target was not reached, which one of ten may
+        raise UserError(f"seed {seed} ended with code {code}: {said[-1].removeprefix('error: ')}")
 
 
 def collect(paths: list[str]) -> list[Path]:
@@ -131,21 +150,29 @@ def notes(args: argparse.Namespace, logs: list[Path]) -> str:
     )
 
 
+def _names(args: argparse.Namespace, description: dict[str, str]) -> tuple[str, str]:
+    """Folder names of organization and system."""
+    system = args.name or re.sub(r"[^A-Za-z0-9._+-]+", "_", description["system_name"])
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", description["submitter"]), system
+
+
 def build(args: argparse.Namespace) -> Path:
     """Run or collect, and lay the package out. Returns the organization's folder."""
     if not args.system:
         raise UserError("--system FILE is missing; make one with --describe FILE and fill it in")
     person, out = read_person(args.system), Path(args.out)
     collected = collect_system()
-    if args.config:  # what is missing in the description is found before hours of runs
+    if args.config:  # what would fail at the end is found before hours of runs
         config = load_config(args.config, args.overrides)
-        complete_system(collected, person, config.mlperf.division, 1)
+        first = complete_system(collected, person, config.mlperf.division, 1)
+        check_names(*_names(args, first))
+        if args.runs != NUM_RUNS:
+            raise UserError(f"--runs {args.runs}: a package has {NUM_RUNS} results")
     logs = run_seeds(args, out) if args.config else collect(args.logs)
     facts = facts_of(logs[0])
     nodes = int(facts.get("number_of_nodes", 1))
     description = complete_system(collected, person, facts["submission_division"], nodes)
-    system = args.name or re.sub(r"[^A-Za-z0-9._+-]+", "_", description["system_name"])
-    organization = re.sub(r"[^A-Za-z0-9._+-]+", "_", description["submitter"])
+    organization, system = _names(args, description)
     return lay_out(
         logs, out, organization=organization, system=system, description=description, sources=sources(), root=ROOT,
         notes=notes(args, logs),

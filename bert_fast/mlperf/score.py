@@ -28,6 +28,7 @@ class RunScore:
     steps: int
     startup_s: float | None
     step_s: float | None
+    target: float | None
     evaluations: tuple[tuple[float, int, float], ...]
 
 
@@ -41,9 +42,11 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
                 if mark < 0:
                     continue
                 try:
-                    events.append(json.loads(line[mark + len(_MARK) :]))
-                except ValueError:
+                    event = json.loads(line[mark + len(_MARK) :])
+                    float(event["time_ms"]), str(event["key"]), event["value"]
+                except (ValueError, TypeError, KeyError):
                     raise UserError(f"{path}: line {number} is no MLLOG event") from None
+                events.append(event)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if not events:
@@ -61,6 +64,13 @@ def score_run(path: str | Path) -> RunScore:
         UserError: no log, or one without run_start or run_stop.
     """
     events = read_events(path)
+    try:
+        return _scored(path, events)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise UserError(f"{path}: an event has a value of another kind than its key wants ({error})") from None
+
+
+def _scored(path: str | Path, events: list[dict[str, Any]]) -> RunScore:
     last: dict[str, dict[str, Any]] = {event["key"]: event for event in events}
     for key in ("run_start", "run_stop", "global_batch_size"):
         if key not in last:
@@ -80,7 +90,8 @@ def score_run(path: str | Path) -> RunScore:
     return RunScore(
         str(path), str(last.get("submission_division", {}).get("value", "unknown")), batch,
         last["seed"]["value"] if "seed" in last else None, status == "success",
-        (last["run_stop"]["time_ms"] - begin) / 1e3, samples, round(samples / batch), startup_s, step_s, tuple(evaluations),
+        (last["run_stop"]["time_ms"] - begin) / 1e3, samples, round(samples / batch), startup_s, step_s,
+        last["target_accuracy"]["value"] if "target_accuracy" in last else None, tuple(evaluations),
     )  # fmt: skip
 
 
@@ -91,6 +102,12 @@ class SystemScore:
     name: str
     accelerators: int | None
     runs: tuple[RunScore, ...]
+    scale: float = 1.0  # of a closed result that was faster than the reference, from scaling.json beside the logs
+
+    @property
+    def scaled_minutes(self) -> float | None:
+        """MLPerf's score: minutes, times the factor that the reference convergence asks for."""
+        return None if self.minutes is None else self.minutes * self.scale
 
     @property
     def minutes(self) -> float | None:
@@ -125,7 +142,19 @@ def score_folder(folder: str | Path) -> SystemScore:
     if not files:
         raise UserError(f"{folder}: no result_*.txt in it")
     system = folder.parent.name if folder.name == "bert" else folder.stem
-    return SystemScore(system, _accelerators(folder, system), tuple(score_run(path) for path in files))
+    runs = tuple(score_run(path) for path in files)
+    return SystemScore(system, _accelerators(folder, system), runs, _scale(folder))
+
+
+def _scale(folder: Path) -> float:
+    """The factor that MLPerf's package checker left beside published closed results."""
+    path = folder / "scaling.json"
+    if not path.is_file():
+        return 1.0
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["scaling_factor"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no scaling_factor in it") from None
 
 
 def _accelerators(folder: Path, system: str) -> int | None:

@@ -65,7 +65,7 @@ def complete_system(collected: dict[str, str], person: dict[str, Any], division:
     if unknown:
         raise UserError(f"system description: unknown field {unknown[0]}; known: {', '.join(FIELDS)}")
     merged: dict[str, Any] = {**FIELDS, **collected, "division": division, "number_of_nodes": num_nodes, **person}
-    missing = [name for name, value in merged.items() if value is None]
+    missing = [name for name, value in FIELDS.items() if value is None and not str(merged[name] or "").strip()]
     if missing:
         raise UserError(
             f"system description: missing {', '.join(missing)}; write them in the YAML (--describe makes one to fill in)"
@@ -86,6 +86,8 @@ def read_person(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; make one with --describe {path}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(values, dict):

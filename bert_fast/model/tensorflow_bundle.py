@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_fast.errors import UserError
-from bert_fast.protobuf import BYTES, VARINT, fields, varint
+from bert_fast.protobuf import BYTES, FIXED32, VARINT, fields, varint
 
 _FOOTER, _MAGIC = 48, 0xDB4775248B80FB57
 _TYPES: dict[int, str] = {1: "<f4", 2: "<f8", 3: "<i4", 4: "u1", 6: "i1", 9: "<i8", 10: "?", 14: "bfloat16", 19: "<f2"}
@@ -30,6 +30,7 @@ class Entry:
     shard: int
     offset: int
     size: int
+    crc: int  # masked CRC32-C of the bytes, 0 if the checkpoint has none
 
 
 def is_bundle(prefix: str | Path) -> bool:
@@ -72,6 +73,8 @@ class TensorBundle:
             raise UserError(f"checkpoint {path}: {error.strerror}") from None
         if len(data) < entry.size:
             raise UserError(f"checkpoint {path} is cut short: {name} ends beyond it")
+        if not _has_crc(data, entry.crc):
+            raise UserError(f"checkpoint {path} is damaged: the checksum of {name} does not fit; fetch it again")
         kind = _TYPES[entry.kind]
         if kind == "bfloat16":
             values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
@@ -143,4 +146,16 @@ def _entry(proto: bytes) -> Entry:
                 if (part, form) == (2, BYTES)
             ]
     kind, shard, offset, size = (_number(proto, field, 0) for field in (1, 3, 4, 5))
-    return Entry(kind, tuple(shape), shard, offset, size)
+    places = (begin for field, form, begin, _ in fields(proto) if (field, form) == (6, FIXED32))
+    crc = next((struct.unpack_from("<I", proto, begin)[0] for begin in places), 0)
+    return Entry(kind, tuple(shape), shard, offset, size, crc)
+
+
+def _has_crc(data: bytes, masked: int) -> bool:
+    """Whether the bytes have this checksum; true where there is none, or no package that computes it."""
+    try:
+        import google_crc32c
+    except ModuleNotFoundError:
+        return True
+    crc = google_crc32c.value(data)
+    return masked in (0, (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)

@@ -83,8 +83,9 @@ class Run:
         """init_start to init_stop: nothing here touches the data set."""
         config = self.config
         if not self.resume:
+            cleared = self._clear_caches()
             self.mllog.submission(config)
-            self.mllog.event(constants.CACHE_CLEAR, self._clear_caches())
+            self.mllog.event(constants.CACHE_CLEAR, cleared)
             self.mllog.start(constants.INIT_START)
             self.mllog.hyperparameters(config)
         self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.train.init_checkpoint)
@@ -131,19 +132,23 @@ class Run:
         write_json(self.folder / "buckets.json", record.as_json())
 
     def _clear_caches(self) -> bool:
-        """Drop each node's page cache if asked to. Returns whether this node's was; says so where it could not be."""
-        if not self.config.mlperf.clear_caches or self.environment.local_rank:
+        """Drop each node's page cache if asked to. Returns whether all were; says so if not. A collective if asked to."""
+        if not self.config.mlperf.clear_caches:
             return False
-        try:
-            os.sync()
-            Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
-        except OSError as error:
+        failed = 0
+        if self.environment.local_rank == 0:
+            try:
+                os.sync()
+                Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
+            except OSError:
+                failed = 1
+        nodes = int(gather_floats([float(failed)], self.environment).sum())
+        if nodes:
             self.line.say(
-                f"warning: caches were not cleared ({error.strerror}); cache_clear is logged false. Run as root, or let the "
-                "job's prologue write 3 to /proc/sys/vm/drop_caches"
+                f"warning: caches were not cleared on {nodes} node(s) (not permitted); cache_clear is logged false. Run as "
+                "root, or let the job's prologue write 3 to /proc/sys/vm/drop_caches"
             )
-            return False
-        return True
+        return nodes == 0
 
     # ---- on the clock -----------------------------------------------------------------------------------------------
 
@@ -166,6 +171,9 @@ class Run:
         try:
             outcome = self._steps(prefetcher)
             self._say_trace(self.profile.close())
+        except TrainingError:
+            self.mllog.end(constants.RUN_STOP, status=constants.ABORTED)
+            raise
         finally:
             prefetcher.close()
         if outcome.status != "stopped":

@@ -333,3 +333,39 @@ def test_records_longer_than_a_block_of_the_file(tmp_path: Path, monkeypatch: py
     payloads = [bytes([n]) * (size + n) for n in range(20)]
     tfrecord.write_records(tmp_path / "a", payloads)
     assert list(tfrecord.read_records(tmp_path / "a")) == payloads
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"segment_ids": [0, 0, 0]}, "has 3 values of segment_ids, not 8"),
+        ({"masked_lm_ids": [7, 8]}, "has 2 values of masked_lm_ids, not 3"),
+        ({"next_sentence_labels": [1, 0]}, "has 2 values of next_sentence_labels, not 1"),
+    ],
+)
+def test_tfrecord_fields_that_do_not_belong_together(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    tfrecord.write_records(tmp_path / "a", [example_with(**changes)] * 2)
+    with pytest.raises(UserError, match=reason):
+        list(read_blocks(tmp_path / "a", 400))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("masked_lm_ids", lambda values: values[:, :2], "values of masked_lm_ids, not"),
+        ("segment_ids", lambda values: values[:, 0], "segment_ids is no table of rows of one length"),
+        ("input_ids", lambda values: 3, "input_ids is no array of rows"),
+    ],
+)
+def test_hdf5_fields_that_do_not_belong_together(
+    tmp_path: Path, store: Path, name: str, change: Any, reason: str
+) -> None:
+    import h5py
+
+    (path,) = export(store, tmp_path / "out", "hdf5", per_file=10_000)
+    with h5py.File(path, "a") as file:
+        values = file[name][()]
+        del file[name]
+        file[name] = change(values)
+    with pytest.raises(UserError, match=reason):
+        list(read_blocks(path, 400))

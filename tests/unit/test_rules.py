@@ -10,7 +10,7 @@ import pytest
 from bert_fast.cli import config_from_tree
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.mlperf.rules import check_division, evaluation_interval, open_because
+from bert_fast.mlperf.rules import check_division, check_evaluation_set, evaluation_interval, open_because
 
 CLOSED: dict[str, Any] = {
     "model": {
@@ -34,7 +34,7 @@ def config_with(**changes: Any) -> Config:
     tree = copy.deepcopy(CLOSED)
     for name, value in changes.items():
         section, field = name.split("__")
-        tree[section][field] = value
+        tree.setdefault(section, {})[field] = value
     return config_from_tree(tree)
 
 
@@ -65,6 +65,10 @@ def test_a_closed_config_is_let_through() -> None:
         ({"model__hidden_dropout": 0.0}, "model.hidden_dropout=0.0"),
         ({"data__max_seq_len": 128}, "data.max_seq_len=128"),
         ({"data__dynamic_masking": True}, "data.dynamic_masking=true"),
+        ({"train__eval_at_start": True}, "train.eval_at_start=true"),
+        ({"model__layer_norm_eps": 1e-3}, "model.layer_norm_eps=0.001"),
+        ({"balance__strategy": "stratified_presort"}, "balance.strategy=stratified_presort"),
+        ({"data__eval_samples": None}, "data.eval_samples=None"),
         ({"data__eval_samples": 5000}, "data.eval_samples=5000"),
         ({"train__target_accuracy": 0.7}, "train.target_accuracy=0.7"),
         ({"train__eval_every_samples": 175_000}, "train.eval_every_samples=175000"),
@@ -85,3 +89,10 @@ def test_what_makes_the_published_adam_point_open() -> None:
     config = config_with(optimizer__name="adamw", communication__clip="bucket_before_reduce", mlperf__division="open")
     check_division(config)
     assert [reason.split("=")[0] for reason in open_because(config)] == ["optimizer.name", "communication.clip"]
+
+
+def test_a_small_evaluation_store_is_refused_when_closed() -> None:
+    check_evaluation_set(10_000, config_with())
+    with pytest.raises(UserError, match="the evaluation store e has 9,999 samples and the rule is 10,000"):
+        check_evaluation_set(9_999, config_with())
+    check_evaluation_set(9_999, config_with(mlperf__division="open"))

@@ -145,3 +145,23 @@ def test_a_large_store_is_read_in_stretches_all_over_it() -> None:
     assert all(b[0] >= a[1] for a, b in itertools.pairwise(places))
     assert max(b[0] - a[1] for a, b in itertools.pairwise(places)) < 1_700_000
     assert stretches(1500, 200_000) == [(0, 1000), (1000, 1500)]
+
+
+def test_damage_of_a_header_is_a_finding_not_a_crash(
+    tmp_path: Path, good: list[Sample], vocabulary: Vocabulary
+) -> None:
+    store_of(good, vocabulary, tmp_path)
+    path = tmp_path / "store/samples.bin"
+    raw = np.fromfile(path, np.uint16)
+    raw[0:3] = (60_000, 60_000, 7)
+    raw.tofile(path)
+    store = Store(tmp_path / "store")
+    assert wrong(store, vocabulary) == ["headers of records"]
+    assert not check_hashes(store).passed
+
+
+@pytest.mark.parametrize(("total", "most"), [(800, 500), (5, 1), (10_000, 999), (10_000, 1)])
+def test_stretches_lie_inside_small_stores(total: int, most: int) -> None:
+    places = stretches(total, most)
+    assert places
+    assert all(0 <= begin < end <= total for begin, end in places)

@@ -17,7 +17,7 @@ from bert_fast.data import corpus as corpora
 from bert_fast.data.columns import num_blocks, read_texts
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
-from bert_fast.data.wikitext import Page, clean, read_pages
+from bert_fast.data.wikitext import Page, clean, is_dump, read_pages
 from bert_fast.errors import UserError
 
 ARTICLE = """{{Infobox planet|name=Mars|mass={{val|6.4|e=23}}}}
@@ -102,11 +102,10 @@ def test_wikitext_becomes_running_text() -> None:
 
 
 def test_namespaces_of_the_dump_decide_which_links_are_dropped() -> None:
-    text = (
+    text = "Noch eins<br />dazu hier. [[Image:foo.jpg|thumb|left|Eine dritte mit Worten]]\n"
         "Ein Satz steht hier.\n[[Datei:Bild.jpg|mini|Eine Unterschrift mit Worten]]\nNoch ein [[Satz:Art|ganzer]] Satz."
-    )
     page = Page("x", text, frozenset({"datei"}))
-    assert clean(page) == "Ein Satz steht hier.\n\nNoch ein ganzer Satz."
+    assert clean(page) == "Noch eins dazu hier.\n\nEin Satz steht hier.\n\nNoch ein ganzer Satz."
 
 
 @pytest.mark.parametrize(
@@ -224,3 +223,14 @@ def test_a_table_as_a_corpus(tmp_path: Path, vocab_file: Path) -> None:
     documents = [d for piece in corpora.list_pieces("parquet", sources) for d in corpora.read_piece("parquet", piece)]
     assert [document.blocks[0][0] for document in documents] == [f"Row {n} is a document." for n in range(10)]
     assert len({document.origin for document in documents}) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("enwiki-20200101-pages-articles.xml.bz2", True), ("enwiki-20200101-pages-articles1.xml-p10p30302.bz2", True),
+        ("wiki.xml", True), ("wiki.xml.gz", True), ("index.txt.bz2", False), ("xml.txt", False),
+    ],
+)  # fmt: skip
+def test_dumps_are_known_by_their_names(name: str, expected: bool) -> None:
+    assert is_dump(name) is expected

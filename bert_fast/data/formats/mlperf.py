@@ -64,6 +64,8 @@ def _of_examples(payloads: list[bytes], first: int) -> SampleTable:
 
 
 def _table_of(found: dict[str, Features]) -> SampleTable:
+    widths = {name: found[name].width for name in FEATURES}
+    _check_widths(widths)
     weights = found["masked_lm_weights"].table() != 0
     counts = np.count_nonzero(weights, axis=1)
     uneven = ((np.arange(weights.shape[1]) < counts[:, None]) != weights).any(axis=1)
@@ -76,6 +78,18 @@ def _table_of(found: dict[str, Features]) -> SampleTable:
     )
     labels_of_pairs = found["next_sentence_labels"].table().ravel().astype(np.int64)
     return SampleTable(tokens, lengths, len_a, positions, labels, counts, labels_of_pairs)
+
+
+def _check_widths(widths: dict[str, int]) -> None:
+    """Refuse fields that do not belong together. Raises ValueError(0, reason)."""
+    for names, width in (
+        (("input_mask", "segment_ids"), widths["input_ids"]),
+        (("masked_lm_ids", "masked_lm_weights"), widths["masked_lm_positions"]),
+        (("next_sentence_labels",), 1),
+    ):
+        for name in names:
+            if widths.get(name, width) != width:
+                raise ValueError(0, f"has {widths[name]} values of {name}, not {width}")
 
 
 def _damaged(path: str | Path, error: ValueError, good: int) -> UserError:
@@ -94,6 +108,9 @@ def read_hdf5(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
         missing = [name for name in _HDF5 if name not in file]
         if missing:
             raise UserError(f"{path}: no field {missing[0]}; it has {', '.join(sorted(file)) or 'none'}")
+        scalar = [name for name in _HDF5 if not getattr(file[name], "ndim", 0)]
+        if scalar:
+            raise UserError(f"{path}: {scalar[0]} is no array of rows")
         total = len(file["input_ids"])
         uneven = [name for name in _HDF5 if len(file[name]) != total]
         if uneven:
@@ -101,6 +118,15 @@ def read_hdf5(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
         fixed = file["input_ids"].ndim == 2
         if fixed and "input_mask" not in file:
             raise UserError(f"{path}: no field input_mask, which rows of one length need")
+        if fixed:
+            names = ("input_ids", "input_mask", "segment_ids", "masked_lm_positions", "masked_lm_ids")
+            flat = [name for name in names if file[name].ndim != 2]
+            if flat:
+                raise UserError(f"{path}: {flat[0]} is no table of rows of one length, as input_ids is")
+            try:
+                _check_widths({name: file[name].shape[1] for name in names})
+            except ValueError as error:
+                raise UserError(f"{path}: {error.args[1].removeprefix('has ')} a row") from None
         for first in range(0, total, BLOCK):
             try:
                 table = (_fixed if fixed else _variable)(file, slice(first, first + BLOCK), first)

@@ -154,7 +154,8 @@ class Features:
         self._name = name
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Values of an example. Raises ValueError(index, reason) where examples differ."""
         sizes = self._counts + self._zeros
         odd = np.flatnonzero(sizes != sizes[0])
         if len(odd):
@@ -163,7 +164,7 @@ class Features:
 
     def table(self) -> np.ndarray:
         """[examples, length]. Raises ValueError(index, reason) where examples differ in length."""
-        width = self._width
+        width = self.width
         if not self._zeros.any():
             return self.values.reshape(-1, width)
         rows = np.zeros((len(self._counts), width), self.values.dtype)
@@ -172,7 +173,7 @@ class Features:
 
     def first(self, counts: np.ndarray) -> np.ndarray:
         """The first counts[i] values of every example, end to end. Raises ValueError as `table`."""
-        width = self._width
+        width = self.width
         if np.array_equal(self._counts, counts):
             return self.values
         return self.table()[np.arange(width) < counts[:, None]]
