@@ -102,8 +102,10 @@ def test_wikitext_becomes_running_text() -> None:
 
 
 def test_namespaces_of_the_dump_decide_which_links_are_dropped() -> None:
-    text = "Noch eins<br />dazu hier. [[Image:foo.jpg|thumb|left|Eine dritte mit Worten]]\n"
+    text = (
+        "Noch eins<br />dazu hier. [[Image:foo.jpg|thumb|left|Eine dritte mit Worten]]\n"
         "Ein Satz steht hier.\n[[Datei:Bild.jpg|mini|Eine Unterschrift mit Worten]]\nNoch ein [[Satz:Art|ganzer]] Satz."
+    )
     page = Page("x", text, frozenset({"datei"}))
     assert clean(page) == "Noch eins dazu hier.\n\nEin Satz steht hier.\n\nNoch ein ganzer Satz."
 
