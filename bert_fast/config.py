@@ -41,9 +41,9 @@ class ModelConfig(Section):
         0.02, description="standard deviation of the truncated normal that fills weights"
     )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu by erf (BERT) or by tanh")
-    attention_backend: Literal["auto", "loop", "grouped", "matmul", "padded", "varlen", "flash"] = Field(
-        "auto", description="how variable-length attention is computed; auto picks by capability and logs it"
-    )
+    attention_backend: Literal[
+        "auto", "loop", "grouped", "matmul", "padded", "block_diagonal", "nested", "varlen", "flex", "flash"
+    ] = Field("auto", description="how variable-length attention is computed; auto picks by capability and logs it")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -382,9 +382,10 @@ class Config(Section):
                 f"system.ranks_per_node={self.system.node_size} does not divide system.world_size={world}; "
                 f"set ranks_per_node to a divisor such as {math.gcd(world, self.system.node_size)}"
             )
-        if self.model.attention_dropout > 0 and self.model.attention_backend == "varlen":
+        if self.model.attention_dropout > 0 and self.model.attention_backend in ("varlen", "flex"):
             raise ValueError(
-                "model.attention_backend=varlen has no dropout; set model.attention_dropout=0 or use flash or padded"
+                f"model.attention_backend={self.model.attention_backend} has no dropout; set model.attention_dropout=0 or use "
+                "flash or padded"
             )
         communication = self.communication
         if self.optimizer.when == "bucket":

@@ -1,113 +1,223 @@
 #!/usr/bin/env python3
-"""What each choice of the step bought on this machine: one rank's training step with the choice on and off, interleaved.
+"""One rank's training step against peers on the same machine: tokens/s, model-FLOPs utilisation, peak memory, breakdown.
 
-    python scripts/bench_step.py --json results/step/mini.json
+    python scripts/bench_step.py --size base --json results/step/base.json --out results/step
+    python scripts/bench_step.py --size mini --variants all --json results/step/mini.json     # what each choice bought
+    python scripts/bench_step.py --size large --device cuda --precision bf16                   # on a GPU
 
-Batches are synthetic, each of new lengths, as in training. Every variant runs in a process of its own (an allocator setting
-cannot be taken back), the variants in turn, several rounds; figures are medians over rounds.
+Every variant gets the same samples, dropout, optimizer and clipping, and runs in a process of its own (an allocator setting
+cannot be taken back); the variants run in turn, several rounds, figures are medians and ratios those of the same round. MFU
+counts the FLOPs that the mathematics needs for the real tokens, over the best matmul measured in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.cli import load_config  # noqa: E402
-from bert_fast.config import as_plain  # noqa: E402
+from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from scripts.step.setting import add_setting  # noqa: E402
+from scripts.step.variants import PEERS, VARIANTS  # noqa: E402
 
-VARIANTS: dict[str, list[str]] = {
-    "ours": [],
-    "attention_sdpa_groups": ["model.attention_backend=grouped"],
-    "attention_sdpa_loop": ["model.attention_backend=loop"],
-    "every_batch_its_own_shape": ["batch.shape_multiple=1"],
-    "system_allocator": ["--system-allocator"],
-    "fp32": ["train.precision=fp32"],
-}
-ONE_RANK = ["system.world_size=1", "communication.engine=bucketed"]
+FIGURES = ("tokens_per_s", "samples_per_s", "mfu", "peak_mib", "step_s")
 
 
-def measure(config_file: str, settings: list[str], steps: int) -> dict[str, float]:
-    """In this process: tokens/s of a training step (median over steps) and peak resident MiB."""
-    import torch
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setting(parser)
+    add = parser.add_argument
+    add("--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], help="default both")
+    add("--variants", nargs="+", default=list(PEERS), metavar="NAME", help=f"of {', '.join(VARIANTS)}; or all")
+    add("--rounds", type=int, default=3, help="default %(default)s")
+    add("--warmup", type=int, default=1, help="steps before those that count (default %(default)s)")
+    add("--steps", type=int, default=2, help="steps of a variant in a round (default %(default)s)")
+    add("--out", metavar="FOLDER", help="write the table and the picture there")
+    add("--child", nargs=2, metavar=("WHAT", "PRECISION"), help=argparse.SUPPRESS)
+    add_arguments(parser)
+    return parser
 
-    from bert_fast.train import build as building
-    from bert_fast.train.environment import Environment, keep_freed_memory, pick_dtype
-    from bert_fast.train.inputs import synthetic_batch, to_device
-    from bert_fast.train.step import StepInput
 
-    if "--system-allocator" not in settings:
-        keep_freed_memory()
-    settings = [s for s in settings if not s.startswith("--")]
-    local = load_config(config_file).batch.local_batch
-    config = load_config(config_file, [*ONE_RANK, f"batch.global_batch={local}", *settings])
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
-    device = torch.device("cpu")
-    machinery = building.build(config, Environment(0, 0, 1, device, pick_dtype(config.train.precision, device)))
-    rates = []
-    for number in range(steps):
-        batch = synthetic_batch(local, config.data.max_seq_len, config.model.vocab_size, seed=number)
-        inputs = StepInput([to_device(batch, device, config.batch.shape_multiple)], len(batch.masked_labels), local)
-        start = time.perf_counter()
-        machinery.step(inputs, lr=1e-4)
-        rates.append(batch.num_tokens / (time.perf_counter() - start))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"tokens_per_s": statistics.median(rates), "peak_mib": peak}
+def child(args: argparse.Namespace) -> dict[str, float]:
+    """What a process of one variant prints."""
+    what, precision = args.child
+    if what == "data":
+        from scripts.step.measure import data_seconds
+
+        return {"data_s": data_seconds(args, precision)}
+    if what == "breakdown":
+        from scripts.step.breakdown import profile
+
+        return profile(args, precision)[0]
+    from scripts.step.measure import measure
+
+    return measure(args, what, precision)
+
+
+def run_child(args: argparse.Namespace, what: str, precision: str) -> dict[str, float]:
+    """One process. Raises RuntimeError with its last words."""
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        what,
+        precision,
+        "--warmup",
+        str(args.warmup),
+        "--steps",
+        str(args.steps),
+    ]
+    for name in ("size", "mix", "batch", "layers", "dropout", "threads", "device"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        raise RuntimeError(f"{what}, {precision}: {done.stderr.strip()[-400:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def draw(metrics: dict[str, float], args: argparse.Namespace) -> str:
+    """Tokens/s of every variant, and the breakdown of our step, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "bert_fast"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 * len(args.variants) + 2.2))
+    for offset, precision in enumerate(args.precision):
+        rates = [metrics[f"{args.size}/{precision}/{name}/tokens_per_s"] for name in args.variants]
+        places = [n + 0.38 * offset for n in range(len(rates))]
+        left.barh(places, rates, height=0.36, label=precision)
+    left.set(yticks=range(len(args.variants)), yticklabels=args.variants, xlabel="real tokens/s")
+    left.invert_yaxis()
+    left.legend()
+    for row, precision in enumerate(args.precision):
+        at = 0.0
+        prefix = f"{args.size}/{precision}/breakdown/"
+        for number, name in enumerate(n for n in metrics if n.startswith(prefix)):
+            share = metrics[name]
+            right.barh(row, share, left=at, color=f"C{number}", label=name.removeprefix(prefix) if row == 0 else None)
+            at += share
+    right.set(yticks=range(len(args.precision)), yticklabels=args.precision, xlabel="share of our step", xlim=(0, 1))
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="how often every variant runs (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="steps of one run of a variant (default %(default)s)")
-    parser.add_argument("--child", metavar="VARIANT", help=argparse.SUPPRESS)
-    add_arguments(parser)
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     if args.child:
-        print(json.dumps(measure(args.config, VARIANTS[args.child], args.steps)))
+        print(json.dumps(child(args)))
         return 0
+    if args.variants == ["all"]:
+        args.variants = list(VARIANTS)
+    unknown = [name for name in args.variants if name not in VARIANTS]
+    if unknown:
+        print(f"error: no variant {unknown[0]}; known: {', '.join(VARIANTS)}", file=sys.stderr)
+        return 2
     if args.quick:
-        args.rounds, args.steps = 1, 10
+        args.rounds, args.steps, args.layers, args.batch = 1, 1, 1, 4
     facts = environment()
     samples: dict[str, list[float]] = {}
-    for _ in range(args.rounds):
-        for name in VARIANTS:
-            command = [sys.executable, __file__, "--config", args.config, "--steps", str(args.steps), "--child", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"error: variant {name} failed: {done.stderr.strip()[-300:]}", file=sys.stderr)
-                return 3
-            for figure, value in json.loads(done.stdout.splitlines()[-1]).items():
-                samples.setdefault(f"mini/{name}/{figure}", []).append(value)
-    metrics = {name: statistics.median(values) for name, values in samples.items()}
-    rows = []
-    for name in VARIANTS:
-        pairs = zip(samples["mini/ours/tokens_per_s"], samples[f"mini/{name}/tokens_per_s"], strict=True)
-        metrics[f"ratio/mini/ours_over_{name}"] = ratio = statistics.median(ours / other for ours, other in pairs)
-        rate, peak = metrics[f"mini/{name}/tokens_per_s"], metrics[f"mini/{name}/peak_mib"]
-        rows.append((name, f"{rate:,.0f}", f"{ratio:.2f}", f"{peak:,.0f}"))
-    print(markdown_table(("variant", "tokens/s", "ours over it", "peak MiB"), rows))
+    try:
+        for number in range(args.rounds):
+            for precision in args.precision:
+                for name in args.variants:
+                    found = run_child(args, name, precision)
+                    for figure in FIGURES:
+                        samples.setdefault(f"{args.size}/{precision}/{name}/{figure}", []).append(found[figure])
+                    samples.setdefault(f"ceiling_tflops/{precision}", []).append(found["ceiling_tflops"])
+                    print(f"round {number + 1}: {precision} {name}: {found['tokens_per_s']:,.0f} tokens/s", flush=True)
+        metrics = {name: statistics.median(values) for name, values in samples.items()}
+        for precision in args.precision:
+            if "ours" in args.variants:
+                data = run_child(args, "data", precision)["data_s"]
+                metrics[f"{args.size}/{precision}/data_share"] = data / metrics[f"{args.size}/{precision}/ours/step_s"]
+                for part, share in run_child(args, "breakdown", precision).items():
+                    metrics[f"{args.size}/{precision}/breakdown/{part}"] = share
+    except RuntimeError as error:
+        print(f"error: variant {error}", file=sys.stderr)
+        return 3
+    if "ours" in args.variants:
+        metrics["data_share"] = max(metrics[f"{args.size}/{precision}/data_share"] for precision in args.precision)
+    add_ratios(metrics, samples, args)
+    table = tabulate(metrics, args)
+    print(table)
+    if args.out:
+        write_atomically(Path(args.out) / f"{args.size}-{args.mix}.md", table + "\n")
+        write_atomically(Path(args.out) / f"{args.size}-{args.mix}.svg", draw(metrics, args))
     if args.json:
-        setting = {
-            "file": args.config,
-            "rounds": args.rounds,
-            "steps": args.steps,
-            **as_plain(load_config(args.config)),
-        }
-        write_result(args.json, metrics, setting, facts, samples)
+        write_result(
+            args.json, metrics, {key: value for key, value in vars(args).items() if key != "child"}, facts, samples
+        )
     return 0
+
+
+def add_ratios(metrics: dict[str, float], samples: dict[str, list[float]], args: argparse.Namespace) -> None:
+    """Ours over each variant: tokens/s of the same round, and memory; and our bf16 over transformers' fp32 default."""
+
+    def ratio(ours: str, theirs: str) -> float:
+        pairs = zip(samples[ours], samples[theirs], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    for precision in args.precision if "ours" in args.variants else ():
+        own = f"{args.size}/{precision}/ours"
+        for name in args.variants:
+            if name != "ours":
+                theirs = f"{args.size}/{precision}/{name}"
+                metrics[f"ratio/{args.size}/{precision}/ours_over_{name}"] = ratio(
+                    f"{own}/tokens_per_s", f"{theirs}/tokens_per_s"
+                )
+                metrics[f"ratio/{args.size}/{precision}/memory_over_{name}"] = ratio(
+                    f"{own}/peak_mib", f"{theirs}/peak_mib"
+                )
+    if {"fp32", "bf16"} <= set(args.precision) and {"ours", "hf_default"} <= set(args.variants):
+        metrics[f"ratio/{args.size}/ours_bf16_over_hf_default_fp32"] = ratio(
+            f"{args.size}/bf16/ours/tokens_per_s", f"{args.size}/fp32/hf_default/tokens_per_s"
+        )
+
+
+def tabulate(metrics: dict[str, float], args: argparse.Namespace) -> str:
+    rows = []
+    for precision in args.precision:
+        for name in args.variants:
+            prefix = f"{args.size}/{precision}/{name}"
+            speed, memory = (
+                metrics.get(f"ratio/{args.size}/{precision}/{what}_over_{name}") for what in ("ours", "memory")
+            )
+            rows.append((
+                f"{precision} {name}", f"{metrics[f'{prefix}/tokens_per_s']:,.0f}",
+                f"{metrics[f'{prefix}/samples_per_s']:,.2f}",
+                f"{100 * metrics[f'{prefix}/mfu']:.1f} %", f"{metrics[f'{prefix}/peak_mib']:,.0f}",
+                "-" if speed is None else f"{speed:.2f}", "-" if memory is None else f"{100 * memory:.0f} %",
+            ))  # fmt: skip
+    headers = ("variant", "tokens/s", "samples/s", "MFU", "peak MiB", "ours is faster by", "our memory of its")
+    lines = [markdown_table(headers, rows), ""]
+    for precision in args.precision:
+        lines.append(f"matmul ceiling in {precision}: {metrics[f'ceiling_tflops/{precision}']:.3f} TFLOP/s")
+        parts = [
+            (name.rpartition("/")[2], share) for name, share in metrics.items() if f"{precision}/breakdown/" in name
+        ]
+        if parts:
+            lines.append("our step: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in parts))
+            lines.append(f"data path: {100 * metrics[f'{args.size}/{precision}/data_share']:.2f} % of the step")
+    both = metrics.get(f"ratio/{args.size}/ours_bf16_over_hf_default_fp32")
+    if both:
+        lines.append(f"our bf16 over transformers' fp32 default: {both:.2f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ scaled-dot-product attention a sequence. All must agree with it (tests/unit/test
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +46,9 @@ class SequenceLayout:
 
     lengths: list[int]
     cu_seqlens: torch.Tensor
+    block_mask: Any = None  # FlexAttention's, made at first use
     _groups: dict[tuple[float, int], list[Group]] = field(default_factory=dict)
+    _rows: Group | None = None
 
     @property
     def max_len(self) -> int:
@@ -62,6 +67,30 @@ class SequenceLayout:
                 self._group(start_token, members, multiple) for start_token, members in self._runs(slack, multiple)
             ]
         return self._groups[key]
+
+    def packed_rows(self) -> Group:
+        """All sequences in rows as wide as the longest, one after the other as they fit; `mask` is [rows, 1, L, L]."""
+        if self._rows is None:
+            width = self.max_len
+            row, used, starts = 0, 0, []
+            for length in self.lengths:
+                if used + length > width:
+                    row, used = row + 1, 0
+                starts.append(row * width + used)
+                used += length
+            lengths = torch.tensor(self.lengths)
+            owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+            inside = torch.arange(len(owner)) - (torch.cumsum(lengths, 0) - lengths)[owner]
+            places = torch.tensor(starts)[owner] + inside
+            slots = torch.full(((row + 1) * width,), -1)
+            slots[places] = owner
+            index = torch.zeros_like(slots)
+            index[places] = torch.arange(len(owner))
+            table = slots.view(row + 1, 1, width)
+            mask = (table.transpose(1, 2) == table)[:, None]
+            device = self.cu_seqlens.device
+            self._rows = Group(0, len(owner), row + 1, width, *(t.to(device) for t in (index, mask, places)))
+        return self._rows
 
     def _runs(self, slack: float, multiple: int) -> list[tuple[int, list[int]]]:
         """(first token, lengths) of each group."""
@@ -160,6 +189,47 @@ def _padded(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> t
     return _by_groups(qkv_T3HK, layout.groups(float("inf")), dropout)
 
 
+def _block_diagonal(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    """Sequences packed into rows as wide as the longest; a query sees the keys of its own sequence."""
+    rows = layout.packed_rows()
+    rectangle = qkv_T3HK.index_select(0, rows.index).unflatten(0, (rows.count, rows.longest))
+    return _dense(rectangle, rows.mask, dropout).flatten(0, 1).index_select(0, rows.places)  # type: ignore[arg-type]
+
+
+def _nested(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    """Torch's nested (jagged) tensors: exact and slow on CPUs, an oracle."""
+    offsets = layout.cu_seqlens.long()
+    lengths = {"min_seqlen": min(layout.lengths), "max_seqlen": layout.max_len}
+    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype", UserWarning)
+    query, key, value = (
+        torch.nested.nested_tensor_from_jagged(part.contiguous(), offsets, **lengths).transpose(1, 2)
+        for part in qkv_T3HK.unbind(1)
+    )
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout).transpose(1, 2).values().flatten(1)
+
+
+def _flex(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    """FlexAttention over all tokens as one row, the blocks outside of the sequences skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tokens = len(qkv_T3HK)
+    if layout.block_mask is None:
+        owner_T = torch.bucketize(torch.arange(tokens, device=qkv_T3HK.device), layout.cu_seqlens[1:], right=True)
+        layout.block_mask = create_block_mask(
+            lambda _b, _h, query, key: owner_T[query] == owner_T[key], None, None, tokens, tokens,
+            device=str(qkv_T3HK.device),
+        )  # fmt: skip
+    query, key, value = (part.transpose(0, 1)[None] for part in qkv_T3HK.unbind(1))  # each [1, H, T, K]
+    return _compiled_flex()(query, key, value, block_mask=layout.block_mask)[0].transpose(0, 1).flatten(1)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
 def _varlen(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -179,6 +249,9 @@ BACKENDS: dict[str, Backend] = {
     "grouped": _grouped,
     "matmul": _matmul,
     "padded": _padded,
+    "block_diagonal": _block_diagonal,
+    "nested": _nested,
+    "flex": _flex,
     "varlen": _varlen,
     "flash": _flash,
 }
@@ -198,7 +271,13 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dropout:
             return "matmul"
         if half and has_flash:
             return "flash"
-        return "varlen" if half and has_varlen and dropout == 0 else "grouped"
+        if half and dropout == 0 and has_varlen:
+            return "varlen"
+        return "nested" if half else "grouped"  # nested tensors reach torch's own flash kernel, with dropout
+    if name == "flex" and device.type != "cuda":
+        raise UserError(
+            f"model.attention_backend=flex has no backward on {device.type}; use matmul, grouped, loop or padded"
+        )
     if name in ("varlen", "flash"):
         if device.type != "cuda" or not half:
             raise UserError(
@@ -207,6 +286,6 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dropout:
             )
         if name == "flash" and not has_flash:
             raise UserError("model.attention_backend=flash: package flash-attn is not installed; use auto or grouped")
-        if name == "varlen" and dropout > 0:
-            raise UserError("model.attention_backend=varlen has no dropout; set model.attention_dropout=0")
+    if name in ("varlen", "flex") and dropout > 0:
+        raise UserError(f"model.attention_backend={name} has no dropout; set model.attention_dropout=0")
     return name

@@ -71,7 +71,7 @@ def forward_backward(name: str, lengths: list[int], dtype: torch.dtype) -> tuple
 
 
 def test_the_oracle_and_two_grouped_ways_run_here() -> None:
-    assert {"loop", "grouped", "matmul", "padded"} <= set(HERE)
+    assert {"loop", "grouped", "matmul", "padded", "block_diagonal", "nested"} <= set(HERE)
 
 
 @pytest.mark.parametrize("lengths", [[17, 5, 1], [40], [1]])
@@ -183,7 +183,7 @@ def test_groups_cover_the_tokens_and_keep_padding_below_the_slack(
 # ---- choosing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["loop", "grouped", "matmul", "padded"])
+@pytest.mark.parametrize("name", ["loop", "grouped", "matmul", "padded", "block_diagonal", "nested"])
 def test_a_named_backend_is_never_replaced(name: str) -> None:
     for device in (CPU, torch.device("cuda")):
         assert choose_backend(name, device, torch.float32, 0.1) == name
@@ -214,7 +214,7 @@ def flash_installed(monkeypatch: pytest.MonkeyPatch):
         (torch.bfloat16, 0.1, True, "flash"),
         (torch.float16, 0.0, True, "flash"),
         (torch.bfloat16, 0.0, False, "varlen"),
-        (torch.bfloat16, 0.1, False, "grouped"),
+        (torch.bfloat16, 0.1, False, "nested"),
         (torch.float32, 0.0, True, "grouped"),
     ],
 )
@@ -239,9 +239,28 @@ def test_gpu_backends_in_fp32_say_what_to_use(name: str) -> None:
         choose_backend(name, torch.device("cuda"), torch.float32, 0.0)
 
 
-def test_varlen_with_dropout_is_refused() -> None:
-    with pytest.raises(UserError, match=r"varlen has no dropout; set model\.attention_dropout=0"):
-        choose_backend("varlen", torch.device("cuda"), torch.bfloat16, 0.1)
+@pytest.mark.parametrize("name", ["varlen", "flex"])
+def test_dropout_with_a_backend_that_has_none_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name} has no dropout; set model\.attention_dropout=0"):
+        choose_backend(name, torch.device("cuda"), torch.bfloat16, 0.1)
+
+
+def test_flex_on_the_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match="flex has no backward on cpu; use matmul"):
+        choose_backend("flex", CPU, torch.float32, 0.0)
+
+
+def test_packed_rows_hold_every_token_once_and_no_row_is_too_long() -> None:
+    layout = layout_of([9, 7, 7, 3, 2, 1, 1])
+    rows = layout.packed_rows()
+    assert (rows.count, rows.longest) == (4, 9)
+    assert rows.index is not None
+    assert rows.places is not None
+    assert rows.mask is not None
+    assert torch.equal(rows.index[rows.places], torch.arange(30))
+    assert rows.mask.shape == (4, 1, 9, 9)
+    assert (rows.mask == rows.mask.transpose(-1, -2)).all()
+    assert rows.mask[1].sum() == 7 * 7 + 2 * 2, "a sequence and two empty places"
 
 
 def test_flash_that_is_not_installed_is_refused(flash_installed) -> None:

@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Profile one training step: a Chrome trace, a table of the top costs, shares by part of the model.
+
+python scripts/profile_step.py --size base --precision bf16 --out profiles/base
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bert_fast.files import write_atomically  # noqa: E402
+from bert_fast.report.bench import markdown_table  # noqa: E402
+from scripts.step.breakdown import profile  # noqa: E402
+from scripts.step.setting import add_setting  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setting(parser)
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16", help="default %(default)s")
+    parser.add_argument(
+        "--out", metavar="FOLDER", default="profile", help="gets trace.json and top.md (default %(default)s)"
+    )
+    parser.add_argument("--rows", type=int, default=25, help="operations of the table (default %(default)s)")
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    shares, profiler = profile(args, args.precision, out / "trace.json")
+    key = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events) or 1.0
+    rows = [
+        (
+            event.key[:60],
+            f"{getattr(event, key) / 1e3:,.2f}",
+            f"{100 * getattr(event, key) / total:.1f} %",
+            f"{event.count:,}",
+        )
+        for event in events[: args.rows]
+    ]
+    table = markdown_table(("operation", "ms", "share", "calls"), rows)
+    parts = markdown_table(
+        ("part", "share of the step"), [(name, f"{100 * share:.1f} %") for name, share in shares.items()]
+    )
+    write_atomically(out / "top.md", f"{parts}\n\n{table}\n")
+    print(f"{parts}\n\n{table}\ntrace: {out / 'trace.json'} (open in ui.perfetto.dev)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
