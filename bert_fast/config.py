@@ -259,6 +259,10 @@ class TrainConfig(Section):
         "auto", description="autocast format; auto: bf16 where the hardware has it, else fp32"
     )
     compile: bool = Field(False, description="torch.compile each encoder layer in warm-up, before the clock")
+    cuda_graphs: bool = Field(
+        False,
+        description="CUDA: capture the whole step, one graph a batch shape (use packed rows or a large shape_multiple)",
+    )
     max_steps: PositiveInt = Field(description="stop after so many steps even if the target was not reached")
     target_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="masked-LM accuracy at which the run is done; none: run to max_steps"

@@ -53,6 +53,10 @@ class ClipStatistics:
             self._count += 1
             self._added = False
 
+    def count_replay(self) -> None:
+        """A captured step ran again: its device operations did, this count did not."""
+        self._count += 1
+
     def read(self) -> dict[str, dict[str, float]]:
         """Share of steps in which a group was clipped, and its mean coefficient. Synchronises; resets."""
         count = max(1, self._count)

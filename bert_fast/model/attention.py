@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from bert_fast.errors import UserError
 from bert_fast.model import fused
 
+warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype", UserWarning)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -200,7 +202,6 @@ def _nested(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> t
     """Torch's nested (jagged) tensors: exact and slow on CPUs, an oracle."""
     offsets = layout.cu_seqlens.long()
     lengths = {"min_seqlen": min(layout.lengths), "max_seqlen": layout.max_len}
-    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype", UserWarning)
     query, key, value = (
         torch.nested.nested_tensor_from_jagged(part.contiguous(), offsets, **lengths).transpose(1, 2)
         for part in qkv_T3HK.unbind(1)

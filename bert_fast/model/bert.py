@@ -141,7 +141,9 @@ class BertForPretraining(nn.Module):
         hidden_TD = self.encode(batch)
         masked_MD = hidden_TD.index_select(0, batch.masked_positions)
         num_samples = len(batch.next_sentence_labels)
-        first_BD = hidden_TD.index_select(0, batch.layout.cu_seqlens[:num_samples].long())
+        starts_B = batch.layout.cu_seqlens[:num_samples].long()
+        # Empty sequences after the last (train/graphs.py) begin where the tokens end; they have no label
+        first_BD = hidden_TD.index_select(0, starts_B.clamp_max(len(hidden_TD) - 1))
         return self.heads(masked_MD, first_BD)
 
     def logits(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,9 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.agreement import check_parameters, check_settings
+from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.environment import Environment
+from bert_fast.train.graphs import GraphedStep, capture_on_cuda, check_graphs, tensor_rates
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.plan_buckets import BucketRecord, measure_need_times, measure_ready_times, plan_buckets
@@ -40,13 +42,15 @@ class Machinery:
     layout: Layout
     optimizer: torch.optim.Optimizer | ShardedOptimizer
     loss_scale: LossScale | None
-    step: TrainStep
+    step: TrainStep | GraphedStep
     buckets: BucketRecord | None = None
 
 
 def build(config: Config, environment: Environment) -> Machinery:
     """Build and warm up. Touches no data set; weights, optimizer and random state end as if no step had run."""
     model = build_model(config, environment)
+    if config.train.cuda_graphs:
+        check_graphs(config, environment.device, model.backend)
     if config.train.compile:
         for layer in model.layers:
             layer.compile(dynamic=True)
@@ -73,6 +77,9 @@ def build(config: Config, environment: Environment) -> Machinery:
         step.update_by_bucket(parts)
     machinery = Machinery(model, engine, layout, optimizer, loss_scale, step, record)
     _warm_up(config, environment, machinery)
+    if config.train.cuda_graphs:
+        tensor_rates(inner, environment.device)
+        machinery.step = GraphedStep(step, config.data.max_seq_len, capture_on_cuda, DeviceTimer())
     seed_ranks(config.train.seed, environment)
     return machinery
 

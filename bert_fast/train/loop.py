@@ -41,7 +41,9 @@ from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
+from bert_fast.train.failures import explain_memory, tokens_of
 from bert_fast.train.folder import checkpoint_vocabulary, resume_key, run_folder
+from bert_fast.train.graphs import tensor_rates
 from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.profile import StepProfile
 from bert_fast.train.state import Progress
@@ -243,7 +245,10 @@ class Run:
             )
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
-            result = self.machinery.step(inputs, lr)
+            try:
+                result = self.machinery.step(inputs, lr)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                raise explain_memory(error, plan, self.environment.rank, tokens_of(batches)) from error
             self._say_trace(self.profile.after(progress.step))
             if progress.first_step_s is None:
                 progress.first_step_s = self.clock.elapsed
@@ -462,6 +467,8 @@ class Run:
             )
         self.machinery.model.load_state_dict(state["model"])
         self.machinery.optimizer.load_state_dict(state["optimizer"])
+        if self.config.train.cuda_graphs:  # nothing is captured yet; the rates that were loaded may be numbers
+            tensor_rates(self.machinery.step.optimizer, self.environment.device)
         if self.machinery.loss_scale and state["loss_scale"]:
             self.machinery.loss_scale.load_state_dict(state["loss_scale"])
         if "rank_state" in state:  # by another number of ranks: error feedback starts anew

@@ -42,8 +42,8 @@ class StepInput:
     """A rank's share of a step. Counts are those of the global batch: every rank knows them from the plan."""
 
     micro_batches: list[BertInput]
-    global_masked: int
-    global_samples: int
+    global_masked: int | torch.Tensor
+    global_samples: int | torch.Tensor
 
 
 @dataclass
@@ -67,7 +67,8 @@ class TrainStep:
         self, engine: Engine, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype,
         world_size: int, loss_scale: LossScale | None,
     ) -> None:  # fmt: skip
-        self._engine, self.optimizer, self._device, self._dtype = engine, optimizer, device, dtype
+        self.engine = self._engine = engine
+        self.optimizer, self._device, self._dtype = optimizer, device, dtype
         self._world, self._loss_scale = world_size, loss_scale
         self._parts: PartialSteps | None = None
         self._trace: Trace | None = None
@@ -93,13 +94,15 @@ class TrainStep:
         """Keep spans of what happens from now on, or no longer."""
         self._trace = self._engine.trace = trace
 
-    def __call__(self, inputs: StepInput, lr: float) -> StepResult:
+    def __call__(self, inputs: StepInput, lr: float | None) -> StepResult:
+        """One step; a learning rate of None leaves the optimizer's as it is."""
         start = time.perf_counter()
         self._engine.zero_grad()
         with self.compute_timer or nullcontext():
             mlm_sum, nsp_sum = self._forward_backward(inputs)
         backward_end = time.perf_counter()
-        self._set_rate(lr)
+        if lr is not None:
+            self._set_rate(lr)
         if self._parts is None:
             with self.exposed_timer or nullcontext():
                 norm = self._engine.finish()
