@@ -55,6 +55,25 @@ class Embeddings(nn.Module):
         return _dropout(hidden_TD, self.dropout if self.training else 0.0)
 
 
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x)). A module of its own, called as one: sharding waits for weights before a module runs."""
+
+    def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor, dropout: float) -> torch.Tensor:  # type: ignore[override]
+        if fused.fuses(x_TD):
+            return fused.dropout_add_norm(x_TD, residual_TD, self, dropout)
+        # CUDA's autocast normalises in fp32: the residual stream is kept in its own format (the same on CPUs)
+        return super().forward(residual_TD + _dropout(x_TD, dropout)).to(residual_TD.dtype)
+
+
+class GeluLinear(nn.Linear):
+    """linear(gelu(x))."""
+
+    def forward(self, x_TF: torch.Tensor, form: str) -> torch.Tensor:  # type: ignore[override]
+        if fused.fuses(x_TF):
+            return fused.gelu_linear(x_TF, self, form)
+        return super().forward(F.gelu(x_TF, approximate=form))
+
+
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm."""
 
@@ -64,10 +83,10 @@ class EncoderLayer(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention_norm = ResidualNorm(width, eps=config.layer_norm_eps)
         self.up = nn.Linear(width, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, width)
-        self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.down = GeluLinear(config.intermediate_size, width)
+        self.output_norm = ResidualNorm(width, eps=config.layer_norm_eps)
         self.hidden_dropout = config.hidden_dropout
         self.attention_dropout = config.attention_dropout
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
@@ -76,16 +95,9 @@ class EncoderLayer(nn.Module):
         qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
         context_TD = BACKENDS[backend](qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
         dropout = self.hidden_dropout if self.training else 0.0
-        if fused.fuses(hidden_TD):
-            mixed_TD = self.attention_out(context_TD)
-            hidden_TD = fused.dropout_add_norm(mixed_TD, hidden_TD, self.attention_norm, dropout)
-            output_TD = fused.gelu_linear(self.up(hidden_TD), self.down, self.gelu_form)
-            return fused.dropout_add_norm(output_TD, hidden_TD, self.output_norm, dropout)
-        mixed_TD = _dropout(self.attention_out(context_TD), dropout)
-        # CUDA's autocast normalises in fp32: the residual stream is kept in its own format (the same on CPUs)
-        hidden_TD = self.attention_norm(hidden_TD + mixed_TD).to(hidden_TD.dtype)
-        inner_TF = F.gelu(self.up(hidden_TD), approximate=self.gelu_form)
-        return self.output_norm(hidden_TD + _dropout(self.down(inner_TF), dropout)).to(hidden_TD.dtype)
+        hidden_TD = self.attention_norm(self.attention_out(context_TD), hidden_TD, dropout)
+        output_TD = self.down(self.up(hidden_TD), self.gelu_form)
+        return self.output_norm(output_TD, hidden_TD, dropout)
 
 
 class PretrainingHeads(nn.Module):
