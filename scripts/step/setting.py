@@ -17,6 +17,7 @@ from bert_fast.train.inputs import batch_of_lengths
 # layers, width, heads, vocabulary, longest sample, samples of a batch on a CPU, on a GPU
 SIZES = {
     "mini": (2, 128, 2, 2048, 128, 32, 512),
+    "small": (4, 512, 8, 30_528, 512, 16, 128),
     "base": (12, 768, 12, 30_528, 512, 16, 96),
     "large": (24, 1024, 16, 30_528, 512, 8, 64),
 }
