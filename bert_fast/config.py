@@ -255,8 +255,10 @@ class TrainConfig(Section):
         description="folder with config.json + model.safetensors (Hugging Face form), or prefix of a TensorFlow checkpoint "
         "(model.ckpt-28252), to start from",
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="autocast format; auto: bf16 where the hardware has it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="autocast format; auto: bf16 where the hardware has it, else fp32; fp8: bf16 with the encoder's matmuls in "
+        "FP8 (Transformer Engine)",
     )
     compile: bool = Field(False, description="torch.compile each encoder layer in warm-up, before the clock")
     cuda_graphs: bool = Field(
@@ -421,8 +423,10 @@ class Config(Section):
                 f"mlperf.division=closed allows LAMB only and optimizer.name={self.optimizer.name}; "
                 "set optimizer.name=lamb or mlperf.division=open"
             )
-        if self.train.precision == "fp16" and self.system.device == "cpu":
-            raise ValueError("train.precision=fp16 needs CUDA; on CPU set train.precision=bf16 or fp32")
+        if self.train.precision in ("fp16", "fp8") and self.system.device == "cpu":
+            raise ValueError(
+                f"train.precision={self.train.precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
+            )
         return self
 
 

@@ -30,13 +30,16 @@ def num_parameters(config: ModelConfig) -> int:
     return embeddings + config.num_layers * layer + heads
 
 
-def activation_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: bool = False) -> int:
     """What backward keeps of one token in the encoder, outside of attention scores.
 
     A layer keeps its input, q, k, v, the context, two LayerNorm inputs and outputs, and the feed-forward's two inner
-    activations; dropout keeps a byte mask where it is on.
+    activations; dropout keeps a byte mask where it is on. `fused` (the CPU's pieces): dropout and GELU keep nothing, and the
+    projections' outputs go into sums that are kept once: 8 widths and one inner activation, with two fp32 numbers a norm.
     """
     width, inner = config.hidden_size, config.intermediate_size
+    if fused:
+        return config.num_layers * ((8 * width + inner) * element_bytes + 16)
     kept = (1 + 3 + 1 + 4) * width + 2 * inner
     masks = 2 * width if config.hidden_dropout else 0
     return config.num_layers * (kept * element_bytes + masks)
@@ -51,17 +54,24 @@ def estimate(
     element_bytes: int,
     keeps_scores: bool,
     shards: int = 1,
+    logits_rows: int | None = None,
 ) -> MemoryEstimate:
     """Memory of a rank whose largest micro-batch has these sums of L, L^2 and masked positions.
 
     Args:
         element_bytes: of activations (2 under bf16 or fp16 autocast, 4 in fp32).
         shards: ranks over which optimizer state is divided.
-        keeps_scores: whether the attention backend keeps its probabilities for backward (fused kernels do not).
+        keeps_scores: the CPU's way: probabilities are kept for backward, and the layers' fused pieces keep less; else the
+            device's kernels keep no probabilities, and dropout its masks.
+        logits_rows: rows of logits that are alive at a time (all masked positions if unset).
     """
     parameters = num_parameters(config)
-    activations = tokens * activation_bytes_per_token(config, element_bytes)
+    activations = tokens * activation_bytes_per_token(config, element_bytes, fused=keeps_scores)
     if keeps_scores:
-        activations += config.num_layers * config.num_heads * tokens_squared * element_bytes * 2
-    activations += masked * (config.vocab_size * (4 + element_bytes) + 4 * config.hidden_size * element_bytes)
+        activations += config.num_layers * config.num_heads * tokens_squared * element_bytes
+    rows = masked if logits_rows is None else min(masked, logits_rows)
+    activations += rows * config.vocab_size * (8 + element_bytes)  # logits, their fp32 form, its gradient
+    activations += (
+        masked * 5 * config.hidden_size * element_bytes + config.vocab_size * config.hidden_size * element_bytes
+    )
     return MemoryEstimate(4 * parameters, 4 * parameters, -(-8 * parameters // shards), activations)

@@ -16,6 +16,7 @@ from torch import nn
 from bert_fast.config import ModelConfig
 from bert_fast.model import fused
 from bert_fast.model.attention import BACKENDS, SequenceLayout
+from bert_fast.model.fp8 import fp8_context
 from bert_fast.model.loss import LossSums, loss_sums
 
 
@@ -126,6 +127,7 @@ class BertForPretraining(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend
+        self.fp8 = False  # set by fp8.use_fp8
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.heads = PretrainingHeads(config)
@@ -145,8 +147,9 @@ class BertForPretraining(nn.Module):
         device = hidden_TD.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
-        for layer in self.layers:
-            hidden_TD = layer(hidden_TD, batch.layout, self.backend)
+        with fp8_context(self.fp8):
+            for layer in self.layers:
+                hidden_TD = layer(hidden_TD, batch.layout, self.backend)
         return hidden_TD
 
     def _head_inputs(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:

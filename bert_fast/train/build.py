@@ -21,6 +21,7 @@ from bert_fast.errors import UserError
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
+from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.agreement import check_parameters, check_settings
 from bert_fast.train.clock import DeviceTimer
@@ -92,7 +93,11 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
     model = BertForPretraining(shape, backend)
     if config.train.init_checkpoint:
         load_pretrained(model, shape, config.train.init_checkpoint)
-    return model.to(environment.device)
+    model.to(environment.device)
+    if config.train.precision == "fp8":
+        check_fp8(environment.device, config.batch.shape_multiple)
+        use_fp8(model)
+    return model
 
 
 def make_engine(config: Config, environment: Environment, model: torch.nn.Module, layout: Layout) -> Engine:

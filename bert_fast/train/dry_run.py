@@ -16,6 +16,7 @@ from bert_fast.data.store import Store
 from bert_fast.memory.estimate import estimate, num_parameters
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.loss import chunk_rows
 from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import print_table
@@ -174,6 +175,7 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
     figures = estimate(
         config.model, tokens=tokens, tokens_squared=squared, masked=int(0.15 * tokens),
         element_bytes=4 if dtype == torch.float32 else 2, keeps_scores=config.system.device == "cpu",
+        logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
         shards=config.system.world_size if config.communication.shard_optimizer else 1,
     )  # fmt: skip
     parts = ((name, getattr(figures, name)) for name in ("weights", "gradients", "optimizer", "activations"))

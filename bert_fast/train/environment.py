@@ -46,13 +46,13 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast format; fp32 means no autocast. Raises UserError for fp16 on a CPU."""
+    """The autocast format; fp32 means no autocast. Raises UserError for fp16 and fp8 on a CPU."""
     if precision == "auto":
         has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
         precision = "bf16" if has_bf16 else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("train.precision=fp16 needs CUDA; on CPU set train.precision=bf16 or fp32")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if precision in ("fp16", "fp8") and device.type == "cpu":
+        raise UserError(f"train.precision={precision} needs CUDA; on CPU set train.precision=bf16 or fp32")
+    return {"fp8": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

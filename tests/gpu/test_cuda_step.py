@@ -15,6 +15,8 @@ from bert_fast.errors import UserError
 from bert_fast.model.attention import BACKENDS, SequenceLayout, choose_backend
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.optim.build import build_optimizer
+from bert_fast.train.clock import DeviceTimer
+from bert_fast.train.graphs import GraphedStep, capture_on_cuda, tensor_rates
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.step import StepInput, StepResult, TrainStep
@@ -182,3 +184,20 @@ def test_attention_backends_agree_with_the_loop(lengths: list[int], dtype: torch
             torch.testing.assert_close(
                 found, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item(), msg=name
             )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_captured_steps_are_the_launched_ones(optimizer: str) -> None:
+    """Two shapes in turn, weights and losses over six steps; the second replay of a shape waits for nothing on the host."""
+    backends = [name for name in ("flash", "varlen") if name in available(cuda(), torch.bfloat16)]
+    if not backends:
+        pytest.skip("no attention that reads lengths from the device")
+    plain, graphed = (Machine(cuda(), torch.bfloat16, backends[0], optimizer=optimizer) for _ in range(2))
+    tensor_rates(graphed._step.optimizer, cuda())
+    step = GraphedStep(graphed._step, SHAPE.max_positions, capture_on_cuda, DeviceTimer())
+    for number in range(6):
+        a = plain.step(plain.inputs(number % 2), lr=1e-3)
+        b = step(graphed.inputs(number % 2), 1e-3)
+        assert b.mlm_sum.item() == pytest.approx(a.mlm_sum.item(), rel=1e-3)
+    for one, other in zip(plain.model.parameters(), graphed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)

@@ -1,0 +1,69 @@
+"""FP8 matmuls of the encoder through NVIDIA's Transformer Engine (optional package), weights and moments staying fp32.
+
+Heads, embeddings and norms stay in bf16. Token counts must be multiples of 16 (`batch.shape_multiple`).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bert_fast.errors import UserError
+
+
+def check_fp8(device: torch.device, shape_multiple: int) -> None:
+    """Refuse what Transformer Engine cannot do. Raises UserError."""
+    if device.type != "cuda":
+        raise UserError(f"train.precision=fp8 needs CUDA, this run is on {device.type}; set train.precision=bf16")
+    if shape_multiple % 16:
+        raise UserError(
+            f"train.precision=fp8 needs token counts of 16s: batch.shape_multiple={shape_multiple}; set it to 64"
+        )
+    _engine()
+
+
+def use_fp8(model: nn.Module) -> None:
+    """Replace the encoder's linear layers, parameters and their names kept, by Transformer Engine's."""
+    engine = _engine()
+
+    class Fp8GeluLinear(engine.Linear):  # type: ignore[misc, name-defined]  # a module of an optional package
+        """linear(gelu(x)), as `bert.GeluLinear`."""
+
+        def forward(self, x_TF: torch.Tensor, form: str) -> torch.Tensor:
+            return super().forward(F.gelu(x_TF, approximate=form))
+
+    for layer in model.layers:  # type: ignore[union-attr]
+        for name, kind in (
+            ("qkv", engine.Linear),
+            ("attention_out", engine.Linear),
+            ("up", engine.Linear),
+            ("down", Fp8GeluLinear),
+        ):
+            old = getattr(layer, name)
+            new = kind(
+                old.in_features, old.out_features, bias=True, params_dtype=old.weight.dtype, device=old.weight.device
+            )
+            with torch.no_grad():
+                new.weight.copy_(old.weight)
+                new.bias.copy_(old.bias)
+            setattr(layer, name, new)
+    model.fp8 = True
+
+
+def fp8_context(enabled: bool) -> AbstractContextManager[Any]:
+    """Around the encoder's forward."""
+    return _engine().fp8_autocast(enabled=True) if enabled else nullcontext()
+
+
+def _engine() -> Any:
+    try:
+        import transformer_engine.pytorch as engine
+    except ImportError:
+        raise UserError(
+            "train.precision=fp8: transformer-engine is not installed; install it or set train.precision=bf16"
+        ) from None
+    return engine
