@@ -300,9 +300,35 @@ class SystemConfig(Section):
         0, description="rendezvous port for locally started ranks; 0 picks a free one"
     )
 
+    settings: str | None = Field(
+        None,
+        description="file of the machine's environment and binding (configs/systems/): NCCL variables as data. A variable "
+        "that is set already stays as it is",
+    )
+    preflight: bool = Field(
+        False, description="check devices, data, clocks and the network of all ranks before the clock (docs/cluster.md)"
+    )
+
     @property
     def node_size(self) -> int:
         return self.ranks_per_node or self.world_size
+
+
+class RecoveryConfig(Section):
+    """What happens after a failure: docs/cluster.md."""
+
+    max_restarts: NonNegativeInt = Field(
+        0, description="how often a run that lost a rank is started again from its last checkpoint by its launcher"
+    )
+    spare_nodes: NonNegativeInt = Field(
+        0,
+        description="Slurm: nodes of the allocation kept back to take the place of failed ones (sbatch --nodes=MIN-MAX)",
+    )
+    min_nodes: PositiveInt | None = Field(
+        None,
+        description="Slurm: go on with fewer nodes, down to this many, where no spare is left; the global batch stays. Unset: "
+        "never fewer",
+    )
 
 
 class MlperfConfig(Section):
@@ -349,6 +375,9 @@ class Config(Section):
     schedule: ScheduleConfig = Field(description="the learning rate over steps")
     train: TrainConfig = Field(description="the loop: precision, evaluation, target, checkpoints")
     system: SystemConfig = Field(default_factory=SystemConfig, description="ranks, device, threads")
+    recovery: RecoveryConfig = Field(
+        default_factory=RecoveryConfig, description="restarts after a failure, spare nodes"
+    )
     mlperf: MlperfConfig = Field(default_factory=MlperfConfig, description="the MLPerf log")
 
     @model_validator(mode="after")

@@ -41,11 +41,11 @@ from bert_fast.config import Config, ModelConfig, as_plain
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
+from bert_fast.launch import local as launch
 from bert_fast.optim.build import has_decay
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.bench import write_result
 from bert_fast.report.console import ProgressLine
-from bert_fast.train import launch
 from bert_fast.train.clock import Clock
 from bert_fast.train.entry import EXIT_TARGET_MISSED, guarded
 from bert_fast.train.environment import Environment, describe, join, pick_device, pick_dtype

@@ -16,8 +16,9 @@ from bert_fast.cli import load_config, to_yaml
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import write_json
+from bert_fast.launch import local as launch
+from bert_fast.launch.slurm import adopt_slurm, is_launched
 from bert_fast.mlperf.rules import check_division
-from bert_fast.train import launch
 from bert_fast.train.folder import check_folder, check_inputs, create_folder
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def run(args: argparse.Namespace, process_start: float) -> int:
 
         dry_run(config)
         return 0
-    launch.adopt_slurm()
-    launched = launch.is_launched()
+    adopt_slurm()
+    launched = is_launched()
     if not launched or os.environ["RANK"] == "0":
         check_folder(config, args.resume)
         check_inputs(config)

@@ -21,10 +21,11 @@ from bert_fast.config import Config
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
+from bert_fast.launch import local as launch
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train import clock as clock_module
-from bert_fast.train import entry, launch
+from bert_fast.train import entry
 from bert_fast.train.build import Machinery, build
 from bert_fast.train.calibrate import make_planner
 from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
