@@ -29,6 +29,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="build everything, run no step; print memory, batches, plan and buckets"
     )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="check devices, data, clocks and network of all ranks, print a table, exit",
+    )
     if "-h" in arguments or "--help" in arguments:
         from bert_fast.cli import describe_fields
 

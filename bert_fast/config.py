@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -66,6 +67,11 @@ class DataConfig(Section):
     dynamic_masking: bool = Field(
         False,
         description="predict other tokens of a sample each time it is used, not those chosen offline (open division)",
+    )
+    verify_mb_s: NonNegativeFloat = Field(
+        8.0,
+        description="MB a second that every rank reads of the training store in the background, to notice that it has "
+        "changed; 0: never",
     )
     eval_samples: PositiveInt | None = Field(
         None, description="use the first n evaluation samples (MLPerf: 10000); all of them if unset"
@@ -278,6 +284,9 @@ class TrainConfig(Section):
         3, description="synthetic steps before the clock (communicator, kernels, compile); weights are restored"
     )
     checkpoint_every_steps: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only when stopped")
+    async_checkpoints: bool = Field(
+        True, description="go on training while a checkpoint is written (off: wait for it, as at the end of a run)"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints stay on disk")
     save_final_model: bool = Field(False, description="write the final weights as a Hugging Face folder")
     log_every_steps: PositiveInt = Field(10, description="steps between log lines, and between checks for signals")
@@ -457,6 +466,12 @@ class Config(Section):
                 f"train.precision={self.train.precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
             )
         return self
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run writes."""
+    run = config.run
+    return Path(run.folder) if run.folder else Path(run.results_dir) / f"{run.name}-seed{config.train.seed}"
 
 
 def sections() -> dict[str, type[Section]]:

@@ -8,4 +8,8 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on (non-finite loss, a lost rank). Entry points exit with status 3."""
+    """A run that cannot go on (non-finite loss, damaged data). Entry points exit with status 3."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone or silent. Entry points exit with status 4."""

@@ -4,11 +4,13 @@
     len_a, number of masks M, is_random_next, M masked positions, M masked labels, L tokens
 `offsets.npy` (int64, N+1) says where records start, in uint16 units. `lengths.npy` (uint16, N) and `num_masked.npy`
 (uint16, N) are what the planner needs of every sample; all ranks of a node share them through the page cache.
+`blocks.npy` (uint32) is the CRC-32 of every 4 MiB of `samples.bin`: a run compares them while it goes (data.blocks).
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from bert_fast.files import atomic_file, sha256_of, write_json
 
 FORMAT = "bert_fast store 1"
 _TABLES = ("offsets.npy", "lengths.npy", "num_masked.npy")
+_BLOCKS = "blocks.npy"
+BLOCK_BYTES = 1 << 22  # of samples.bin that share a checksum
 _HEADER = 3
 _BYTES = np.dtype(np.uint16).itemsize
 
@@ -140,6 +144,7 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
             with open(part.path, "rb") as source:
                 while block := source.read(1 << 22):
                     out.write(block)
+    _write_blocks(folder)
     histogram, masked = np.zeros(1 << 16, np.int64), 0
     with (
         _table_file(folder / "offsets.npy", np.int64, total + 1) as offsets,
@@ -169,11 +174,20 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
         "mean_length": round(tokens / total, 3),
         "length_histogram": {str(n): int(histogram[n]) for n in used},
         "sha256": sha256_of(folder / "samples.bin"),
-        "tables_sha256": {name: sha256_of(folder / name) for name in _TABLES},
+        "tables_sha256": {name: sha256_of(folder / name) for name in (*_TABLES, _BLOCKS)},
         **manifest,
     }
     write_json(folder / "manifest.json", complete)
     return complete
+
+
+def _write_blocks(folder: Path) -> None:
+    crcs = []
+    with open(folder / "samples.bin", "rb") as file:
+        while content := file.read(BLOCK_BYTES):
+            crcs.append(zlib.crc32(content))
+    with atomic_file(folder / _BLOCKS) as out:
+        np.save(out, np.array(crcs, dtype=np.uint32))
 
 
 @contextmanager
@@ -213,6 +227,8 @@ class Store:
             self.num_masked = np.load(self.folder / "num_masked.npy", mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"store {self.folder} is damaged ({error}); prepare the data again") from None
+        blocks = self.folder / _BLOCKS
+        self.block_crcs: np.ndarray | None = np.load(blocks) if blocks.is_file() else None  # older stores have none
         tables = (len(self._offsets) - 1, len(self.lengths), len(self.num_masked))
         if any(n != promised for n in tables) or self._offsets[-1] != len(self._tokens):
             raise UserError(
@@ -235,6 +251,12 @@ class Store:
     def batch(self, ids: np.ndarray, keep_order: bool = False) -> Batch:
         """Samples `ids` (int64 [B]) as one batch, longest first unless `keep_order`."""
         return assemble(self._tokens, self._offsets[ids], self._offsets[ids + 1], ids, keep_order)
+
+    def samples_at(self, begin: int, end: int) -> tuple[int, int]:
+        """First and last sample with bytes in [begin, end) of samples.bin."""
+        first = np.searchsorted(self._offsets, begin // _BYTES, side="right") - 1
+        last = np.searchsorted(self._offsets, (end - 1) // _BYTES, side="right") - 1
+        return int(first), int(min(last, len(self) - 1))
 
     def check(self, *, vocab_size: int, max_seq_len: int, vocab_sha256: str | None, sha256: str | None) -> None:
         """Refuse a store that does not fit the config. Raises UserError."""

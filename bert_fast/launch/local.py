@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from bert_fast.config import Config
+from bert_fast.config import Config, run_folder
 from bert_fast.errors import UserError
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_LOST_RANK = 4
+RESTARTED = (3, EXIT_LOST_RANK, 70)  # training cannot go on, a rank was lost, a bug: what another try may mend
 ERROR_FOLDER = "BERT_FAST_ERROR_FOLDER"  # variable: where ranks leave their error texts for the launcher
 LAUNCHER_PID = "BERT_FAST_LAUNCHER_PID"  # variable: the process that a rank must not outlive
 _REAP_S = 5.0
@@ -28,7 +29,7 @@ def run_local(config: Config, arguments: list[str]) -> int:
     """Run `python arguments` once for every rank of the config; returns the exit code of the run.
 
     Signals are passed on to the ranks, which end at a step boundary. If a rank dies, the others are stopped and the
-    message names it.
+    message names it; then all start again from the last checkpoint, up to `recovery.max_restarts` times.
     """
     world = config.system.world_size
     if config.system.node_size != world:
@@ -36,6 +37,20 @@ def run_local(config: Config, arguments: list[str]) -> int:
             f"system.world_size={world} spans {world // config.system.node_size} nodes; start it with torchrun or "
             "sbatch on each node (docs/running.md), or set system.ranks_per_node=null to run all ranks here"
         )
+    for attempt in range(config.recovery.max_restarts + 1):
+        code, signalled = _run_once(config, arguments)
+        if code not in RESTARTED or signalled or attempt == config.recovery.max_restarts:
+            break
+        has_checkpoint = any((run_folder(config) / "checkpoints").glob("step-*/complete.json"))
+        arguments = [each for each in arguments if each != "--resume"] + ["--resume"] * has_checkpoint
+        where = "the last checkpoint" if has_checkpoint else "the beginning: there is no checkpoint yet"
+        print(f"restart {attempt + 1} of {config.recovery.max_restarts} from {where}", flush=True)
+    return code
+
+
+def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:
+    """All ranks from start to end: the exit code, and whether the run was told to stop."""
+    world = config.system.world_size
     port = config.system.master_port or _free_port()
     _check_port(port)
     with tempfile.TemporaryDirectory() as errors:
@@ -47,7 +62,7 @@ def run_local(config: Config, arguments: list[str]) -> int:
                     "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     ERROR_FOLDER: errors, LAUNCHER_PID: str(os.getpid()),
                 })  # fmt: skip
-            return ranks.watch()
+            return ranks.watch(), ranks.signalled
 
 
 class _Ranks:
@@ -59,6 +74,11 @@ class _Ranks:
         self._forwarded: int | None = None
         self._interrupts = 0
         self._ended_by_us: set[int] = set()
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal was passed on."""
+        return self._forwarded is not None
 
     def start(self, arguments: list[str], variables: dict[str, str]) -> None:
         """Start one rank, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which passes it on."""
@@ -116,12 +136,20 @@ class _Ranks:
         if killed:
             names = ", ".join(f"rank {rank} by {signal.Signals(-codes[rank]).name}" for rank in killed)
             print(
-                f"error: a rank was killed: {names}; the others were stopped. Start again, or --resume from the last "
-                "checkpoint",
+                f"error: a rank was killed: {names}; the others were stopped{self._last_seen(killed)}. Start again, or "
+                "--resume from the last checkpoint",
                 file=sys.stderr,
             )
             return EXIT_LOST_RANK
         return self._explain(codes)
+
+    def _last_seen(self, killed: list[int]) -> str:
+        """Where the others saw the killed ranks last."""
+        for note in sorted(self._errors.glob("rank-*")):
+            _, found, who = note.read_text(encoding="utf-8").partition("another rank: ")
+            if found and who.startswith(f"rank {killed[0]} ("):
+                return f"; {who.partition('. Start again')[0]}"
+        return ""
 
     def _wait_for_all(self) -> None:
         deadline = time.monotonic() + _REAP_S

@@ -1,103 +1,317 @@
-"""Checkpoints: whole or absent, and exact to resume from.
+"""Checkpoints through torch.distributed.checkpoint (DCP): whole or absent, checksummed, for any number of ranks.
 
-checkpoints/step-00000120/state.pt       model, optimizer, loss scale, progress, clock (rank 0)
-                          rank-0.pt      random state of a rank, and what its wire format keeps
-                          complete.json  written last by rank 0: without it the folder does not count
+checkpoints/step-00000120/__R_0.distcp   what rank R wrote: stretches of flattened weights and moments, its own state
+                          .metadata      which stretch lies where (DCP's own)
+                          complete.json  step, ranks, config, counters and clocks, size and hash of every file
+
+A checkpoint is written under a name that begins with a dot and renamed when all of it is on disk: a crash at any moment
+leaves the one before. Tensors are stored flat, in stretches that any number of ranks can read, sharded or not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import pickle
+import os
 import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from bert_fast.errors import UserError
-from bert_fast.files import write_atomically, write_json
-from bert_fast.train.environment import Environment
+from bert_fast.files import sha256_of, write_json
+
+FORMAT = "bert_fast checkpoint 2"
+_MANIFEST = "complete.json"
+# One rank saves, and every rank loads, without a process group: DCP says so each time.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], rank_state: dict[str, Any], environment: Environment, keep: int,
-    key: dict[str, Any],
+@dataclass(frozen=True)
+class Stretch:
+    """Elements [begin, begin + len(values)) of a flattened tensor of `numel` elements. `values` is flat."""
+
+    name: str
+    begin: int
+    numel: int
+    values: torch.Tensor
+
+
+class _Saving(DefaultSavePlanner):
+    """DCP's planner over stretches instead of a state dict."""
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._stretches = stretches
+        self._values = {(s.name, s.begin): s.values for s in stretches}
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(stretch) for stretch in self._stretches])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        assert index.offset is not None
+        return self._values[index.fqn, index.offset[0]]
+
+
+class _Loading(DefaultLoadPlanner):
+    """Fills stretches from whatever stretches were written."""
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._stretches = stretches
+        self._values = {(s.name, s.begin): s.values for s in stretches}
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for stretch in self._stretches:
+            entry = self.metadata.state_dict_metadata[stretch.name]
+            items += create_read_items_for_chunk_list(stretch.name, entry, [_chunk(stretch)])  # type: ignore[arg-type]
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        index = read_item.dest_index
+        assert index.offset is not None
+        start = read_item.dest_offsets[0]
+        return self._values[index.fqn, index.offset[0]][start : start + read_item.lengths[0]]
+
+
+def _chunk(stretch: Stretch) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([stretch.begin]), torch.Size([len(stretch.values)]))
+
+
+def _write_item(stretch: Stretch) -> WriteItem:
+    properties = TensorProperties.create_from_tensor(stretch.values)
+    data = TensorWriteData(_chunk(stretch), properties, torch.Size([stretch.numel]))
+    index = MetadataIndex(stretch.name, torch.Size([stretch.begin]))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def as_bytes(name: str, value: Any) -> Stretch:
+    """Anything torch can save, as a stretch of bytes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    values = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    return Stretch(name, 0, len(values), values)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def folder_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(
+    folder: Path, stretches: Sequence[Stretch], description: dict[str, Any], rank: int, keep: int,
+    group: dist.ProcessGroup | None,
 ) -> None:  # fmt: skip
-    """Write the checkpoint of `step`; a collective. Older ones beyond `keep` are removed once it is complete.
+    """Write one checkpoint and remove all but the newest `keep`. A collective over `group` (None: one rank alone).
 
-    `state` is rank 0's, `rank_state` every rank's own.
-    `key` is what a resumed run must share with this one (model shape, data, batch).
+    Args:
+        stretches: what this rank writes, on the host. Over all ranks they must cover every tensor once.
+        description: rank 0's: `step`, and whatever else `complete.json` shall hold.
+
+    Raises:
+        UserError: some rank could not write; the text says which and why. What was there before is as it was.
     """
-    target = folder / f"step-{step:08d}"
-    if environment.is_main and (target / "complete.json").exists():
-        (target / "complete.json").unlink()
-    write_atomically(target / f"rank-{environment.rank}.pt", _to_bytes({**_random_state(environment), **rank_state}))
-    if environment.is_main:
-        write_atomically(target / "state.pt", _to_bytes(state))
-    if dist.is_initialized():
-        dist.barrier()
-    if environment.is_main:
-        write_json(target / "complete.json", {"step": step, "world_size": environment.world_size, "key": key})
-        for old in _complete(folder)[:-keep]:
+    step = description["step"]
+    target, unfinished = folder / folder_name(step), folder / f".{folder_name(step)}.tmp"
+    error: str | None = None
+    try:
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if group is not None:
+            dist.barrier(group)
+        writer = dcp.FileSystemWriter(unfinished)
+        dcp.save({}, storage_writer=writer, planner=_Saving(stretches), process_group=group, no_dist=group is None)
+        names = [p.name for p in unfinished.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
+        mine: Any = {n: {"bytes": (unfinished / n).stat().st_size, "sha256": sha256_of(unfinished / n)} for n in names}
+    except Exception as caught:  # of any rank: DCP raises on all
+        mine = error = _explain(caught, folder, rank)
+    everyone = _gather(mine, rank, group)
+    if rank == 0 and error is None:
+        failures = [each for each in everyone if isinstance(each, str)]
+        error = failures[0] if failures else None
+        if error is None:
+            files = {name: entry for each in everyone for name, entry in each.items()}
+            error = _complete_one(folder, unfinished, target, {**description, "files": files}, keep)
+    error = _from_rank_0(error, group)
+    if error is not None:
+        if rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"checkpoint of step {step} was not written: {error}. {_what_there_is(folder)}")
+
+
+def _complete_one(folder: Path, unfinished: Path, target: Path, manifest: dict[str, Any], keep: int) -> str | None:
+    """Rank 0: the manifest, the rename, the removal of older ones. Returns what went wrong."""
+    replaced = folder / f".{target.name}.old"
+    try:
+        write_json(unfinished / _MANIFEST, {"format": FORMAT, **manifest})
+        _sync(unfinished)
+        if target.exists():  # a run that was thrown back to before this step
+            os.replace(target, replaced)
+        os.replace(unfinished, target)
+        _sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in checkpoints_in(folder)[:-keep]:
+            (old / _MANIFEST).unlink()  # first, so that half of it never counts
             shutil.rmtree(old)
+    except (OSError, UserError) as caught:
+        return _explain(caught, folder, 0)
+    return None
+
+
+def _sync(folder: Path) -> None:
+    """Make names in a folder durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _explain(error: BaseException, folder: Path, rank: int) -> str:
+    """One line. DCP collects the exceptions of ranks in one of its own; the first that names a cause counts."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (inner, _) = next(iter(failures.items()))
+        return _explain(inner, folder, rank)
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < 1 << 20 or getattr(error, "errno", None) in (28, 122):
+            return f"disk full ({folder}, rank {rank}); free space and --resume"
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return f"rank {rank}: {text[:200]}"
+
+
+def _what_there_is(folder: Path) -> str:
+    found = checkpoints_in(folder)
+    return f"The last complete one is {found[-1].name}" if found else "There is no complete one"
+
+
+def _gather(value: Any, rank: int, group: dist.ProcessGroup | None) -> list[Any]:
+    if group is None:
+        return [value]
+    found: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
+    dist.gather_object(value, found, dst=0, group=group)
+    return found or []
+
+
+def _from_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:
+    if group is None:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0, group=group)
+    return holder[0]
+
+
+def clear_remains(folder: Path) -> None:
+    """What a crash left of writing: half a checkpoint goes; one that was about to be replaced comes back."""
+    for old in folder.glob(".step-*.old"):
+        target = folder / old.name.removeprefix(".").removesuffix(".old")
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, target)
+    for unfinished in folder.glob(".step-*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(p.parent for p in folder.glob(f"step-*/{_MANIFEST}"))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, if there is one."""
-    found = _complete(folder)
+    found = checkpoints_in(folder)
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path, environment: Environment, key: dict[str, Any]) -> dict[str, Any]:
-    """The state in a checkpoint, with `world_size`, the number of ranks that wrote it.
-
-    If as many read it, this rank's random state is restored and its `rank_state` is in the result.
-
-    Raises:
-        UserError: the checkpoint is of another model, data set or global batch; the differing entry is named.
-    """
+def read_description(path: Path) -> dict[str, Any]:
+    """complete.json. Raises UserError where it is no checkpoint of this format."""
     try:
-        description = json.loads((path / "complete.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"checkpoint {path} is damaged (complete.json is not JSON); remove it") from None
-    for name, value in key.items():
-        if description["key"].get(name) != value:
+        description: dict[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"checkpoint {path} is damaged ({_MANIFEST} is not JSON); remove it") from None
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {path} is of format {description.get('format', 'bert_fast checkpoint 1')!r} and this code reads "
+            f"{FORMAT!r}; go on with the code that wrote it, or start a new run"
+        )
+    return description
+
+
+def damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files (every `world`-th), by size and hash; None if nothing."""
+    try:
+        files: dict[str, dict[str, Any]] = read_description(path)["files"]
+        for name in sorted(files)[rank::world]:
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != files[name]["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes of {files[name]['bytes']:,}"
+            if sha256_of(file) != files[name]["sha256"]:
+                return f"{name} has changed since it was written"
+    except UserError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def read_metadata(path: Path) -> Metadata:
+    """DCP's list of the tensors in a checkpoint."""
+    return dcp.FileSystemReader(path).read_metadata()
+
+
+def read_stretches(path: Path, stretches: Sequence[Stretch]) -> None:
+    """Fill the values of `stretches` (on any device); each rank by itself. Raises UserError for what is not there."""
+    entries = read_metadata(path).state_dict_metadata
+    for stretch in stretches:
+        entry = entries.get(stretch.name)
+        if entry is None:
+            raise UserError(f"checkpoint {path} has no tensor {stretch.name}; it is of another model or optimizer")
+        size = entry.size[0]  # type: ignore[union-attr]
+        if size != stretch.numel:
             raise UserError(
-                f"checkpoint {path} does not fit this config: {name} was {description['key'].get(name)!r} and is now "
-                f"{value!r}; resume with the run's own config or start a new run"
+                f"checkpoint {path} has {size:,} numbers in {stretch.name} and the model {stretch.numel:,}; it is of another "
+                "model"
             )
-    own_state = description["world_size"] == environment.world_size
-    try:
-        state: dict[str, Any] = torch.load(path / "state.pt", map_location=environment.device, weights_only=True)
-        own = torch.load(path / f"rank-{environment.rank}.pt", weights_only=True) if own_state else None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"checkpoint {path} is damaged ({why}); remove it") from None
-    state["world_size"] = description["world_size"]
-    if own is None:
-        return state
-    torch.set_rng_state(own.pop("cpu"))
-    if environment.device.type == "cuda":
-        torch.cuda.set_rng_state(own.pop("cuda"), environment.device)
-    state["rank_state"] = own
-    return state
+    if stretches:
+        dcp.load({}, storage_reader=dcp.FileSystemReader(path), planner=_Loading(stretches), no_dist=True)
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(p.parent for p in folder.glob("step-*/complete.json"))
-
-
-def _random_state(environment: Environment) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if environment.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(environment.device)
-    return state
-
-
-def _to_bytes(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def read_bytes(path: Path, metadata: Metadata, name: str) -> Any:
+    """What `as_bytes` stored under `name`; None if there is no such entry."""
+    entry = metadata.state_dict_metadata.get(name)
+    if entry is None:
+        return None
+    values = torch.empty(entry.size[0], dtype=torch.uint8)  # type: ignore[union-attr]
+    read_stretches(path, [Stretch(name, 0, len(values), values)])
+    return torch.load(io.BytesIO(values.numpy().tobytes()), weights_only=True)

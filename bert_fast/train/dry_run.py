@@ -11,7 +11,7 @@ import torch.distributed as dist
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Layout, measure_ready_order
 from bert_fast.communication.sharded import ShardedReducer
-from bert_fast.config import Config
+from bert_fast.config import Config, run_folder
 from bert_fast.data.store import Store
 from bert_fast.memory.estimate import estimate, num_parameters
 from bert_fast.model.attention import choose_backend
@@ -23,7 +23,6 @@ from bert_fast.report.console import print_table
 from bert_fast.train.build import make_engine, make_layout
 from bert_fast.train.calibrate import make_cost, make_planner
 from bert_fast.train.environment import Environment, pick_device, pick_dtype
-from bert_fast.train.folder import run_folder
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.sharded import ShardedOptimizer
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_fast.cli import load_config, to_yaml
-from bert_fast.config import Config, as_plain
-from bert_fast.errors import TrainingError, UserError
+from bert_fast.config import Config, as_plain, run_folder
+from bert_fast.errors import LostRankError, TrainingError, UserError
 from bert_fast.files import write_json
 from bert_fast.launch import local as launch
 from bert_fast.launch.slurm import adopt_slurm, is_launched
 from bert_fast.mlperf.rules import check_division
+from bert_fast.train.flight import flight_record, record_flight
 from bert_fast.train.folder import check_folder, check_inputs, create_folder
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _LOST_RANK = (
     "Broken pipe",
     "pair closure",
     "Timed out",
+    "timed out",
 )
 EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING, EXIT_BUG = 1, 2, 3, 70
 
@@ -46,6 +48,8 @@ def guarded(action: Callable[[], int]) -> int:
         return _report(str(error), EXIT_USER)
     except TrainingError as error:
         return _report(str(error), EXIT_TRAINING)
+    except LostRankError as error:
+        return _report(str(error), launch.EXIT_LOST_RANK)
     except KeyboardInterrupt:
         return _report("interrupted before the first step; nothing was written", 130)
     except OSError as error:
@@ -53,12 +57,15 @@ def guarded(action: Callable[[], int]) -> int:
             return _report(f"disk full ({error.filename or 'run folder'}); free space and --resume", EXIT_USER)
         return _bug(error)
     except RuntimeError as error:
-        text = str(error)
-        if not any(word in text for word in _LOST_RANK):
+        if not _is_lost_rank(error):
             return _bug(error)
-        return _report(f"lost contact with another rank: {text.splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
+        return _report(f"lost contact with another rank: {str(error).splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
     except Exception as error:
         return _bug(error)
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    return any(word in str(error) for word in _LOST_RANK)
 
 
 def _bug(error: Exception) -> int:
@@ -83,6 +90,10 @@ def run(args: argparse.Namespace, process_start: float) -> int:
         return 0
     adopt_slurm()
     launched = is_launched()
+    if args.preflight:
+        return (
+            launch.run_local(config, sys.argv) if not launched and config.system.world_size > 1 else _preflight(config)
+        )
     if not launched or os.environ["RANK"] == "0":
         check_folder(config, args.resume)
         check_inputs(config)
@@ -91,21 +102,51 @@ def run(args: argparse.Namespace, process_start: float) -> int:
     return _be_a_rank(config, args.resume, process_start)
 
 
+def _preflight(config: Config) -> int:
+    from bert_fast.train.environment import join
+    from bert_fast.train.preflight import preflight, say_preflight
+
+    environment = join(config)
+    report = preflight(config, environment)
+    if environment.is_main:
+        say_preflight(report)
+    return 0
+
+
 def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
     from bert_fast.train.environment import join
     from bert_fast.train.finish import finish
     from bert_fast.train.loop import Run
 
+    record_flight(run_folder(config))
     environment = join(config)
     if environment.is_main:
         folder = create_folder(config, resume)
         (folder / "stopped.json").unlink(missing_ok=True)
-    run = Run(config, environment, resume, process_start)
-    outcome = run.execute()
+    run = Run(config, environment, resume, process_start, on_lost=_leave)
+    try:
+        outcome = run.execute()
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or not _is_lost_rank(error):
+            raise
+        who = run.heartbeat.diagnose() or str(error).splitlines()[0][:160]
+        raise LostRankError(_lost_text(who)) from error
     if outcome.status != "stopped":
         finish(run, outcome)
+    run.heartbeat.stop()
     run.metrics.close()
     return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
+
+
+def _lost_text(who: str) -> str:
+    return f"lost contact with another rank: {who}. Start again with --resume{flight_record()}"
+
+
+def _leave(who: str) -> None:
+    """Called beside a main thread that may wait for ever."""
+    code = _report(_lost_text(who), launch.EXIT_LOST_RANK)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _exit_code(run: Run, outcome: Outcome) -> int:

@@ -8,12 +8,16 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.launch.head import bound_by_slurm, check_head
+from bert_fast.launch.settings import SystemSettings, apply, load_settings, nic_variables
+from bert_fast.launch.topology import bind, read_topology
 from bert_fast.report.bench import cpu_name
 
 
@@ -26,6 +30,7 @@ class Environment:
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    binding: str = ""  # which cores, and why
 
     @property
     def is_main(self) -> bool:
@@ -85,8 +90,10 @@ def join(config: Config) -> Environment:
             f"the launcher started {world} ranks and system.world_size={config.system.world_size}; start as many or set "
             f"system.world_size={world} (and batch.global_batch to match)"
         )
+    settings = _use_settings(config)
+    check_head()
     device = pick_device(config.system.device, local_rank)
-    _set_threads(config, device, local_rank)
+    binding = _bind(config, settings, device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -94,7 +101,7 @@ def join(config: Config) -> Environment:
     if world > 1 or config.communication.engine == "ddp":
         _init_process_group(config, device, rank, world)
     torch.use_deterministic_algorithms(config.train.deterministic)
-    return Environment(rank, local_rank, world, device, pick_dtype(config.train.precision, device))
+    return Environment(rank, local_rank, world, device, pick_dtype(config.train.precision, device), binding)
 
 
 def _init_process_group(config: Config, device: torch.device, rank: int, world: int) -> None:
@@ -120,16 +127,43 @@ def _init_process_group(config: Config, device: torch.device, rank: int, world: 
         raise UserError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
 
 
-def _set_threads(config: Config, device: torch.device, local_rank: int) -> None:
+def _use_settings(config: Config) -> SystemSettings | None:
+    """Take the machine's variables from `system.settings`, before CUDA or NCCL read theirs."""
+    if config.system.settings is None:
+        return None
+    settings = load_settings(config.system.settings)
+    if settings.ranks_per_node is not None and settings.ranks_per_node != config.system.node_size:
+        raise UserError(
+            f"system.settings={config.system.settings} is for {settings.ranks_per_node} ranks on a node and "
+            f"system.ranks_per_node is {config.system.node_size}; change one"
+        )
+    apply(settings, os.environ)
+    return settings
+
+
+def _bind(config: Config, settings: SystemSettings | None, device: torch.device, local_rank: int) -> str:
+    """Pin this rank to its cores (those near its GPU) and set its number of threads. Returns what was done, for the log."""
+    if not hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(config.system.threads_per_rank or 1)
+        return "not bound: this system has no affinity of processes"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.system.node_size))
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    share = max(1, len(cores) // ranks)
-    threads = config.system.threads_per_rank or (share if device.type == "cpu" else min(4, share))
-    if device.type == "cpu" and config.system.bind_cores and ranks > 1 and len(cores) >= ranks * threads:
-        mine = cores[local_rank * share : (local_rank + 1) * share]
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, mine)
+    allowed = os.sched_getaffinity(0)
+    if bound_by_slurm():  # these cores are this rank's alone already
+        local_rank, ranks = 0, 1
+    kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
+    binding = bind(read_topology(), local_rank, ranks, allowed, kind, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    own = max(1, len(binding.cpus) if kind == "cpu" else binding.num_cores)
+    threads = config.system.threads_per_rank or (own if kind == "cpu" else min(4, own))
     torch.set_num_threads(threads)
+    wanted = config.system.bind_cores and (settings is None or settings.bind_cpus)
+    enough = ranks > 1 and len(allowed) >= ranks * threads if kind == "cpu" else len(binding.cpus) > 0
+    if not (wanted and enough):
+        return f"not bound; {threads} threads"
+    os.sched_setaffinity(0, binding.cpus)
+    if settings is not None and settings.bind_nics and binding.nic:
+        nic = next(nic for nic in read_topology().nics if nic.name == binding.nic)
+        os.environ.update({k: v for k, v in nic_variables(nic).items() if k not in os.environ})
+    return f"{binding.why}; {threads} threads"
 
 
 def keep_freed_memory() -> None:
@@ -156,6 +190,7 @@ def describe(environment: Environment) -> dict[str, object]:
         "world_size": environment.world_size,
         "threads_per_rank": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "binding": environment.binding,
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,14 +52,15 @@ class Evaluator:
         ]
 
     @torch.no_grad()
-    def __call__(self, model: BertForPretraining) -> Evaluation:
-        """Evaluate. A collective: all ranks call it together."""
+    def __call__(self, model: BertForPretraining, on_batch: Callable[[], None] = lambda: None) -> Evaluation:
+        """Evaluate. A collective: all ranks call it together. `on_batch` is called before every batch."""
         environment = self._environment
         sums = torch.zeros(4, dtype=torch.float64, device=environment.device)
         was_training = model.training
         model.eval()
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
             for batch in self._batches:
+                on_batch()
                 losses = model(batch, with_accuracy=True)
                 sums += torch.stack([x.double() for x in losses])
         model.train(was_training)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import subprocess
 from pathlib import Path
 
 from bert_fast.balance.cost import read_cost
 from bert_fast.cli import to_yaml
-from bert_fast.config import Config, as_plain
+from bert_fast.config import Config, as_plain, run_folder
 from bert_fast.errors import UserError
 from bert_fast.files import sha256_of, write_atomically
 from bert_fast.model.tensorflow_bundle import is_bundle
-
-
-def run_folder(config: Config) -> Path:
-    """Where this run writes."""
-    run = config.run
-    return Path(run.folder) if run.folder else Path(run.results_dir) / f"{run.name}-seed{config.train.seed}"
 
 
 def check_folder(config: Config, resume: bool) -> None:
@@ -94,21 +86,3 @@ def checkpoint_vocabulary(folder: str | None) -> str | None:
         return None
     vocab = (Path(folder).parent if is_bundle(folder) else Path(folder)) / "vocab.txt"
     return sha256_of(vocab) if vocab.is_file() else None
-
-
-def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str, str]:
-    """What a resumed run must have in common with the run that wrote the checkpoint, as hashes by section.
-
-    The number of ranks and how they share a global batch may change: the samples of the steps stay the same.
-    """
-    plain = as_plain(config)
-    key = {
-        section: hashlib.sha256(json.dumps(plain[section], sort_keys=True).encode()).hexdigest()[:16]
-        for section in ("model", "balance", "optimizer", "schedule")
-    }
-    key["batch.global_batch"] = str(config.batch.global_batch)
-    if config.balance.strategy == "stratified_presort":  # draws by rank, so its samples follow from who there is
-        key["samples of a rank (stratified_presort)"] = str(config.batch.local_batch * config.batch.accumulation)
-    clipping = {name: plain["communication"][name] for name in ("clip", "clip_groups", "max_norm")}
-    data = {"train data": train_sha256[:16], "eval data": eval_sha256[:16]}
-    return {**key, "clipping": json.dumps(clipping), "seed": str(config.train.seed), **data}

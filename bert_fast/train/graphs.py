@@ -75,6 +75,7 @@ class GraphedStep:
         self.compute_timer = timer
         self._step, self._max_seq_len, self._capture = step, max_seq_len, capture
         step.compute_timer = step.exposed_timer = None  # their events cannot be read out of a graph
+        self.before_update: Callable[[], None] = lambda: None
         self._captured: dict[tuple[Any, ...], _Captured] = {}
 
     def set_trace(self, trace: Trace | None) -> None:
@@ -82,6 +83,7 @@ class GraphedStep:
         assert trace is None, "refused by check_graphs"
 
     def __call__(self, inputs: StepInput, lr: float) -> StepResult:
+        self.before_update()
         inputs = static_form(inputs, self._max_seq_len)
         key = _shape_of(inputs)
         found = self._captured.get(key)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +23,13 @@ from mlperf_logging.mllog import constants
 from bert_fast.balance.cost import CostModel, cost_record
 from bert_fast.balance.planner import Plan
 from bert_fast.cli import to_yaml
-from bert_fast.config import Config
+from bert_fast.config import Config, run_folder
 from bert_fast.data.batch import Batch
+from bert_fast.data.blocks import BlockWatch
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.masking import mask_id_of, redraw
 from bert_fast.data.store import Store
-from bert_fast.errors import TrainingError
+from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import write_atomically, write_json
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.mlperf.rules import check_evaluation_set, check_init_time
@@ -37,15 +40,20 @@ from bert_fast.report.metrics import MetricsWriter
 from bert_fast.trace import span_or_nothing
 from bert_fast.train.build import Machinery, bucket_note, build, gather_floats, matmul_ceiling, seed_ranks
 from bert_fast.train.calibrate import calibrate, make_cost, make_planner
-from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from bert_fast.train.capture import captured, optimizer_counts, rank_state, restore
+from bert_fast.train.checkpoint import read_description
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
 from bert_fast.train.failures import explain_memory, tokens_of
-from bert_fast.train.folder import checkpoint_vocabulary, resume_key, run_folder
+from bert_fast.train.folder import checkpoint_vocabulary
 from bert_fast.train.graphs import tensor_rates
+from bert_fast.train.heartbeat import CHECKPOINT, COMPUTE, DATA, EVALUATION, EXCHANGE, FIGURES, FINISHING, Heartbeat
 from bert_fast.train.inputs import planned_batches, to_device
+from bert_fast.train.preflight import preflight, say_preflight
 from bert_fast.train.profile import StepProfile
+from bert_fast.train.resume import check_key, resume_key, sound_checkpoint
+from bert_fast.train.saver import Saver, saving_group
 from bert_fast.train.state import Progress
 from bert_fast.train.step import StepInput, StepResult
 from bert_fast.train.stop import StopFlag
@@ -65,7 +73,13 @@ class Outcome:
 class Run:
     """One run on one rank. `execute()` is the whole of it."""
 
-    def __init__(self, config: Config, environment: Environment, resume: bool, process_start: float) -> None:
+    def __init__(self, config: Config, environment: Environment, resume: bool, process_start: float,
+        on_lost: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            on_lost: called from another thread, with the reason, when a rank is lost and this one may wait for it for ever.
+        """
         self.config, self.environment, self.resume = config, environment, resume
         self.folder = run_folder(config)
         self._process_start = process_start
@@ -75,6 +89,7 @@ class Run:
         self.line = ProgressLine(enabled=main)
         self.clock, self.progress = Clock(), Progress()
         self.stop = StopFlag()
+        self.heartbeat = Heartbeat(environment, config.communication.timeout_s, on_lost)
         self._skipped = torch.zeros((), device=environment.device)  # non-finite steps in a row
         self.ceiling = 0.0
         self.init_s = 0.0
@@ -84,6 +99,15 @@ class Run:
     def prepare(self) -> None:
         """init_start to init_stop: nothing here touches the data set."""
         config = self.config
+        self.heartbeat.start()
+        if self.environment.is_main:
+            hosts = [{"rank": rank, "host": host} for rank, host in enumerate(self.heartbeat.hosts)]
+            write_json(self.folder / "nodes.json", hosts)
+        if config.system.preflight:
+            report = preflight(config, self.environment)
+            if self.environment.is_main:
+                say_preflight(report)
+                write_json(self.folder / "preflight.json", report)
         if not self.resume:
             cleared = self._clear_caches()
             self.mllog.submission(config)
@@ -95,6 +119,9 @@ class Run:
         if not self.resume:
             variables = (name for _, name in google_variables(config.model.num_layers))
             self.mllog.tensors(variables, config.mlperf.ruleset)
+        checkpoints = self.folder / "checkpoints"
+        self.saver = Saver(checkpoints, self.environment, config.train.keep_checkpoints, saving_group(self.environment))
+        self.machinery.step.before_update = self._before_update
         self._record_buckets()
         note = bucket_note(config, self.machinery.layout)
         if note:
@@ -178,8 +205,14 @@ class Run:
             raise
         finally:
             prefetcher.close()
+            self._blocks.close()
+        self.heartbeat.at(self.progress.step, FINISHING)
         if outcome.status != "stopped":
             self._finish_logs(outcome)
+        try:
+            self.saver.wait()
+        except UserError as error:  # of no use to a run that is done
+            self.line.say(f"warning: {error}")
         self.line.done()
         return outcome
 
@@ -194,6 +227,9 @@ class Run:
             )
         if data.eval_sha256 and self.environment.is_main:
             self.eval_store.check_bytes(data.eval_sha256)
+        ranks = config.system.node_size
+        self._blocks = BlockWatch(self.store, self.environment.local_rank, ranks, data.verify_mb_s)
+        self._blocks.start()
         check_evaluation_set(len(self.eval_store), config)
         self._redraw: Callable[..., Batch] | None = None
         if data.dynamic_masking:
@@ -236,6 +272,7 @@ class Run:
         while progress.step < train.max_steps:
             trace = self.profile.before(progress.step)
             waited = time.perf_counter()
+            self.heartbeat.at(progress.step, DATA)
             with span_or_nothing(trace, "data", "wait"):
                 plan, batches, masked, tokens, tokens_squared = prefetcher.next()
             inputs = StepInput(
@@ -245,6 +282,7 @@ class Run:
             )
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
+            self.heartbeat.at(progress.step, COMPUTE)
             try:
                 result = self.machinery.step(inputs, lr)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -267,11 +305,16 @@ class Run:
             if evaluate and self._evaluate():
                 return Outcome("success", True)
             if stop:
-                self._checkpoint()
+                self._checkpoint(wait=True)
                 return Outcome("stopped", False, signal.Signals(stop).name)
             if checkpoint:
                 self._checkpoint()
         return Outcome("aborted" if train.target_accuracy is not None else "success", False)
+
+    def _before_update(self) -> None:
+        """Between backward and the wait for the gradients."""
+        self.heartbeat.at(self.progress.step, EXCHANGE)
+        self.saver.before_update()
 
     def _say_trace(self, path: Path | None) -> None:
         if path:
@@ -314,7 +357,12 @@ class Run:
         bad_steps = gather_floats([float(self._bad_step.item())], self.environment)[:, 0]
         ranks = [rank for rank, step in enumerate(bad_steps) if step >= 0]
         step = int(bad_steps[ranks[0]]) if ranks else self.progress.step - 1
-        blame = f"rank {', '.join(map(str, ranks))}" if ranks else "no single rank's loss (the gradient overflowed)"
+        hosts = ", ".join(sorted({self.heartbeat.hosts[rank % len(self.heartbeat.hosts)] for rank in ranks}))
+        blame = (
+            f"rank {', '.join(map(str, ranks))} on {hosts}"
+            if ranks
+            else "no single rank's loss (the gradient overflowed)"
+        )
         text = f"step {step}: loss or gradient is not finite, from {blame}"
         if self.environment.is_main:
             self.line.say(f"warning: {text}; step skipped ({skipped} in a row)")
@@ -332,6 +380,7 @@ class Run:
         steps = self.progress.step - self._interval_start[1]
         if not steps:
             return 0
+        self.heartbeat.at(self.progress.step, FIGURES)
         if self.environment.device.type == "cuda":
             self._check_finite()
         interval = self._interval
@@ -341,13 +390,15 @@ class Run:
             interval["exposed_s"] = sum(self.machinery.step.exposed_timer.read())
         table = gather_floats(
             [*self._sums.tolist(), float(self.stop.number), interval["exposed_s"], interval["data_s"],
-             interval["optimizer_s"], *self._compute],
+             interval["optimizer_s"], float(self._alarm() is not None), *self._compute],
             self.environment,
         )  # fmt: skip
+        if table[:, 6].any():
+            self._stop_for(int(table[:, 6].argmax()))
         mlm = table[:, 0].sum() / interval["masked"]
         nsp = table[:, 1].sum() / (steps * self.config.batch.global_batch)
         seconds = self.clock.training - self._interval_start[0]
-        compute = table[:, 6:]  # [ranks, steps]
+        compute = table[:, 7:]  # [ranks, steps]
         uneven = compute.max(axis=0) / compute.mean(axis=0)
         # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
         exposed = table[:, 3].min() / steps
@@ -386,6 +437,24 @@ class Run:
         self._reset_interval()
         return int(table[:, 2].max())
 
+    def _alarm(self) -> str | None:
+        """What this rank's background threads have found wrong."""
+        if self.saver.failed is not None:
+            return self.saver.failed
+        found = self._blocks.alarm
+        return f"rank {self.environment.rank} on {socket.gethostname()}: {found}" if found else None
+
+    def _stop_for(self, rank: int) -> None:
+        """All ranks stop for what `rank` has found, and say the same. What is sound is saved first. A collective."""
+        holder = [self._alarm(), self._blocks.vanished and self.saver.failed is None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(holder, src=rank)
+        text, sound = holder
+        if sound:  # a name has gone, and no wrong byte was read
+            self._checkpoint(wait=True)
+            text = f"{text}, then --resume: step {self.progress.step:,} is saved"
+        raise UserError(str(text))
+
     def _cost_rows(self, compute: np.ndarray) -> list[list[float]]:
         """(tokens, squared lengths, milliseconds) of ranks in the interval's last steps, for a later fit of the cost."""
         steps = max(1, _COST_ROWS // self.environment.world_size)
@@ -419,7 +488,9 @@ class Run:
                     self.eval_store, self.config.data.eval_samples, self.config.batch,
                     self.cost, self.environment,
                 )  # fmt: skip
-            result: Evaluation = self._evaluator(self.machinery.model)
+            result: Evaluation = self._evaluator(
+                self.machinery.model, lambda: self.heartbeat.at(progress.step, EVALUATION)
+            )
             self.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
         self.mllog.throughput(samples / self.clock.training, progress.step)
         while progress.next_evaluation <= samples:
@@ -439,40 +510,44 @@ class Run:
             self._block_start()
         return reached
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, wait: bool = False) -> None:
+        """Begin to write a checkpoint of the last step; with `wait`, until it is on disk."""
         machinery = self.machinery
+        self.heartbeat.at(self.progress.step, CHECKPOINT)
         with self.clock.pause("checkpoint"):
             state = {
-                "model": machinery.model.state_dict(),
-                "optimizer": machinery.optimizer.state_dict(),
-                "loss_scale": machinery.loss_scale.state_dict() if machinery.loss_scale else None,
                 "progress": self.progress.state_dict(),
                 "clock": self.clock.state_dict(),
+                "loss_scale": machinery.loss_scale.state_dict() if machinery.loss_scale else None,
+                "optimizer": optimizer_counts(machinery),
                 "cost": [self.cost.linear, self.cost.quadratic],
             }
-            save_checkpoint(
-                self.folder / "checkpoints", self.progress.step, state, {"wire": machinery.engine.wire.state_dict()},
-                self.environment, self.config.train.keep_checkpoints, self._key,
-            )  # fmt: skip
+            description = {
+                "step": self.progress.step, "world_size": self.environment.world_size, "key": self._key,
+                "state": json.loads(json.dumps(state, default=float)),
+            }  # fmt: skip
+            own = rank_state(machinery, self.environment)
+            self.saver.start(captured(machinery, self.environment), own, description)
+            if wait or not self.config.train.async_checkpoints:
+                self.saver.wait()
 
     def _restore(self) -> None:
-        path = latest_checkpoint(self.folder / "checkpoints")
-        assert path is not None, "checked before the ranks were started"
-        state = load_checkpoint(path, self.environment, self._key)
-        if state["world_size"] != self.environment.world_size:
+        path = sound_checkpoint(self.folder / "checkpoints", self.environment, self.line.say)
+        description = read_description(path)
+        check_key(path, description["key"], self._key)
+        state, wrote = description["state"], description["world_size"]
+        same_ranks = wrote == self.environment.world_size
+        if not same_ranks:  # random state and error feedback begin anew
             seed_ranks(self.config.train.seed + state["progress"]["step"], self.environment)
             self.line.say(
-                f"resumed by {self.environment.world_size} ranks, stopped by {state['world_size']}: the same samples in "
-                "the same steps, dealt to other ranks"
+                f"resumed by {self.environment.world_size} ranks, stopped by {wrote}: the same samples in the same steps, "
+                "dealt to other ranks"
             )
-        self.machinery.model.load_state_dict(state["model"])
-        self.machinery.optimizer.load_state_dict(state["optimizer"])
+        restore(path, self.machinery, self.environment, state["optimizer"], same_ranks)
         if self.config.train.cuda_graphs:  # nothing is captured yet; the rates that were loaded may be numbers
             tensor_rates(self.machinery.step.optimizer, self.environment.device)
         if self.machinery.loss_scale and state["loss_scale"]:
             self.machinery.loss_scale.load_state_dict(state["loss_scale"])
-        if "rank_state" in state:  # by another number of ranks: error feedback starts anew
-            self.machinery.engine.wire.load_state_dict(state["rank_state"].get("wire", {}))
         self.progress.load_state_dict(state["progress"])
         self.progress.sessions += 1
         self.clock.load_state_dict(state["clock"])

@@ -45,6 +45,13 @@ class ShardedOptimizer:
             parts[piece.bucket].append(parameter)
         return parts
 
+    def held(self) -> list[tuple[str, int, int, nn.Parameter]]:
+        """What this rank updates: (parameter's name, first element, elements of the whole parameter, the piece)."""
+        return [
+            (self._names[piece.parameter], piece.begin, self._shapes[piece.parameter].numel(), parameter)
+            for piece, parameter in zip(self._engine.pieces, self._pieces, strict=True)
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """As `build_optimizer(all parameters).state_dict()`, on the host. A collective; only rank 0 gets the state."""
         decayed = [i for i, name in enumerate(self._names) if has_decay(name)]
@@ -55,7 +62,7 @@ class ShardedOptimizer:
             groups.append({**settings, "params": list(range(start, start + count))})
             start += count
         place_of = {index: place for place, index in enumerate(order)}
-        steps = self._steps()
+        steps = self.steps()
         state: dict[int, dict[str, torch.Tensor]] = {}
         if float(steps) == 0.0:
             return {"state": state, "param_groups": groups}
@@ -93,8 +100,8 @@ class ShardedOptimizer:
         ]
         self.inner.load_state_dict({"state": state, "param_groups": groups})
 
-    def _steps(self) -> torch.Tensor:
-        """The step count, 0-dim on the host; the same for all tensors and ranks."""
+    def steps(self) -> torch.Tensor:
+        """The step count, 0-dim on the host; the same for all tensors and ranks. A collective."""
         entries = [self.inner.state[p] for p in self._pieces if p in self.inner.state]
         count = max((float(entry["step"]) for entry in entries), default=0.0)
         shared = torch.tensor(count, dtype=torch.float64, device=self._engine.gradients.buffer.device)

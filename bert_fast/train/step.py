@@ -76,6 +76,7 @@ class TrainStep:
         self.exposed_timer = (
             DeviceTimer() if device.type == "cuda" else None
         )  # from backward's end to the averaged gradient
+        self.before_update: Callable[[], None] = lambda: None  # called before weights and moments change
         self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(
             type(optimizer), "found_inf"
         )
@@ -101,6 +102,7 @@ class TrainStep:
         with self.compute_timer or nullcontext():
             mlm_sum, nsp_sum = self._forward_backward(inputs)
         backward_end = time.perf_counter()
+        self.before_update()
         if lr is not None:
             self._set_rate(lr)
         if self._parts is None:

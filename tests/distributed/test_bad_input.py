@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_task import prepare_data
 from training_run import TORCHRUN, TrainingRun, Workspace, errors_of, last_step, lines
 
@@ -21,7 +20,7 @@ from bert_fast.cli import load_config
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
-from bert_fast.train.checkpoint import latest_checkpoint
+from bert_fast.train.checkpoint import damage, latest_checkpoint, read_description
 
 pytestmark = pytest.mark.distributed
 
@@ -167,7 +166,7 @@ def test_a_killed_rank_is_named_and_the_others_stop(workspace: Workspace) -> Non
     assert re.search(r"rank 1 by SIGKILL; the others were stopped.*--resume", the_error(run))
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
-    assert int(checkpoint.name.removeprefix("step-")) >= 10
+    assert int(checkpoint.name.removeprefix("step-")) >= 5  # the one of step 10 may have been on its way
     assert [line["step"] for line in lines(folder)] == list(range(1, last_step(folder) + 1))
 
 
@@ -204,13 +203,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB, where this machine lets us mount one."""
+    """A file system of two MiB, where this machine lets us mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if not as_root:
         pytest.skip("mounting a small file system needs root")
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], capture_output=True, text=True
     )
     if done.returncode:
         pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
@@ -219,15 +218,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_disk_full(workspace: Workspace, small_disk: Path) -> None:
-    """A checkpoint of the tiny model takes a third of the disk. Those that were whole stay whole."""
+    """A checkpoint of the tiny model takes a quarter of the disk. Those that were whole stay whole."""
     folder = small_disk / "run"
     often = ("train.checkpoint_every_steps=3", "train.keep_checkpoints=9")
     line = refused(workspace, f"run.folder={folder}", *often)
-    assert re.search("disk full while writing .*checkpoints.*; free space", line)
-    assert not list(folder.rglob("*.tmp"))
+    assert re.search(r"checkpoint of step \d+ was not written: disk full .*; free space and --resume", line)
+    assert not list(folder.rglob(".step-*"))
     kept = latest_checkpoint(folder / "checkpoints")
     assert kept is not None
-    state = torch.load(kept / "state.pt", weights_only=True)
+    assert damage(kept) is None
+    state = read_description(kept)["state"]
     assert state["progress"]["step"] == int(kept.name.removeprefix("step-")) >= 3
 
 

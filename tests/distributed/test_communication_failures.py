@@ -21,7 +21,7 @@ from training_run import ROOT, TrainingRun, Workspace, errors_of, last_step, lin
 from bert_fast.cli import config_from_tree
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.train import build as building
-from bert_fast.train.checkpoint import latest_checkpoint
+from bert_fast.train.checkpoint import damage, latest_checkpoint, read_description
 from bert_fast.train.entry import guarded
 from bert_fast.train.environment import Environment
 
@@ -42,8 +42,8 @@ def checkpoint_of(folder: Path, at_least: int) -> int:
     """The step of the last checkpoint, which can be read and is not ahead of the log."""
     path = latest_checkpoint(folder / "checkpoints")
     assert path is not None
-    state = torch.load(path / "state.pt", weights_only=True)
-    step = state["progress"]["step"]
+    assert damage(path) is None
+    step = read_description(path)["state"]["progress"]["step"]
     assert path.name == f"step-{step:08d}"
     assert at_least <= step <= last_step(folder)
     return step

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from training_run import TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.cli import load_config
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint
-from bert_fast.train.environment import Environment
-from bert_fast.train.folder import resume_key
+from bert_fast.train.checkpoint import latest_checkpoint, read_description
+from bert_fast.train.resume import check_key, resume_key
 
 pytestmark = pytest.mark.distributed
 
@@ -180,18 +177,18 @@ def test_another_model_is_not_resumed(interrupted: Path, workspace: Workspace) -
     code, run = workspace.run("run.folder=interrupted", *SETTINGS, "model.hidden_dropout=0.2", resume=True)
     assert code == 2
     assert len(errors_of(run)) == 1
-    assert "does not fit this config: model was" in errors_of(run)[0]
+    assert "model.hidden_dropout was 0.1 and is now 0.2" in errors_of(run)[0]
     assert latest_checkpoint(interrupted / "checkpoints") is not None
 
 
 ANOTHER = {
-    "model": ["model.num_heads=4"],
+    "model.num_heads": ["model.num_heads=4"],
     "batch.global_batch": ["batch.global_batch=32", "batch.local_batch=16"],
-    "balance": ["balance.strategy=random"],
-    "optimizer": ["optimizer.lr=0.02"],
-    "schedule": ["schedule.warmup_steps=6"],
-    "seed": ["train.seed=1"],
-    "clipping": ["communication.max_norm=2"],
+    "balance.strategy": ["balance.strategy=random"],
+    "optimizer.lr": ["optimizer.lr=0.02"],
+    "schedule.warmup_steps": ["schedule.warmup_steps=6"],
+    "train.seed": ["train.seed=1"],
+    "communication.max_norm": ["communication.max_norm=2"],
 }
 SAME = ["communication.bucket_mb=1", "communication.engine=ddp", "train.log_every_steps=7", "train.max_steps=500"]
 
@@ -208,31 +205,35 @@ def test_what_is_no_numerics_may_change(interrupted: Path, workspace: Workspace,
 
 
 def test_other_data_is_not_resumed(interrupted: Path, workspace: Workspace) -> None:
-    with pytest.raises(UserError, match="train data was"):
+    with pytest.raises(UserError, match="train data had the hash"):
         resume_with(interrupted, workspace, [], train_sha256="0" * 64)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "rank-0.pt"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "text"])
-def test_a_damaged_checkpoint_is_named(
-    interrupted: Path, workspace: Workspace, tmp_path: Path, name: str, damage: str
-) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(interrupted, copy)
-    (victim,) = copy.glob(f"checkpoints/step-*/{name}")
-    content = {"cut": victim.read_bytes()[:-200], "empty": b"", "text": b"no checkpoint\n"}
-    victim.unlink() if damage == "missing" else victim.write_bytes(content[damage])
-    with pytest.raises(UserError, match=r"checkpoint .*step-\d+ is damaged"):
-        resume_with(copy, workspace, [])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workspace: Workspace, straight: Path) -> None:
+    """And says so. A bit of one rank's file has changed."""
+    folder, often = workspace.folder / "damaged", "train.checkpoint_every_steps=10"
+    stop(workspace.start("run.folder=damaged", often, *SETTINGS), folder, 35, signal.SIGTERM)
+    latest = latest_checkpoint(folder / "checkpoints")
+    assert latest is not None
+    victim = latest / "__1_0.distcp"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    code, run = workspace.run("run.folder=damaged", often, *SETTINGS, resume=True)
+    assert code == 0, run.stderr
+    assert f"{latest.name} is damaged" in run.stdout.replace("\n", " ")
+    assert "looking for an earlier one" in run.stdout
+    assert_same_run(folder, straight)
 
 
 def resume_with(
     folder: Path, workspace: Workspace, changes: list[str], train_sha256: str | None = None
 ) -> dict[str, Any]:
-    """What `--resume` with these changes does first, as rank 0."""
+    """What `--resume` with these changes does first; the state it would take up."""
     config = load_config(workspace.config, [*SETTINGS, *changes])
     train, evaluation = (Store(folder).manifest["sha256"] for folder in (config.data.train, config.data.eval))
-    environment = Environment(0, 0, config.system.world_size, torch.device("cpu"), torch.float32)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
-    return load_checkpoint(checkpoint, environment, resume_key(config, train_sha256 or train, evaluation))
+    description = read_description(checkpoint)
+    check_key(checkpoint, description["key"], resume_key(config, train_sha256 or train, evaluation))
+    return description["state"]

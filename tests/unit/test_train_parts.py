@@ -10,14 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bert_fast.balance.cost import CostModel
-from bert_fast.config import Config
+from bert_fast.config import Config, run_folder
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
@@ -28,11 +27,10 @@ from bert_fast.train import clock as clock_module
 from bert_fast.train import entry
 from bert_fast.train.build import Machinery, build
 from bert_fast.train.calibrate import make_planner
-from bert_fast.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.evaluate import Evaluator, _shard
-from bert_fast.train.folder import check_folder, check_inputs, create_folder, resume_key, run_folder
+from bert_fast.train.folder import check_folder, check_inputs, create_folder
 from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.state import Progress
@@ -399,137 +397,6 @@ def test_cuda_that_is_not_there_says_the_mend() -> None:
     assert pick_device("auto", 0) == CPU
     with pytest.raises(UserError, match=r"no usable CUDA device; set system\.device=cpu"):
         pick_device("cuda", 0)
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-KEY = {"model": "abc", "seed": "0"}
-STATE = {"model": {"w": torch.arange(5.0)}, "progress": {"step": 3, "sums": {"x": 0.5}}, "loss_scale": None}
-
-
-def test_checkpoint_round_trip_restores_the_random_stream(tmp_path: Path, environment: Environment) -> None:
-    torch.manual_seed(11)
-    torch.rand(3)
-    save_checkpoint(tmp_path, 3, STATE, {}, environment, keep=2, key=KEY)
-    expected = torch.rand(4)
-    torch.manual_seed(99)
-    path = latest_checkpoint(tmp_path)
-    assert path is not None
-    assert path.name == "step-00000003"
-    assert sorted(p.name for p in path.iterdir()) == ["complete.json", "rank-0.pt", "state.pt"]
-    state = load_checkpoint(path, environment, KEY)
-    assert torch.equal(state["model"]["w"], STATE["model"]["w"])  # type: ignore[index]
-    assert state["progress"] == STATE["progress"]
-    assert state["loss_scale"] is None
-    assert torch.equal(torch.rand(4), expected)
-
-
-def test_old_checkpoints_are_removed_and_the_newest_is_found(tmp_path: Path, environment: Environment) -> None:
-    for step in (5, 20, 100, 1000):
-        save_checkpoint(tmp_path, step, STATE, {}, environment, keep=2, key=KEY)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-00001000"
-    assert latest_checkpoint(tmp_path / "nowhere") is None
-
-
-def test_incomplete_checkpoints_are_ignored(tmp_path: Path, environment: Environment) -> None:
-    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
-    save_checkpoint(tmp_path, 6, STATE, {}, environment, keep=2, key=KEY)
-    (tmp_path / "step-00000006" / "complete.json").unlink()
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000005"
-
-
-def test_a_checkpoint_that_is_cut_off_does_not_count(
-    tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when it is written over an older one of the same step."""
-    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
-
-    def full(_path: Any, _content: Any) -> None:
-        raise UserError("disk full")
-
-    monkeypatch.setattr("bert_fast.train.checkpoint.write_atomically", full)
-    with pytest.raises(UserError, match="disk full"):
-        save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
-    assert latest_checkpoint(tmp_path) is None
-
-
-def test_checkpoint_of_another_model_names_the_entry(tmp_path: Path, environment: Environment) -> None:
-    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
-    with pytest.raises(
-        UserError, match=r"does not fit this config: model was 'abc' and is now 'xyz'; resume with the run's own"
-    ):
-        load_checkpoint(tmp_path / "step-00000005", environment, {**KEY, "model": "xyz"})
-    with pytest.raises(UserError, match="clip was None and is now 'new'"):
-        load_checkpoint(tmp_path / "step-00000005", environment, {**KEY, "clip": "new"})
-
-
-def test_checkpoint_of_another_world_size(tmp_path: Path, environment: Environment) -> None:
-    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
-    """Is read; the random state of ranks that there were not is not."""
-    before = torch.get_rng_state()
-    state = load_checkpoint(tmp_path / "step-00000005", Environment(3, 3, 4, CPU, torch.float32), KEY)
-    assert state["world_size"] == 1
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.testing.assert_close(state["model"], STATE["model"])
-
-
-@pytest.mark.parametrize("name", ["state.pt", "rank-0.pt"])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "missing",
-        "cut",
-        pytest.param(
-            "empty",
-        ),
-    ],
-)
-def test_damaged_checkpoint(tmp_path: Path, environment: Environment, name: str, damage: str) -> None:
-    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
-    path = tmp_path / "step-00000005" / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        os.truncate(path, 0 if damage == "empty" else path.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"step-00000005 is damaged .*; remove it"):
-        load_checkpoint(tmp_path / "step-00000005", environment, KEY)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("state.pt", b"garbage, not an archive"), ("complete.json", b'{"step":')]
-)
-def test_checkpoint_of_garbage(tmp_path: Path, environment: Environment, name: str, content: bytes) -> None:
-    save_checkpoint(tmp_path, 5, STATE, {}, environment, keep=2, key=KEY)
-    (tmp_path / "step-00000005" / name).write_bytes(content)
-    with pytest.raises(UserError, match="is damaged"):
-        load_checkpoint(tmp_path / "step-00000005", environment, KEY)
-
-
-@pytest.mark.parametrize(
-    ("override", "entry_name"),
-    [
-        ("model.hidden_size=32", "model"),
-        ("batch.local_batch=4,batch.global_batch=4", "batch.global_batch"),
-        ("balance.strategy=random", "balance"),
-        ("optimizer.lr=0.002", "optimizer"),
-        ("schedule.total_steps=50", "schedule"),
-        ("communication.max_norm=2.0", "clipping"),
-        ("communication.clip_groups=model", "clipping"),
-        ("train.seed=4", "seed"),
-    ],
-)
-def test_what_a_resumed_run_must_share(make_config: Callable[..., Config], override: str, entry_name: str) -> None:
-    first = resume_key(make_config(), "a" * 64, "b" * 64)
-    other = resume_key(make_config(*override.split(",")), "a" * 64, "b" * 64)
-    assert [name for name in first if first[name] != other[name]] == [entry_name]
-
-
-def test_what_a_resumed_run_may_change(make_config: Callable[..., Config]) -> None:
-    first = resume_key(make_config(), "a" * 64, "b" * 64)
-    may = ("train.max_steps=9", "communication.bucket_mb=1.0", "run.name=x", "system.threads_per_rank=1")
-    assert resume_key(make_config(*may), "a" * 64, "b" * 64) == first
-    assert resume_key(make_config(), "c" * 64, "b" * 64) != first
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------

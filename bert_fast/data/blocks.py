@@ -1,0 +1,91 @@
+"""Has a store changed under a run? Checksums per block, compared again and again in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from pathlib import Path
+
+from bert_fast.data.store import BLOCK_BYTES, Store
+
+_PAUSE_S = 1.0  # at the least between looks at the files' names
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class BlockWatch:
+    """Reads this rank's share of a store's blocks at a low rate, for ever, in a thread. `alarm` tells what is wrong."""
+
+    def __init__(self, store: Store, share: int, shares: int, mb_per_s: float) -> None:
+        """
+        Args:
+            share, shares: this rank reads every `shares`-th block from `share` on (ranks of a node divide the work).
+            mb_per_s: 10^6 bytes per second; a checksum costs about 1 ms of a core per MB.
+        """
+        self.alarm: str | None = None
+        self.vanished = False  # the alarm is about a name, not about bytes: what was read so far was right
+        self.passes = 0  # how often all of this rank's blocks were found unchanged
+        self._store, self._share, self._shares, self._rate = store, share, shares, mb_per_s * 1e6
+        self._files = {name: _stamp(store.folder / name) for name in ("samples.bin", "offsets.npy", "lengths.npy")}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="block watch")
+
+    def start(self) -> None:
+        """Begin, if the store has checksums to compare with."""
+        if self._rate > 0 and self._store.block_crcs is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._end.is_set():
+                if not self._names_stand() or not self._pass():
+                    return
+                self.passes += 1
+                self._end.wait(_PAUSE_S)
+        except OSError as error:
+            self.vanished = True
+            self.alarm = f"store {self._store.folder} can no longer be read ({error.strerror or error})"
+
+    def _names_stand(self) -> bool:
+        """Whether every file is still the one that was opened."""
+        for name, stamp in self._files.items():
+            path = self._store.folder / name
+            try:
+                now = _stamp(path)
+            except FileNotFoundError:
+                self.vanished = True
+                self.alarm = f"{path} has vanished; put the store back"
+                return False
+            if now[:2] != stamp[:2]:
+                self.alarm = f"{path} was replaced or cut while the run used it; put the store back"
+                return False
+        return True
+
+    def _pass(self) -> bool:
+        crcs = self._store.block_crcs
+        assert crcs is not None
+        with open(self._store.folder / "samples.bin", "rb", buffering=0) as file:
+            for block in range(self._share, len(crcs), self._shares):
+                file.seek(block * BLOCK_BYTES)
+                content = file.read(BLOCK_BYTES)
+                if zlib.crc32(content) != crcs[block]:
+                    self.alarm = self._text(block, len(content))
+                    return False
+                if self._end.wait(len(content) / self._rate) or not self._names_stand():
+                    return False
+        return True
+
+    def _text(self, block: int, size: int) -> str:
+        begin = block * BLOCK_BYTES
+        first, last = self._store.samples_at(begin, begin + max(1, size))
+        return (
+            f"store {self._store.folder} changed under the run: bytes {begin:,} to {begin + size:,} of samples.bin (samples "
+            f"{first:,} to {last:,}) are not those that were written; prepare the data again or put it back"
+        )

@@ -1,0 +1,172 @@
+"""Which rank was lost, on which host, at which step: every rank tells where it is, beside training and its collectives.
+
+A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0's reads them all
+and calls a rank lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`. Time is counted
+by the reader's clock alone: clocks of hosts may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from bert_fast.train.environment import Environment
+
+# Waiting for others: a rank is never blamed for these
+EXCHANGE, FIGURES = "exchange of gradients", "exchange of figures"
+DATA, COMPUTE, EVALUATION, CHECKPOINT = "waiting for data", "forward and backward", "evaluation", "checkpoint"
+FINISHING, _STOPPING, _DONE, _STARTING = "finishing", "stopping", "done", "starting"
+_BLAMELESS = {EXCHANGE, FIGURES, CHECKPOINT, FINISHING, _STOPPING, _DONE, _STARTING}
+_ANSWER_S = 3.0  # for which the store may keep us waiting
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last said of itself."""
+
+    count: int
+    host: str
+    step: int
+    phase: str
+    phase_s: float
+
+    def text(self) -> str:
+        return f"step {self.step:,}, {self.phase}"
+
+
+class Heartbeat:
+    """The beats of one rank, and its view of the others'. Without a process group nothing happens."""
+
+    def __init__(self, environment: Environment, timeout_s: float, on_lost: Callable[[str], None]) -> None:
+        self.hosts = [socket.gethostname()]
+        self._rank, self._world, self._timeout_s, self._on_lost = (
+            environment.rank, environment.world_size, timeout_s, on_lost,
+        )  # fmt: skip
+        # One reader of `world` keys: at 1,024 ranks every two seconds
+        self._interval = max(min(1.0, timeout_s / 8), self._world / 500)
+        self._count, self._where = 0, (0, _STARTING, time.monotonic())
+        self._end = threading.Event()
+        self._store: dist.Store | None = None
+        if dist.is_initialized() and self._world > 1 and dist.get_backend() != "fake":
+            store = dist.distributed_c10d._get_default_store().clone()
+            store.set_timeout(timedelta(seconds=_ANSWER_S))
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"heartbeat{restart}", store)
+
+    def start(self) -> None:
+        """Begin. A collective."""
+        if self._store is None:
+            return
+        self._beat()
+        dist.barrier()
+        self.hosts = [beat.host for beat in self._read_all()]
+        threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
+
+    def at(self, step: int, phase: str) -> None:
+        """Where this rank is from now on. Costs a microsecond."""
+        self._where = (step, phase, time.monotonic())
+
+    def stop(self) -> None:
+        """The run is done: from now on this rank may be silent."""
+        if self._store is not None and not self._end.is_set():
+            self._end.set()
+            self.at(self._where[0], _DONE)
+            try:
+                self._beat()
+            except RuntimeError:  # rank 0 was faster
+                return
+
+    def diagnose(self) -> str:
+        """After a collective has failed: who is not there any more, in words; empty if nobody can be named. Takes seconds."""
+        if self._store is None:
+            return ""
+        self.at(self._where[0], _STOPPING)
+        try:
+            self._beat()
+            before = self._read_all()
+            time.sleep(2.5 * self._interval)
+            self._beat()
+            after = self._read_all()
+        except RuntimeError:
+            host = self.hosts[0] if len(self.hosts) > 1 else "its host"
+            return f"rank 0 ({host}), where the ranks meet, does not answer"
+        finally:
+            self._end.set()
+        silent = [r for r, (a, b) in enumerate(zip(before, after, strict=True)) if a.count == b.count and b.phase not in
+                  (_STOPPING, _DONE)]  # fmt: skip
+        if silent:
+            return self._name(silent, after, "does not answer; last")
+        present = [r for r, beat in enumerate(after) if beat.phase not in _BLAMELESS]
+        return self._name(present, after, "is still at") if present else ""
+
+    # ---- the thread -------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        changed = [time.monotonic()] * self._world
+        counts = [-1] * self._world
+        store_seen = time.monotonic()
+        while not self._end.wait(self._interval):
+            now = time.monotonic()
+            try:
+                self._beat()
+                verdict = self._judge(now, counts, changed) if self._rank == 0 else self._verdict()
+                store_seen = time.monotonic()
+            except RuntimeError as error:
+                gone = not isinstance(error, dist.DistStoreError) or "timeout" not in str(error).lower()
+                if now - store_seen < self._timeout_s and not gone:
+                    continue
+                if self._end.wait(self._timeout_s if gone else 0):  # the collectives say so first, or nothing is amiss
+                    return
+                verdict = f"rank 0 ({self.hosts[0]}), where the ranks meet, does not answer"
+            if verdict and not self._end.is_set():
+                self._end.set()
+                self._on_lost(verdict)
+                return
+
+    def _judge(self, now: float, counts: list[int], changed: list[float]) -> str | None:
+        """Rank 0: the verdict over all ranks, which it also tells them."""
+        beats = self._read_all()
+        for rank, beat in enumerate(beats):
+            if beat.count != counts[rank]:
+                counts[rank], changed[rank] = beat.count, now
+        alive = [r for r, beat in enumerate(beats) if beat.phase not in (_STOPPING, _DONE)]
+        silent = [r for r in alive if now - changed[r] > self._timeout_s]
+        stuck = [r for r in alive if beats[r].phase not in _BLAMELESS and beats[r].phase_s > self._timeout_s]
+        if silent:
+            verdict = self._name(silent, beats, f"has not answered for {self._timeout_s:.0f} s; last")
+        elif stuck:
+            verdict = self._name(stuck, beats, f"has been for {self._timeout_s:.0f} s at")
+        else:
+            return None
+        assert self._store is not None
+        self._store.set("lost", verdict)
+        return verdict
+
+    def _verdict(self) -> str | None:
+        assert self._store is not None
+        return self._store.get("lost").decode() if self._store.check(["lost"]) else None
+
+    def _name(self, ranks: list[int], beats: list[Beat], what: str) -> str:
+        shown = [f"rank {r} ({beats[r].host}) {what} {beats[r].text()}" for r in ranks[:4]]
+        return "; ".join(shown) + (f"; and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        self._count += 1
+        step, phase, since = self._where
+        beat = [self._count, socket.gethostname(), step, phase, time.monotonic() - since]
+        self._store.set(str(self._rank), json.dumps(beat))
+
+    def _read_all(self) -> list[Beat]:
+        assert self._store is not None
+        found: list[Any] = self._store.multi_get([str(rank) for rank in range(self._world)])
+        return [Beat(*json.loads(each)) for each in found]

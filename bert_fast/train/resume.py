@@ -1,0 +1,100 @@
+"""Which checkpoint a run goes on from, and what it must have in common with the run that wrote it."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bert_fast.config import Config, as_plain
+from bert_fast.errors import UserError
+from bert_fast.train.build import gather_floats
+from bert_fast.train.checkpoint import checkpoints_in, clear_remains, damage
+from bert_fast.train.environment import Environment
+
+# What may differ between the run that wrote a checkpoint and the one that goes on: how fast, where, how long, how watched.
+# Everything else decides which weights come out, and is refused.
+MAY_CHANGE = (
+    "run.*", "system.*", "recovery.*", "mlperf.clear_caches", "model.attention_backend",
+    "data.train", "data.eval",  # where they lie; what is in them is compared by hash
+    "batch.local_batch", "batch.accumulation", "batch.shape_multiple", "batch.eval_batch", "balance.prefetch",
+    "communication.engine", "communication.bucket_mb", "communication.min_bucket_mb", "communication.max_bucket_mb",
+    "communication.shard_optimizer", "communication.backend", "communication.timeout_s",
+    "optimizer.when", "optimizer.use_apex",
+    "train.init_checkpoint", "train.compile", "train.cuda_graphs", "train.deterministic", "train.warmup_batches",
+    "train.max_steps", "train.target_accuracy", "train.eval_every_samples", "train.eval_start_samples",
+    "train.eval_at_start", "train.checkpoint_every_steps", "train.async_checkpoints", "train.keep_checkpoints",
+    "train.save_final_model", "train.log_every_steps", "train.max_skipped_steps",
+)  # fmt: skip
+
+
+def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str, Any]:
+    """What a checkpoint keeps of its run for `check_key`: settings by name, hashes of the data sets.
+
+    The number of ranks and how they share a global batch may change: the samples of the steps stay the same.
+    """
+    plain = as_plain(config)
+    settings = {
+        f"{section}.{name}": value
+        for section, values in plain.items()
+        for name, value in values.items()
+        if not any(fnmatch.fnmatch(f"{section}.{name}", pattern) for pattern in MAY_CHANGE)
+    }
+    if config.balance.strategy == "stratified_presort":  # draws by rank, so its samples follow from who there is
+        settings["samples of a rank (stratified_presort)"] = config.batch.local_batch * config.batch.accumulation
+    return {
+        "settings": json.loads(json.dumps(settings)),
+        "model": _hash({name: value for name, value in settings.items() if name.startswith("model.")}),
+        "train data": train_sha256[:16], "eval data": eval_sha256[:16],
+    }  # fmt: skip
+
+
+def check_key(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model, data set or setting. Raises UserError with both values."""
+    mend = "resume with the run's own config or start a new run"
+    for name in ("train data", "eval data"):
+        if theirs.get(name) != ours[name]:
+            raise UserError(
+                f"checkpoint {path} does not fit: {name} had the hash {theirs.get(name)} and has now {ours[name]}; "
+                "resume with the store it was trained on or start a new run"
+            )
+    before, now = theirs.get("settings", {}), ours["settings"]
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not changed:
+        return
+    shown = "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in changed[:4])
+    more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
+    model = ""
+    if theirs.get("model") != ours["model"]:
+        model = f"another model (hash {theirs.get('model')}, now {ours['model']}): "
+    raise UserError(f"checkpoint {path} does not fit this config: {model}{shown}{more}; {mend}")
+
+
+def sound_checkpoint(folder: Path, environment: Environment, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files are as they were written; says which are not. A collective.
+
+    Raises:
+        UserError: there is none.
+    """
+    if environment.is_main:
+        clear_remains(folder)
+    gather_floats([0.0], environment)  # nobody looks before that is done
+    damaged = []
+    for path in reversed(checkpoints_in(folder)):
+        wrong = damage(path, environment.rank, environment.world_size)
+        bad = gather_floats([float(wrong is not None)], environment)[:, 0]
+        if not bad.any():
+            return path
+        ranks = [rank for rank, flag in enumerate(bad) if flag]
+        damaged.append(f"checkpoint {path} is damaged ({wrong or f'found by rank {ranks[0]}'})")
+        say(f"warning: {damaged[-1]}; looking for an earlier one")
+    if not damaged:
+        raise UserError(f"--resume: {folder} has no complete checkpoint; start the run without --resume")
+    raise UserError(f"{damaged[0]} and there is no earlier one that is whole; remove it and start the run anew")
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Watch a run, on this machine or another, through its folder: state, speed, accuracy, forecast, checkpoint, slow ranks.
+
+    python scripts/watch.py runs/mini_cpu-seed0            # a table that renews itself; Ctrl-C ends it, the run goes on
+    python scripts/watch.py runs/mini_cpu-seed0 --once     # one table
+    python scripts/watch.py runs/mini_cpu-seed0 --json     # one JSON object
+
+Without a terminal: a line whenever there is something new. Ends when the run has; a stopped one may be resumed, so it is
+watched on. Exit code 0, or 2 if the folder holds no run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rich.console import Console  # noqa: E402
+from rich.live import Live  # noqa: E402
+from rich.table import Table  # noqa: E402
+from rich.text import Text  # noqa: E402
+
+from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.report.console import seconds_text  # noqa: E402
+from bert_fast.report.live import RunWatch  # noqa: E402
+
+NONE = "–"
+COLOURS = {"running": "green", "finished": "bold green", "silent": "bold yellow", "stopped": "yellow", "ended": "red"}
+OVER = ("finished", "ended")
+
+
+def form(value: float | None, spec: str, unit: str = "", scale: float = 1.0) -> str:
+    return NONE if value is None else f"{value * scale:{spec}}{unit}"
+
+
+def rows(now: dict[str, Any]) -> list[tuple[str, str]]:
+    """What and how much, for a person."""
+    of = "" if now["max_steps"] is None else f" of {now['max_steps']:,} at most"
+    return [
+        ("state", now["state_text"]),
+        ("step", f"{now['step']:,}{of}"),
+        ("samples", f"{now['samples']:,}"),
+        (
+            "samples/s",
+            f"{form(now['samples_per_s'], ',.0f')} in the last interval, {form(now['samples_per_s_overall'], ',.0f')} "
+            "overall, evaluations included",
+        ),
+        ("loss", f"{form(now['loss'], '.4f')}  {now['losses']}"),
+        ("accuracy", accuracy_text(now)),
+        ("forecast", forecast_text(now)),
+        ("time on the clock", seconds_text(now["time_s"])),
+        ("remaining at most", NONE if now["remaining_at_most_s"] is None else seconds_text(now["remaining_at_most_s"])),
+        ("last checkpoint", checkpoint_text(now["checkpoint"])),
+        ("data wait", shares(now, "data_share")),
+        ("exposed communication", shares(now, "exposed_share")),
+        (
+            "imbalance (measured)",
+            f"{form(now['imbalance_measured'], '.3f')}, {form(now['imbalance_measured_overall'], '.3f')} overall",
+        ),
+        ("slowest ranks", slowest_text(now)),
+        ("skipped steps", skipped_text(now)),
+        ("resumed", f"{now['sessions'] - 1} times" if now["sessions"] > 1 else "no"),
+    ]
+
+
+def accuracy_text(now: dict[str, Any]) -> str:
+    goal = "no target" if now["target"] is None else f"target {now['target']:.4f}"
+    if now["accuracy"] is None:
+        return f"not evaluated yet, {goal}"
+    return f"{now['accuracy']:.4f} at step {now['accuracy_step']:,}, {goal}"
+
+
+def forecast_text(now: dict[str, Any]) -> str:
+    found = now["forecast"]
+    if found is None:
+        return now["no_forecast"] or NONE
+    where = f"at {found['samples']:,} samples, {seconds_text(found['time_s'])} on the clock"
+    late = "" if found["within"] else ": after the last step"
+    return f"target {where}{late} (straight line through the last {found['evaluations']} evaluations)"
+
+
+def checkpoint_text(found: dict[str, Any] | None) -> str:
+    return "none" if found is None else f"step {found['step']:,}, {seconds_text(found['age_s'])} old"
+
+
+def shares(now: dict[str, Any], name: str) -> str:
+    last, overall = now[name], now[f"{name}_overall"]
+    return f"{form(last, '.1f', ' %', 100)} of a step, {form(overall, '.1f', ' %', 100)} overall"
+
+
+def slowest_text(now: dict[str, Any]) -> str:
+    if not now["slowest"]:
+        return now["slow_text"] or NONE
+    ranks = [
+        f"{one['name']}: {100 * one['share']:.0f} % of the time lost to waiting; its time is {100 * one['excess']:+.1f} % off "
+        "the mean"
+        for one in now["slowest"]
+    ]
+    return "\n".join([*ranks, now["slow_text"]])
+
+
+def skipped_text(now: dict[str, Any]) -> str:
+    last = now["skipped_last"]
+    if last is None:
+        return "none"
+    ranks = ", ".join(map(str, last.get("ranks", []))) or "no single one"
+    return f"{now['skipped']} (last: step {last.get('bad_step', last['step']):,}, rank {ranks})"
+
+
+def table(now: dict[str, Any]) -> Table:
+    seed = "" if now["seed"] is None else f", seed {now['seed']}"
+    shown = Table(title=f"{now['name'] or now['folder']}{seed}", show_header=False, title_justify="left")
+    shown.add_column(style="bold", no_wrap=True)
+    shown.add_column()
+    for name, value in rows(now):
+        shown.add_row(name, Text(value, style=COLOURS.get(now["state"], "") if name == "state" else ""))
+    return shown
+
+
+def line(now: dict[str, Any]) -> str:
+    """The most of it on one line."""
+    accuracy = "" if now["accuracy"] is None else f" | accuracy {now['accuracy']:.4f}"
+    goal = "" if now["target"] is None or not accuracy else f"/{now['target']:.4f}"
+    slow = f" | {now['slow_text']}" if any(one["is_slow"] for one in now["slowest"]) else ""
+    return (
+        f"{now['state_text']} | step {now['step']:,} | {now['samples']:,} samples | "
+        f"{form(now['samples_per_s'], ',.0f')} samples/s | loss {form(now['loss'], '.4f')}{accuracy}{goal}{slow}"
+    )
+
+
+def strict(value: Any) -> Any:
+    """The same with None for what JSON cannot say (a diverged loss)."""
+    if isinstance(value, dict):
+        return {name: strict(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def watch(run: RunWatch, interval: float) -> None:
+    """Until the run is over or Ctrl-C."""
+    console = Console()
+    now = run.snapshot()
+    if not console.is_terminal:
+        said: tuple[Any, ...] = ()
+        while True:
+            new = (now["state"], now["step"], now["accuracy_step"])
+            if new != said:
+                print(line(now), flush=True)
+            said = new
+            if now["state"] in OVER:
+                return
+            time.sleep(interval)
+            run.poll()
+            now = run.snapshot()
+    with Live(table(now), console=console, auto_refresh=False) as live:
+        while now["state"] not in OVER:
+            time.sleep(interval)
+            run.poll()
+            now = run.snapshot()
+            live.update(table(now), refresh=True)
+
+
+def look(args: argparse.Namespace) -> None:
+    run = RunWatch(args.run)
+    run.poll()
+    once = args.once or args.json
+    if once and not run.folder.exists():
+        raise UserError(f"{run.folder} does not exist; give a run's folder, such as runs/NAME-seed0")
+    if args.json:
+        print(json.dumps(strict(run.snapshot()), allow_nan=False))
+    elif once:
+        Console().print(table(run.snapshot()))
+    else:
+        watch(run, args.interval)
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="the run's folder; it need not be there yet")
+    parser.add_argument("--interval", type=seconds, default=2.0, metavar="S", help="seconds between looks (default 2)")
+    parser.add_argument("--once", action="store_true", help="print one table and end")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and end")
+    args = parser.parse_args()
+    try:
+        look(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:  # `watch.py RUN | head`; Python would complain once more when it closes its output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

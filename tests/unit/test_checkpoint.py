@@ -1,0 +1,336 @@
+"""Checkpoints in one process: what is written, that it is whole or absent, who may read it, the copy beside training."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bert_fast.config import Config
+from bert_fast.errors import UserError
+from bert_fast.train import checkpoint as module
+from bert_fast.train import saver as saver_module
+from bert_fast.train.build import build, synthetic_input
+from bert_fast.train.capture import captured, optimizer_counts, own_stretches, rank_state, restore
+from bert_fast.train.checkpoint import (
+    Stretch,
+    as_bytes,
+    checkpoints_in,
+    clear_remains,
+    damage,
+    latest_checkpoint,
+    read_bytes,
+    read_description,
+    read_metadata,
+    read_stretches,
+    write_checkpoint,
+)
+from bert_fast.train.environment import Environment
+from bert_fast.train.resume import check_key, resume_key, sound_checkpoint
+from bert_fast.train.saver import Saver
+
+VALUES = torch.arange(10.0)
+
+
+def write(folder: Path, step: int, keep: int = 2, values: torch.Tensor = VALUES) -> Path:
+    stretches = [Stretch("w", 0, 10, values[:4].clone()), Stretch("w", 4, 10, values[4:].clone())]
+    write_checkpoint(folder, [*stretches, as_bytes("rank.0", {"x": torch.ones(2)})], {"step": step}, 0, keep, None)
+    return folder / f"step-{step:08d}"
+
+
+def read(path: Path, begin: int = 0, end: int = 10) -> torch.Tensor:
+    values = torch.full((end - begin,), -1.0)
+    read_stretches(path, [Stretch("w", begin, 10, values)])
+    return values
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 10), (0, 4), (3, 5), (4, 10), (9, 10)])
+def test_any_stretch_is_read_of_what_was_written_in_others(tmp_path: Path, begin: int, end: int) -> None:
+    path = write(tmp_path, 3)
+    assert torch.equal(read(path, begin, end), VALUES[begin:end])
+    assert torch.equal(read_bytes(path, read_metadata(path), "rank.0")["x"], torch.ones(2))
+    assert read_bytes(path, read_metadata(path), "rank.1") is None
+
+
+def test_old_checkpoints_are_removed_and_the_newest_is_found(tmp_path: Path) -> None:
+    for step in (5, 20, 100, 1000):
+        write(tmp_path, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00001000"
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_step_is_written_again_over_a_damaged_one(tmp_path: Path) -> None:
+    (write(tmp_path, 5) / ".metadata").write_bytes(b"")
+    path = write(tmp_path, 5, values=VALUES + 1)
+    assert torch.equal(read(path), VALUES + 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+
+
+class Crash(BaseException):
+    """As kill -9: nothing that our code catches."""
+
+
+@pytest.mark.parametrize("moment", ["FileSystemWriter", "save", "sha256_of", "write_json", "replace"])
+def test_a_crash_at_any_moment_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    write(tmp_path, 5, keep=1)
+    owner = {"FileSystemWriter": module.dcp, "save": module.dcp, "replace": module.os}.get(moment, module)
+    real = getattr(owner, moment)
+
+    def crash(*arguments: Any, **named: Any) -> Any:
+        if moment == "save":
+            real(*arguments, **named)  # all of the data is there, and nothing says so
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, crash)
+        with pytest.raises(Crash):
+            write(tmp_path, 6, keep=1)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000005"
+    assert torch.equal(read(tmp_path / "step-00000005"), VALUES)
+    clear_remains(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    write(tmp_path, 6, keep=1)
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["step-00000006"]
+
+
+def test_a_crash_between_the_two_renames_of_a_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 5)
+    real, calls = os.replace, []
+
+    def second_crashes(source: Any, target: Any) -> None:
+        if Path(target).name == "complete.json":
+            return real(source, target)
+        calls.append(target)
+        if len(calls) == 2:
+            raise Crash
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", second_crashes)
+        with pytest.raises(Crash):
+            write(tmp_path, 5)
+    assert latest_checkpoint(tmp_path) is None
+    clear_remains(tmp_path)
+    assert torch.equal(read(tmp_path / "step-00000005"), VALUES)
+
+
+@pytest.mark.parametrize("moment", ["save", "write_json"])
+def test_what_cannot_be_written_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    write(tmp_path, 5)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.dcp if moment == "save" else module, moment, full)
+        with pytest.raises(
+            UserError, match=r"step 6 was not written: disk full.*The last complete one is step-00000005"
+        ):
+            write(tmp_path, 6)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "complete.json"])
+@pytest.mark.parametrize("how", ["missing", "cut", "empty", "a bit"])
+def test_damage_is_found_and_named(tmp_path: Path, name: str, how: str) -> None:
+    path = write(tmp_path, 5)
+    assert damage(path) is None
+    victim = path / name
+    content = victim.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    victim.unlink() if how == "missing" else victim.write_bytes(
+        {"cut": content[:-7], "empty": b"", "a bit": flipped}[how]
+    )
+    wrong = damage(path)
+    assert wrong is not None
+    assert name in wrong
+
+
+def test_the_older_format_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    (path / "complete.json").write_text('{"step": 5, "world_size": 2, "key": {}}', encoding="utf-8")
+    with pytest.raises(UserError, match="of format 'bert_fast checkpoint 1' and this code reads"):
+        read_description(path)
+
+
+def test_the_newest_sound_checkpoint_is_taken(tmp_path: Path, environment: Environment) -> None:
+    said: list[str] = []
+    first, second = write(tmp_path, 5), write(tmp_path, 6)
+    (second / "__0_0.distcp").write_bytes(b"not this")
+    assert sound_checkpoint(tmp_path, environment, said.append) == first
+    assert len(said) == 1
+    assert "step-00000006 is damaged (__0_0.distcp has 8 bytes" in said[0]
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"step-00000006 is damaged .* no earlier one"):
+        sound_checkpoint(tmp_path, environment, said.append)
+    shutil.rmtree(second)
+    with pytest.raises(UserError, match="has no complete checkpoint"):
+        sound_checkpoint(tmp_path, environment, said.append)
+
+
+def test_a_tensor_of_another_model_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    with pytest.raises(UserError, match="has no tensor v"):
+        read_stretches(path, [Stretch("v", 0, 10, torch.zeros(10))])
+    with pytest.raises(UserError, match="has 10 numbers in w and the model 11"):
+        read_stretches(path, [Stretch("w", 0, 11, torch.zeros(11))])
+
+
+# ---- shares ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 64])
+def test_every_number_is_written_by_one_rank(world: int) -> None:
+    sizes = [5, 1, 0, 17, 3]
+    seen = [[0] * size for size in sizes]
+    counts = []
+    for rank in range(world):
+        mine = list(own_stretches(sizes, rank, world))
+        counts.append(sum(end - begin for _, begin, end in mine))
+        for index, begin, end in mine:
+            for place in range(begin, end):
+                seen[index][place] += 1
+    assert all(count == 1 for tensor in seen for count in tensor)
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_machine_is_put_back_to_the_bit(
+    make_config: Callable[..., Config], environment: Environment, tmp_path: Path, optimizer: str
+) -> None:
+    """Weights, moments, counts, random state: the next steps are the same."""
+    config = make_config(f"optimizer.name={optimizer}")
+    machinery = build(config, environment)
+
+    def steps(first: int) -> list[float]:
+        return [
+            machinery.step(synthetic_input(config, environment, seed=first + i), lr=0.01).mlm_sum.item() for i in (0, 1)
+        ]
+
+    steps(0)
+    copies = [Stretch(s.name, s.begin, s.numel, s.values.clone()) for s in captured(machinery, environment)]
+    counts = json.loads(json.dumps(optimizer_counts(machinery)))
+    mine = as_bytes("rank.0", rank_state(machinery, environment))
+    write_checkpoint(tmp_path, [*copies, mine], {"step": 2}, 0, 2, None)
+    expected, weights = steps(2), [p.detach().clone() for p in machinery.model.parameters()]
+    other = build(config, environment)
+    torch.manual_seed(77)
+    restore(tmp_path / "step-00000002", other, environment, counts, same_ranks=True)
+    machinery = other
+    assert steps(2) == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, other.model.parameters(), strict=True))
+
+
+def test_without_the_same_ranks_random_state_stays(
+    make_config: Callable[..., Config], environment: Environment, tmp_path: Path
+) -> None:
+    machinery = build(make_config(), environment)
+    mine = as_bytes("rank.0", rank_state(machinery, environment))
+    write_checkpoint(tmp_path, [*captured(machinery, environment), mine], {"step": 1}, 0, 2, None)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    restore(tmp_path / "step-00000001", machinery, environment, optimizer_counts(machinery), same_ranks=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    restore(tmp_path / "step-00000001", machinery, environment, optimizer_counts(machinery), same_ranks=True)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+# ---- beside training ------------------------------------------------------------------------------------------------
+
+
+def test_the_update_waits_for_the_copy_and_not_for_the_writing(
+    tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, real = threading.Event(), saver_module.write_checkpoint
+
+    def slow(*arguments: Any) -> None:
+        assert may_write.wait(20)
+        real(*arguments)
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", slow)
+    saver = Saver(tmp_path, environment, 2, None)
+    weights = VALUES.clone()
+    saver.start([Stretch("w", 0, 10, weights)], {}, {"step": 1})
+    saver.before_update()
+    weights.fill_(-5.0)  # the update
+    assert latest_checkpoint(tmp_path) is None
+    may_write.set()
+    saver.wait()
+    assert torch.equal(read(tmp_path / "step-00000001"), VALUES)
+    (record,) = saver.records
+    assert record["stall_s"] > 0
+    assert record["total_s"] >= record["copy_s"] > 0
+
+
+def test_a_failure_in_the_background_is_raised_later(
+    tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", fails)
+    saver = Saver(tmp_path, environment, 2, None)
+    saver.start([], {}, {"step": 1})
+    saver.before_update()
+    with pytest.raises(UserError, match="no room"):
+        saver.wait()
+    assert saver.failed
+
+
+# ---- who may go on --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.hidden_size=32", "model.hidden_size was 16 and is now 32"),
+        ("batch.local_batch=4,batch.global_batch=4", "batch.global_batch"),
+        ("balance.strategy=random", "balance.strategy was 'balanced' and is now 'random'"),
+        ("optimizer.lr=0.002", "optimizer.lr"),
+        ("schedule.total_steps=50", "schedule.total_steps"),
+        ("communication.max_norm=2.0", "communication.max_norm"),
+        ("communication.clip_groups=model", "communication.clip_groups"),
+        ("communication.reduce_dtype=bf16", "communication.reduce_dtype"),
+        ("train.seed=4", "train.seed was 0 and is now 4"),
+    ],
+)
+def test_what_a_resumed_run_must_share(make_config: Callable[..., Config], override: str, named: str) -> None:
+    first = resume_key(make_config(), "a" * 64, "b" * 64)
+    other = resume_key(make_config(*override.split(",")), "a" * 64, "b" * 64)
+    with pytest.raises(UserError, match=f"does not fit this config: .*{named}.*; resume with the run's own config"):
+        check_key(Path("step-1"), first, other)
+
+
+def test_another_model_is_refused_with_both_hashes(make_config: Callable[..., Config]) -> None:
+    first, other = (resume_key(make_config(*each), "a" * 64, "b" * 64) for each in ((), ("model.num_layers=1",)))
+    assert first["model"] != other["model"]
+    with pytest.raises(UserError, match=f"another model \\(hash {first['model']}, now {other['model']}\\)"):
+        check_key(Path("step-1"), first, other)
+
+
+def test_another_data_set_is_refused_with_both_hashes(make_config: Callable[..., Config]) -> None:
+    first, other = (resume_key(make_config(), train * 64, "b" * 64) for train in "ac")
+    with pytest.raises(UserError, match="train data had the hash aaaaaaaaaaaaaaaa and has now cccccccccccccccc"):
+        check_key(Path("step-1"), first, other)
+
+
+def test_what_a_resumed_run_may_change(make_config: Callable[..., Config]) -> None:
+    first = resume_key(make_config(), "a" * 64, "b" * 64)
+    may = ("train.max_steps=9", "communication.bucket_mb=1.0", "run.name=x", "system.threads_per_rank=1")
+    check_key(Path("step-1"), first, resume_key(make_config(*may), "a" * 64, "b" * 64))
