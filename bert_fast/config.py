@@ -304,7 +304,10 @@ class SystemConfig(Section):
     threads_per_rank: PositiveInt | None = Field(
         None, description="CPU threads of a rank; unset: cores of the node / ranks of the node on CPU, 4 on CUDA"
     )
-    bind_cores: bool = Field(True, description="on CPU, pin every local rank to its own cores")
+    bind_cores: bool = Field(
+        True,
+        description="pin every local rank to cores of its own: near its GPU, or an equal share of the node's on CPU",
+    )
     master_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         0, description="rendezvous port for locally started ranks; 0 picks a free one"
     )
@@ -363,6 +366,10 @@ class RunConfig(Section):
     folder: str | None = Field(None, description="the run's folder itself, instead of results_dir/name-seedN")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
     matmul_ceiling: bool = Field(True, description="measure the matmul ceiling before the clock (for the MFU)")
+    price_per_kwh: NonNegativeFloat | None = Field(None, description="money a kWh costs, for the report; any currency")
+    gco2_per_kwh: NonNegativeFloat | None = Field(
+        None, description="grams of CO2 equivalent a kWh stands for, for the report"
+    )
     profile: bool = Field(
         False,
         description="write trace.json (Chrome, Perfetto): buckets, clips, collectives, updates of some steps as tracks",

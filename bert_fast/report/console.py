@@ -92,8 +92,21 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("start-up", _start_text(record)),
         ("time split", ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in split.items())),
         ("peak memory", _memory_text(record["peak_memory"])),
+        *_energy_rows(record.get("energy")),
         ("MLPerf compliance", verdict["summary"]),
     ]
+
+
+def _energy_rows(energy: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """A row if anything was metered."""
+    if not energy or energy.get("kwh") is None:
+        return []
+    text = f"{energy['kwh']:.4g} kWh ({energy['source']})"
+    if energy.get("money") is not None:
+        text += f", costs {energy['money']:.4g}"
+    if energy.get("kg_co2e") is not None:
+        text += f", {energy['kg_co2e']:.4g} kg CO2e"
+    return [("energy", text)]
 
 
 def _target_text(record: dict[str, Any]) -> str:

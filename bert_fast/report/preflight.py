@@ -33,7 +33,9 @@ def node_table(report: dict[str, Any]) -> None:
         console.print(f"{len(nodes) - len(shown):,} more nodes are in preflight.json")
     network = report["network"]
     if network:
-        figures = [f"{value:.2f} GB/s bus at {name.split('_')[3]} KiB" for name, value in network.items() if "bus" in name]
+        figures = [
+            f"{value:.2f} GB/s bus at {name.split('_')[3]} KiB" for name, value in network.items() if "bus" in name
+        ]
         console.print(f"all-reduce: {network['latency_us']:.0f} us latency, " + ", ".join(figures))
     for text in slow:
         console.print(f"slow: {text}", style="bold")

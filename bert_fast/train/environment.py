@@ -151,8 +151,8 @@ def _bind(config: Config, settings: SystemSettings | None, device: torch.device,
     if bound_by_slurm():  # these cores are this rank's alone already
         local_rank, ranks = 0, 1
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
-    binding = bind(read_topology(), local_rank, ranks, allowed, kind, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    own = max(1, len(binding.cpus) if kind == "cpu" else binding.num_cores)
+    binding = bind(read_topology(), local_rank, ranks, allowed, kind, _visible_devices() if kind == "cuda" else None)
+    own = max(1, binding.num_cores)
     threads = config.system.threads_per_rank or (own if kind == "cpu" else min(4, own))
     torch.set_num_threads(threads)
     wanted = config.system.bind_cores and (settings is None or settings.bind_cpus)
@@ -164,6 +164,17 @@ def _bind(config: Config, settings: SystemSettings | None, device: torch.device,
         nic = next(nic for nic in read_topology().nics if nic.name == binding.nic)
         os.environ.update({k: v for k, v in nic_variables(nic).items() if k not in os.environ})
     return f"{binding.why}; {threads} threads"
+
+
+def _visible_devices() -> str | None:
+    """The GPUs of this process by PCI address, which also holds where a container numbers them anew."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        if not hasattr(device, "pci_bus_id"):  # older torch
+            return os.environ.get("CUDA_VISIBLE_DEVICES")
+        found.append(f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0")
+    return ",".join(found)
 
 
 def keep_freed_memory() -> None:

@@ -13,8 +13,10 @@ from bert_fast.files import write_json
 from bert_fast.mlperf.submission import check_log
 from bert_fast.model.flops import train_flops
 from bert_fast.report.console import print_table, run_rows
+from bert_fast.report.energy import cost
 from bert_fast.report.html import write_report
 from bert_fast.report.metrics import cost_rows
+from bert_fast.report.stragglers import text
 from bert_fast.train.folder import commit
 from bert_fast.train.loop import Outcome, Run
 
@@ -38,6 +40,8 @@ def finish(run: Run, outcome: Outcome) -> dict[str, Any]:
         record["metrics"]["compliance_passed"] = int(verdict.passed)
     write_json(run.folder / "metrics.json", record)
     report = write_report(run.folder)
+    if run.environment.world_size > 1:
+        run.line.say(text(run.stragglers.worst(3), run.heartbeat.hosts))
     print_table(f"{run.config.run.name}, seed {run.config.train.seed}", run_rows(record))
     if record["compliance"].get("passed") is False:
         print(record["compliance"]["text"])
@@ -103,9 +107,20 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "cost": {"linear": run.cost.linear, "quadratic": run.cost.quadratic, "source": run.cost_source},
         "sessions": progress.sessions,
         "peak_memory": memory,
+        "stragglers": [one._asdict() for one in run.stragglers.worst(8)],
+        "hosts": sorted(set(run.heartbeat.hosts)),
+        "energy": _energy(run),
         "data": {"train": _data_entry(run.store.manifest), "eval": _data_entry(run.eval_store.manifest)},
         "compliance": {"summary": "not checked (mlperf.enabled=false)"},
     }  # fmt: skip
+
+
+def _energy(run: Run) -> dict[str, Any]:
+    """What the nodes' devices took from run_start to run_stop, with its price where one is given."""
+    found = run.energy_kwh
+    known = [found[name] for name in ("gpu_kwh", "cpu_kwh") if found[name] is not None]
+    kwh = sum(known) if known else None
+    return {**found, "kwh": kwh, **cost(kwh, run.config.run.price_per_kwh, run.config.run.gco2_per_kwh)}
 
 
 def _data_entry(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,9 @@ from bert_fast.mlperf.rules import check_evaluation_set, check_init_time
 from bert_fast.model.checkpoints import google_variables, save_pretrained
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
+from bert_fast.report.energy import EnergyMeter
 from bert_fast.report.metrics import MetricsWriter
+from bert_fast.report.stragglers import StragglerTally
 from bert_fast.trace import span_or_nothing
 from bert_fast.train.build import Machinery, bucket_note, build, gather_floats, matmul_ceiling, seed_ranks
 from bert_fast.train.calibrate import calibrate, make_cost, make_planner
@@ -89,6 +91,8 @@ class Run:
         self.line = ProgressLine(enabled=main)
         self.clock, self.progress = Clock(), Progress()
         self.stop = StopFlag()
+        self.stragglers = StragglerTally()
+        self.energy = EnergyMeter() if environment.local_rank == 0 else None
         self.heartbeat = Heartbeat(environment, config.communication.timeout_s, on_lost)
         self._skipped = torch.zeros((), device=environment.device)  # non-finite steps in a row
         self.ceiling = 0.0
@@ -185,6 +189,8 @@ class Run:
         """Train until the target, the last step, or a signal."""
         self.prepare()
         self.clock.start()
+        if self.energy:
+            self.energy.start()
         if not self.resume:
             self.mllog.start(constants.RUN_START)
         self._open_data()
@@ -400,6 +406,9 @@ class Run:
         seconds = self.clock.training - self._interval_start[0]
         compute = table[:, 7:]  # [ranks, steps]
         uneven = compute.max(axis=0) / compute.mean(axis=0)
+        self._count_stragglers(compute, table[:, 4], table[:, 3])
+        if self.energy:
+            self.energy.tick()
         # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
         exposed = table[:, 3].min() / steps
         self.progress.add("compute_s", compute.sum(axis=1).mean())
@@ -416,6 +425,8 @@ class Run:
             "imbalance": [round(plan.imbalance, 6) for plan in self._plans],
             "compute_imbalance": [round(x, 4) for x in uneven.tolist()],
             "compute_ms": np.round(1e3 * compute.mean(axis=1), 3).tolist(),
+            "data_ms_rank": np.round(1e3 * table[:, 4] / steps, 3).tolist(),
+            "exposed_ms_rank": np.round(1e3 * table[:, 3] / steps, 3).tolist(),
             "exposed_ms": 1e3 * exposed, "data_ms": 1e3 * table[:, 4].max() / steps,
             "optimizer_ms": 1e3 * table[:, 5].mean() / steps, "capped": sum(plan.capped for plan in self._plans),
         }  # fmt: skip
@@ -436,6 +447,13 @@ class Run:
             )
         self._reset_interval()
         return int(table[:, 2].max())
+
+    def _count_stragglers(self, compute: np.ndarray, data_s: np.ndarray, exposed_s: np.ndarray) -> None:
+        """Who was last in these steps; work that was planned to be uneven is allowed for."""
+        costs = [self.cost.linear * p.tokens.sum(axis=1) + self.cost.quadratic * p.tokens_squared.sum(axis=1)
+                 for p in self._plans]  # fmt: skip
+        waits = None if self.config.communication.engine == "ddp" else exposed_s  # DDP waits inside backward
+        self.stragglers.add(compute, np.maximum(np.stack(costs, axis=1), 1e-12), data_wait=data_s, exposed=waits)
 
     def _alarm(self) -> str | None:
         """What this rank's background threads have found wrong."""
@@ -558,6 +576,7 @@ class Run:
 
     def _finish_logs(self, outcome: Outcome) -> None:
         self.time_to_train = self.clock.elapsed
+        self.energy_kwh = self._sum_energy()
         if not self.progress.evaluations or self.progress.evaluations[-1]["step"] != self.progress.step:
             self.mllog.end(constants.BLOCK_STOP, first_epoch_num=self.progress.samples)
         status = constants.SUCCESS if outcome.status == "success" else constants.ABORTED
@@ -565,6 +584,18 @@ class Run:
         self.mllog.close()
         if self.config.train.save_final_model and self.environment.is_main:
             save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
+
+    def _sum_energy(self) -> dict[str, Any]:
+        """kWh of all nodes' GPUs and CPUs in this session; None where some node's cannot be read. A collective."""
+        reading = self.energy.stop() if self.energy else None
+        joules = [0.0, 0.0] if reading is None else [
+            np.nan if value is None else value for value in (reading.joules_gpu, reading.joules_cpu)
+        ]  # fmt: skip
+        gpu, cpu = (gather_floats(joules, self.environment).sum(axis=0) / 3.6e6).tolist()
+        return {
+            "gpu_kwh": None if np.isnan(gpu) else gpu, "cpu_kwh": None if np.isnan(cpu) else cpu,
+            "source": reading.source if reading else "", "sessions": "this one only" if self.progress.sessions > 1 else "all",
+        }  # fmt: skip
 
     def peak_memory(self) -> dict[str, float]:
         """Largest over ranks: host MiB (resident), device MiB (allocated)."""
