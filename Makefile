@@ -7,7 +7,7 @@ CONFIG ?= configs/mini_cpu.yaml
 DATA := data/pydocs-mini
 SEED ?= 0
 
-.PHONY: help quickstart env data train test test-all check bench clean
+.PHONY: help quickstart env data train test test-all test-slurm check bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,10 +33,17 @@ train: env data ## the main job: configs/mini_cpu.yaml with SEED=0
 	$(PYTHON) run_pretraining.py --config $(CONFIG) run.folder=runs/quickstart train.seed=$(SEED)
 
 test: env ## the tests, without the slow ones
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	$(PYTHON) -m pytest -m "not slow and not gpu and not slurm"
 
 test-all: env ## every test this machine can run
 	$(PYTHON) -m pytest
+
+test-slurm: env ## a real Slurm of two nodes on this machine (installs Debian's as root)
+	@command -v sbatch >/dev/null && command -v munged >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; } || true
+	@if command -v sbatch >/dev/null && command -v munged >/dev/null && [ "$$(id -u)" = 0 ]; \
+		then $(PYTHON) -m pytest -rs tests/slurm; \
+		else echo "SKIPPED: NOTHING WAS TESTED UNDER SLURM: needs slurm-wlm and munge, and root (apt-get could not install them)"; fi
 
 check: env ## lint and import contracts
 	$(PYTHON) -m ruff check .

@@ -61,6 +61,8 @@ def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                     "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     ERROR_FOLDER: errors, LAUNCHER_PID: str(os.getpid()),
+                    # A lost rank is named in one line; torch's own warnings of it are stack traces
+                    "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
                 })  # fmt: skip
             return ranks.watch(), ranks.signalled
 

@@ -1,10 +1,25 @@
-"""What Slurm tells a process through its environment."""
+"""Slurm: what it tells a process, the nodes of an allocation, the srun commands that start ranks on them."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import shlex
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
 
+from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.launch.head import addresses_of
+
+Style = Literal["srun", "torchrun"]
+STYLES: tuple[Style, ...] = ("srun", "torchrun")
+SHUTDOWN_S = 110  # torchrun's patience with ranks that save; the batch scripts ask for the signal 120 s before the end
+_PROBES_AT_ONCE = 32
 
 
 def is_launched() -> bool:
@@ -25,3 +40,212 @@ def adopt_slurm() -> None:
         )
     variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
     variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
+
+
+# ---- the allocation -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its batch script sees it."""
+
+    id: int
+    node_list: str  # as Slurm abbreviates it: node[1-4]
+    num_nodes: int
+    restarts: int  # how often Slurm has requeued it
+
+
+def read_job(variables: Mapping[str, str]) -> Job:
+    """The job that this process is the batch script of. Raises UserError if a variable is missing."""
+    count = variables.get("SLURM_JOB_NUM_NODES") or variables.get("SLURM_NNODES")
+    missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if not variables.get(name)]
+    missing += [] if count else ["SLURM_JOB_NUM_NODES"]
+    if missing or count is None:
+        raise UserError(
+            f"not inside a Slurm job: {', '.join(missing)} not set; start it with sbatch slurm/pretrain.sbatch CONFIG, or "
+            "run_pretraining.py without Slurm"
+        )
+    try:
+        restarts = int(variables.get("SLURM_RESTART_COUNT") or 0)
+        return Job(int(variables["SLURM_JOB_ID"]), variables["SLURM_JOB_NODELIST"], int(count), restarts)
+    except ValueError as error:
+        raise UserError(f"a variable of Slurm's is not a number: {error}") from None
+
+
+def host_names(node_list: str) -> list[str]:
+    """Every node of an abbreviated list, in Slurm's order. Raises UserError if scontrol is absent or fails."""
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"`scontrol show hostnames {node_list}` does not work here: {error}") from None
+    if done.returncode or not done.stdout.split():
+        raise UserError(f"`scontrol show hostnames {node_list}` failed: {done.stderr.strip() or 'no nodes'}")
+    return done.stdout.split()
+
+
+def answering(nodes: Sequence[str], timeout_s: float) -> list[str]:
+    """Those nodes that start a process within `timeout_s` seconds, in the same order."""
+
+    def ask(node: str) -> bool:
+        command = ["srun", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", "true"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        for stop in (None, process.terminate, process.kill):  # srun takes its step back if it is asked to end
+            try:
+                if stop:
+                    stop()
+                return process.wait(5 if stop else timeout_s) == 0 and stop is None
+            except subprocess.TimeoutExpired:
+                continue
+        return False
+
+    try:
+        with ThreadPoolExecutor(_PROBES_AT_ONCE) as pool:
+            answers = list(pool.map(ask, nodes))
+    except FileNotFoundError:
+        raise UserError("srun is not on PATH; start this in a batch script of Slurm") from None
+    return [node for node, answer in zip(nodes, answers, strict=True) if answer]
+
+
+def head_address(node: str, num_nodes: int, given: str | None) -> str:
+    """The address of the rendezvous: `given` (MASTER_ADDR), else the node's own as this host resolves it.
+
+    Resolved here and not by the ranks: a container may know no host names. Raises UserError if it does not resolve, or
+    resolves to this machine's loopback, where other nodes would look for it in vain.
+    """
+    if given:
+        return given
+    try:
+        found = socket.getaddrinfo(node, None, proto=socket.IPPROTO_TCP)
+    except OSError as error:
+        raise UserError(
+            f"the first node {node} does not resolve here ({error.strerror}); export MASTER_ADDR with its address before sbatch"
+        ) from None
+    addresses = sorted((str(info[4][0]) for info in found), key=lambda text: ":" in text)  # IPv4 first
+    reachable = [
+        text for text in addresses if num_nodes == 1 or not ipaddress.ip_address(text.split("%")[0]).is_loopback
+    ]
+    if not reachable:
+        raise UserError(
+            f"the first node {node} resolves to {addresses[0]} here, which other nodes cannot reach; export MASTER_ADDR with "
+            "its address before sbatch"
+        )
+    return reachable[0]
+
+
+def resolved(address: str) -> str:
+    """What the rendezvous address means on this host, comma-separated, for ranks to compare. Raises UserError."""
+    try:
+        return ",".join(addresses_of(address))
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={address} does not resolve here ({error.strerror}); export an address that it does"
+        ) from None
+
+
+def master_port(job_id: int, given: str | None) -> int:
+    """The rendezvous port: `given` (MASTER_PORT), else one that two jobs on a node hardly share."""
+    if not given:
+        return 20000 + job_id % 20000
+    if not given.isdigit() or not 0 < int(given) < 65536:
+        raise UserError(f"MASTER_PORT={given} is not a port; export a number from 1 to 65535, or unset it")
+    return int(given)
+
+
+# ---- how many nodes, and who computes what ----------------------------------------------------------------------------
+
+
+def nodes_needed(config: Config) -> int:
+    """Nodes that the config's ranks fill."""
+    return config.system.world_size // config.system.node_size
+
+
+def fit_to_nodes(config: Config, available: int) -> tuple[int, list[str]]:
+    """How many of `available` nodes to use, and the overrides that keep the global batch on them.
+
+    All that the config asks for if they are there. Else, with recovery.min_nodes set, the largest number of nodes whose
+    ranks divide the global batch; a rank then computes more samples, in micro-batches no larger than before (they fit in
+    memory). Raises UserError if there are too few.
+    """
+    needed, least = nodes_needed(config), config.recovery.min_nodes
+    if available >= needed:
+        return needed, []
+    if least is None:
+        raise UserError(
+            f"{available} nodes answer and the config needs {needed}; ask for spares (recovery.spare_nodes and sbatch "
+            "--nodes=MIN-MAX), or let it go on with fewer (recovery.min_nodes)"
+        )
+    batch = config.batch
+    for nodes in range(available, least - 1, -1):
+        world = nodes * config.system.node_size
+        if nodes == 0 or batch.global_batch % world:
+            continue
+        of_a_rank = batch.global_batch // world
+        local = max(size for size in range(1, batch.local_batch + 1) if of_a_rank % size == 0)
+        return nodes, [
+            f"system.world_size={world}", f"system.ranks_per_node={config.system.node_size}",
+            f"batch.local_batch={local}", f"batch.accumulation={of_a_rank // local}",
+        ]  # fmt: skip
+    if available < least:
+        raise UserError(
+            f"{available} nodes answer and recovery.min_nodes={least}; the config's full number is {needed}"
+        )
+    raise UserError(
+        f"batch.global_batch={batch.global_batch} cannot be shared by {least} to {available} nodes of "
+        f"{config.system.node_size} ranks; lower recovery.min_nodes or choose a global batch with more divisors"
+    )
+
+
+# ---- starting ranks -----------------------------------------------------------------------------------------------------
+
+
+def srun_command(
+    style: Style, nodes: Sequence[str], ranks_per_node: int, rendezvous: tuple[str, str, int], python: str,
+    arguments: Sequence[str], extra: str = "",
+) -> list[str]:  # fmt: skip
+    """The srun that runs `python arguments` as every rank.
+
+    Args:
+        rendezvous: its id (torchrun's), its address, its port.
+        extra: further arguments of srun as one shell-quoted string (SRUN_ARGS).
+    """
+    per_node = ranks_per_node if style == "srun" else 1
+    prefix = [
+        "srun", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={per_node * len(nodes)}",
+        f"--ntasks-per-node={per_node}",
+        # 1: as soon as a rank has failed, Slurm sends the others SIGTERM, and SIGKILL after KillWait (30 s by default). Its
+        # message is out by then (ranks write before they exit), and ranks that hang in a collective on it do not hold the
+        # nodes until communication.timeout_s.
+        "--kill-on-bad-exit=1",
+        "--overlap",  # a step that still cleans up after a failure does not block its successor
+        *shlex.split(extra),
+    ]  # fmt: skip
+    if style == "srun":
+        return [*prefix, python, *arguments]
+    name, address, port = rendezvous
+    torchrun = [
+        python, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--nproc-per-node={ranks_per_node}",
+        "--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={address}:{port}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", f"--shutdown-timeout={SHUTDOWN_S}",
+    ]  # fmt: skip
+    # Only the task knows whether it is on the first node, so a shell puts that in.
+    line = f"exec {shlex.join(torchrun)} --rdzv-conf=is_host=$((SLURM_NODEID==0)) {shlex.join(arguments)}"
+    return [*prefix, "bash", "-c", line]
+
+
+def job_fields(job_id: int) -> dict[str, str]:
+    """What `scontrol show job` says of a job; empty if it does not answer."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "job", str(job_id), "--oneliner"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {name: value for name, _, value in (word.partition("=") for word in done.stdout.split())}
+
+
+def is_being_preempted(job_id: int) -> bool:
+    """Whether the job runs in the grace time of a preemption: if it ended now, Slurm would not start it again."""
+    fields = job_fields(job_id)
+    return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") not in ("None", "Unknown", "")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
@@ -147,7 +148,7 @@ def write_checkpoint(
         dcp.save({}, storage_writer=writer, planner=_Saving(stretches), process_group=group, no_dist=group is None)
         names = [p.name for p in unfinished.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
         mine: Any = {n: {"bytes": (unfinished / n).stat().st_size, "sha256": sha256_of(unfinished / n)} for n in names}
-    except Exception as caught:  # of any rank: DCP raises on all
+    except (Exception, CheckpointException) as caught:  # of any rank: DCP raises on all; its own is a BaseException
         mine = error = _explain(caught, folder, rank)
     everyone = _gather(mine, rank, group)
     if rank == 0 and error is None:

@@ -108,6 +108,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "sessions": progress.sessions,
         "peak_memory": memory,
         "stragglers": [one._asdict() for one in run.stragglers.worst(8)],
+        "checkpoints": run.saver.records,
         "hosts": sorted(set(run.heartbeat.hosts)),
         "energy": _energy(run),
         "data": {"train": _data_entry(run.store.manifest), "eval": _data_entry(run.eval_store.manifest)},

@@ -1,6 +1,6 @@
 """Which rank was lost, on which host, at which step: every rank tells where it is, beside training and its collectives.
 
-A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0's reads them all
+A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0 reads them all
 and calls a rank lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`. Time is counted
 by the reader's clock alone: clocks of hosts may differ.
 """
@@ -54,7 +54,11 @@ class Heartbeat:
         # One reader of `world` keys: at 1,024 ranks every two seconds
         self._interval = max(min(1.0, timeout_s / 8), self._world / 500)
         self._count, self._where = 0, (0, _STARTING, time.monotonic())
-        self._end = threading.Event()
+        self._end, self._last_word, self._wants_all, self._new_view = (threading.Event() for _ in range(4))
+        self._beats: list[Beat] = []
+        self._verdict: str | None = None
+        self._gone = False  # the store's process is
+        self._answered = time.monotonic()  # when it last did
         self._store: dist.Store | None = None
         if dist.is_initialized() and self._world > 1 and dist.get_backend() != "fake":
             store = dist.distributed_c10d._get_default_store().clone()
@@ -68,8 +72,11 @@ class Heartbeat:
             return
         self._beat()
         dist.barrier()
-        self.hosts = [beat.host for beat in self._read_all()]
-        threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
+        self._beats = self._read_all()
+        self.hosts = [beat.host for beat in self._beats]
+        self._answered = time.monotonic()
+        for target in (self._talk, self._watch):
+            threading.Thread(target=target, daemon=True, name=f"heartbeat{target.__name__}").start()
 
     def at(self, step: int, phase: str) -> None:
         """Where this rank is from now on. Costs a microsecond."""
@@ -78,82 +85,97 @@ class Heartbeat:
     def stop(self) -> None:
         """The run is done: from now on this rank may be silent."""
         if self._store is not None and not self._end.is_set():
-            self._end.set()
             self.at(self._where[0], _DONE)
-            try:
-                self._beat()
-            except RuntimeError:  # rank 0 was faster
-                return
+            self._end.set()
+            self._last_word.wait(2 * _ANSWER_S)
 
     def diagnose(self) -> str:
         """After a collective has failed: who is not there any more, in words; empty if nobody can be named. Takes seconds."""
         if self._store is None:
             return ""
         self.at(self._where[0], _STOPPING)
-        try:
-            self._beat()
-            before = self._read_all()
-            time.sleep(2.5 * self._interval)
-            self._beat()
-            after = self._read_all()
-        except RuntimeError:
-            host = self.hosts[0] if len(self.hosts) > 1 else "its host"
-            return f"rank 0 ({host}), where the ranks meet, does not answer"
-        finally:
-            self._end.set()
-        silent = [r for r, (a, b) in enumerate(zip(before, after, strict=True)) if a.count == b.count and b.phase not in
-                  (_STOPPING, _DONE)]  # fmt: skip
+        self._wants_all.set()
+        views = []
+        deadline = time.monotonic() + _ANSWER_S + 4 * self._interval
+        while time.monotonic() < deadline and len(views) < 4 and not self._gone:
+            self._new_view.clear()
+            if self._new_view.wait(max(0.0, deadline - time.monotonic())):
+                views.append(self._beats)
+        self._end.set()
+        if len(views) < 4:  # a view may be from before; three after it are a beat or more of everyone apart
+            return self._no_meeting()
+        before, after = views[1], views[-1]
+        silent = [
+            rank
+            for rank, (a, b) in enumerate(zip(before, after, strict=True))
+            if a.count == b.count and b.phase not in (_STOPPING, _DONE)
+        ]
         if silent:
             return self._name(silent, after, "does not answer; last")
         present = [r for r, beat in enumerate(after) if beat.phase not in _BLAMELESS]
         return self._name(present, after, "is still at") if present else ""
 
-    # ---- the thread -------------------------------------------------------------------------------------------------
+    # ---- threads ----------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        changed = [time.monotonic()] * self._world
-        counts = [-1] * self._world
-        store_seen = time.monotonic()
-        while not self._end.wait(self._interval):
-            now = time.monotonic()
+    def _talk(self) -> None:
+        """All talk with the store, in a thread of its own: where the network is cut, an answer never comes."""
+        while True:
+            end = self._end.wait(self._interval)
             try:
                 self._beat()
-                verdict = self._judge(now, counts, changed) if self._rank == 0 else self._verdict()
-                store_seen = time.monotonic()
+                if self._rank == 0 or self._wants_all.is_set():
+                    self._beats = self._read_all()
+                    self._new_view.set()
+                if self._rank != 0:
+                    self._verdict = self._read_verdict()
+                elif self._verdict is not None:
+                    self._store.set("lost", self._verdict)  # type: ignore[union-attr]
+                self._answered = time.monotonic()
             except RuntimeError as error:
-                gone = not isinstance(error, dist.DistStoreError) or "timeout" not in str(error).lower()
-                if now - store_seen < self._timeout_s and not gone:
-                    continue
-                if self._end.wait(self._timeout_s if gone else 0):  # the collectives say so first, or nothing is amiss
+                self._gone = "timeout" not in str(error).lower()
+                if self._gone:
+                    self._new_view.set()
                     return
-                verdict = f"rank 0 ({self.hosts[0]}), where the ranks meet, does not answer"
-            if verdict and not self._end.is_set():
+            if end:
+                self._last_word.set()
+                return
+
+    def _watch(self) -> None:
+        """Judge by this rank's own clock."""
+        changed = [time.monotonic()] * self._world
+        counts = [-1] * self._world
+        while not self._end.wait(self._interval / 2):
+            now = time.monotonic()
+            if now - self._answered > self._timeout_s:
+                self._verdict = self._no_meeting()
+            elif self._rank == 0 and self._verdict is None:
+                self._verdict = self._judge(now, counts, changed)
+                if self._verdict:
+                    self._end.wait(2 * self._interval)  # for the others to hear of it
+            if self._verdict and not self._end.is_set():
                 self._end.set()
-                self._on_lost(verdict)
+                self._on_lost(self._verdict)
                 return
 
     def _judge(self, now: float, counts: list[int], changed: list[float]) -> str | None:
-        """Rank 0: the verdict over all ranks, which it also tells them."""
-        beats = self._read_all()
+        """Rank 0: the verdict over all ranks."""
+        beats = self._beats
         for rank, beat in enumerate(beats):
             if beat.count != counts[rank]:
                 counts[rank], changed[rank] = beat.count, now
         alive = [r for r, beat in enumerate(beats) if beat.phase not in (_STOPPING, _DONE)]
         silent = [r for r in alive if now - changed[r] > self._timeout_s]
-        stuck = [r for r in alive if beats[r].phase not in _BLAMELESS and beats[r].phase_s > self._timeout_s]
         if silent:
-            verdict = self._name(silent, beats, f"has not answered for {self._timeout_s:.0f} s; last")
-        elif stuck:
-            verdict = self._name(stuck, beats, f"has been for {self._timeout_s:.0f} s at")
-        else:
-            return None
-        assert self._store is not None
-        self._store.set("lost", verdict)
-        return verdict
+            return self._name(silent, beats, f"has not answered for {self._timeout_s:.0f} s; last")
+        stuck = [r for r in alive if beats[r].phase not in _BLAMELESS and beats[r].phase_s > self._timeout_s]
+        return self._name(stuck, beats, f"has been for {self._timeout_s:.0f} s at") if stuck else None
 
-    def _verdict(self) -> str | None:
+    def _read_verdict(self) -> str | None:
         assert self._store is not None
         return self._store.get("lost").decode() if self._store.check(["lost"]) else None
+
+    def _no_meeting(self) -> str:
+        return f"rank 0 ({self.hosts[0]}), where the ranks meet, does not answer"
 
     def _name(self, ranks: list[int], beats: list[Beat], what: str) -> str:
         shown = [f"rank {r} ({beats[r].host}) {what} {beats[r].text()}" for r in ranks[:4]]

@@ -313,7 +313,7 @@ class Run:
             if stop:
                 self._checkpoint(wait=True)
                 return Outcome("stopped", False, signal.Signals(stop).name)
-            if checkpoint:
+            if checkpoint and float(self._skipped) == 0.0:  # else some rank's weights may not be finite
                 self._checkpoint()
         return Outcome("aborted" if train.target_accuracy is not None else "success", False)
 
@@ -399,8 +399,6 @@ class Run:
              interval["optimizer_s"], float(self._alarm() is not None), *self._compute],
             self.environment,
         )  # fmt: skip
-        if table[:, 6].any():
-            self._stop_for(int(table[:, 6].argmax()))
         mlm = table[:, 0].sum() / interval["masked"]
         nsp = table[:, 1].sum() / (steps * self.config.batch.global_batch)
         seconds = self.clock.training - self._interval_start[0]
@@ -446,6 +444,8 @@ class Run:
                 remaining,
             )
         self._reset_interval()
+        if table[:, 6].any():
+            self._stop_for(int(table[:, 6].argmax()))
         return int(table[:, 2].max())
 
     def _count_stragglers(self, compute: np.ndarray, data_s: np.ndarray, exposed_s: np.ndarray) -> None:

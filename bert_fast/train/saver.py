@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bert_fast.errors import UserError
 from bert_fast.train.capture import rank_name
@@ -124,7 +125,10 @@ class Saver:
             record["total_s"] = time.perf_counter() - began
         except UserError as error:
             self._error = error
-        except Exception as error:  # of a collective: another rank is gone, which the step will notice too
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # of a collective: another rank is gone, which the step will notice too
             text = (str(error) or type(error).__name__).splitlines()[0]
             self._error = UserError(f"checkpoint of step {description['step']} was not written: {text[:200]}")
         finally:

@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""run_pretraining.py with one thing that goes wrong, at a rank, step and phase given in BERT_FAST_FAULT (JSON).
+
+    {"action": "kill" | "stop" | "hang" | "nan" | "skew" | "slow" | "alternate", "rank": 1, "step": 17, "phase": "forward and backward",
+     "delay_s": 0.01, "once": "FILE that exists until it has happened"}
+
+The product knows nothing of it: a heartbeat's phase is what is watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+VARIABLE = "BERT_FAST_FAULT"
+
+
+def happen(fault: dict[str, Any], run: Any) -> None:
+    """The fault itself, in the main thread or in a timer's."""
+    action = fault["action"]
+    Path(fault["happened"]).write_text(repr(time.time()), encoding="utf-8")
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif action == "hang":
+        time.sleep(3600)
+    elif action == "nan":
+        import torch
+
+        with torch.no_grad():
+            next(iter(run.machinery.model.parameters())).fill_(float("nan"))
+    elif action == "skew":
+        real = time.time
+        time.time = lambda: real() + 3600.0
+
+
+def arm(fault: dict[str, Any]) -> None:
+    """Make the fault happen when this rank says that it is there."""
+    from bert_fast.train import heartbeat, loop
+
+    runs: list[Any] = []
+    init, at = loop.Run.__init__, heartbeat.Heartbeat.at
+
+    def remember(self: Any, *arguments: Any, **named: Any) -> None:
+        runs.append(self)
+        init(self, *arguments, **named)
+
+    def watched(self: Any, step: int, phase: str) -> None:
+        at(self, step, phase)
+        if step != fault["step"] or phase != fault["phase"] or not Path(fault["once"]).exists():
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fault["once"])
+        delay = fault.get("delay_s", 0.0)
+        if fault["action"] in ("hang", "nan", "skew") or not delay:
+            happen(fault, runs[0])
+        else:
+            threading.Timer(delay, happen, (fault, runs[0])).start()
+
+    loop.Run.__init__ = remember  # type: ignore[method-assign]
+    heartbeat.Heartbeat.at = watched  # type: ignore[method-assign]
+
+
+def slow(seconds: float) -> None:
+    """Make every step last longer: time to break something around the run."""
+    from bert_fast.train import heartbeat
+
+    at = heartbeat.Heartbeat.at
+
+    def slowly(self: Any, step: int, phase: str) -> None:
+        at(self, step, phase)
+        if phase == heartbeat.COMPUTE:
+            time.sleep(seconds)
+
+    heartbeat.Heartbeat.at = slowly  # type: ignore[method-assign]
+
+
+def alternate() -> None:
+    """Wait for every second checkpoint, as without `train.async_checkpoints`."""
+    from bert_fast.train.saver import Saver
+
+    start, calls = Saver.start, [0]
+
+    def start_and_wait(self: Any, *arguments: Any) -> None:
+        calls[0] += 1
+        self.wait()  # for the one before: its tail must not be counted to this one
+        start(self, *arguments)
+        if calls[0] % 2 == 0:
+            self.wait()
+
+    Saver.start = start_and_wait  # type: ignore[method-assign]
+
+
+def main() -> None:
+    fault = json.loads(os.environ.get(VARIABLE, "{}"))
+    if fault.get("action") == "alternate":
+        alternate()
+    elif fault.get("action") == "slow":
+        slow(fault["seconds"])
+    elif fault and os.environ.get("RANK") == str(fault["rank"]):
+        arm(fault)
+    import run_pretraining
+
+    run_pretraining.main()
+
+
+if __name__ == "__main__":
+    main()
