@@ -6,9 +6,12 @@ So what is tested is one rank's side: what it launches, when, from which memory,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import resource
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +27,15 @@ from bert_fast.communication.clip import MODES
 from bert_fast.communication.compress import fp16_scale, wire_format
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.config import Config
+from bert_fast.data.samples import Sample
+from bert_fast.data.store import merge_parts, write_part
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train.build import build, build_model, make_layout
 from bert_fast.train.calibrate import make_planner
 from bert_fast.train.environment import Environment
+from bert_fast.train.evaluate import Evaluator
 from bert_fast.train.inputs import batch_of_lengths, synthetic_batch, to_device
+from bert_fast.train.loop import Run
 from bert_fast.train.step import StepInput
 
 pytestmark = pytest.mark.distributed
@@ -272,3 +279,63 @@ def test_a_planned_step(engine: str, when: str, strategy: str) -> None:
         assert 0 < result["norm"] <= config.communication.max_norm / WORLD * (1 + 1e-5)  # the other ranks add nothing
         assert 0 < result["moved"] < math.inf
         assert result["bytes"] >= 4 * sum(result["layout"].numel)
+
+
+# ---- from the rendezvous to the first batch -------------------------------------------------------------------------
+
+
+def write_large_store(folder: Path, samples: int) -> None:
+    """Random sentence pairs of Wikipedia-like lengths up to 32 tokens."""
+    rng = np.random.default_rng(1)
+    lengths = np.maximum(5, wikipedia_like(samples) // 16)
+
+    def made() -> Iterator[Sample]:
+        for length in lengths:
+            masked = np.sort(rng.permutation(int(length))[: max(1, int(length) // 7)]).astype(np.uint16)
+            ids, labels = (rng.integers(0, 120, n).astype(np.uint16) for n in (length, len(masked)))
+            yield Sample(ids, int(length) // 2, masked, labels, int(rng.integers(2)))
+
+    part = write_part(folder / "part", made())
+    merge_parts(folder, [part], {"vocab_size": 120, "vocab_sha256": None})
+
+
+def start_up(config: Config, rank: int) -> dict[str, Any]:
+    """All that a run does up to its first step, and its share of an evaluation: no collective brings anything."""
+    environment = Environment(rank, rank % 8, WORLD, CPU, torch.float32)
+    run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run.prepare()
+    prepared = time.perf_counter()
+    run.clock.start()
+    run._open_data()
+    run.planner = make_planner(config, run.store.lengths, run.cost, run.store.manifest["max_length"])
+    plan, batches, masked, tokens, _ = run._make_batches(0)
+    first = time.perf_counter()
+    evaluator = Evaluator(run.eval_store, None, config.batch, run.cost, environment)
+    run._blocks.close()
+    return {
+        "ids": plan.of_rank(rank), "tokens_here": [len(b.input_ids) for b in batches], "masked": masked, "tokens": tokens,
+        "hosts": len(run.heartbeat.hosts), "evaluated": sum(len(b.next_sentence_labels) for b in evaluator._batches),
+        "prepare_s": prepared - began, "data_s": first - prepared,
+        "grown_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    }  # fmt: skip
+
+
+def test_the_start_of_a_run_as_any_of_1024_ranks(tmp_path: Path) -> None:
+    """Build, data, plan, first batch, shard of the evaluation. The same plan everywhere, different samples, little memory."""
+    samples = 3 * 8 * WORLD
+    for split, count in (("train", samples), ("eval", 3000)):
+        write_large_store(tmp_path / split, count)
+    tree = make_config().model_dump()
+    tree["data"] |= {"train": str(tmp_path / "train"), "eval": str(tmp_path / "eval")}
+    tree["run"] |= {"folder": str(tmp_path / "run")}
+    config = config_from_tree(tree)
+    (tmp_path / "run").mkdir()
+    results = {rank: as_rank(rank, start_up, config, rank) for rank in (0, 517, 1023)}
+    ids = [each["ids"] for each in results.values()]
+    assert all(len(one) == 8 for one in ids)
+    assert len(np.unique(np.concatenate(ids))) == 24
+    assert len({(each["masked"], each["tokens"]) for each in results.values()}) == 1
+    assert {each["evaluated"] for each in results.values()} <= {2, 3}
+    for each in results.values():
+        assert each["grown_mib"] < 200, "tables of the store and of the plan; the model is small"

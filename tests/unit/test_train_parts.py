@@ -28,7 +28,7 @@ from bert_fast.train import entry
 from bert_fast.train.build import Machinery, build
 from bert_fast.train.calibrate import make_planner
 from bert_fast.train.clock import Clock
-from bert_fast.train.environment import Environment, pick_device, pick_dtype
+from bert_fast.train.environment import Environment, join, pick_device, pick_dtype
 from bert_fast.train.evaluate import Evaluator, _shard
 from bert_fast.train.folder import check_folder, check_inputs, create_folder
 from bert_fast.train.inputs import planned_batches, to_device
@@ -522,3 +522,23 @@ def test_accumulation_and_loss_scale_give_the_same_step(
     for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
+
+
+def test_the_determinism_switch_gives_bit_identical_steps(make_config: Callable[..., Config]) -> None:
+    """`train.deterministic` reaches torch, and two machines of one seed go through the same bits, dropout included."""
+    dropout = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "system.threads_per_rank=1")
+    config = make_config("train.deterministic=true", *dropout)
+    environment = join(config)
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        losses, ends = [], []
+        for _ in range(2):
+            machinery = build(config, environment)
+            results = [machinery.step(step_input(config, step), lr=1e-3) for step in range(4)]
+            losses.append([(result.mlm_sum.item(), result.grad_norm.item()) for result in results])
+            ends.append(weights(machinery))
+        assert losses[0] == losses[1]
+        assert len(set(losses[0])) == 4
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,148 @@
+"""Who is lost, in words: silent, stuck, or gone, as every rank comes to know it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import RankPool
+
+from bert_fast.train.environment import Environment
+from bert_fast.train.heartbeat import COMPUTE, EXCHANGE, Heartbeat
+
+pytestmark = pytest.mark.distributed
+
+Pools = Callable[[int], RankPool]
+TIMEOUT_S = 2.0
+
+
+def beating(rank: int, world: int, name: str) -> tuple[Heartbeat, list[str], threading.Event]:
+    """A started heartbeat in a part of the store of its own, what it has called lost, and when."""
+    lost: list[str] = []
+    said = threading.Event()
+
+    def on_lost(text: str) -> None:
+        lost.append(text)
+        said.set()
+
+    heart = Heartbeat(Environment(rank, rank, world, torch.device("cpu"), torch.float32), TIMEOUT_S, on_lost)
+    heart._store = dist.PrefixStore(name, heart._store)  # the pool's ranks are the same for all tests
+    heart.start()
+    return heart, lost, said
+
+
+def stuck(rank: int, world: int) -> tuple[list[str], float]:
+    """Rank 1 computes for ever, the others wait for it."""
+    heart, lost, said = beating(rank, world, "stuck")
+    heart.at(7, COMPUTE if rank == 1 else EXCHANGE)
+    start = time.monotonic()
+    said.wait(TIMEOUT_S + 10)
+    return lost, time.monotonic() - start
+
+
+def test_a_rank_that_is_stuck_is_named_on_all_ranks(pool: Pools) -> None:
+    for lost, seconds in pool(3).call(stuck):
+        (text,) = lost
+        assert text.startswith("rank 1 (")
+        assert "has been for 2 s at step 7, forward and backward" in text
+        assert TIMEOUT_S <= seconds <= TIMEOUT_S + 5
+
+
+def silent(rank: int, world: int) -> tuple[list[str], float]:
+    """Rank 2 says nothing any more, as under SIGSTOP."""
+    heart, lost, said = beating(rank, world, "silent")
+    heart.at(9, EXCHANGE)
+    time.sleep(1.0)
+    start = time.monotonic()
+    if rank == 2:
+        heart._end.set()
+        heart._beat = lambda: None  # type: ignore[method-assign]
+        return ["-"], 0.0
+    said.wait(TIMEOUT_S + 10)
+    return lost, time.monotonic() - start
+
+
+def test_a_rank_that_is_silent_is_named_on_the_others(pool: Pools) -> None:
+    for lost, seconds in pool(3).call(silent)[:2]:
+        (text,) = lost
+        assert text.startswith("rank 2 (")
+        assert "has not answered for 2 s; last step 9, exchange of gradients" in text
+        assert seconds <= TIMEOUT_S + 5
+
+
+def healthy(rank: int, world: int) -> list[str]:
+    """Phases change, waiting for others lasts, and ranks end at different times."""
+    heart, lost, _ = beating(rank, world, "healthy")
+    for step in range(8):
+        heart.at(step, COMPUTE)
+        time.sleep(0.15)
+    heart.at(8, EXCHANGE)
+    time.sleep(1.5 * TIMEOUT_S)
+    heart.stop()
+    time.sleep(1.0 * rank)
+    return lost
+
+
+def test_nobody_is_blamed_without_reason(pool: Pools) -> None:
+    assert pool(3).call(healthy) == [[], [], []]
+
+
+def diagnosed(rank: int, world: int) -> tuple[str, float]:
+    """A collective has failed: rank 1 was killed, the others ask who it was."""
+    heart, _, _ = beating(rank, world, "diagnosed")
+    heart.at(11, COMPUTE)
+    time.sleep(0.5)
+    if rank == 1:
+        heart._beat = lambda: None  # type: ignore[method-assign]
+        time.sleep(8)
+        heart._end.set()
+        return "", 0.0
+    start = time.monotonic()
+    return heart.diagnose(), time.monotonic() - start
+
+
+def test_after_a_failed_collective_the_dead_rank_is_named(pool: Pools) -> None:
+    for text, seconds in pool(3).call(diagnosed)[::2]:
+        assert text.startswith("rank 1 (")
+        assert "does not answer; last step 11, forward and backward" in text
+        assert seconds < 5
+
+
+def test_one_rank_has_nobody_to_lose() -> None:
+    heart = Heartbeat(Environment(0, 0, 1, torch.device("cpu"), torch.float32), 1.0, lambda _text: None)
+    heart.start()
+    heart.at(1, COMPUTE)
+    assert heart.diagnose() == ""
+    heart.stop()
+    assert len(heart.hosts) == 1
+
+
+def unreachable(rank: int, world: int) -> tuple[list[str], float, str]:
+    """Rank 0's store answers no more, as behind a cut network: calls into it never come back."""
+    heart, lost, said = beating(rank, world, "unreachable")
+    heart.at(3, EXCHANGE)
+    if rank == 0:
+        heart._end.set()
+        time.sleep(TIMEOUT_S + 6)
+        return [], 0.0, ""
+
+    def never(*_: Any) -> None:
+        time.sleep(60)
+
+    heart._beat = never  # type: ignore[method-assign]
+    start = time.monotonic()
+    said.wait(TIMEOUT_S + 10)
+    return lost, time.monotonic() - start, heart.diagnose()
+
+
+def test_a_store_that_never_answers_is_rank_0_lost(pool: Pools) -> None:
+    lost, seconds, text = pool(2).call(unreachable)[1]
+    assert "rank 0 (" in lost[0]
+    assert "where the ranks meet, does not answer" in lost[0]
+    assert seconds <= TIMEOUT_S + 5
+    assert "does not answer" in text

@@ -1,0 +1,75 @@
+"""Each drill of scripts/fault_drill.py once, on the tiny task: what is promised of failures is true.
+
+The whole table, with 50 kills, is made by the script: results/faults/.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import drills
+
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
+
+
+def kept(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a promise that was kept; skips where the machine does not let us break it."""
+    if row["kept"] is None:
+        pytest.skip(row["says"])
+    assert row["kept"], row
+    return row
+
+
+@pytest.mark.parametrize("moment", drills.MOMENTS)
+def test_a_killed_rank(against: drills.Against, moment: str) -> None:
+    found = kept(drills.kill(against, random.Random(moment), moment))
+    assert found["exit_code"] == 0
+    assert found["detect_s"] is None or found["detect_s"] <= against.drill.timeout_s + 5
+
+
+def test_a_rank_that_hangs_is_named_in_time(against: drills.Against) -> None:
+    found = kept(drills.silence(against, "hang"))
+    assert "rank 1 (" in found["says"]
+    assert "forward and backward" in found["says"]
+
+
+def test_not_a_number(against: drills.Against) -> None:
+    kept(drills.not_a_number(against))
+
+
+@pytest.mark.slow
+def test_a_stopped_rank(against: drills.Against) -> None:
+    kept(drills.silence(against, "stop"))
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps(against: drills.Against) -> None:
+    kept(drills.skewed_clock(against))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint(against: drills.Against) -> None:
+    kept(drills.damaged_checkpoint(against))
+
+
+@pytest.mark.slow
+def test_a_full_disk(against: drills.Against, tmp_path: Path) -> None:
+    kept(drills.full_disk(against, tmp_path / "disk"))
+
+
+@pytest.mark.slow
+def test_results_that_turn_read_only(against: drills.Against) -> None:
+    kept(drills.read_only_results(against))
+
+
+@pytest.mark.parametrize("how", ["vanishes", "changes"])
+def test_a_store_that_is_lost(against: drills.Against, store: Path, how: str) -> None:
+    kept(drills.lost_data(against, store, how))
+
+
+@pytest.mark.slow
+def test_a_cut_network(against: drills.Against) -> None:
+    kept(drills.cut_network(against))

@@ -1,0 +1,115 @@
+"""A store that changes under a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bert_fast.data import blocks as module
+from bert_fast.data.blocks import BlockWatch
+from bert_fast.data.store import BLOCK_BYTES, Store
+
+
+@pytest.fixture
+def copy(stores: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stores / "train", tmp_path / "train"))
+
+
+@pytest.fixture
+def watch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., BlockWatch]]:
+    """`watch()`: a started watch over the copy."""
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    started: list[BlockWatch] = []
+
+    def start(share: int = 0, shares: int = 1) -> BlockWatch:
+        started.append(BlockWatch(Store(copy), share, shares, mb_per_s=10_000.0))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_unchanged_store_raises_no_alarm(watch: Callable[..., BlockWatch]) -> None:
+    found = watch()
+    until(lambda: found.passes >= 3)
+    assert found.alarm is None
+
+
+def test_a_changed_byte_is_found_and_its_samples_named(watch: Callable[..., BlockWatch], copy: Path) -> None:
+    found = watch()
+    until(lambda: found.passes >= 1)
+    with open(copy / "samples.bin", "r+b") as file:
+        file.seek(40)
+        byte = file.read(1)[0]
+        file.seek(40)
+        file.write(bytes([byte ^ 4]))
+    until(lambda: found.alarm)
+    assert "changed under the run: bytes 0 to" in str(found.alarm)
+    assert f"(samples 0 to {len(Store(copy)) - 1:,})" in str(found.alarm)
+    assert not found.vanished
+
+
+@pytest.mark.parametrize("name", ["samples.bin", "offsets.npy", "lengths.npy"])
+def test_a_file_that_goes_is_found(watch: Callable[..., BlockWatch], copy: Path, name: str) -> None:
+    found = watch()
+    (copy / name).unlink()
+    until(lambda: found.alarm)
+    assert f"{name} has vanished" in str(found.alarm)
+    assert found.vanished
+
+
+def test_a_file_that_is_replaced_is_found(watch: Callable[..., BlockWatch], copy: Path) -> None:
+    found = watch()
+    shutil.copyfile(copy / "samples.bin", copy / "new")
+    os.replace(copy / "new", copy / "samples.bin")
+    until(lambda: found.alarm)
+    assert "was replaced or cut" in str(found.alarm)
+
+
+def test_without_checksums_or_rate_nothing_is_watched(copy: Path) -> None:
+    still = BlockWatch(Store(copy), 0, 1, mb_per_s=0)
+    still.start()
+    (copy / "blocks.npy").unlink()
+    old = BlockWatch(Store(copy), 0, 1, mb_per_s=10)
+    old.start()
+    assert not still._thread.is_alive()
+    assert not old._thread.is_alive()
+
+
+def test_ranks_of_a_node_share_the_blocks(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change in a block is found by one of them."""
+    store = Store(copy)
+    size = (copy / "samples.bin").stat().st_size
+    for owner in (module, __import__("bert_fast.data.store", fromlist=["x"])):
+        monkeypatch.setattr(owner, "BLOCK_BYTES", 1000)
+    data = (copy / "samples.bin").read_bytes()
+    store.block_crcs = np.array([__import__("zlib").crc32(data[i : i + 1000]) for i in range(0, size, 1000)], np.uint32)
+    watches = [BlockWatch(store, share, 3, 1e6) for share in range(3)]
+    assert all(each._pass() for each in watches)
+    with open(copy / "samples.bin", "r+b") as file:
+        file.seek(4500)
+        file.write(bytes([data[4500] ^ 1]))
+    assert [each._pass() for each in watches] == [True, False, True]
+    assert "bytes 4,000 to 5,000" in str(watches[1].alarm)
+
+
+def test_a_store_has_a_checksum_for_every_block(copy: Path) -> None:
+    crcs = Store(copy).block_crcs
+    assert crcs is not None
+    assert len(crcs) == -(-(copy / "samples.bin").stat().st_size // BLOCK_BYTES)
+    assert "blocks.npy" in Store(copy).manifest["tables_sha256"]
