@@ -41,7 +41,7 @@ def finish(run: Run, outcome: Outcome) -> dict[str, Any]:
     write_json(run.folder / "metrics.json", record)
     report = write_report(run.folder)
     if run.environment.world_size > 1:
-        run.line.say(text(run.stragglers.worst(3), run.heartbeat.hosts))
+        run.line.say(text(run.interval.stragglers.worst(3), run.heartbeat.hosts))
     print_table(f"{run.config.run.name}, seed {run.config.train.seed}", run_rows(record))
     if record["compliance"].get("passed") is False:
         print(record["compliance"]["text"])
@@ -107,7 +107,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "cost": {"linear": run.cost.linear, "quadratic": run.cost.quadratic, "source": run.cost_source},
         "sessions": progress.sessions,
         "peak_memory": memory,
-        "stragglers": [one._asdict() for one in run.stragglers.worst(8)],
+        "stragglers": [one._asdict() for one in run.interval.stragglers.worst(8)],
         "checkpoints": run.saver.records,
         "hosts": sorted(set(run.heartbeat.hosts)),
         "energy": _energy(run),

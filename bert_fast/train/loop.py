@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import resource
 import signal
 import socket
@@ -38,29 +37,27 @@ from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.energy import EnergyMeter
 from bert_fast.report.metrics import MetricsWriter
-from bert_fast.report.stragglers import StragglerTally
 from bert_fast.trace import span_or_nothing
 from bert_fast.train.build import Machinery, bucket_note, build, gather_floats, matmul_ceiling, seed_ranks
+from bert_fast.train.caches import clear_caches
 from bert_fast.train.calibrate import calibrate, make_cost, make_planner
-from bert_fast.train.capture import captured, optimizer_counts, rank_state, restore
-from bert_fast.train.checkpoint import read_description
+from bert_fast.train.capture import captured, optimizer_counts, rank_state
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
 from bert_fast.train.failures import explain_memory, tokens_of
+from bert_fast.train.finite import FiniteWatch
 from bert_fast.train.folder import checkpoint_vocabulary
-from bert_fast.train.graphs import tensor_rates
 from bert_fast.train.heartbeat import CHECKPOINT, COMPUTE, DATA, EVALUATION, EXCHANGE, FIGURES, FINISHING, Heartbeat
 from bert_fast.train.inputs import planned_batches, to_device
+from bert_fast.train.interval import Interval
 from bert_fast.train.preflight import preflight, say_preflight
 from bert_fast.train.profile import StepProfile
-from bert_fast.train.resume import check_key, resume_key, sound_checkpoint
+from bert_fast.train.resume import resume_key, sound_checkpoint, take_up
 from bert_fast.train.saver import Saver, saving_group
 from bert_fast.train.state import Progress
-from bert_fast.train.step import StepInput, StepResult
+from bert_fast.train.step import StepInput
 from bert_fast.train.stop import StopFlag
-
-_COST_ROWS = 64  # measurements of cost in a log line (at least one of every rank)
 
 
 @dataclass
@@ -91,10 +88,9 @@ class Run:
         self.line = ProgressLine(enabled=main)
         self.clock, self.progress = Clock(), Progress()
         self.stop = StopFlag()
-        self.stragglers = StragglerTally()
         self.energy = EnergyMeter() if environment.local_rank == 0 else None
         self.heartbeat = Heartbeat(environment, config.communication.timeout_s, on_lost)
-        self._skipped = torch.zeros((), device=environment.device)  # non-finite steps in a row
+        self._finite = FiniteWatch(environment, config.train.max_skipped_steps)
         self.ceiling = 0.0
         self.init_s = 0.0
 
@@ -113,7 +109,7 @@ class Run:
                 say_preflight(report)
                 write_json(self.folder / "preflight.json", report)
         if not self.resume:
-            cleared = self._clear_caches()
+            cleared = config.mlperf.clear_caches and clear_caches(self.environment, self.line.say)
             self.mllog.submission(config)
             self.mllog.event(constants.CACHE_CLEAR, cleared)
             self.mllog.start(constants.INIT_START)
@@ -163,25 +159,6 @@ class Run:
         }
         write_atomically(self.folder / "buckets.yaml", to_yaml(chosen))
         write_json(self.folder / "buckets.json", record.as_json())
-
-    def _clear_caches(self) -> bool:
-        """Drop each node's page cache if asked to. Returns whether all were; says so if not. A collective if asked to."""
-        if not self.config.mlperf.clear_caches:
-            return False
-        failed = 0
-        if self.environment.local_rank == 0:
-            try:
-                os.sync()
-                Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
-            except OSError:
-                failed = 1
-        nodes = int(gather_floats([float(failed)], self.environment).sum())
-        if nodes:
-            self.line.say(
-                f"warning: caches were not cleared on {nodes} node(s) (not permitted); cache_clear is logged false. Run as "
-                "root, or let the job's prologue write 3 to /proc/sys/vm/drop_caches"
-            )
-        return nodes == 0
 
     # ---- on the clock -----------------------------------------------------------------------------------------------
 
@@ -271,7 +248,9 @@ class Run:
         self._may_evaluate_last = train.target_accuracy is not None and (
             config.mlperf.division == "open" or not config.mlperf.enabled
         )
-        self._reset_interval()
+        self.interval = Interval(
+            self.environment, self.machinery, self.clock, progress, self.cost, config.batch.global_batch
+        )
         self._block_start()
         if train.eval_at_start and progress.step == 0 and self._evaluate():
             return Outcome("success", True)
@@ -301,7 +280,10 @@ class Run:
             progress.tokens += tokens
             progress.tokens_squared += tokens_squared
             progress.masked += masked
-            self._account(plan, result, masked, data_s, lr)
+            self._finite.add(plan.step, result)
+            self.interval.add(plan, result, masked, data_s, lr)
+            if self.environment.device.type == "cpu" and not bool(result.is_finite):  # on a GPU the next log line looks
+                self._check_finite()
             last = progress.step == train.max_steps
             evaluate = progress.samples >= progress.next_evaluation or (last and self._may_evaluate_last)
             every = train.checkpoint_every_steps
@@ -313,7 +295,7 @@ class Run:
             if stop:
                 self._checkpoint(wait=True)
                 return Outcome("stopped", False, signal.Signals(stop).name)
-            if checkpoint and float(self._skipped) == 0.0:  # else some rank's weights may not be finite
+            if checkpoint and not self._finite.skips_now:  # else some rank's weights may not be finite
                 self._checkpoint()
         return Outcome("aborted" if train.target_accuracy is not None else "success", False)
 
@@ -326,134 +308,37 @@ class Run:
         if path:
             self.line.say(f"trace of steps: {path} (open in ui.perfetto.dev or chrome://tracing)")
 
-    # ---- accounting -------------------------------------------------------------------------------------------------
-
-    def _reset_interval(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.environment.device)
-        self._interval: dict[str, float] = {}
-        self._plans: list[Plan] = []
-        self._compute: list[float] = []  # seconds of forward and backward, step by step
-        self._interval_start = (self.clock.training, self.progress.step)
-        self._bad_step = torch.full((), -1.0, device=self.environment.device)
-
-    def _account(self, plan: Plan, result: StepResult, masked: int, data_s: float, lr: float) -> None:
-        """Add up a step without asking the device."""
-        finite = result.is_finite
-        self._skipped = torch.where(finite, 0.0, self._skipped + 1)
-        first_bad = ~result.local_is_finite & (self._bad_step < 0)
-        self._bad_step = torch.where(first_bad, float(plan.step), self._bad_step)
-        self._sums += torch.stack([result.mlm_sum, result.nsp_sum])
-        self._last_norm, self._last_lr = result.grad_norm, lr
-        self._plans.append(plan)
-        self._compute.append(result.compute_s)
-        self.progress.add("imbalance", plan.imbalance)
-        for name, value in (
-            ("masked", float(masked)), ("data_s", data_s),
-            ("exposed_s", result.exposed_s), ("optimizer_s", result.optimizer_s),
-        ):  # fmt: skip
-            self._interval[name] = self._interval.get(name, 0.0) + value
-        if self.environment.device.type == "cpu" and not bool(finite):  # on a GPU the next log line looks
-            self._check_finite()
+    # ---- figures and alarms -----------------------------------------------------------------------------------------
 
     def _check_finite(self) -> None:
-        """Stop after too many skipped steps, naming step, rank and samples. A collective where a step was not finite."""
-        skipped = int(self._skipped.item())
-        if skipped == 0:
-            return
-        bad_steps = gather_floats([float(self._bad_step.item())], self.environment)[:, 0]
-        ranks = [rank for rank, step in enumerate(bad_steps) if step >= 0]
-        step = int(bad_steps[ranks[0]]) if ranks else self.progress.step - 1
-        hosts = ", ".join(sorted({self.heartbeat.hosts[rank % len(self.heartbeat.hosts)] for rank in ranks}))
-        blame = (
-            f"rank {', '.join(map(str, ranks))} on {hosts}"
-            if ranks
-            else "no single rank's loss (the gradient overflowed)"
-        )
-        text = f"step {step}: loss or gradient is not finite, from {blame}"
-        if self.environment.is_main:
-            self.line.say(f"warning: {text}; step skipped ({skipped} in a row)")
-            self.metrics.write("skipped", self.progress.step, {"bad_step": step, "ranks": ranks})
-        if skipped > self.config.train.max_skipped_steps:
-            samples = self.planner.plan(step).of_rank(ranks[0] if ranks else 0)[:64].tolist()
-            raise TrainingError(
-                f"{text}; {skipped} steps in a row were skipped (train.max_skipped_steps="
-                f"{self.config.train.max_skipped_steps}). Samples of that rank: {samples}. "
-                "Lower optimizer.lr, lengthen schedule.warmup_steps, or look at these samples"
-            )
+        """Say that a step was skipped; stop after too many. A collective where one was."""
+        skipped = self._finite.check(self.progress.step - 1, self.heartbeat.hosts, self.planner)
+        if skipped and self.environment.is_main:
+            self.line.say(f"warning: {skipped.text}; step skipped ({skipped.in_a_row} in a row)")
+            self.metrics.write("skipped", self.progress.step, {"bad_step": skipped.step, "ranks": skipped.ranks})
 
     def _log_interval(self) -> int:
-        """Exchange sums and flags between ranks, write a line. Returns the signal at which all ranks shall stop, or 0."""
-        steps = self.progress.step - self._interval_start[1]
-        if not steps:
+        """Exchange figures and flags between ranks, write a line. Returns the signal at which all ranks shall stop, or 0."""
+        progress, train = self.progress, self.config.train
+        if not self.interval.steps:
             return 0
-        self.heartbeat.at(self.progress.step, FIGURES)
+        self.heartbeat.at(progress.step, FIGURES)
         if self.environment.device.type == "cuda":
             self._check_finite()
-        interval = self._interval
-        if self.machinery.step.compute_timer is not None:
-            self._compute = self.machinery.step.compute_timer.read()
-        if self.machinery.step.exposed_timer is not None:
-            interval["exposed_s"] = sum(self.machinery.step.exposed_timer.read())
-        table = gather_floats(
-            [*self._sums.tolist(), float(self.stop.number), interval["exposed_s"], interval["data_s"],
-             interval["optimizer_s"], float(self._alarm() is not None), *self._compute],
-            self.environment,
-        )  # fmt: skip
-        mlm = table[:, 0].sum() / interval["masked"]
-        nsp = table[:, 1].sum() / (steps * self.config.batch.global_batch)
-        seconds = self.clock.training - self._interval_start[0]
-        compute = table[:, 7:]  # [ranks, steps]
-        uneven = compute.max(axis=0) / compute.mean(axis=0)
-        self._count_stragglers(compute, table[:, 4], table[:, 3])
+        self._finite.forget_blame()
+        found = self.interval.exchange(self.stop.number, self._alarm() is not None)
         if self.energy:
             self.energy.tick()
-        # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
-        exposed = table[:, 3].min() / steps
-        self.progress.add("compute_s", compute.sum(axis=1).mean())
-        self.progress.add("exposed_s", table[:, 3].min())
-        self.progress.add("straggler_s", table[:, 3].mean() - table[:, 3].min())
-        self.progress.add("data_s", table[:, 4].max())
-        self.progress.add("optimizer_s", table[:, 5].mean())
-        self.progress.add("compute_imbalance", uneven.sum())
-        rate = steps * self.config.batch.global_batch / seconds
-        norm = float(self._last_norm)
-        values = {
-            "samples": self.progress.samples, "time_s": self.clock.elapsed, "loss": mlm + nsp, "mlm_loss": mlm,
-            "nsp_loss": nsp, "lr": self._last_lr, "grad_norm": norm, "samples_per_s": rate,
-            "imbalance": [round(plan.imbalance, 6) for plan in self._plans],
-            "compute_imbalance": [round(x, 4) for x in uneven.tolist()],
-            "compute_ms": np.round(1e3 * compute.mean(axis=1), 3).tolist(),
-            "data_ms_rank": np.round(1e3 * table[:, 4] / steps, 3).tolist(),
-            "exposed_ms_rank": np.round(1e3 * table[:, 3] / steps, 3).tolist(),
-            "exposed_ms": 1e3 * exposed, "data_ms": 1e3 * table[:, 4].max() / steps,
-            "optimizer_ms": 1e3 * table[:, 5].mean() / steps, "capped": sum(plan.capped for plan in self._plans),
-        }  # fmt: skip
         if self.environment.is_main:
-            values["cost"] = self._cost_rows(compute)
-            values["clip"] = self.machinery.engine.clip_statistics.read()
-            self.metrics.write("step", self.progress.step, values)
-            accuracy = self.progress.evaluations[-1]["accuracy"] if self.progress.evaluations else None
-            remaining = (self.config.train.max_steps - self.progress.step) * seconds / steps
-            self.line.update(
-                self.progress.step,
-                self.progress.samples,
-                rate,
-                mlm + nsp,
-                accuracy,
-                self.config.train.target_accuracy,
-                remaining,
-            )
-        self._reset_interval()
-        if table[:, 6].any():
-            self._stop_for(int(table[:, 6].argmax()))
-        return int(table[:, 2].max())
-
-    def _count_stragglers(self, compute: np.ndarray, data_s: np.ndarray, exposed_s: np.ndarray) -> None:
-        """Who was last in these steps; work that was planned to be uneven is allowed for."""
-        costs = [self.cost.linear * p.tokens.sum(axis=1) + self.cost.quadratic * p.tokens_squared.sum(axis=1)
-                 for p in self._plans]  # fmt: skip
-        waits = None if self.config.communication.engine == "ddp" else exposed_s  # DDP waits inside backward
-        self.stragglers.add(compute, np.maximum(np.stack(costs, axis=1), 1e-12), data_wait=data_s, exposed=waits)
+            clip = self.machinery.engine.clip_statistics.read()
+            self.metrics.write("step", progress.step, {**found.values, "clip": clip})
+            accuracy = progress.evaluations[-1]["accuracy"] if progress.evaluations else None
+            remaining = (train.max_steps - progress.step) * found.seconds / found.steps
+            rate, loss = found.values["samples_per_s"], found.values["loss"]
+            self.line.update(progress.step, progress.samples, rate, loss, accuracy, train.target_accuracy, remaining)
+        if found.alarmed is not None:
+            self._stop_for(found.alarmed)
+        return found.signal
 
     def _alarm(self) -> str | None:
         """What this rank's background threads have found wrong."""
@@ -472,17 +357,6 @@ class Run:
             self._checkpoint(wait=True)
             text = f"{text}, then --resume: step {self.progress.step:,} is saved"
         raise UserError(str(text))
-
-    def _cost_rows(self, compute: np.ndarray) -> list[list[float]]:
-        """(tokens, squared lengths, milliseconds) of ranks in the interval's last steps, for a later fit of the cost."""
-        steps = max(1, _COST_ROWS // self.environment.world_size)
-        return [
-            [int(tokens), int(squared), round(1e3 * seconds, 3)]
-            for plan, times in zip(self._plans[-steps:], compute.T[-steps:], strict=True)
-            for tokens, squared, seconds in zip(
-                plan.tokens.sum(axis=1), plan.tokens_squared.sum(axis=1), times, strict=True
-            )
-        ]
 
     # ---- evaluation, checkpoints, ends ------------------------------------------------------------------------------
 
@@ -551,21 +425,7 @@ class Run:
 
     def _restore(self) -> None:
         path = sound_checkpoint(self.folder / "checkpoints", self.environment, self.line.say)
-        description = read_description(path)
-        check_key(path, description["key"], self._key)
-        state, wrote = description["state"], description["world_size"]
-        same_ranks = wrote == self.environment.world_size
-        if not same_ranks:  # random state and error feedback begin anew
-            seed_ranks(self.config.train.seed + state["progress"]["step"], self.environment)
-            self.line.say(
-                f"resumed by {self.environment.world_size} ranks, stopped by {wrote}: the same samples in the same steps, "
-                "dealt to other ranks"
-            )
-        restore(path, self.machinery, self.environment, state["optimizer"], same_ranks)
-        if self.config.train.cuda_graphs:  # nothing is captured yet; the rates that were loaded may be numbers
-            tensor_rates(self.machinery.step.optimizer, self.environment.device)
-        if self.machinery.loss_scale and state["loss_scale"]:
-            self.machinery.loss_scale.load_state_dict(state["loss_scale"])
+        state = take_up(path, self._key, self.config, self.machinery, self.environment, self.line.say)
         self.progress.load_state_dict(state["progress"])
         self.progress.sessions += 1
         self.clock.load_state_dict(state["clock"])

@@ -11,9 +11,11 @@ from typing import Any
 
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
-from bert_fast.train.build import gather_floats
-from bert_fast.train.checkpoint import checkpoints_in, clear_remains, damage
+from bert_fast.train.build import Machinery, gather_floats, seed_ranks
+from bert_fast.train.capture import restore
+from bert_fast.train.checkpoint import checkpoints_in, clear_remains, damage, read_description
 from bert_fast.train.environment import Environment
+from bert_fast.train.graphs import tensor_rates
 
 # What may differ between the run that wrote a checkpoint and the one that goes on: how fast, where, how long, how watched.
 # Everything else decides which weights come out, and is refused.
@@ -94,6 +96,37 @@ def sound_checkpoint(folder: Path, environment: Environment, say: Callable[[str]
     if not damaged:
         raise UserError(f"--resume: {folder} has no complete checkpoint; start the run without --resume")
     raise UserError(f"{damaged[0]} and there is no earlier one that is whole; remove it and start the run anew")
+
+
+def take_up(
+    path: Path,
+    key: dict[str, Any],
+    config: Config,
+    machinery: Machinery,
+    environment: Environment,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Load a checkpoint into the machine, on every rank by itself; what else it holds (progress, clock, cost).
+
+    Raises:
+        UserError: it is of another model, data set or setting.
+    """
+    description = read_description(path)
+    check_key(path, description["key"], key)
+    state, wrote = description["state"], description["world_size"]
+    same_ranks = wrote == environment.world_size
+    if not same_ranks:  # random state and error feedback begin anew
+        seed_ranks(config.train.seed + state["progress"]["step"], environment)
+        say(
+            f"resumed by {environment.world_size} ranks, stopped by {wrote}: the same samples in the same steps, dealt to "
+            "other ranks"
+        )
+    restore(path, machinery, environment, state["optimizer"], same_ranks)
+    if config.train.cuda_graphs:  # nothing is captured yet; the rates that were loaded may be numbers
+        tensor_rates(machinery.step.optimizer, environment.device)
+    if machinery.loss_scale and state["loss_scale"]:
+        machinery.loss_scale.load_state_dict(state["loss_scale"])
+    return state
 
 
 def _hash(value: Any) -> str:

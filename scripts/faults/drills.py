@@ -281,8 +281,8 @@ def _on_hosts(drill: Drill, names: list[str], folder: Path, *more: str) -> list[
     for rank, name in enumerate(names):
         variables = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29533", VARIABLE: json.dumps(SLOW), "GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29533", "GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR", VARIABLE: json.dumps(SLOW),
         }  # fmt: skip
         command = ["ip", "netns", "exec", name, *drill.command(folder, "system.ranks_per_node=1", *more)]
         processes.append(

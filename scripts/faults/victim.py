@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """run_pretraining.py with one thing that goes wrong, at a rank, step and phase given in BERT_FAST_FAULT (JSON).
 
-    {"action": "kill" | "stop" | "hang" | "nan" | "skew" | "slow" | "alternate", "rank": 1, "step": 17, "phase": "forward and backward",
-     "delay_s": 0.01, "once": "FILE that exists until it has happened"}
+    {"action": "kill" | "stop" | "hang" | "nan" | "skew" | "slow" | "alternate", "rank": 1, "step": 17,
+     "phase": "forward and backward", "delay_s": 0.01, "once": "FILE that exists until it has happened"}
 
 The product knows nothing of it: a heartbeat's phase is what is watched.
 """
