@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from bert_fast.balance.planner import Planner
-from bert_fast.errors import TrainingError
 from bert_fast.train.build import gather_floats
 from bert_fast.train.environment import Environment
 from bert_fast.train.step import StepResult
@@ -16,12 +15,16 @@ from bert_fast.train.step import StepResult
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was found: `in_a_row` skipped steps, the first of which was `step`; `ranks` whose own loss was not finite."""
+    """What was found: `in_a_row` skipped steps; `ranks` whose own loss was not finite, the first of them at `step`.
+
+    `fatal` says why the run must stop, if it must.
+    """
 
     text: str
     step: int
     ranks: list[int]
     in_a_row: int
+    fatal: str | None
 
 
 class FiniteWatch:
@@ -49,11 +52,7 @@ class FiniteWatch:
         self._first_bad.fill_(-1.0)
 
     def check(self, last_step: int, hosts: Sequence[str], planner: Planner) -> Skipped | None:
-        """Who is to blame, if the last step was skipped; None if it was not. A collective where it was.
-
-        Raises:
-            TrainingError: more steps in a row were skipped than the limit; names step, rank, host and samples.
-        """
+        """Who is to blame, if the last step was skipped; None if it was not. A collective where it was."""
         in_a_row = int(self._in_a_row.item())
         if in_a_row == 0:
             return None
@@ -67,10 +66,11 @@ class FiniteWatch:
             else "no single rank's loss (the gradient overflowed)"
         )
         text = f"step {step}: loss or gradient is not finite, from {blame}"
+        fatal = None
         if in_a_row > self._limit:
             samples = planner.plan(step).of_rank(ranks[0] if ranks else 0)[:64].tolist()
-            raise TrainingError(
+            fatal = (
                 f"{text}; {in_a_row} steps in a row were skipped (train.max_skipped_steps={self._limit}). Samples of that "
                 f"rank: {samples}. Lower optimizer.lr, lengthen schedule.warmup_steps, or look at these samples"
             )
-        return Skipped(text, step, ranks, in_a_row)
+        return Skipped(text, step, ranks, in_a_row, fatal)

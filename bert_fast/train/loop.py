@@ -313,9 +313,13 @@ class Run:
     def _check_finite(self) -> None:
         """Say that a step was skipped; stop after too many. A collective where one was."""
         skipped = self._finite.check(self.progress.step - 1, self.heartbeat.hosts, self.planner)
-        if skipped and self.environment.is_main:
+        if skipped is None:
+            return
+        if self.environment.is_main:
             self.line.say(f"warning: {skipped.text}; step skipped ({skipped.in_a_row} in a row)")
             self.metrics.write("skipped", self.progress.step, {"bad_step": skipped.step, "ranks": skipped.ranks})
+        if skipped.fatal:
+            raise TrainingError(skipped.fatal)
 
     def _log_interval(self) -> int:
         """Exchange figures and flags between ranks, write a line. Returns the signal at which all ranks shall stop, or 0."""
