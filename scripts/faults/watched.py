@@ -62,7 +62,8 @@ class Drill:
         return [
             sys.executable, str(VICTIM), "--config", str(self.config), f"run.folder={run_folder}",
             f"train.max_steps={self.steps}", f"train.checkpoint_every_steps={self.every}", "train.save_final_model=true",
-            f"communication.timeout_s={self.timeout_s}", "train.log_every_steps=1", *self.settings, *more,
+            f"communication.timeout_s={self.timeout_s}", "train.log_every_steps=1", "system.threads_per_rank=1",
+            *self.settings, *more,
         ]  # fmt: skip
 
     def run(
