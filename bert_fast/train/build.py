@@ -6,6 +6,7 @@ import copy
 import functools
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,6 +242,15 @@ def matmul_ceiling(environment: Environment, seconds: float = 0.3) -> float:
             torch.cuda.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value` (anything that pickles), on every rank. A collective."""
+    if not dist.is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def gather_floats(values: list[float], environment: Environment) -> np.ndarray:

@@ -294,6 +294,7 @@ class Run:
                 return Outcome("success", True)
             if stop:
                 self._checkpoint(wait=True)
+                self.mllog.event("interrupted", progress.step, signal=signal.Signals(stop).name)
                 return Outcome("stopped", False, signal.Signals(stop).name)
             if checkpoint and not self._finite.skips_now:  # else some rank's weights may not be finite
                 self._checkpoint()

@@ -11,7 +11,7 @@ from typing import Any
 
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
-from bert_fast.train.build import Machinery, gather_floats, seed_ranks
+from bert_fast.train.build import Machinery, from_rank_0, gather_floats, seed_ranks
 from bert_fast.train.capture import restore
 from bert_fast.train.checkpoint import checkpoints_in, clear_remains, damage, read_description
 from bert_fast.train.environment import Environment
@@ -83,9 +83,10 @@ def sound_checkpoint(folder: Path, environment: Environment, say: Callable[[str]
     """
     if environment.is_main:
         clear_remains(folder)
-    gather_floats([0.0], environment)  # nobody looks before that is done
+    # Rank 0's view counts: on a network file system others may still see what is no longer there
+    names = from_rank_0([path.name for path in reversed(checkpoints_in(folder))])
     damaged = []
-    for path in reversed(checkpoints_in(folder)):
+    for path in (folder / name for name in names):
         wrong = damage(path, environment.rank, environment.world_size)
         bad = gather_floats([float(wrong is not None)], environment)[:, 0]
         if not bad.any():

@@ -87,6 +87,7 @@ def test_log_of_a_resumed_run(stopped_twice: Path) -> None:
     events = [json.loads(line.removeprefix(":::MLLOG ")) for line in text.splitlines()]
     keys = [event["key"] for event in events]
     assert (keys.count("run_start"), keys.count("run_stop"), keys.count("resumed")) == (1, 1, 2)
+    assert [e["metadata"]["signal"] for e in events if e["key"] == "interrupted"] == ["SIGTERM", "SIGUSR1"]
     assert events[-1]["metadata"]["resumed"] is True
     record = json.loads((stopped_twice / "metrics.json").read_text(encoding="utf-8"))
     assert record["sessions"] == 3
