@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, process_start: float) -> int:
     if not launched or os.environ["RANK"] == "0":
         check_folder(config, args.resume)
         check_inputs(config)
-    if not launched and config.system.world_size > 1:
+    if not launched and (config.system.world_size > 1 or config.recovery.max_restarts > 0):
         return launch.run_local(config, sys.argv)
     return _be_a_rank(config, args.resume, process_start)
 
