@@ -287,6 +287,9 @@ class TrainConfig(Section):
     async_checkpoints: bool = Field(
         True, description="go on training while a checkpoint is written (off: wait for it, as at the end of a run)"
     )
+    checkpoint_timeout_s: PositiveFloat = Field(
+        600.0, description="seconds that ranks wait for the slowest to write its part of a checkpoint"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints stay on disk")
     save_final_model: bool = Field(False, description="write the final weights as a Hugging Face folder")
     log_every_steps: PositiveInt = Field(10, description="steps between log lines, and between checks for signals")

@@ -28,6 +28,7 @@ from bert_fast.cli import load_config, to_yaml  # noqa: E402
 from bert_fast.config import Config, as_plain  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
+from bert_fast.launch.code import COMMIT, commit  # noqa: E402
 from bert_fast.launch.slurm import STYLES, job_fields, nodes_needed  # noqa: E402
 
 COPIED = ("bert_fast", "slurm", "run_pretraining.py")  # what a job runs; no data, no history, no tests
@@ -36,8 +37,8 @@ PATHS = (
     ("data", "eval"),
     ("train", "init_checkpoint"),
     ("balance", "cost_file"),
-    ("system", "settings"),
 )
+SETTINGS = "system.yaml"  # the copy of system.settings
 ENDED = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -71,6 +72,8 @@ def frozen(config: Config, folder: Path) -> str:
         if plain[section][name] is not None:
             plain[section][name] = os.path.abspath(plain[section][name])
     plain["run"]["folder"] = str(folder / "run")
+    if config.system.settings is not None:
+        plain["system"]["settings"] = str(folder / SETTINGS)  # a copy: see `submit`
     return to_yaml(plain)
 
 
@@ -130,7 +133,10 @@ def submit(config: Config, folder: Path, script: str) -> int:
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
     copy_code(folder)
+    if config.system.settings is not None:
+        shutil.copyfile(config.system.settings, folder / SETTINGS)
     write_atomically(folder / "config.yaml", frozen(config, folder))
+    write_atomically(folder / COMMIT, commit() + "\n")
     write_atomically(folder / "job.sbatch", script)
     done = subprocess.run(["sbatch", "--parsable", "job.sbatch"], cwd=folder, capture_output=True, text=True)
     if done.returncode:

@@ -71,7 +71,7 @@ class BlockWatch:
     def _pass(self) -> bool:
         crcs = self._store.block_crcs
         assert crcs is not None
-        with open(self._store.folder / "samples.bin", "rb", buffering=0) as file:
+        with open(self._store.folder / "samples.bin", "rb") as file:
             for block in range(self._share, len(crcs), self._shares):
                 file.seek(block * BLOCK_BYTES)
                 content = file.read(BLOCK_BYTES)

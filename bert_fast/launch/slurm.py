@@ -40,6 +40,9 @@ def adopt_slurm() -> None:
         )
     variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
     variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
+    per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")[0].split("(")[0]  # 8(x16): the first node's
+    if per_node.isdigit():
+        variables.setdefault("LOCAL_WORLD_SIZE", per_node)
 
 
 # ---- the allocation -------------------------------------------------------------------------------------------------

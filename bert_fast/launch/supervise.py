@@ -33,6 +33,7 @@ from bert_fast.launch.local import ERROR_FOLDER
 EXIT_TARGET_MISSED, EXIT_USER = 1, 2  # as of run_pretraining.py
 _HANDLED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LOST = "lost contact with another rank"  # a consequence of some other rank's end, never the cause
+_FRUITLESS = 3  # starts of a job without a step of progress, after which it is not requeued again
 _FILES_LATE_S = 30.0  # on a network file system another node's file may show up late
 
 
@@ -52,8 +53,14 @@ class PlannedRun:
         return (self.folder / "stopped.json").is_file()
 
     @property
+    def last_step(self) -> int:
+        """The step of the newest checkpoint, 0 without one."""
+        found = (self.folder / "checkpoints").glob("step-*/complete.json")
+        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+
+    @property
     def has_checkpoint(self) -> bool:
-        return any((self.folder / "checkpoints").glob("step-*/complete.json"))
+        return self.last_step > 0
 
 
 def plan_runs(config: Config, count: int) -> tuple[Path, list[PlannedRun]]:
@@ -79,7 +86,7 @@ class Supervisor:
         self._config = load_config(config_path, overrides)
         self._config_path, self._overrides, self._style = config_path, overrides, style
         self._base, self._runs = plan_runs(self._config, runs)
-        self._port = slurm.master_port(self._job.id, variables.get("MASTER_PORT"))
+        slurm.master_port(self._job.id, variables.get("MASTER_PORT"))  # refuse a wrong one now
         self._nodes = slurm.host_names(self._job.node_list)
         self._node_timeout_s = _seconds(variables, "NODE_TIMEOUT_S", 30.0)
         self._script = _script()
@@ -159,12 +166,26 @@ class Supervisor:
                 "means to start again"
             )
             return 128 + number
+        if self._is_stuck(run):
+            say(
+                f"not requeued: {_FRUITLESS} starts in a row have not got beyond step {run.last_step}; the time limit is too "
+                "short for start-up and a checkpoint, or train.checkpoint_every_steps too long"
+            )
+            return 128 + number
         done = subprocess.run(["scontrol", "requeue", str(self._job.id)], capture_output=True, text=True)
         if done.returncode:
             say(f"job {self._job.id} could not be requeued: {done.stderr.strip()}; submit it again to go on")
             return 128 + number
         say(f"job {self._job.id} requeued: {why}")
         return 0
+
+    def _is_stuck(self, run: PlannedRun) -> bool:
+        """Whether this start of the job, and those before it, ended where the one before had."""
+        self._start["reached"] = [sum(each.is_finished for each in self._runs), run.last_step]
+        last = [start.get("reached") for start in self._earlier[1 - _FRUITLESS :]] + [self._start["reached"]]
+        if not self._earlier:  # a run without a folder leaves no record: Slurm's own count has to do
+            return self._job.restarts + 1 >= _FRUITLESS and self._start["reached"] == [0, 0]
+        return len(last) == _FRUITLESS and all(each == last[0] for each in last)
 
     # ---- one start of the ranks ---------------------------------------------------------------------------------------
 
@@ -173,28 +194,32 @@ class Supervisor:
         nodes, fitted = self._choose_nodes()
         record: dict[str, Any] = {"run": run.folder.name, "nodes": nodes, "nodes_asked": time.time()}
         address = slurm.head_address(nodes[0], len(nodes), self._variables.get("MASTER_ADDR"))
+        given = self._variables.get("MASTER_PORT")
+        # Another port each time, as the ranks before may still be cleaning up
+        port = slurm.master_port(self._job.id + (0 if given else len(self._start["attempts"])), given)
         resume = run.has_checkpoint
         (run.folder / "stopped.json").unlink(missing_ok=True)  # of an earlier start; the run removes it too
         overrides = [*self._overrides, *run.overrides, *fitted]
         config = load_config(self._config_path, overrides)
         arguments = [self._script, "--config", self._config_path, *["--resume"] * resume, *overrides]
+        means = slurm.resolved(address)
+        meeting = means.split(",")[0] if self._style == "torchrun" else address  # the same machine for every torchrun
         name = f"{self._job.id}-{self._job.restarts}-{len(self._start['attempts'])}"
         command = slurm.srun_command(
-            self._style, nodes, config.system.node_size, (name, address, self._port),
+            self._style, nodes, config.system.node_size, (name, meeting, port),
             self._variables.get("RANK_PYTHON") or sys.executable, arguments, self._variables.get("SRUN_ARGS", ""),
         )  # fmt: skip
         errors = (self._base.parent / f".{self._base.name}.errors-{name}").absolute()
         errors.mkdir(parents=True, exist_ok=True)
         variables = {
-            "MASTER_ADDR": address, "MASTER_PORT": str(self._port), ERROR_FOLDER: str(errors),
+            "MASTER_ADDR": address, "MASTER_PORT": str(port), ERROR_FOLDER: str(errors),
             # A lost rank is named in one line; torch's own warnings of it are stack traces
             "TORCH_CPP_LOG_LEVEL": self._variables.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         }  # fmt: skip
-        means = slurm.resolved(address)
         if self._style == "srun":  # torchrun tells ranks an address of its own
             variables[HEAD_ADDRESSES] = means
         how = "resumes" if resume else "starts"
-        say(f"{run.folder}: {how} on {len(nodes)} node(s), {config.system.world_size} ranks, {address}:{self._port}")
+        say(f"{run.folder}: {how} on {len(nodes)} node(s), {config.system.world_size} ranks, {address}:{port}")
         record |= {"resumed": resume, "world_size": config.system.world_size, "srun_started": time.time()}
         self._start["attempts"].append(record)
         code = self._run_step(command, variables)
@@ -204,6 +229,8 @@ class Supervisor:
         reason = (
             _explain(errors) or f"srun ended with code {code} and no rank has said why (see the lines of srun above)"
         )
+        if any(path.read_text(encoding="ascii") == str(EXIT_USER) for path in errors.glob("code-*")):
+            code = EXIT_USER  # torchrun's is always 1, and srun's the highest of all ranks
         shutil.rmtree(errors, ignore_errors=True)
         record["outcome"] = "finished" if run.is_finished else "stopped" if run.is_stopped or self._signal else "failed"
         if record["outcome"] == "failed":

@@ -11,6 +11,7 @@ leaves the one before. Tensors are stored flat, in stretches that any number of 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -142,9 +143,9 @@ def write_checkpoint(
     try:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        if group is not None:
-            dist.barrier(group)
-        writer = dcp.FileSystemWriter(unfinished)
+        _from_rank_0(None, group)  # nobody writes before; a barrier would take NCCL's device for its tensor
+        # Without read-ahead: tensors are on the host already, and DCP would wait for a CUDA stream to copy them
+        writer = dcp.FileSystemWriter(unfinished, per_thread_copy_ahead=0)
         dcp.save({}, storage_writer=writer, planner=_Saving(stretches), process_group=group, no_dist=group is None)
         names = [p.name for p in unfinished.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
         mine: Any = {n: {"bytes": (unfinished / n).stat().st_size, "sha256": sha256_of(unfinished / n)} for n in names}
@@ -168,19 +169,26 @@ def _complete_one(folder: Path, unfinished: Path, target: Path, manifest: dict[s
     """Rank 0: the manifest, the rename, the removal of older ones. Returns what went wrong."""
     replaced = folder / f".{target.name}.old"
     try:
-        write_json(unfinished / _MANIFEST, {"format": FORMAT, **manifest})
+        body = {"format": FORMAT, **manifest}
+        write_json(unfinished / _MANIFEST, {**body, "sha256": _body_hash(body)})
         _sync(unfinished)
         if target.exists():  # a run that was thrown back to before this step
             os.replace(target, replaced)
         os.replace(unfinished, target)
         _sync(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in checkpoints_in(folder)[:-keep]:
+        found = checkpoints_in(folder)
+        newer = [path for path in found if path.name > target.name]  # a run that was thrown back does not come to them
+        for old in [*newer, *[path for path in found if path not in newer][:-keep]]:
             (old / _MANIFEST).unlink()  # first, so that half of it never counts
             shutil.rmtree(old)
     except (OSError, UserError) as caught:
         return _explain(caught, folder, 0)
     return None
+
+
+def _body_hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(folder: Path) -> None:
@@ -270,7 +278,10 @@ def read_description(path: Path) -> dict[str, Any]:
 def damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files (every `world`-th), by size and hash; None if nothing."""
     try:
-        files: dict[str, dict[str, Any]] = read_description(path)["files"]
+        description = read_description(path)
+        if description.pop("sha256") != _body_hash(description):
+            return f"{_MANIFEST} has changed since it was written"
+        files: dict[str, dict[str, Any]] = description["files"]
         for name in sorted(files)[rank::world]:
             file = path / name
             if not file.is_file():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from bert_fast.config import Config, as_plain, run_folder
 from bert_fast.errors import LostRankError, TrainingError, UserError
 from bert_fast.files import write_json
 from bert_fast.launch import local as launch
+from bert_fast.launch.owner import release
 from bert_fast.launch.slurm import adopt_slurm, is_launched
 from bert_fast.mlperf.rules import check_division
 from bert_fast.train.flight import flight_record, record_flight
@@ -38,6 +41,7 @@ _LOST_RANK = (
     "timed out",
 )
 EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING, EXIT_BUG = 1, 2, 3, 70
+_LEAVE_S = 5.0  # for the last words of a rank that leaves
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -53,10 +57,19 @@ def guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _report("interrupted before the first step; nothing was written", 130)
     except OSError as error:
-        if error.errno == 28:
-            return _report(f"disk full ({error.filename or 'run folder'}); free space and --resume", EXIT_USER)
+        where = error.filename or "the run's folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _report(f"disk full ({where}); free space and --resume", EXIT_USER)
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
+            return _report(f"cannot write {where}: {error.strerror}; mend the file system and --resume", EXIT_USER)
         return _bug(error)
     except RuntimeError as error:
+        if "Duplicate GPU" in str(error):  # NCCL's words
+            return _report(
+                "two ranks of a host are on one GPU; start one rank a GPU (system.ranks_per_node) and let every rank see all "
+                "of the host's GPUs",
+                EXIT_USER,
+            )
         if not _is_lost_rank(error):
             return _bug(error)
         return _report(f"lost contact with another rank: {str(error).splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
@@ -127,7 +140,7 @@ def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
     try:
         outcome = run.execute()
     except RuntimeError as error:
-        if isinstance(error, TrainingError) or not _is_lost_rank(error):
+        if isinstance(error, TrainingError) or "Duplicate GPU" in str(error) or not _is_lost_rank(error):
             raise
         who = run.heartbeat.diagnose() or str(error).splitlines()[0][:160]
         raise LostRankError(_lost_text(who)) from error
@@ -135,6 +148,8 @@ def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
         finish(run, outcome)
     run.heartbeat.stop()
     run.metrics.close()
+    if environment.is_main:
+        release(run.folder)
     return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
 
 
@@ -143,7 +158,10 @@ def _lost_text(who: str) -> str:
 
 
 def _leave(who: str) -> None:
-    """Called beside a main thread that may wait for ever."""
+    """Called beside a main thread that may wait for ever, perhaps for a file system that does not answer us either."""
+    last = threading.Timer(_LEAVE_S, os._exit, (launch.EXIT_LOST_RANK,))
+    last.daemon = True
+    last.start()
     code = _report(_lost_text(who), launch.EXIT_LOST_RANK)
     sys.stdout.flush()
     os._exit(code)
@@ -163,9 +181,13 @@ def _report(text: str, code: int) -> int:
     """One line. Under our launcher it goes to a file, so that ranks with the same error speak once."""
     folder, rank = os.environ.get(launch.ERROR_FOLDER), os.environ.get("RANK")
     if folder and rank is not None:
-        Path(folder, f"rank-{rank}").write_text(text, encoding="utf-8")
-    else:
-        print(f"error: {f'rank {rank}: ' if rank is not None else ''}{text}", file=sys.stderr, flush=True)
+        try:
+            Path(folder, f"code-{rank}").write_text(str(code), encoding="ascii")
+            Path(folder, f"rank-{rank}").write_text(text, encoding="utf-8")
+            return code
+        except OSError:  # a disk that is full, perhaps what the text is about
+            pass
+    print(f"error: {f'rank {rank}: ' if rank is not None else ''}{text}", file=sys.stderr, flush=True)
     return code
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from bert_fast.config import Config
-from bert_fast.errors import UserError
+from bert_fast.errors import LostRankError, UserError
 from bert_fast.launch.head import bound_by_slurm, check_head
 from bert_fast.launch.settings import SystemSettings, apply, load_settings, nic_variables
-from bert_fast.launch.topology import bind, read_topology
+from bert_fast.launch.topology import bind, format_cpulist, read_topology
 from bert_fast.report.bench import cpu_name
 
 
@@ -81,6 +81,7 @@ def join(config: Config) -> Environment:
 
     Raises:
         UserError: the launcher's world size is not the config's, or the rendezvous port is taken.
+        LostRankError: not all ranks have come to the rendezvous in time.
     """
     variables = os.environ
     rank, world = int(variables.get("RANK", 0)), int(variables.get("WORLD_SIZE", 1))
@@ -124,7 +125,7 @@ def _init_process_group(config: Config, device: torch.device, rank: int, world: 
             raise UserError(
                 f"port {os.environ['MASTER_PORT']} is in use; set system.master_port=0 to pick a free one"
             ) from None
-        raise UserError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
+        raise LostRankError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
 
 
 def _use_settings(config: Config) -> SystemSettings | None:
@@ -149,7 +150,8 @@ def _bind(config: Config, settings: SystemSettings | None, device: torch.device,
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.system.node_size))
     allowed = os.sched_getaffinity(0)
     if bound_by_slurm():  # these cores are this rank's alone already
-        local_rank, ranks = 0, 1
+        torch.set_num_threads(config.system.threads_per_rank or min(len(allowed), 4 if device.type == "cuda" else 1024))
+        return f"bound by srun to CPUs {format_cpulist(allowed)}; {torch.get_num_threads()} threads"
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     binding = bind(read_topology(), local_rank, ranks, allowed, kind, _visible_devices() if kind == "cuda" else None)
     own = max(1, binding.num_cores)

@@ -52,8 +52,18 @@ class Evaluator:
         ]
 
     @torch.no_grad()
-    def __call__(self, model: BertForPretraining, on_batch: Callable[[], None] = lambda: None) -> Evaluation:
-        """Evaluate. A collective: all ranks call it together. `on_batch` is called before every batch."""
+    def __call__(
+        self,
+        model: BertForPretraining,
+        on_batch: Callable[[], None] = lambda: None,
+        on_exchange: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """Evaluate. A collective: all ranks call it together.
+
+        Args:
+            on_batch: called before every batch.
+            on_exchange: called before the wait for the other ranks.
+        """
         environment = self._environment
         sums = torch.zeros(4, dtype=torch.float64, device=environment.device)
         was_training = model.training
@@ -64,6 +74,7 @@ class Evaluator:
                 losses = model(batch, with_accuracy=True)
                 sums += torch.stack([x.double() for x in losses])
         model.train(was_training)
+        on_exchange()
         if dist.is_initialized():
             dist.all_reduce(sums)
         mlm_loss, nsp_loss, mlm_correct, nsp_correct = sums.tolist()

@@ -10,6 +10,7 @@ from bert_fast.balance.cost import cost_record, fit_cost
 from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import as_plain
 from bert_fast.files import write_json
+from bert_fast.launch.code import commit
 from bert_fast.mlperf.submission import check_log
 from bert_fast.model.flops import train_flops
 from bert_fast.report.console import print_table, run_rows
@@ -17,7 +18,6 @@ from bert_fast.report.energy import cost
 from bert_fast.report.html import write_report
 from bert_fast.report.metrics import cost_rows
 from bert_fast.report.stragglers import text
-from bert_fast.train.folder import commit
 from bert_fast.train.loop import Outcome, Run
 
 

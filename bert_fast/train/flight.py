@@ -18,7 +18,6 @@ def record_flight(folder: Path) -> None:
     defaults = {
         "TORCH_NCCL_TRACE_BUFFER_SIZE" if old_name else "TORCH_FR_BUFFER_SIZE": str(_ENTRIES),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         _PREFIX: str(folder.absolute() / "flight" / "nccl_trace_rank_"),
     }
     for name, value in defaults.items():

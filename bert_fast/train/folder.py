@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 from bert_fast.balance.cost import read_cost
@@ -11,6 +10,8 @@ from bert_fast.cli import to_yaml
 from bert_fast.config import Config, as_plain, run_folder
 from bert_fast.errors import UserError
 from bert_fast.files import sha256_of, write_atomically
+from bert_fast.launch.code import commit
+from bert_fast.launch.owner import claim, owner_of
 from bert_fast.model.tensorflow_bundle import is_bundle
 
 
@@ -20,6 +21,11 @@ def check_folder(config: Config, resume: bool) -> None:
     if (folder / "metrics.json").exists():
         raise UserError(
             f"{folder} already holds a finished run; choose another run.name or run.folder, or remove it first"
+        )
+    owner = owner_of(folder)
+    if owner:
+        raise UserError(
+            f"{folder} is in use by {owner}; wait for it, stop it, or choose another run.name or run.folder"
         )
     has_checkpoint = any((folder / "checkpoints").glob("step-*/complete.json"))
     if resume and not has_checkpoint:
@@ -58,26 +64,11 @@ def create_folder(config: Config, resume: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the run's folder {folder}: {error.strerror}; set run.results_dir") from None
+    claim(folder)
     if not resume:
         write_atomically(folder / "config.yaml", to_yaml(as_plain(config)))
         write_atomically(folder / "commit.txt", commit() + "\n")
     return folder
-
-
-def commit() -> str:
-    """The code's commit, marked if the tree differs from it; `unknown` outside of a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def checkpoint_vocabulary(folder: str | None) -> str | None:

@@ -1,8 +1,8 @@
 """Which rank was lost, on which host, at which step: every rank tells where it is, beside training and its collectives.
 
-A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0 reads them all
-and calls a rank lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`. Time is counted
-by the reader's clock alone: clocks of hosts may differ.
+A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0 reads them all, the
+others rank 0's. A rank is called lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`.
+Time is counted by the reader's clock alone: clocks of hosts may differ.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from bert_fast.train.environment import Environment
 # Waiting for others: a rank is never blamed for these
 EXCHANGE, FIGURES = "exchange of gradients", "exchange of figures"
 DATA, COMPUTE, EVALUATION, CHECKPOINT = "waiting for data", "forward and backward", "evaluation", "checkpoint"
-FINISHING, _STOPPING, _DONE, _STARTING = "finishing", "stopping", "done", "starting"
-_BLAMELESS = {EXCHANGE, FIGURES, CHECKPOINT, FINISHING, _STOPPING, _DONE, _STARTING}
+LOGGING, FINISHING, _STOPPING, _DONE, _STARTING = "writing the log", "finishing", "stopping", "done", "starting"
+_WAITING = (EXCHANGE, FIGURES)
+_BLAMELESS = {*_WAITING, CHECKPOINT, FINISHING, _STOPPING, _DONE, _STARTING}
+_ORDER = (FIGURES, LOGGING, EVALUATION, DATA, COMPUTE, EXCHANGE)  # from the end of a step to that of the next
 _ANSWER_S = 3.0  # for which the store may keep us waiting
+_HURRY_S = 6.0  # after SIGTERM: how long a rank may be silent, or we in one place, before the launcher ends us all
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Beat:
     phase: str
     phase_s: float
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it has come."""
+        return self.step, _ORDER.index(self.phase) if self.phase in _ORDER else len(_ORDER)
+
     def text(self) -> str:
         return f"step {self.step:,}, {self.phase}"
 
@@ -46,13 +54,22 @@ class Beat:
 class Heartbeat:
     """The beats of one rank, and its view of the others'. Without a process group nothing happens."""
 
-    def __init__(self, environment: Environment, timeout_s: float, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, environment: Environment, timeout_s: float, on_lost: Callable[[str], None],
+        is_hurried: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            timeout_s: seconds for which a rank may be silent or in one phase of its own.
+            on_lost: called in another thread, with the verdict, on every rank that can still hear it.
+            is_hurried: whether a launcher has told this rank to end, and will not wait for `timeout_s`.
+        """
+        self._is_hurried = is_hurried
         self.hosts = [socket.gethostname()]
         self._rank, self._world, self._timeout_s, self._on_lost = (
             environment.rank, environment.world_size, timeout_s, on_lost,
         )  # fmt: skip
-        # One reader of `world` keys: at 1,024 ranks every two seconds
-        self._interval = max(min(1.0, timeout_s / 8), self._world / 500)
+        self._interval = max(min(1.0, timeout_s / 8), self._world / 2000)  # rank 0 reads `world` keys each time
         self._count, self._where = 0, (0, _STARTING, time.monotonic())
         self._end, self._last_word, self._wants_all, self._new_view = (threading.Event() for _ in range(4))
         self._beats: list[Beat] = []
@@ -126,6 +143,8 @@ class Heartbeat:
                 if self._rank == 0 or self._wants_all.is_set():
                     self._beats = self._read_all()
                     self._new_view.set()
+                else:  # somebody must watch rank 0, whose process need not be where the store is
+                    self._beats = [self._read(0), *self._beats[1:]]
                 if self._rank != 0:
                     self._verdict = self._read_verdict()
                 elif self._verdict is not None:
@@ -148,27 +167,35 @@ class Heartbeat:
             now = time.monotonic()
             if now - self._answered > self._timeout_s:
                 self._verdict = self._no_meeting()
-            elif self._rank == 0 and self._verdict is None:
-                self._verdict = self._judge(now, counts, changed)
-                if self._verdict:
+            elif self._verdict is None:
+                hurried = (
+                    self._is_hurried() and now - self._where[2] > _HURRY_S and self._where[1] in (*_WAITING, COMPUTE)
+                )
+                if hurried and not self._wants_all.is_set():
+                    self._wants_all.set()
+                    changed = [now] * self._world
+                self._verdict = self._judge(now, counts, changed, _HURRY_S if hurried else self._timeout_s)
+                if self._verdict and self._rank == 0:
                     self._end.wait(2 * self._interval)  # for the others to hear of it
             if self._verdict and not self._end.is_set():
                 self._end.set()
                 self._on_lost(self._verdict)
                 return
 
-    def _judge(self, now: float, counts: list[int], changed: list[float]) -> str | None:
-        """Rank 0: the verdict over all ranks."""
-        beats = self._beats
+    def _judge(self, now: float, counts: list[int], changed: list[float], limit_s: float) -> str | None:
+        """The verdict over all ranks, as rank 0 sees them; the others look at rank 0, or at all in a hurry."""
+        beats = self._beats if self._rank == 0 or self._wants_all.is_set() else self._beats[:1]
         for rank, beat in enumerate(beats):
             if beat.count != counts[rank]:
                 counts[rank], changed[rank] = beat.count, now
         alive = [r for r, beat in enumerate(beats) if beat.phase not in (_STOPPING, _DONE)]
-        silent = [r for r in alive if now - changed[r] > self._timeout_s]
+        silent = [r for r in alive if now - changed[r] > limit_s]
         if silent:
-            return self._name(silent, beats, f"has not answered for {self._timeout_s:.0f} s; last")
+            return self._name(silent, beats, f"has not answered for {limit_s:.0f} s; last")
         stuck = [r for r in alive if beats[r].phase not in _BLAMELESS and beats[r].phase_s > self._timeout_s]
-        return self._name(stuck, beats, f"has been for {self._timeout_s:.0f} s at") if stuck else None
+        # Who waits inside a phase (DDP in backward) for a rank that is behind is not the one
+        behind = [r for r in stuck if beats[r].place == min(beats[other].place for other in stuck)]
+        return self._name(behind, beats, f"has been for {self._timeout_s:.0f} s at") if behind else None
 
     def _read_verdict(self) -> str | None:
         assert self._store is not None
@@ -187,6 +214,10 @@ class Heartbeat:
         step, phase, since = self._where
         beat = [self._count, socket.gethostname(), step, phase, time.monotonic() - since]
         self._store.set(str(self._rank), json.dumps(beat))
+
+    def _read(self, rank: int) -> Beat:
+        assert self._store is not None
+        return Beat(*json.loads(self._store.get(str(rank))))
 
     def _read_all(self) -> list[Beat]:
         assert self._store is not None

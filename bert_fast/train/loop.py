@@ -48,7 +48,17 @@ from bert_fast.train.evaluate import Evaluation, Evaluator
 from bert_fast.train.failures import explain_memory, tokens_of
 from bert_fast.train.finite import FiniteWatch
 from bert_fast.train.folder import checkpoint_vocabulary
-from bert_fast.train.heartbeat import CHECKPOINT, COMPUTE, DATA, EVALUATION, EXCHANGE, FIGURES, FINISHING, Heartbeat
+from bert_fast.train.heartbeat import (
+    CHECKPOINT,
+    COMPUTE,
+    DATA,
+    EVALUATION,
+    EXCHANGE,
+    FIGURES,
+    FINISHING,
+    LOGGING,
+    Heartbeat,
+)
 from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.interval import Interval
 from bert_fast.train.preflight import preflight, say_preflight
@@ -89,7 +99,9 @@ class Run:
         self.clock, self.progress = Clock(), Progress()
         self.stop = StopFlag()
         self.energy = EnergyMeter() if environment.local_rank == 0 else None
-        self.heartbeat = Heartbeat(environment, config.communication.timeout_s, on_lost)
+        self.heartbeat = Heartbeat(
+            environment, config.communication.timeout_s, on_lost, lambda: self.stop.number == signal.SIGTERM
+        )
         self._finite = FiniteWatch(environment, config.train.max_skipped_steps)
         self.ceiling = 0.0
         self.init_s = 0.0
@@ -119,8 +131,8 @@ class Run:
         if not self.resume:
             variables = (name for _, name in google_variables(config.model.num_layers))
             self.mllog.tensors(variables, config.mlperf.ruleset)
-        checkpoints = self.folder / "checkpoints"
-        self.saver = Saver(checkpoints, self.environment, config.train.keep_checkpoints, saving_group(self.environment))
+        group = saving_group(self.environment, config.train.checkpoint_timeout_s)
+        self.saver = Saver(self.folder / "checkpoints", self.environment, config.train.keep_checkpoints, group)
         self.machinery.step.before_update = self._before_update
         self._record_buckets()
         note = bucket_note(config, self.machinery.layout)
@@ -194,7 +206,7 @@ class Run:
             self._finish_logs(outcome)
         try:
             self.saver.wait()
-        except UserError as error:  # of no use to a run that is done
+        except (UserError, RuntimeError) as error:  # of no use to a run that is done
             self.line.say(f"warning: {error}")
         self.line.done()
         return outcome
@@ -296,7 +308,7 @@ class Run:
                 self._checkpoint(wait=True)
                 self.mllog.event("interrupted", progress.step, signal=signal.Signals(stop).name)
                 return Outcome("stopped", False, signal.Signals(stop).name)
-            if checkpoint and not self._finite.skips_now:  # else some rank's weights may not be finite
+            if checkpoint:
                 self._checkpoint()
         return Outcome("aborted" if train.target_accuracy is not None else "success", False)
 
@@ -332,6 +344,7 @@ class Run:
             self._check_finite()
         self._finite.forget_blame()
         found = self.interval.exchange(self.stop.number, self._alarm() is not None)
+        self.heartbeat.at(progress.step, LOGGING)
         if self.energy:
             self.energy.tick()
         if self.environment.is_main:
@@ -386,7 +399,9 @@ class Run:
                     self.cost, self.environment,
                 )  # fmt: skip
             result: Evaluation = self._evaluator(
-                self.machinery.model, lambda: self.heartbeat.at(progress.step, EVALUATION)
+                self.machinery.model,
+                lambda: self.heartbeat.at(progress.step, EVALUATION),
+                lambda: self.heartbeat.at(progress.step, FIGURES),
             )
             self.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
         self.mllog.throughput(samples / self.clock.training, progress.step)
@@ -409,7 +424,11 @@ class Run:
 
     def _checkpoint(self, wait: bool = False) -> None:
         """Begin to write a checkpoint of the last step; with `wait`, until it is on disk."""
-        machinery = self.machinery
+        if self._finite.skips_now:  # some rank's weights may not be finite
+            self.saver.wait()
+            self.line.say("warning: the last step was skipped: nothing is saved now, the checkpoint before counts")
+            return
+        machinery, began = self.machinery, time.perf_counter()
         self.heartbeat.at(self.progress.step, CHECKPOINT)
         with self.clock.pause("checkpoint"):
             state = {
@@ -424,7 +443,7 @@ class Run:
                 "state": json.loads(json.dumps(state, default=float)),
             }  # fmt: skip
             own = rank_state(machinery, self.environment)
-            self.saver.start(captured(machinery, self.environment), own, description)
+            self.saver.start(captured(machinery, self.environment), own, description, began)
             if wait or not self.config.train.async_checkpoints:
                 self.saver.wait()
 

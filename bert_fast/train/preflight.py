@@ -46,7 +46,7 @@ def preflight(config: Config, environment: Environment) -> dict[str, Any]:
     _check(facts)
     offsets = _clock_offsets(environment)
     rates = gather_floats([matmul_ceiling(environment)], environment)[:, 0]
-    links = gather_floats([_neighbour_rate(environment)], environment)[:, 0]
+    links = gather_floats([_neighbour_rate(environment, config.system.node_size)], environment)[:, 0]
     network = _all_reduce(environment)
     slow = _slow_ones(facts, rates, links, offsets)
     nodes: dict[str, dict[str, Any]] = {}
@@ -127,13 +127,12 @@ def _clock_offsets(environment: Environment) -> np.ndarray:
     return np.median(np.stack(rounds), axis=0)
 
 
-def _neighbour_rate(environment: Environment) -> float:
+def _neighbour_rate(environment: Environment, node_size: int) -> float:
     """Bytes per second to the same local rank of the next node and from that of the one before, all at once; 0 if alone."""
     world, rank = environment.world_size, environment.rank
     if world == 1:
         return 0.0
-    step = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    step = step if world > step else 1
+    step = node_size if world > node_size else 1
     mib = 64 if environment.device.type == "cuda" else 4
     ours = torch.ones(mib << 18, device=environment.device)
     theirs = torch.empty_like(ours)

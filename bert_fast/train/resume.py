@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "batch.local_batch", "batch.accumulation", "batch.shape_multiple", "batch.eval_batch", "balance.prefetch",
     "communication.engine", "communication.bucket_mb", "communication.min_bucket_mb", "communication.max_bucket_mb",
     "communication.shard_optimizer", "communication.backend", "communication.timeout_s",
-    "optimizer.when", "optimizer.use_apex",
+    "optimizer.when", "data.verify_mb_s", "train.checkpoint_timeout_s",
     "train.init_checkpoint", "train.compile", "train.cuda_graphs", "train.deterministic", "train.warmup_batches",
     "train.max_steps", "train.target_accuracy", "train.eval_every_samples", "train.eval_start_samples",
     "train.eval_at_start", "train.checkpoint_every_steps", "train.async_checkpoints", "train.keep_checkpoints",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from bert_fast.train.checkpoint import Stretch, as_bytes, write_checkpoint
 from bert_fast.train.environment import Environment
 
 
-def saving_group(environment: Environment) -> dist.ProcessGroup | None:
+def saving_group(environment: Environment, timeout_s: float) -> dist.ProcessGroup | None:
     """A group for a background thread's collectives: beside those of training, they need one of their own. A collective."""
     if not dist.is_initialized() or environment.world_size == 1:
         return None
-    return dist.new_group(backend="gloo" if dist.get_backend() == "nccl" else None)
+    backend = "gloo" if dist.get_backend() == "nccl" else None
+    return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
 
 
 class Saver:
@@ -40,7 +42,7 @@ class Saver:
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._stream = torch.cuda.Stream(environment.device) if environment.device.type == "cuda" else None
         self._event: torch.cuda.Event | None = None
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self.records: list[dict[str, float]] = []  # of every checkpoint: what training waited for it, what it took
 
     @property
@@ -48,14 +50,17 @@ class Saver:
         """Why a checkpoint could not be written; `wait` raises then."""
         return None if self._error is None else str(self._error)
 
-    def start(self, stretches: Sequence[Stretch], own: dict[str, Any], description: dict[str, Any]) -> None:
+    def start(
+        self, stretches: Sequence[Stretch], own: dict[str, Any], description: dict[str, Any], began: float | None = None
+    ) -> None:
         """Begin to write a checkpoint; waits for the one before. All ranks call it at the same step.
 
         Args:
             stretches: views that do not change before `before_update` returns.
             own: this rank's own state, which belongs to the saver from now on.
+            began: when training began to wait for this checkpoint (`time.perf_counter`), if that was before the call.
         """
-        began = time.perf_counter()
+        began = time.perf_counter() if began is None else began
         self.wait()
         record = {"step": float(description["step"]), "stall_s": 0.0, "copy_s": 0.0, "total_s": 0.0}
         self.records.append(record)
@@ -89,7 +94,12 @@ class Saver:
         self.records[-1]["stall_s"] += time.perf_counter() - began
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written. Raises UserError if it, or one before, could not be."""
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            UserError: it, or one before, could not be written.
+            RuntimeError: another rank was lost meanwhile.
+        """
         if self._thread is not None:
             began = time.perf_counter()
             self._thread.join()
@@ -113,6 +123,8 @@ class Saver:
     ) -> None:  # fmt: skip
         rank = self._environment.rank
         try:
+            if self._stream is not None:
+                torch.cuda.set_device(self._environment.device)  # a new thread's is GPU 0
             if self._event is not None:
                 self._event.synchronize()
             else:
@@ -130,6 +142,6 @@ class Saver:
             CheckpointException,
         ) as error:  # of a collective: another rank is gone, which the step will notice too
             text = (str(error) or type(error).__name__).splitlines()[0]
-            self._error = UserError(f"checkpoint of step {description['step']} was not written: {text[:200]}")
+            self._error = RuntimeError(f"checkpoint of step {description['step']} was not written: {text[:200]}")
         finally:
             self._copied.set()

@@ -83,7 +83,8 @@ def kill(against: Against, rng: random.Random, moment: str, ranks: int = 2) -> R
     }  # fmt: skip
     folder = drill.new_folder(f"kill-{moment}")
     ended = drill.run(folder, RESTART, fault=fault)
-    found = row(f"kill -9 in {moment}", SAME, ended, folder, against, ended.code == 0 and against.same(folder))
+    found = row(f"kill -9 in {moment}", SAME, ended, folder, against,
+                ended.happened and ended.code == 0 and against.same(folder))  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return {**found, "rank": fault["rank"], "step": step}
 

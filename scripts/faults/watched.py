@@ -29,6 +29,7 @@ class Ended:
     output: str
     seconds: float
     detect_s: float | None = None
+    happened: bool = False  # the fault
 
     @property
     def hung(self) -> bool:
@@ -94,7 +95,13 @@ class Drill:
             for pid in [*children(process.pid), process.pid]:
                 os.kill(pid, signal.SIGKILL)
             process.wait()
-        return Ended(code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - start, detect_s)
+        return Ended(
+            code,
+            log.read_text(encoding="utf-8", errors="replace"),
+            time.monotonic() - start,
+            detect_s,
+            happened.exists(),
+        )
 
     def _wait(
         self, process: subprocess.Popen[bytes], happened: Path | None, start: float, fault: dict[str, Any] | None

@@ -165,6 +165,39 @@ def interrupted(workspace: Workspace) -> Path:
     return folder
 
 
+def test_a_folder_in_use_is_refused(workspace: Workspace) -> None:
+    """Two runs in one folder would remove each other's checkpoints."""
+    folder, often = workspace.folder / "in-use", "train.checkpoint_every_steps=5"
+    first = workspace.start("run.folder=in-use", "train.max_steps=5000", often)
+    first.wait_until(lambda: latest_checkpoint(folder / "checkpoints"))
+    code, second = workspace.run("run.folder=in-use", "train.max_steps=5000", often, resume=True)
+    assert code == 2
+    assert "is in use by process" in errors_of(second)[0]
+    assert first.process.poll() is None
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 128 + signal.SIGTERM
+    assert not (folder / "running.json").exists()
+
+
+def test_a_signal_while_steps_are_skipped_saves_nothing(workspace: Workspace) -> None:
+    """Weights that are not finite must not become the newest checkpoint."""
+    blow_up = (
+        "optimizer.lr=1e30",
+        "schedule.warmup_steps=0",
+        "communication.clip=none",
+        "train.max_skipped_steps=100000",
+    )
+    folder = workspace.folder / "blown"
+    run = workspace.start("run.folder=blown", "train.max_steps=50000", "train.checkpoint_every_steps=1", *blow_up)
+    run.wait_until(lambda: len(lines(folder, "skipped")) > 3)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM
+    assert "nothing is saved now" in run.stdout
+    latest = latest_checkpoint(folder / "checkpoints")
+    assert latest is not None
+    assert latest.name == "step-00000001"
+
+
 def test_a_stopped_run_is_not_started_over(interrupted: Path, workspace: Workspace) -> None:
     before = {p: p.read_bytes() for p in interrupted.rglob("*") if p.is_file()}
     code, run = workspace.run("run.folder=interrupted", *SETTINGS)

@@ -71,6 +71,21 @@ def test_old_checkpoints_are_removed_and_the_newest_is_found(tmp_path: Path) -> 
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_checkpoints_of_a_time_that_was_given_up_go(tmp_path: Path) -> None:
+    """A run thrown back to before a damaged checkpoint must not end with that one alone."""
+    write(tmp_path, 8)
+    (write(tmp_path, 16) / "__0_0.distcp").write_bytes(b"damaged")
+    write(tmp_path, 12, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000012"]
+
+
+def test_a_digit_of_the_manifest(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    text = (path / "complete.json").read_text(encoding="utf-8")
+    (path / "complete.json").write_text(text.replace('"step": 5', '"step": 6'), encoding="utf-8")
+    assert damage(path) == "complete.json has changed since it was written"
+
+
 def test_a_step_is_written_again_over_a_damaged_one(tmp_path: Path) -> None:
     (write(tmp_path, 5) / ".metadata").write_bytes(b"")
     path = write(tmp_path, 5, values=VALUES + 1)
@@ -290,7 +305,22 @@ def test_a_failure_in_the_background_is_raised_later(
     saver.before_update()
     with pytest.raises(UserError, match="no room"):
         saver.wait()
-    assert saver.failed
+    assert saver.failed == "no room"
+
+
+def test_a_rank_lost_while_writing_stays_a_lost_rank(
+    tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be tried again, as what a person must mend may not."""
+
+    def reset(*_: Any) -> None:
+        raise RuntimeError("[gloo] Connection reset by peer\nframe #0")
+
+    monkeypatch.setattr(saver_module, "write_checkpoint", reset)
+    saver = Saver(tmp_path, environment, 2, None)
+    saver.start([], {}, {"step": 1})
+    with pytest.raises(RuntimeError, match="step 1 was not written: .*Connection reset by peer$"):
+        saver.wait()
 
 
 # ---- who may go on --------------------------------------------------------------------------------------------------
@@ -308,6 +338,7 @@ def test_a_failure_in_the_background_is_raised_later(
         ("communication.clip_groups=model", "communication.clip_groups"),
         ("communication.reduce_dtype=bf16", "communication.reduce_dtype"),
         ("train.seed=4", "train.seed was 0 and is now 4"),
+        ("optimizer.use_apex=true", "optimizer.use_apex was False"),
     ],
 )
 def test_what_a_resumed_run_must_share(make_config: Callable[..., Config], override: str, named: str) -> None:

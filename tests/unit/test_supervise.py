@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = {"SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
 
 # Each start of ranks does the next line of the file `plan`: finish, missed, fail CODE, checkpoint CODE, wait CODE (for a
-# signal, then save), deaf CODE (for a signal, then save nothing).
+# signal, then save), deaf CODE (for a signal, then save nothing), mend CODE (a rank notes that it ended with 2).
 FAKE_SRUN = """\
 import json, os, re, signal, sys, time
 from pathlib import Path
@@ -66,6 +66,8 @@ else:
     errors = Path(os.environ["BERT_FAST_ERROR_FOLDER"])
     (errors / "rank-0").write_text("lost contact with another rank: reset")
     (errors / "rank-1").write_text("the cause")
+    if what == "mend":
+        (errors / "code-1").write_text("2")
 time.sleep(0.1)
 (here / "signals").write_text(" ".join(signal.Signals(number).name for number in signals))
 sys.exit(int(rest or 1))
@@ -140,9 +142,9 @@ class Desk:
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
 
-    def signalled(self, number: signal.Signals, *arguments: str) -> tuple[int, str]:
+    def signalled(self, number: signal.Signals, *arguments: str, **variables: str) -> tuple[int, str]:
         """Start, and send a signal to the supervisor once the ranks run."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, **variables)
         deadline = time.monotonic() + 30
         while not (self.folder / "waiting").exists():
             if time.monotonic() > deadline or process.poll() is not None:
@@ -366,6 +368,37 @@ def test_usr1_saves_and_requeues(desk: Desk, style: str, exit_code: int) -> None
     assert code == 0, output
     assert "--resume" in desk.calls()[1]["line"]
     assert [attempt["outcome"] for attempt in desk.attempts()] == ["stopped", "finished"]
+
+
+def test_what_a_rank_notes_as_to_be_mended_is_not_restarted(desk: Desk) -> None:
+    """Whatever code srun or torchrun makes of it."""
+    desk.config(recovery={"max_restarts": 3})
+    desk.put(plan="mend 143\nfinish")
+    code, output = desk.run()
+    assert code == 2
+    assert "there is something to mend" in output
+    assert len(desk.calls()) == 1
+
+
+def test_another_port_for_every_attempt(desk: Desk) -> None:
+    desk.config(recovery={"max_restarts": 2})
+    desk.put(plan="fail 4\nfail 4\nfinish")
+    assert desk.run()[0] == 0
+    assert [call["port"] for call in desk.calls()] == ["31234", "31235", "31236"]
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(desk: Desk) -> None:
+    """Each start is signalled at the step where the one before was."""
+    requeued = []
+    for start in range(4):
+        desk.put(plan="wait 138")
+        (desk.folder / "requeued").unlink(missing_ok=True)
+        (desk.folder / "waiting").unlink(missing_ok=True)
+        code, output = desk.signalled(signal.SIGUSR1, SLURM_RESTART_COUNT=str(start))
+        requeued.append(desk.requeued)
+    assert requeued == [True, True, False, False]
+    assert "3 starts in a row have not got beyond step 5" in output
+    assert code == 128 + signal.SIGUSR1
 
 
 def test_term_saves_and_leaves_the_job_to_slurm(desk: Desk) -> None:
