@@ -371,8 +371,7 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(holder, src=rank)
         text, sound = holder
-        if sound:  # a name has gone, and no wrong byte was read
-            self._checkpoint(wait=True)
+        if sound and self._checkpoint(wait=True):  # a name has gone, and no wrong byte was read
             text = f"{text}, then --resume: step {self.progress.step:,} is saved"
         raise UserError(str(text))
 
@@ -388,6 +387,7 @@ class Run:
         """Evaluate on the clock. Returns whether the target is reached."""
         progress, train = self.progress, self.config.train
         samples = progress.samples
+        self.heartbeat.at(progress.step, EVALUATION)
         self.mllog.end(constants.BLOCK_STOP, first_epoch_num=samples)
         with (
             self.clock.pause("evaluation"),
@@ -422,12 +422,12 @@ class Run:
             self._block_start()
         return reached
 
-    def _checkpoint(self, wait: bool = False) -> None:
-        """Begin to write a checkpoint of the last step; with `wait`, until it is on disk."""
+    def _checkpoint(self, wait: bool = False) -> bool:
+        """Begin to write a checkpoint of the last step; with `wait`, until it is on disk. Whether there was one to write."""
         if self._finite.skips_now:  # some rank's weights may not be finite
             self.saver.wait()
             self.line.say("warning: the last step was skipped: nothing is saved now, the checkpoint before counts")
-            return
+            return False
         machinery, began = self.machinery, time.perf_counter()
         self.heartbeat.at(self.progress.step, CHECKPOINT)
         with self.clock.pause("checkpoint"):
@@ -446,6 +446,7 @@ class Run:
             self.saver.start(captured(machinery, self.environment), own, description, began)
             if wait or not self.config.train.async_checkpoints:
                 self.saver.wait()
+        return True
 
     def _restore(self) -> None:
         path = sound_checkpoint(self.folder / "checkpoints", self.environment, self.line.say)

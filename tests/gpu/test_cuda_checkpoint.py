@@ -1,0 +1,46 @@
+"""On a CUDA device: a checkpoint copied beside the next step is that of the step before, and comes back to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bert_fast.config import Config
+from bert_fast.train.build import build, synthetic_input
+from bert_fast.train.capture import captured, optimizer_counts, rank_state, restore
+from bert_fast.train.environment import Environment
+from bert_fast.train.saver import Saver
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_checkpoint_beside_the_next_step(make_config: Callable[..., Config], tmp_path: Path, optimizer: str) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    environment = Environment(0, 0, 1, device, torch.float32)
+    dropout = ("model.hidden_dropout=0.1", "model.attention_dropout=0.0", "system.device=cuda")
+    config = make_config(f"optimizer.name={optimizer}", *dropout)
+    machinery = build(config, environment)
+    saver = Saver(tmp_path, environment, 2, None)
+    machinery.step.before_update = saver.before_update
+
+    def steps(first: int) -> list[float]:
+        return [
+            machinery.step(synthetic_input(config, environment, seed=first + i), lr=0.01).mlm_sum.item() for i in (0, 1)
+        ]
+
+    steps(0)
+    counts = json.loads(json.dumps(optimizer_counts(machinery)))
+    saver.start(captured(machinery, environment), rank_state(machinery, environment), {"step": 2})
+    expected = steps(2)  # while it is copied and written
+    saver.wait()
+    machinery = build(config, environment)
+    restore(tmp_path / "step-00000002", machinery, environment, counts, same_ranks=True)
+    assert steps(2) == expected
