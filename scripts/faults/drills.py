@@ -96,10 +96,10 @@ def silence(against: Against, action: str) -> Row:
     fault = {"action": action, "rank": 1, "step": drill.every + 2, "phase": COMPUTE}
     ended = drill.run(folder, RESTART, fault=fault)
     named = any("rank 1 (" in line for line in ended.errors)
-    quick = ended.detect_s is not None and ended.detect_s <= drill.timeout_s + 5
+    quick = ended.detect_s is not None and ended.detect_s <= drill.timeout_s + drill.slack_s
     kept = named and quick and ended.code == 0 and against.same(folder)
     what = "SIGSTOP of a rank" if action == "stop" else "a rank that hangs"
-    return row(what, f"named in {drill.timeout_s:.0f} + 5 s; {SAME}", ended, folder, against, kept)
+    return row(what, f"named in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; {SAME}", ended, folder, against, kept)
 
 
 def not_a_number(against: Against) -> Row:
@@ -248,7 +248,7 @@ def read_only_results(against: Against) -> Row:
 def cut_network(against: Against) -> Row:
     """Two ranks on two hosts (network namespaces) whose link goes down: both stop in time; linked again, the run ends."""
     drill = against.drill
-    promise = f"both stop in {drill.timeout_s:.0f} + 5 s; linked again, --resume: {SAME}"
+    promise = f"both stop in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; linked again, --resume: {SAME}"
     folder = drill.new_folder("cut")
     try:
         with hosts(2, None) as names:
@@ -273,7 +273,7 @@ def cut_network(against: Against) -> Row:
             ended = [process.communicate(timeout=HANG_S) for process in _on_hosts(drill, names, folder, "--resume")]
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         return {"fault": "network cut", "promise": promise, "kept": None, "says": f"not run: {error}"}
-    kept = named and detect_s <= drill.timeout_s + 5 and against.same(folder)
+    kept = named and detect_s <= drill.timeout_s + drill.slack_s and against.same(folder)
     found = row("network cut", promise, first, folder, against, kept)
     return {**found, "says": found["says"] or str(codes) + outputs[1][-200:], "exit_code": 0 if ended else None}
 

@@ -51,6 +51,7 @@ class Drill:
     steps: int
     every: int  # steps between checkpoints
     timeout_s: float = 8.0
+    slack_s: float = 5.0  # within which a silent rank must be noticed beyond `timeout_s`
     _count: int = field(default=0)
     _starts: int = field(default=0)
 

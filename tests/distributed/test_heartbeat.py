@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 
 Pools = Callable[[int], RankPool]
 TIMEOUT_S = 2.0
+SLACK_S = 10.0  # on a busy machine; the drill has the real bound
 
 
 def beating(rank: int, world: int, name: str) -> tuple[Heartbeat, list[str], threading.Event]:
@@ -50,7 +51,7 @@ def test_a_rank_that_is_stuck_is_named_on_all_ranks(pool: Pools) -> None:
         (text,) = lost
         assert text.startswith("rank 1 (")
         assert "has been for 2 s at step 7, forward and backward" in text
-        assert TIMEOUT_S <= seconds <= TIMEOUT_S + 5
+        assert TIMEOUT_S <= seconds <= TIMEOUT_S + SLACK_S
 
 
 def silent(rank: int, world: int) -> tuple[list[str], float]:
@@ -72,7 +73,7 @@ def test_a_rank_that_is_silent_is_named_on_the_others(pool: Pools) -> None:
         (text,) = lost
         assert text.startswith("rank 2 (")
         assert "has not answered for 2 s; last step 9, exchange of gradients" in text
-        assert seconds <= TIMEOUT_S + 5
+        assert seconds <= TIMEOUT_S + SLACK_S
 
 
 def healthy(rank: int, world: int) -> list[str]:
@@ -144,5 +145,5 @@ def test_a_store_that_never_answers_is_rank_0_lost(pool: Pools) -> None:
     lost, seconds, text = pool(2).call(unreachable)[1]
     assert "rank 0 (" in lost[0]
     assert "where the ranks meet, does not answer" in lost[0]
-    assert seconds <= TIMEOUT_S + 5
+    assert seconds <= TIMEOUT_S + SLACK_S
     assert "does not answer" in text

@@ -27,7 +27,7 @@ def kept(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_killed_rank(against: drills.Against, moment: str) -> None:
     found = kept(drills.kill(against, random.Random(moment), moment))
     assert found["exit_code"] == 0
-    assert found["detect_s"] is None or found["detect_s"] <= against.drill.timeout_s + 5
+    assert found["detect_s"] is None or found["detect_s"] <= against.drill.timeout_s + against.drill.slack_s
 
 
 def test_a_rank_that_hangs_is_named_in_time(against: drills.Against) -> None:
