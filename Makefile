@@ -42,7 +42,7 @@ test-slurm: env ## a real Slurm of two nodes on this machine (installs Debian's 
 	@command -v sbatch >/dev/null && command -v munged >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; } || true
 	@if command -v sbatch >/dev/null && command -v munged >/dev/null && [ "$$(id -u)" = 0 ]; \
-		then $(PYTHON) -m pytest -rs tests/slurm; \
+		then $(PYTHON) -m pytest -rs tests/slurm $(SLURM_PYTEST); \
 		else echo "SKIPPED: NOTHING WAS TESTED UNDER SLURM: needs slurm-wlm and munge, and root (apt-get could not install them)"; fi
 
 check: env ## lint and import contracts

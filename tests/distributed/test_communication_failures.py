@@ -61,6 +61,7 @@ def resumed(workspace: Workspace, folder: Path) -> None:
     assert [line["step"] for line in lines(folder)][-3:] == [step + 1, step + 2, step + 3]
 
 
+@pytest.mark.slow  # tests/faults kills too
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_run_goes_on_after_any_rank_was_killed(workspace: Workspace, rank: int) -> None:
     """Rank 0 too, which keeps the log, writes checkpoints and is where ranks meet."""
@@ -84,6 +85,7 @@ def silent(workspace: Workspace) -> tuple[TrainingRun, Path, int]:
     return run, folder, run.wait()  # the time limit is 300 s by default, and this waits for 90
 
 
+@pytest.mark.slow
 def test_the_others_stop_when_a_rank_falls_silent(silent: tuple[TrainingRun, Path, int]) -> None:
     """It holds its sockets open: only communication.timeout_s tells that it is gone."""
     run, folder, code = silent
@@ -93,6 +95,7 @@ def test_the_others_stop_when_a_rank_falls_silent(silent: tuple[TrainingRun, Pat
     assert checkpoint_of(folder, 100)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_silent_rank(silent: tuple[TrainingRun, Path, int], workspace: Workspace) -> None:
     resumed(workspace, silent[1])
 

@@ -142,6 +142,7 @@ def test_usr1_makes_the_job_requeue_itself(submit: Submit, slurm: MiniSlurm, str
     assert_same_run(job, straight)
 
 
+@pytest.mark.slow  # Slurm signals when it likes
 def test_the_time_limit_requeues(submit: Submit, slurm: MiniSlurm) -> None:
     """Slurm's own clock sends the signal of --signal: a job of one minute, signalled 10 to 40 s before its end.
 

@@ -95,7 +95,7 @@ def test_a_run_draws_anew_whatever_the_layout(make_config: Callable[..., Config]
         )
         environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
         create_folder(config, resume=False)
-        run = Run(config, environment, resume=False, process_start=time.time())
+        run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
         assert run.execute().status == "success"
         run.metrics.close()
         lines = (Path(config.run.folder or "") / "metrics.jsonl").read_text().splitlines()
