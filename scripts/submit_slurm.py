@@ -3,7 +3,7 @@
 
     python scripts/submit_slurm.py --config configs/bert_large_1024xa100_adam.yaml --dry-run      # shows the batch script
     python scripts/submit_slurm.py --config C --time 02:00:00 --partition gpu --runs 10 train.seed=7
-    python scripts/submit_slurm.py --config C --container nvcr.io#nvidia/pytorch:25.06-py3 --no-tail
+    python scripts/submit_slurm.py --config C --container bert_fast.sqsh --no-tail
 
 The number of nodes comes from the config, with its spares as a range. Code and config go to OUT/NAME-TIMESTAMP/, and the job
 runs there: later edits do not reach it. GPUs are asked for as the cluster wants it, through sbatch's own variables
