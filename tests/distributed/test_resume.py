@@ -111,6 +111,7 @@ def test_sharded_run_stopped_and_resumed(workspace: Workspace) -> None:
     assert_same_run(folder, workspace.folder / "sharded")
 
 
+@pytest.mark.slow
 def test_crash_between_checkpoints(workspace: Workspace, straight: Path) -> None:
     """The launcher is killed where nothing can be saved: its ranks go with it, and the last checkpoint counts."""
     folder, checkpoints = workspace.folder / "crashed", "train.checkpoint_every_steps=10"
@@ -243,6 +244,7 @@ def test_other_data_is_not_resumed(interrupted: Path, workspace: Workspace) -> N
         resume_with(interrupted, workspace, [], train_sha256="0" * 64)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workspace: Workspace, straight: Path) -> None:
     """And says so. A bit of one rank's file has changed."""
     folder, often = workspace.folder / "damaged", "train.checkpoint_every_steps=10"

@@ -238,6 +238,7 @@ def waits_of_compiled(rank: int, world: int, config: Config) -> list[int]:
         torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_layers_wait_for_their_weights(pool: Pools, tiny_store: Path) -> None:
     """The hooks come after the first trace, in which the order of gradients is measured."""
     changes: dict[str, Any] = {"communication": {"bucket_mb": 0.001}, "train": {"compile": True}}
