@@ -47,7 +47,7 @@ BIG = (
 )  # fmt: skip
 
 
-def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 40, every: int = 6) -> dict[str, Any]:
+def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 24, every: int = 6) -> dict[str, Any]:
     """What a checkpoint costs, in one run of checkpoints written beside training, waited for, and left out, in turn.
 
     Returns:

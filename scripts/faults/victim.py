@@ -94,14 +94,14 @@ def alternate() -> None:
 
     start, calls = Saver.start, [0]
 
-    def start_one(self: Any, stretches: Any, own: Any, description: Any) -> None:
+    def start_one(self: Any, stretches: Any, own: Any, description: Any, *rest: Any) -> None:
         kind = KINDS[calls[0] % len(KINDS)]
         calls[0] += 1
         if kind == "none":
             self.records.append({"step": float(description["step"]), "stall_s": 0.0})
         else:
             self.wait()  # for the one before: its tail must not be counted to this one
-            start(self, stretches, own, description)
+            start(self, stretches, own, description, *rest)
             if kind == "waited for":
                 self.wait()
         self.records[-1]["kind"] = kind
