@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import fault_drill
 import pytest
 from faults import drills
 
@@ -73,3 +74,13 @@ def test_a_store_that_is_lost(against: drills.Against, store: Path, how: str) ->
 @pytest.mark.slow
 def test_a_cut_network(against: drills.Against) -> None:
     kept(drills.cut_network(against))
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_costs(against: drills.Against, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement itself: all three kinds are there, and one that is waited for makes training wait."""
+    monkeypatch.setattr(fault_drill, "BIG", ())
+    found = fault_drill.checkpoint_stall(against.drill.config, tmp_path, checkpoints=12, every=3)
+    assert {row["kind"] for row in found["records"]} == {"beside", "waited for", "none"}
+    assert 0 < found["stall_s"] < found["synchronous_s"]
+    assert "training waits" in fault_drill._stall_text(found)
