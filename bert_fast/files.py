@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 from bert_fast.errors import UserError
 
+CHECKPOINT_MANIFEST = "complete.json"
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
@@ -61,6 +63,11 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's folder of checkpoints, oldest first: those whose manifest is there."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{CHECKPOINT_MANIFEST}"))
 
 
 def sha256_of(path: str | Path) -> str:

@@ -12,9 +12,9 @@ from bert_fast.data.store import BLOCK_BYTES, Store
 _PAUSE_S = 1.0  # at the least between looks at the files' names
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> tuple[int, int]:
     stat = os.stat(path)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return stat.st_ino, stat.st_size
 
 
 class BlockWatch:
@@ -63,7 +63,7 @@ class BlockWatch:
                 self.vanished = True
                 self.alarm = f"{path} has vanished; put the store back"
                 return False
-            if now[:2] != stamp[:2]:
+            if now != stamp:
                 self.alarm = f"{path} was replaced or cut while the run used it; put the store back"
                 return False
         return True

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -144,7 +145,7 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
             with open(part.path, "rb") as source:
                 while block := source.read(1 << 22):
                     out.write(block)
-    _write_blocks(folder)
+    sha256 = _write_blocks(folder)
     histogram, masked = np.zeros(1 << 16, np.int64), 0
     with (
         _table_file(folder / "offsets.npy", np.int64, total + 1) as offsets,
@@ -173,7 +174,7 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
         "max_length": int(used[-1]),
         "mean_length": round(tokens / total, 3),
         "length_histogram": {str(n): int(histogram[n]) for n in used},
-        "sha256": sha256_of(folder / "samples.bin"),
+        "sha256": sha256,
         "tables_sha256": {name: sha256_of(folder / name) for name in (*_TABLES, _BLOCKS)},
         **manifest,
     }
@@ -181,13 +182,16 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
     return complete
 
 
-def _write_blocks(folder: Path) -> None:
-    crcs = []
+def _write_blocks(folder: Path) -> str:
+    """Write the checksums of samples.bin's blocks. Returns the hash of the whole, from the same read."""
+    crcs, digest = [], hashlib.sha256()
     with open(folder / "samples.bin", "rb") as file:
         while content := file.read(BLOCK_BYTES):
             crcs.append(zlib.crc32(content))
+            digest.update(content)
     with atomic_file(folder / _BLOCKS) as out:
         np.save(out, np.array(crcs, dtype=np.uint32))
+    return digest.hexdigest()
 
 
 @contextmanager

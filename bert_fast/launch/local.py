@@ -16,6 +16,7 @@ from types import FrameType
 
 from bert_fast.config import Config, run_folder
 from bert_fast.errors import UserError
+from bert_fast.files import checkpoints_in
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_LOST_RANK = 4
@@ -41,7 +42,7 @@ def run_local(config: Config, arguments: list[str]) -> int:
         code, signalled = _run_once(config, arguments)
         if code not in RESTARTED or signalled or attempt == config.recovery.max_restarts:
             break
-        has_checkpoint = any((run_folder(config) / "checkpoints").glob("step-*/complete.json"))
+        has_checkpoint = bool(checkpoints_in(run_folder(config) / "checkpoints"))
         arguments = [each for each in arguments if each != "--resume"] + ["--resume"] * has_checkpoint
         where = "the last checkpoint" if has_checkpoint else "the beginning: there is no checkpoint yet"
         print(f"restart {attempt + 1} of {config.recovery.max_restarts} from {where}", flush=True)

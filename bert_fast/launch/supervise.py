@@ -25,7 +25,7 @@ from typing import Any
 from bert_fast.cli import load_config
 from bert_fast.config import Config, run_folder
 from bert_fast.errors import UserError
-from bert_fast.files import write_json
+from bert_fast.files import checkpoints_in, write_json
 from bert_fast.launch import slurm
 from bert_fast.launch.head import HEAD_ADDRESSES
 from bert_fast.launch.local import ERROR_FOLDER
@@ -55,8 +55,8 @@ class PlannedRun:
     @property
     def last_step(self) -> int:
         """The step of the newest checkpoint, 0 without one."""
-        found = (self.folder / "checkpoints").glob("step-*/complete.json")
-        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+        found = checkpoints_in(self.folder / "checkpoints")
+        return int(found[-1].name.removeprefix("step-")) if found else 0
 
     @property
     def has_checkpoint(self) -> bool:

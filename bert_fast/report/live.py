@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from bert_fast.errors import UserError
+from bert_fast.files import CHECKPOINT_MANIFEST, checkpoints_in
 from bert_fast.report import stragglers
 from bert_fast.report.console import seconds_text
 
@@ -246,9 +247,9 @@ class RunWatch:
         return min((age for age in ages if age is not None), default=0.0)
 
     def _checkpoint(self) -> dict[str, float] | None:
-        found = sorted((self.folder / "checkpoints").glob("step-*/complete.json"))
-        age = _age_s(found[-1]) if found else None
-        return None if age is None else {"step": int(found[-1].parent.name.removeprefix("step-")), "age_s": age}
+        found = checkpoints_in(self.folder / "checkpoints")
+        age = _age_s(found[-1] / CHECKPOINT_MANIFEST) if found else None
+        return None if age is None else {"step": int(found[-1].name.removeprefix("step-")), "age_s": age}
 
     def _sample_limit(self) -> float | None:
         steps, batch = (self.config.get(s, {}).get(n) for s, n in (("train", "max_steps"), ("batch", "global_batch")))

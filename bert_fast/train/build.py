@@ -244,13 +244,22 @@ def matmul_ceiling(environment: Environment, seconds: float = 0.3) -> float:
     return best
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's `value` (anything that pickles), on every rank. A collective."""
+def from_rank(value: Any, rank: int = 0) -> Any:
+    """A rank's `value` (anything that pickles), on every rank. A collective."""
     if not dist.is_initialized():
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, src=rank)
     return holder[0]
+
+
+def gather_objects(value: Any, environment: Environment) -> list[Any]:
+    """Every rank's `value` (anything that pickles), on every rank. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    everyone: list[Any] = [None] * environment.world_size
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def gather_floats(values: list[float], environment: Environment) -> np.ndarray:

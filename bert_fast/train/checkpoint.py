@@ -39,10 +39,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from bert_fast.errors import UserError
-from bert_fast.files import sha256_of, write_json
+from bert_fast.files import CHECKPOINT_MANIFEST, checkpoints_in, sha256_of, write_json
 
 FORMAT = "bert_fast checkpoint 2"
-_MANIFEST = "complete.json"
 # One rank saves, and every rank loads, without a process group: DCP says so each time.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -170,7 +169,7 @@ def _complete_one(folder: Path, unfinished: Path, target: Path, manifest: dict[s
     replaced = folder / f".{target.name}.old"
     try:
         body = {"format": FORMAT, **manifest}
-        write_json(unfinished / _MANIFEST, {**body, "sha256": _body_hash(body)})
+        write_json(unfinished / CHECKPOINT_MANIFEST, {**body, "sha256": _body_hash(body)})
         _sync(unfinished)
         if target.exists():  # a run that was thrown back to before this step
             os.replace(target, replaced)
@@ -180,7 +179,7 @@ def _complete_one(folder: Path, unfinished: Path, target: Path, manifest: dict[s
         found = checkpoints_in(folder)
         newer = [path for path in found if path.name > target.name]  # a run that was thrown back does not come to them
         for old in [*newer, *[path for path in found if path not in newer][:-keep]]:
-            (old / _MANIFEST).unlink()  # first, so that half of it never counts
+            (old / CHECKPOINT_MANIFEST).unlink()  # first, so that half of it never counts
             shutil.rmtree(old)
     except (OSError, UserError) as caught:
         return _explain(caught, folder, 0)
@@ -250,11 +249,6 @@ def clear_remains(folder: Path) -> None:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    return sorted(p.parent for p in folder.glob(f"step-*/{_MANIFEST}"))
-
-
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, if there is one."""
     found = checkpoints_in(folder)
@@ -264,9 +258,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def read_description(path: Path) -> dict[str, Any]:
     """complete.json. Raises UserError where it is no checkpoint of this format."""
     try:
-        description: dict[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        description: dict[str, Any] = json.loads((path / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"checkpoint {path} is damaged ({_MANIFEST} is not JSON); remove it") from None
+        raise UserError(f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST} is not JSON); remove it") from None
     if description.get("format") != FORMAT:
         raise UserError(
             f"checkpoint {path} is of format {description.get('format', 'bert_fast checkpoint 1')!r} and this code reads "
@@ -280,7 +274,7 @@ def damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
     try:
         description = read_description(path)
         if description.pop("sha256") != _body_hash(description):
-            return f"{_MANIFEST} has changed since it was written"
+            return f"{CHECKPOINT_MANIFEST} has changed since it was written"
         files: dict[str, dict[str, Any]] = description["files"]
         for name in sorted(files)[rank::world]:
             file = path / name

@@ -9,7 +9,7 @@ from bert_fast.balance.cost import read_cost
 from bert_fast.cli import to_yaml
 from bert_fast.config import Config, as_plain, run_folder
 from bert_fast.errors import UserError
-from bert_fast.files import sha256_of, write_atomically
+from bert_fast.files import checkpoints_in, sha256_of, write_atomically
 from bert_fast.launch.code import commit
 from bert_fast.launch.owner import claim, owner_of
 from bert_fast.model.tensorflow_bundle import is_bundle
@@ -27,7 +27,7 @@ def check_folder(config: Config, resume: bool) -> None:
         raise UserError(
             f"{folder} is in use by {owner}; wait for it, stop it, or choose another run.name or run.folder"
         )
-    has_checkpoint = any((folder / "checkpoints").glob("step-*/complete.json"))
+    has_checkpoint = bool(checkpoints_in(folder / "checkpoints"))
     if resume and not has_checkpoint:
         raise UserError(f"--resume: {folder} has no checkpoint; start the run without --resume")
     is_ours = has_checkpoint or (folder / "commit.txt").exists()

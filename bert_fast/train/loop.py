@@ -38,7 +38,7 @@ from bert_fast.report.console import ProgressLine
 from bert_fast.report.energy import EnergyMeter
 from bert_fast.report.metrics import MetricsWriter
 from bert_fast.trace import span_or_nothing
-from bert_fast.train.build import Machinery, bucket_note, build, gather_floats, matmul_ceiling, seed_ranks
+from bert_fast.train.build import Machinery, bucket_note, build, from_rank, gather_floats, matmul_ceiling, seed_ranks
 from bert_fast.train.caches import clear_caches
 from bert_fast.train.calibrate import calibrate, make_cost, make_planner
 from bert_fast.train.capture import captured, optimizer_counts, rank_state
@@ -367,10 +367,7 @@ class Run:
 
     def _stop_for(self, rank: int) -> None:
         """All ranks stop for what `rank` has found, and say the same. What is sound is saved first. A collective."""
-        holder = [self._alarm(), self._blocks.vanished and self.saver.failed is None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(holder, src=rank)
-        text, sound = holder
+        text, sound = from_rank((self._alarm(), self._blocks.vanished and self.saver.failed is None), rank)
         if sound and self._checkpoint(wait=True):  # a name has gone, and no wrong byte was read
             text = f"{text}, then --resume: step {self.progress.step:,} is saved"
         raise UserError(str(text))

@@ -23,7 +23,7 @@ from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.launch.topology import check_distinct
 from bert_fast.report.preflight import node_table
-from bert_fast.train.build import gather_floats, matmul_ceiling
+from bert_fast.train.build import gather_floats, gather_objects, matmul_ceiling
 from bert_fast.train.environment import Environment
 
 _SLOW_MATMUL, _SLOW_LINK = 0.9, 0.7  # of the median over ranks
@@ -42,7 +42,7 @@ def preflight(config: Config, environment: Environment) -> dict[str, Any]:
             differ.
     """
     began = time.perf_counter()
-    facts = _gather_objects(_facts(config, environment), environment)
+    facts = gather_objects(_facts(config, environment), environment)
     _check(facts)
     offsets = _clock_offsets(environment)
     rates = gather_floats([matmul_ceiling(environment)], environment)[:, 0]
@@ -198,11 +198,3 @@ def _slow_ones(facts: list[dict[str, Any]], rates: np.ndarray, links: np.ndarray
     for rank in np.flatnonzero(np.abs(offsets) > _CLOCK_S):
         texts.append(f"rank {rank} ({facts[rank]['host']}): clock {offsets[rank]:+.1f} s from rank 0's; synchronise it")
     return texts
-
-
-def _gather_objects(value: Any, environment: Environment) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    everyone: list[Any] = [None] * environment.world_size
-    dist.all_gather_object(everyone, value)
-    return everyone

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from bert_fast.config import RunConfig
 from bert_fast.trace import Span, Trace, write_trace
+from bert_fast.train.build import gather_objects
 from bert_fast.train.environment import Environment
 from bert_fast.train.step import TrainStep
 
@@ -66,10 +67,7 @@ class StepProfile:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self._folder / "profiler-0.json"))
             self._profiler = None
-        everyone = [spans]
-        if dist.is_initialized():
-            everyone = [[] for _ in range(world)]
-            dist.all_gather_object(everyone, spans)
+        everyone = gather_objects(spans, self._environment)
         if rank:
             return None
         path = self._folder / "trace.json"

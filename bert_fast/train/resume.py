@@ -11,9 +11,10 @@ from typing import Any
 
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
-from bert_fast.train.build import Machinery, from_rank_0, gather_floats, seed_ranks
+from bert_fast.files import checkpoints_in
+from bert_fast.train.build import Machinery, from_rank, gather_floats, seed_ranks
 from bert_fast.train.capture import restore
-from bert_fast.train.checkpoint import checkpoints_in, clear_remains, damage, read_description
+from bert_fast.train.checkpoint import clear_remains, damage, read_description
 from bert_fast.train.environment import Environment
 from bert_fast.train.graphs import tensor_rates
 
@@ -84,7 +85,7 @@ def sound_checkpoint(folder: Path, environment: Environment, say: Callable[[str]
     if environment.is_main:
         clear_remains(folder)
     # Rank 0's view counts: on a network file system others may still see what is no longer there
-    names = from_rank_0([path.name for path in reversed(checkpoints_in(folder))])
+    names = from_rank([path.name for path in reversed(checkpoints_in(folder))])
     damaged = []
     for path in (folder / name for name in names):
         wrong = damage(path, environment.rank, environment.world_size)

@@ -339,3 +339,5 @@ def test_the_start_of_a_run_as_any_of_1024_ranks(tmp_path: Path) -> None:
     assert {each["evaluated"] for each in results.values()} <= {2, 3}
     for each in results.values():
         assert each["grown_mib"] < 200, "tables of the store and of the plan; the model is small"
+    for rank, each in results.items():  # docs/cluster.md states them: pytest -s
+        print(f"rank {rank}: {each['prepare_s']:.2f} s, {each['data_s']:.2f} s, {each['grown_mib']:.0f} MiB")

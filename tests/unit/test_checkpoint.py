@@ -16,6 +16,7 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.files import checkpoints_in
 from bert_fast.train import checkpoint as module
 from bert_fast.train import saver as saver_module
 from bert_fast.train.build import build, synthetic_input
@@ -23,7 +24,6 @@ from bert_fast.train.capture import captured, optimizer_counts, own_stretches, r
 from bert_fast.train.checkpoint import (
     Stretch,
     as_bytes,
-    checkpoints_in,
     clear_remains,
     damage,
     latest_checkpoint,
