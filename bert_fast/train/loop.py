@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import resource
@@ -197,6 +198,11 @@ class Run:
             self._say_trace(self.profile.close())
         except TrainingError:
             self.mllog.end(constants.RUN_STOP, status=constants.ABORTED)
+            raise
+        except OSError:
+            self.heartbeat.at(self.progress.step, CHECKPOINT)
+            with contextlib.suppress(RuntimeError):
+                self.saver.wait()  # raises if a checkpoint has filled the disk that our log found full: all ranks say that
             raise
         finally:
             prefetcher.close()

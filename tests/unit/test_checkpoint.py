@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from bert_fast.train.checkpoint import (
     write_checkpoint,
 )
 from bert_fast.train.environment import Environment
+from bert_fast.train.folder import create_folder
+from bert_fast.train.loop import Run
 from bert_fast.train.resume import check_key, resume_key, sound_checkpoint
 from bert_fast.train.saver import Saver
 
@@ -321,6 +324,36 @@ def test_a_rank_lost_while_writing_stays_a_lost_rank(
     saver.start([], {}, {"step": 1})
     with pytest.raises(RuntimeError, match="step 1 was not written: .*Connection reset by peer$"):
         saver.wait()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_log_that_finds_the_disk_full_while_a_checkpoint_fills_it(
+    make_config: Callable[..., Config], environment: Environment, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The checkpoint's error is the one that all ranks know. It is waited for, so that none leaves half of one behind."""
+    full = threading.Event()
+
+    def fill(*_: Any) -> None:
+        assert full.wait(10)
+        time.sleep(0.2)
+        if fails:
+            raise UserError("checkpoint of step 1 was not written: disk full")
+
+    def write(_kind: str, step: int, _values: Any) -> None:
+        if step == 1:  # the log is written first
+            return
+        full.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = make_config("train.max_steps=4", "train.log_every_steps=1", "train.checkpoint_every_steps=1")
+    create_folder(config, resume=False)
+    run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
+    monkeypatch.setattr(saver_module, "write_checkpoint", fill)
+    monkeypatch.setattr(run.metrics, "write", write)
+    with pytest.raises(UserError if fails else OSError, match="step 1 was not written" if fails else "No space left"):
+        run.execute()
+    run.metrics.close()
+    run.mllog.close()
 
 
 # ---- who may go on --------------------------------------------------------------------------------------------------
