@@ -50,6 +50,10 @@ class BlockWatch:
                 self.passes += 1
                 self._end.wait(_PAUSE_S)
         except OSError as error:
+            if (
+                isinstance(error, FileNotFoundError) and not self._names_stand()
+            ):  # gone since the last look at the names
+                return
             self.vanished = True
             self.alarm = f"store {self._store.folder} can no longer be read ({error.strerror or error})"
 

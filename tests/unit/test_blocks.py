@@ -73,6 +73,23 @@ def test_a_file_that_goes_is_found(watch: Callable[..., BlockWatch], copy: Path,
     assert found.vanished
 
 
+def test_a_file_that_goes_between_two_looks_is_named(
+    watch: Callable[..., BlockWatch], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names_stand = BlockWatch._names_stand
+
+    def then_it_goes(self: BlockWatch) -> bool:
+        stands = names_stand(self)
+        (copy / "samples.bin").unlink(missing_ok=True)
+        return stands
+
+    monkeypatch.setattr(BlockWatch, "_names_stand", then_it_goes)
+    found = watch()
+    until(lambda: found.alarm)
+    assert "samples.bin has vanished" in str(found.alarm)
+    assert found.vanished
+
+
 def test_a_file_that_is_replaced_is_found(watch: Callable[..., BlockWatch], copy: Path) -> None:
     found = watch()
     shutil.copyfile(copy / "samples.bin", copy / "new")
