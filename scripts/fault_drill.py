@@ -98,6 +98,7 @@ def run_drills(
     others: dict[str, Callable[[], dict[str, Any]]] = {
         "stop": lambda: drills.silence(against, "stop"),
         "hang": lambda: drills.silence(against, "hang"),
+        "silent disk": lambda: drills.silent_disk(against),
         "nan": lambda: drills.not_a_number(against),
         "skew": lambda: drills.skewed_clock(against),
         "damaged": lambda: drills.damaged_checkpoint(against),

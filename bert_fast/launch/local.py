@@ -100,7 +100,7 @@ class _Ranks:
             for process in self._processes:
                 if process.poll() is None:
                     process.kill()
-                    process.wait()
+            self._wait_for_all()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -130,7 +130,8 @@ class _Ranks:
                     self._ended_by_us.add(rank)
                     stop(process)
             self._wait_for_all()
-        codes = [process.returncode for process in self._processes]
+        # Not even SIGKILL ends what waits for a file system that does not answer: it has no return code
+        codes = [-signal.SIGKILL if p.returncode is None else p.returncode for p in self._processes]
         if self._forwarded is not None and (not codes or any(code == -self._forwarded for code in codes)):
             name = signal.Signals(self._forwarded).name
             print(f"error: stopped by {name} before the first step; nothing was written", file=sys.stderr)

@@ -32,11 +32,14 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from bert_fast.errors import UserError
 from bert_fast.files import CHECKPOINT_MANIFEST, checkpoints_in, sha256_of, write_json
@@ -71,6 +74,25 @@ class _Saving(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
         return self._values[index.fqn, index.offset[0]]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Says when this rank writes and waits for nobody."""
+
+    def __init__(self, folder: Path, own_work: contextlib.AbstractContextManager[None]) -> None:
+        # Without read-ahead: tensors are on the host already, and DCP would wait for a CUDA stream to copy them
+        super().__init__(folder, per_thread_copy_ahead=0)
+        self._own_work = own_work
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with self._own_work:
+            written = super().write_data(plan, planner)
+            written.wait()
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        with self._own_work:
+            super().finish(metadata, results)
 
 
 class _Loading(DefaultLoadPlanner):
@@ -125,29 +147,32 @@ def folder_name(step: int) -> str:
 
 def write_checkpoint(
     folder: Path, stretches: Sequence[Stretch], description: dict[str, Any], rank: int, keep: int,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None, own_work: contextlib.AbstractContextManager[None] | None = None,
 ) -> None:  # fmt: skip
     """Write one checkpoint and remove all but the newest `keep`. A collective over `group` (None: one rank alone).
 
     Args:
         stretches: what this rank writes, on the host. Over all ranks they must cover every tensor once.
         description: rank 0's: `step`, and whatever else `complete.json` shall hold.
+        own_work: entered, several times, around what this rank does alone.
 
     Raises:
         UserError: some rank could not write; the text says which and why. What was there before is as it was.
     """
-    step = description["step"]
+    step, own_work = description["step"], own_work or contextlib.nullcontext()
     target, unfinished = folder / folder_name(step), folder / f".{folder_name(step)}.tmp"
     error: str | None = None
     try:
         if rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         _from_rank_0(None, group)  # nobody writes before; a barrier would take NCCL's device for its tensor
-        # Without read-ahead: tensors are on the host already, and DCP would wait for a CUDA stream to copy them
-        writer = dcp.FileSystemWriter(unfinished, per_thread_copy_ahead=0)
+        writer = _Writer(unfinished, own_work)
         dcp.save({}, storage_writer=writer, planner=_Saving(stretches), process_group=group, no_dist=group is None)
         names = [p.name for p in unfinished.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
-        mine: Any = {n: {"bytes": (unfinished / n).stat().st_size, "sha256": sha256_of(unfinished / n)} for n in names}
+        with own_work:
+            mine: Any = {
+                n: {"bytes": (unfinished / n).stat().st_size, "sha256": sha256_of(unfinished / n)} for n in names
+            }
     except (Exception, CheckpointException) as caught:  # of any rank: DCP raises on all; its own is a BaseException
         mine = error = _explain(caught, folder, rank)
     everyone = _gather(mine, rank, group)
@@ -156,7 +181,8 @@ def write_checkpoint(
         error = failures[0] if failures else None
         if error is None:
             files = {name: entry for each in everyone for name, entry in each.items()}
-            error = _complete_one(folder, unfinished, target, {**description, "files": files}, keep)
+            with own_work:
+                error = _complete_one(folder, unfinished, target, {**description, "files": files}, keep)
     error = _from_rank_0(error, group)
     if error is not None:
         if rank == 0:

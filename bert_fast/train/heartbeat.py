@@ -1,7 +1,8 @@
 """Which rank was lost, on which host, at which step: every rank tells where it is, beside training and its collectives.
 
 A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0 reads them all, the
-others rank 0's. A rank is called lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`.
+others rank 0's. A rank is called lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`, or
+that writes its part of a checkpoint for longer than `train.checkpoint_timeout_s`.
 Time is counted by the reader's clock alone: clocks of hosts may differ.
 """
 
@@ -41,6 +42,7 @@ class Beat:
     step: int
     phase: str
     phase_s: float
+    writes_s: float  # for which it has been writing its own part of a checkpoint, beside that phase; 0: it is not
 
     @property
     def place(self) -> tuple[int, int]:
@@ -71,6 +73,8 @@ class Heartbeat:
         )  # fmt: skip
         self._interval = max(min(1.0, timeout_s / 8), self._world / 2000)  # rank 0 reads `world` keys each time
         self._count, self._where = 0, (0, _STARTING, time.monotonic())
+        self._writes_s: Callable[[], float] = lambda: 0.0
+        self._write_limit_s = float("inf")
         self._end, self._last_word, self._wants_all, self._new_view = (threading.Event() for _ in range(4))
         self._beats: list[Beat] = []
         self._verdict: str | None = None
@@ -98,6 +102,10 @@ class Heartbeat:
     def at(self, step: int, phase: str) -> None:
         """Where this rank is from now on. Costs a microsecond."""
         self._where = (step, phase, time.monotonic())
+
+    def watch_writes(self, writes_s: Callable[[], float], limit_s: float) -> None:
+        """Call a rank lost whose own part of a checkpoint takes longer than `limit_s`; `writes_s` says for how long it has."""
+        self._writes_s, self._write_limit_s = writes_s, limit_s
 
     def stop(self) -> None:
         """The run is done: from now on this rank may be silent."""
@@ -192,6 +200,10 @@ class Heartbeat:
         silent = [r for r in alive if now - changed[r] > limit_s]
         if silent:
             return self._name(silent, beats, f"has not answered for {limit_s:.0f} s; last")
+        writing = [r for r in alive if beats[r].writes_s > self._write_limit_s]
+        if writing:
+            what = f"has been writing its part of a checkpoint for {self._write_limit_s:.0f} s, and is at"
+            return self._name(writing, beats, what)
         stuck = [r for r in alive if beats[r].phase not in _BLAMELESS and beats[r].phase_s > self._timeout_s]
         # Who waits inside a phase (DDP in backward) for a rank that is behind is not the one
         behind = [r for r in stuck if beats[r].place == min(beats[other].place for other in stuck)]
@@ -212,7 +224,7 @@ class Heartbeat:
         assert self._store is not None
         self._count += 1
         step, phase, since = self._where
-        beat = [self._count, socket.gethostname(), step, phase, time.monotonic() - since]
+        beat = [self._count, socket.gethostname(), step, phase, time.monotonic() - since, self._writes_s()]
         self._store.set(str(self._rank), json.dumps(beat))
 
     def _read(self, rank: int) -> Beat:

@@ -36,7 +36,7 @@ from bert_fast.mlperf.rules import check_evaluation_set, check_init_time
 from bert_fast.model.checkpoints import google_variables, save_pretrained
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
-from bert_fast.report.energy import EnergyMeter
+from bert_fast.report.energy import JOULES_PER_KWH
 from bert_fast.report.metrics import MetricsWriter
 from bert_fast.trace import span_or_nothing
 from bert_fast.train.build import Machinery, bucket_note, build, from_rank, gather_floats, matmul_ceiling, seed_ranks
@@ -44,6 +44,7 @@ from bert_fast.train.caches import clear_caches
 from bert_fast.train.calibrate import calibrate, make_cost, make_planner
 from bert_fast.train.capture import captured, optimizer_counts, rank_state
 from bert_fast.train.clock import Clock
+from bert_fast.train.energy import EnergyTally, summed
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
 from bert_fast.train.failures import explain_memory, tokens_of
@@ -99,7 +100,7 @@ class Run:
         self.line = ProgressLine(enabled=main)
         self.clock, self.progress = Clock(), Progress()
         self.stop = StopFlag()
-        self.energy = EnergyMeter() if environment.local_rank == 0 else None
+        self.energy = EnergyTally(environment)
         self.heartbeat = Heartbeat(
             environment, config.communication.timeout_s, on_lost, lambda: self.stop.number == signal.SIGTERM
         )
@@ -134,6 +135,7 @@ class Run:
             self.mllog.tensors(variables, config.mlperf.ruleset)
         group = saving_group(self.environment, config.train.checkpoint_timeout_s)
         self.saver = Saver(self.folder / "checkpoints", self.environment, config.train.keep_checkpoints, group)
+        self.heartbeat.watch_writes(self.saver.own_work.seconds, config.train.checkpoint_timeout_s)
         self.machinery.step.before_update = self._before_update
         self._record_buckets()
         note = bucket_note(config, self.machinery.layout)
@@ -179,8 +181,7 @@ class Run:
         """Train until the target, the last step, or a signal."""
         self.prepare()
         self.clock.start()
-        if self.energy:
-            self.energy.start()
+        self.energy.start()
         if not self.resume:
             self.mllog.start(constants.RUN_START)
         self._open_data()
@@ -267,7 +268,7 @@ class Run:
             config.mlperf.division == "open" or not config.mlperf.enabled
         )
         self.interval = Interval(
-            self.environment, self.machinery, self.clock, progress, self.cost, config.batch.global_batch
+            self.environment, self.machinery, self.clock, progress, self.cost, config.batch.global_batch, self.energy
         )
         self._block_start()
         if train.eval_at_start and progress.step == 0 and self._evaluate():
@@ -351,8 +352,6 @@ class Run:
         self._finite.forget_blame()
         found = self.interval.exchange(self.stop.number, self._alarm() is not None)
         self.heartbeat.at(progress.step, LOGGING)
-        if self.energy:
-            self.energy.tick()
         if self.environment.is_main:
             clip = self.machinery.engine.clip_statistics.read()
             self.metrics.write("step", progress.step, {**found.values, "clip": clip})
@@ -474,15 +473,14 @@ class Run:
             save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
 
     def _sum_energy(self) -> dict[str, Any]:
-        """kWh of all nodes' GPUs and CPUs in this session; None where some node's cannot be read. A collective."""
-        reading = self.energy.stop() if self.energy else None
-        joules = [0.0, 0.0] if reading is None else [
-            np.nan if value is None else value for value in (reading.joules_gpu, reading.joules_cpu)
-        ]  # fmt: skip
-        gpu, cpu = (gather_floats(joules, self.environment).sum(axis=0) / 3.6e6).tolist()
+        """kWh of all nodes' GPUs and CPUs; None where some node's cannot be read. A collective."""
+        news = gather_floats(self.energy.news(last=True), self.environment)
+        self.progress.joules = summed(self.progress.joules, news)
+        gpu, cpu = (None if joules is None else joules / JOULES_PER_KWH for joules in self.progress.joules)
+        sessions = "all, without what came after the last checkpoint of one that crashed"
         return {
-            "gpu_kwh": None if np.isnan(gpu) else gpu, "cpu_kwh": None if np.isnan(cpu) else cpu,
-            "source": reading.source if reading else "", "sessions": "this one only" if self.progress.sessions > 1 else "all",
+            "gpu_kwh": gpu, "cpu_kwh": cpu, "source": self.energy.source,
+            "sessions": sessions if self.progress.sessions > 1 else "all",
         }  # fmt: skip
 
     def peak_memory(self) -> dict[str, float]:

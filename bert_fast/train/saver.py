@@ -22,13 +22,37 @@ from bert_fast.train.capture import rank_name
 from bert_fast.train.checkpoint import Stretch, as_bytes, write_checkpoint
 from bert_fast.train.environment import Environment
 
+_LATER_S = 30.0  # than heartbeats, which know who is late, do collectives give up
+
 
 def saving_group(environment: Environment, timeout_s: float) -> dist.ProcessGroup | None:
-    """A group for a background thread's collectives: beside those of training, they need one of their own. A collective."""
+    """A group for a background thread's collectives: beside those of training, they need one of their own. A collective.
+
+    Args:
+        timeout_s: what a rank may take to write its part; heartbeats watch that, the group itself waits a little longer.
+    """
     if not dist.is_initialized() or environment.world_size == 1:
         return None
     backend = "gloo" if dist.get_backend() == "nccl" else None
-    return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s))
+    return dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_s + _LATER_S))
+
+
+class OwnWork:
+    """A context around what a rank does alone, in one thread; another thread may ask for how long it has lasted."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def seconds(self) -> float:
+        """0 outside of it."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
 
 class Saver:
@@ -43,6 +67,7 @@ class Saver:
         self._stream = torch.cuda.Stream(environment.device) if environment.device.type == "cuda" else None
         self._event: torch.cuda.Event | None = None
         self._error: Exception | None = None
+        self.own_work = OwnWork()  # on a checkpoint: no other rank is waited for
         self.records: list[dict[str, float]] = []  # of every checkpoint: what training waited for it, what it took
 
     @property
@@ -133,7 +158,7 @@ class Saver:
             record["copy_s"] = time.perf_counter() - began
             self._copied.set()
             mine = [*copies, as_bytes(rank_name(rank), own)]
-            write_checkpoint(self._folder, mine, description, rank, self._keep, self._group)
+            write_checkpoint(self._folder, mine, description, rank, self._keep, self._group, self.own_work)
             record["total_s"] = time.perf_counter() - began
         except UserError as error:
             self._error = error

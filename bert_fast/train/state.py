@@ -20,6 +20,7 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
     sessions: int = 1
     first_step_s: float | None = None
+    joules: list[float | None] = field(default_factory=lambda: [0.0, 0.0])  # of GPUs and of CPUs; None: not known
 
     def add(self, name: str, value: float) -> None:
         """Add to a running sum over the run (imbalance, data wait, ...)."""
@@ -33,5 +34,6 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.joules = [None, None]  # unless the checkpoint knows
         for name, value in state.items():
             setattr(self, name, value)

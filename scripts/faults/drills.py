@@ -102,6 +102,19 @@ def silence(against: Against, action: str) -> Row:
     return row(what, f"named in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; {SAME}", ended, folder, against, kept)
 
 
+def silent_disk(against: Against) -> Row:
+    """A rank hangs while it writes its part of a checkpoint: named within that time limit and 5 s, then all start again."""
+    drill = against.drill
+    folder = drill.new_folder("silent-disk")
+    fault = {"action": "hang in a write", "rank": 1}
+    ended = drill.run(folder, RESTART, f"train.checkpoint_timeout_s={drill.timeout_s}", fault=fault)
+    named = any("rank 1 (" in line and "writing its part of a checkpoint" in line for line in ended.errors)
+    quick = ended.detect_s is not None and ended.detect_s <= drill.timeout_s + drill.slack_s
+    kept = named and quick and ended.code == 0 and against.same(folder)
+    return row("a rank's disk does not answer", f"named in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; {SAME}", ended,
+               folder, against, kept)  # fmt: skip
+
+
 def not_a_number(against: Against) -> Row:
     """A rank whose weights turn to NaN: steps are skipped, the run stops, goes on from before."""
     drill = against.drill

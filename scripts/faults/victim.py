@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """run_pretraining.py with one thing that goes wrong, at a rank, step and phase given in BERT_FAST_FAULT (JSON).
 
-    {"action": "kill" | "stop" | "hang" | "nan" | "skew" | "slow" | "alternate", "rank": 1, "step": 17,
+    {"action": "kill" | "stop" | "hang" | "hang in a write" | "nan" | "skew" | "slow" | "alternate", "rank": 1, "step": 17,
      "phase": "forward and backward", "delay_s": 0.01, "once": "FILE that exists until it has happened"}
 
 The product knows nothing of it: a heartbeat's phase is what is watched.
@@ -71,6 +71,19 @@ def arm(fault: dict[str, Any]) -> None:
     heartbeat.Heartbeat.at = watched  # type: ignore[method-assign]
 
 
+def arm_write(fault: dict[str, Any]) -> None:
+    """A disk that does not answer this rank while it writes its part of a checkpoint."""
+    fsync = os.fsync
+
+    def silent(handle: Any) -> None:
+        if threading.current_thread().name == "saver" and Path(fault["once"]).exists():
+            os.unlink(fault["once"])
+            happen({**fault, "action": "hang"}, None)
+        fsync(handle)
+
+    os.fsync = silent
+
+
 def slow(seconds: float) -> None:
     """Make every step last longer: time to break something around the run."""
     from bert_fast.train import heartbeat
@@ -116,7 +129,7 @@ def main() -> None:
     elif fault.get("action") == "slow":
         slow(fault["seconds"])
     elif fault and os.environ.get("RANK") == str(fault["rank"]):
-        arm(fault)
+        (arm_write if fault["action"] == "hang in a write" else arm)(fault)
     import run_pretraining
 
     run_pretraining.main()

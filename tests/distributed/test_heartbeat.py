@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rank_pool import RankPool
 
 from bert_fast.train.environment import Environment
 from bert_fast.train.heartbeat import COMPUTE, EXCHANGE, Heartbeat
+from bert_fast.train.saver import OwnWork
 
 pytestmark = pytest.mark.distributed
 
@@ -52,6 +54,29 @@ def test_a_rank_that_is_stuck_is_named_on_all_ranks(pool: Pools) -> None:
         assert text.startswith("rank 1 (")
         assert "has been for 2 s at step 7, forward and backward" in text
         assert TIMEOUT_S <= seconds <= TIMEOUT_S + SLACK_S
+
+
+def writing(rank: int, world: int) -> tuple[list[str], float]:
+    """Rank 1's disk does not answer while it writes a checkpoint; training goes on, on all ranks."""
+    heart, lost, said = beating(rank, world, "writing")
+    own_work = OwnWork()
+    heart.watch_writes(own_work.seconds, 1.0)
+    start = time.monotonic()
+    with own_work if rank == 1 else contextlib.nullcontext():
+        while not said.is_set() and time.monotonic() < start + 1.0 + SLACK_S:
+            heart.at(12, COMPUTE)
+            time.sleep(0.1)
+            heart.at(12, EXCHANGE)
+    return lost, time.monotonic() - start
+
+
+def test_a_rank_that_hangs_while_it_writes_a_checkpoint_is_named(pool: Pools) -> None:
+    for lost, seconds in pool(3).call(writing):
+        (text,) = lost
+        assert text.startswith("rank 1 (")
+        assert "has been writing its part of a checkpoint for 1 s, and is at step 12" in text
+        assert "rank 0" not in text
+        assert 1.0 <= seconds <= 1.0 + SLACK_S
 
 
 def silent(rank: int, world: int) -> tuple[list[str], float]:

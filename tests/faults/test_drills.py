@@ -47,6 +47,11 @@ def test_a_stopped_rank(against: drills.Against) -> None:
 
 
 @pytest.mark.slow
+def test_a_disk_that_does_not_answer(against: drills.Against) -> None:
+    kept(drills.silent_disk(against))
+
+
+@pytest.mark.slow
 def test_a_clock_that_jumps(against: drills.Against) -> None:
     kept(drills.skewed_clock(against))
 

@@ -100,12 +100,12 @@ class Crash(BaseException):
     """As kill -9: nothing that our code catches."""
 
 
-@pytest.mark.parametrize("moment", ["FileSystemWriter", "save", "sha256_of", "write_json", "replace"])
+@pytest.mark.parametrize("moment", ["_Writer", "save", "sha256_of", "write_json", "replace"])
 def test_a_crash_at_any_moment_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     write(tmp_path, 5, keep=1)
-    owner = {"FileSystemWriter": module.dcp, "save": module.dcp, "replace": module.os}.get(moment, module)
+    owner = {"save": module.dcp, "replace": module.os}.get(moment, module)
     real = getattr(owner, moment)
 
     def crash(*arguments: Any, **named: Any) -> Any:
@@ -309,6 +309,36 @@ def test_a_failure_in_the_background_is_raised_later(
     with pytest.raises(UserError, match="no room"):
         saver.wait()
     assert saver.failed == "no room"
+
+
+def test_own_work_is_timed_and_ends_with_an_error(
+    tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a heartbeat tells of a rank that writes: more than nothing in the middle, nothing after it."""
+    saver = Saver(tmp_path, environment, 2, None)
+    seen: list[float] = []
+
+    def look(path: Path) -> str:
+        time.sleep(0.01)
+        seen.append(saver.own_work.seconds())
+        return hash_of(path)
+
+    hash_of = module.sha256_of
+    monkeypatch.setattr(module, "sha256_of", look)
+    saver.start([Stretch("a", 0, 10, VALUES)], {}, {"step": 1})
+    saver.wait()
+    assert len(seen) == 2  # its part, and DCP's list
+    assert min(seen) >= 0.01
+    assert saver.own_work.seconds() == 0.0
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    saver.start([Stretch("a", 0, 10, VALUES)], {}, {"step": 2})
+    with pytest.raises(UserError, match="step 2 was not written: .*Input/output error"):
+        saver.wait()
+    assert saver.own_work.seconds() == 0.0
 
 
 def test_a_rank_lost_while_writing_stays_a_lost_rank(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from bert_fast.report.energy import EnergyMeter, cost
+from bert_fast.config import Config
+from bert_fast.report.energy import JOULES_PER_KWH, EnergyMeter, EnergyReading, cost
+from bert_fast.train import energy as tally_module
+from bert_fast.train.energy import EnergyTally, summed
+from bert_fast.train.environment import Environment
+from bert_fast.train.folder import create_folder
+from bert_fast.train.loop import Run
 
 RANGE_UJ = 262_143_328_850
 
@@ -161,3 +171,69 @@ def test_cost() -> None:
     assert cost(2.0, 0.3, 400) == {"kwh": 2.0, "money": pytest.approx(0.6), "kg_co2e": pytest.approx(0.8)}
     assert cost(2.0, gco2_per_kwh=0) == {"kwh": 2.0, "money": None, "kg_co2e": 0.0}
     assert cost(None, 0.3, 400) == {"kwh": None, "money": None, "kg_co2e": None}
+
+
+# ---- of a run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_nodes_first_rank_counts_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml([5000, 7000])
+    monkeypatch.setattr(tally_module, "EnergyMeter", lambda: EnergyMeter(tmp_path, nvml))
+    first, second = (EnergyTally(Environment(n, n, 2, torch.device("cpu"), torch.float32)) for n in range(2))
+    for each in (first, second):
+        each.start()
+    for step in (1, 2):
+        nvml.counters_mj = [mj + 1000 * step for mj in nvml.counters_mj]
+        news = first.news()
+        assert news[0] == pytest.approx(2.0 * step), "since the last call"
+        assert np.isnan(news[1]), "no RAPL here"
+        assert second.news() == [0.0, 0.0]
+    assert "NVML (2 GPUs)" in first.source
+
+
+def test_what_was_once_not_known_stays_so() -> None:
+    joules = summed([1.0, 2.0], np.array([[3.0, 1.0], [0.5, 0.0]]))
+    assert joules == [4.5, 3.0]
+    joules = summed(joules, np.array([[1.0, np.nan], [0.0, 0.0]]))
+    assert joules == [5.5, None]
+    assert summed(joules, np.ones((2, 2))) == [7.5, None]
+
+
+class TenAtATime(EnergyMeter):
+    """Counts 10 J of GPUs more whenever it is asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def start(self) -> None:
+        self.count = 0
+
+    def tick(self) -> EnergyReading:
+        self.count += 1
+        return EnergyReading(10.0 * self.count, None, "made up", 1.0)
+
+    stop = tick
+
+
+def test_a_resumed_run_adds_to_what_the_checkpoint_had(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tally_module, "EnergyMeter", TenAtATime)
+    environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
+    found = []
+    for steps, resume in ((3, False), (5, True)):
+        config = make_config(
+            f"train.max_steps={steps}", "train.log_every_steps=1", "train.checkpoint_every_steps=2",
+            "schedule.total_steps=9",
+        )  # fmt: skip
+        create_folder(config, resume=resume)
+        run = Run(config, environment, resume=resume, process_start=time.time(), on_lost=print)
+        run.execute()
+        run.metrics.close()
+        found.append(run.energy_kwh)
+    first, second = (each["gpu_kwh"] * JOULES_PER_KWH for each in found)
+    assert first == pytest.approx(40), "three log lines and the end"
+    assert second == pytest.approx(60), "two lines are in the checkpoint of step 2, then three and the end"
+    assert [each["sessions"].partition(",")[0] for each in found] == ["all", "all"]
+    assert "crashed" in found[1]["sessions"]
+    assert found[1]["cpu_kwh"] is None
