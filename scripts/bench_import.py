@@ -77,7 +77,7 @@ def read_ours(path: str, part: str) -> None:
     start = time.perf_counter()
     found = import_part(path, part, VOCABULARY)
     seconds = time.perf_counter() - start
-    print(len(found.lengths) / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(found.num_samples / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def make_rows(count: int, path: Path) -> None:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from bert_fast.allocator import keep_freed_memory  # noqa: E402
 from bert_fast.balance.cost import CostModel, fit_cost, imbalance  # noqa: E402
 from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
 from bert_fast.balance.planner import Plan, Planner  # noqa: E402
@@ -34,7 +35,7 @@ from bert_fast.model.bert import BertForPretraining, BertInput  # noqa: E402
 from bert_fast.model.flops import cost_coefficients  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 from bert_fast.train.calibrate import probe_lengths  # noqa: E402
-from bert_fast.train.environment import keep_freed_memory, pick_dtype  # noqa: E402
+from bert_fast.train.environment import pick_dtype  # noqa: E402
 from bert_fast.train.inputs import batch_of_lengths, lay_out, to_device  # noqa: E402
 
 STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)

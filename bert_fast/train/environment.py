@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import platform
@@ -13,6 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.launch.head import bound_by_slurm, check_head
@@ -177,18 +177,6 @@ def _visible_devices() -> str | None:
             return os.environ.get("CUDA_VISIBLE_DEVICES")
         found.append(f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0")
     return ",".join(found)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: else every large tensor of every step is mapped and zeroed by the kernel anew.
-
-    Worth about 10 % of a small model's step (docs/performance.md). Other C libraries are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None and platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 1 << 30)
-        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def describe(environment: Environment) -> dict[str, object]:

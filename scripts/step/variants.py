@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch
 from bert_fast.model import fused
 from bert_fast.train import build as building
-from bert_fast.train.environment import Environment, keep_freed_memory, pick_dtype
+from bert_fast.train.environment import Environment, pick_dtype
 from bert_fast.train.inputs import to_device
 from bert_fast.train.step import StepInput
 from scripts.step.setting import make_batch, make_config

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_import
 import h5py
 import numpy as np
 import pytest
@@ -369,3 +370,15 @@ def test_hdf5_fields_that_do_not_belong_together(
         file[name] = change(values)
     with pytest.raises(UserError, match=reason):
         list(read_blocks(path, 400))
+
+
+def test_the_measurement_of_the_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """scripts/bench_import.py, as the process that it starts for ours."""
+    bench_import.make_rows(50, tmp_path / "rows.npz")
+    with np.load(tmp_path / "rows.npz") as rows:
+        payloads = [tfrecord.make_example({name: rows[name][n] for name in rows}) for n in range(50)]
+    tfrecord.write_records(tmp_path / "a.tfrecord", payloads)
+    bench_import.read_ours(str(tmp_path / "a.tfrecord"), str(tmp_path / "part.bin"))
+    rate, mib = map(float, capsys.readouterr().out.split())
+    assert rate > 0
+    assert mib > 10

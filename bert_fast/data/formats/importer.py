@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bert_fast.allocator import keep_freed_memory
 from bert_fast.data.formats.mlperf import is_hdf5, read_blocks, write_hdf5, write_tfrecord
 from bert_fast.data.formats.table import SampleTable, from_records, to_records
 from bert_fast.data.pool import Pool
@@ -130,6 +131,7 @@ def import_part(path: str, part_path: str, vocab_size: int) -> Part:
     finished = read_part(part_path)
     if finished:
         return finished
+    keep_freed_memory()  # blocks are alike
     blocks = (
         (to_records(t), t.lengths, t.num_masked, int(t.is_random_next.sum())) for t in read_blocks(path, vocab_size)
     )

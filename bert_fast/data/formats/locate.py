@@ -7,8 +7,11 @@ packed list. Whatever looks otherwise is left to the general reader (`tfrecord._
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+from bert_fast.protobuf import BYTES, fields
 
 _KEY, _VALUE, _FEATURES = 0x0A, 0x12, 0x0A  # tags: field 1 and field 2, both of length-delimited content
 FLOATS, INTEGERS = 2, 3  # field numbers of a Feature's list
@@ -25,49 +28,99 @@ def locate(data: np.ndarray, begins: np.ndarray, ends: np.ndarray, names: Sequen
     Returns:
         The place of every feature, or None if some example has another form.
     """
+    entries = _entries(data[int(begins[0]) : int(ends[0])].tobytes(), names)
+    if entries is None:
+        return None
     count = len(begins)
     form = np.zeros((len(names), count), np.int64)
     first, last = np.zeros_like(form), np.zeros_like(form)
-    ok = data[begins] == _FEATURES
     size, at = _varints(data, begins + 1)
-    ok &= at + size == ends
-    keys = [np.frombuffer(name.encode(), np.uint8) for name in names]
+    if not ((data[begins] == _FEATURES) & (at + size == ends)).all():
+        return None
     every = np.arange(count)
-    for _ in names:
-        if not ok.all():
-            return None
-        ok = data[at] == _FEATURES
-        size, at = _varints(data, at + 1)
-        entry_end = at + size
-        ok &= (data[at] == _KEY) & (entry_end <= ends)
-        key_size, at = _varints(data, at + 1)
-        which = np.full(count, -1)
-        for number, key in enumerate(keys):
-            same = key_size == len(key)
-            if same.any():
-                rows = np.flatnonzero(same)
-                hit = (data[np.minimum(at[rows, None] + np.arange(len(key)), len(data) - 1)] == key).all(axis=1)
-                which[rows[hit]] = number
-        ok &= which >= 0
-        at = np.minimum(at + key_size, ends)
-        ok &= data[at] == _VALUE
-        size, at = _varints(data, at + 1)
-        ok &= at + size == entry_end
-        tag = data[np.minimum(at, ends)]
-        kind = (tag >> 3).astype(np.int64)
-        ok &= ((tag & 7) == 2) & ((kind == FLOATS) | (kind == INTEGERS))
-        size, at = _varints(data, at + 1)
-        ok &= at + size == entry_end
-        ok &= data[np.minimum(at, ends)] == _KEY
-        size, at = _varints(data, at + 1)
-        ok &= at + size == entry_end
-        if not ok.all():
-            return None
-        form[which, every], first[which, every], last[which, every] = kind, at, entry_end
-        at = entry_end
+    for entry in entries:
+        if entry.opens(data, at) and (at + entry.size <= ends).all():
+            which, kind, value, end = entry.which, entry.form, at + len(entry.header), at + entry.size
+            form[which], first[which], last[which] = kind, value, end
+        else:
+            found = _one_by_one(data, at, ends, names)
+            if found is None:
+                return None
+            each, kinds, value, end = found
+            form[each, every], first[each, every], last[each, every] = kinds, value, end
+        at = end
     if (at != ends).any() or not last.all() or (form != form[:, :1]).any():
         return None
     return {name: (int(form[n, 0]), first[n], last[n]) for n, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A map entry of one example: `header` from its tag to its values, `size` bytes in all."""
+
+    header: np.ndarray
+    size: int
+    which: int
+    form: int
+
+    def opens(self, data: np.ndarray, at: np.ndarray) -> bool:
+        """Whether the same bytes lie at every place: then sizes are the same, too."""
+        length = len(self.header)
+        windows = np.ndarray((len(data) - length, length), np.uint8, data, strides=(1, 1))
+        return bool((windows[np.minimum(at, len(windows) - 1)] == self.header).all())
+
+
+def _entries(example: bytes, names: Sequence[str]) -> list[_Entry] | None:
+    """The entries of an example in their order, or None if it has another form."""
+    found = []
+    try:
+        ((*_, at, end),) = fields(example)
+        for *entry, begin, after in fields(example, at, end):
+            (*first, key, key_end), (*second, value, value_end) = fields(example, begin, after)
+            ((form, kind, values, values_end),) = fields(example, value, value_end)
+            ((*only, packed, _),) = fields(example, values, values_end)
+            if (entry, first, second, only) != ([1, BYTES], [1, BYTES], [2, BYTES], [1, BYTES]) or kind != BYTES:
+                return None
+            if form not in (FLOATS, INTEGERS):
+                return None
+            which = names.index(example[key:key_end].decode())
+            found.append(_Entry(np.frombuffer(example[at:packed], np.uint8), after - at, which, form))
+            at = after
+    except (ValueError, IndexError):
+        return None
+    return found if len(found) == len(names) else None
+
+
+def _one_by_one(
+    data: np.ndarray, at: np.ndarray, ends: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Entries that begin at `at`: which feature, its form, begin and end of its values. None if some has another form."""
+    ok = data[at] == _FEATURES
+    size, at = _varints(data, at + 1)
+    entry_end = at + size
+    ok &= (data[at] == _KEY) & (entry_end <= ends)
+    key_size, at = _varints(data, at + 1)
+    which = np.full(len(at), -1)
+    for number, name in enumerate(names):
+        rows = np.flatnonzero(key_size == len(name))
+        if len(rows):
+            key = np.frombuffer(name.encode(), np.uint8)
+            hit = (data[np.minimum(at[rows, None] + np.arange(len(key)), len(data) - 1)] == key).all(axis=1)
+            which[rows[hit]] = number
+    ok &= which >= 0
+    at = np.minimum(at + key_size, ends)
+    ok &= data[at] == _VALUE
+    size, at = _varints(data, at + 1)
+    ok &= at + size == entry_end
+    tag = data[np.minimum(at, ends)]
+    kind = (tag >> 3).astype(np.int64)
+    ok &= ((tag & 7) == 2) & ((kind == FLOATS) | (kind == INTEGERS))
+    size, at = _varints(data, at + 1)
+    ok &= at + size == entry_end
+    ok &= data[np.minimum(at, ends)] == _KEY
+    size, at = _varints(data, at + 1)
+    ok &= at + size == entry_end
+    return (which, kind, at, entry_end) if ok.all() else None
 
 
 def _varints(data: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

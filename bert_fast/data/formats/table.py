@@ -87,14 +87,14 @@ def segments_of(input_mask: np.ndarray, segment_ids: np.ndarray, first: int = 0)
         ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
     """
     lengths = np.count_nonzero(input_mask, axis=1)
-    columns = np.arange(input_mask.shape[1])
-    real = columns < lengths[:, None]
-    ones = segment_ids == 1
-    len_a = lengths - np.count_nonzero(ones & real, axis=1)
-    second = (columns >= len_a[:, None]) & real
+    columns = np.arange(input_mask.shape[1], dtype=np.int32)
+    real = columns < lengths[:, None].astype(np.int32)
+    ones = (segment_ids == 1) & real
+    len_a = lengths - np.count_nonzero(ones, axis=1)
+    second = (columns >= len_a[:, None].astype(np.int32)) & real
     for bad, reason in (
         (input_mask != real, "has an input mask that is not ones followed by zeros"),
-        (real & ((ones != second) | (segment_ids > 1)), "has segments that are not one A followed by one B"),
+        ((ones != second) | ((segment_ids > 1) & real), "has segments that are not one A followed by one B"),
     ):
         if bad.any():
             raise ValueError(first + int(np.flatnonzero(bad.any(axis=1))[0]), reason)
@@ -121,17 +121,13 @@ def to_padded(table: SampleTable, width: int, most_masked: int) -> dict[str, np.
 
 def to_records(table: SampleTable) -> np.ndarray:
     """The store's records, one after the other, uint16 (`data.store`)."""
-    sizes = HEADER + 2 * table.num_masked + table.lengths
-    starts = np.cumsum(sizes) - sizes
-    out = np.empty(int(sizes.sum()), np.uint16)
-    for place, values in enumerate((table.len_a, table.num_masked, table.is_random_next)):
-        out[starts + place] = values
-    for values, counts, begins in (
-        (table.positions, table.num_masked, starts + HEADER),
-        (table.labels, table.num_masked, starts + HEADER + table.num_masked),
-        (table.tokens, table.lengths, starts + HEADER + 2 * table.num_masked),
-    ):
-        out[_runs(begins, counts)] = values
+    header = np.stack([table.len_a, table.num_masked, table.is_random_next], axis=1)
+    pieces = (header.ravel(), table.positions, table.labels, table.tokens)
+    counts = np.stack([np.full(len(table), HEADER), table.num_masked, table.num_masked, table.lengths], axis=1)
+    piece_of = np.repeat(np.tile(np.arange(len(pieces), dtype=np.uint8), len(table)), counts.ravel())
+    out = np.empty(len(piece_of), np.uint16)
+    for number, values in enumerate(pieces):
+        out[piece_of == number] = values
     return out
 
 
