@@ -288,7 +288,8 @@ class TrainConfig(Section):
         True, description="go on training while a checkpoint is written (off: wait for it, as at the end of a run)"
     )
     checkpoint_timeout_s: PositiveFloat = Field(
-        600.0, description="seconds that ranks wait for the slowest to write its part of a checkpoint"
+        600.0,
+        description="seconds that a rank may take to write its part of a checkpoint, or to hash it; then it is lost",
     )
     keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints stay on disk")
     save_final_model: bool = Field(False, description="write the final weights as a Hugging Face folder")

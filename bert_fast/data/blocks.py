@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from bert_fast.data.store import BLOCK_BYTES, Store
@@ -50,10 +51,9 @@ class BlockWatch:
                 self.passes += 1
                 self._end.wait(_PAUSE_S)
         except OSError as error:
-            if (
-                isinstance(error, FileNotFoundError) and not self._names_stand()
-            ):  # gone since the last look at the names
-                return
+            with suppress(OSError):  # which of them has gone since the last look at the names?
+                if not self._names_stand():
+                    return
             self.vanished = True
             self.alarm = f"store {self._store.folder} can no longer be read ({error.strerror or error})"
 

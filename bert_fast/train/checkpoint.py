@@ -84,6 +84,10 @@ class _Writer(dcp.FileSystemWriter):
         super().__init__(folder, per_thread_copy_ahead=0)
         self._own_work = own_work
 
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        with self._own_work:  # makes the folder
+            return super().prepare_local_plan(plan)
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with self._own_work:
             written = super().write_data(plan, planner)
@@ -164,12 +168,13 @@ def write_checkpoint(
     error: str | None = None
     try:
         if rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            with own_work:
+                shutil.rmtree(unfinished, ignore_errors=True)
         _from_rank_0(None, group)  # nobody writes before; a barrier would take NCCL's device for its tensor
         writer = _Writer(unfinished, own_work)
         dcp.save({}, storage_writer=writer, planner=_Saving(stretches), process_group=group, no_dist=group is None)
-        names = [p.name for p in unfinished.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
         with own_work:
+            names = [p.name for p in unfinished.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
             mine: Any = {
                 n: {"bytes": (unfinished / n).stat().st_size, "sha256": sha256_of(unfinished / n)} for n in names
             }
@@ -186,7 +191,8 @@ def write_checkpoint(
     error = _from_rank_0(error, group)
     if error is not None:
         if rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            with own_work:
+                shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"checkpoint of step {step} was not written: {error}. {_what_there_is(folder)}")
 
 

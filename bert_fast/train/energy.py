@@ -25,6 +25,11 @@ class EnergyTally:
         if self._meter is not None:
             self._meter.start()
 
+    def tick(self) -> None:
+        """Look at the counters, which wrap around: at every log line."""
+        if self._meter is not None:
+            self._meter.tick()
+
     def news(self, *, last: bool = False) -> list[float]:
         """Joules since the last call, of GPUs and of CPUs, for a sum over ranks; NaN for what cannot be read."""
         if self._meter is None:

@@ -13,7 +13,6 @@ from bert_fast.balance.planner import Plan
 from bert_fast.report.stragglers import StragglerTally
 from bert_fast.train.build import Machinery, gather_floats
 from bert_fast.train.clock import Clock
-from bert_fast.train.energy import EnergyTally, summed
 from bert_fast.train.environment import Environment
 from bert_fast.train.state import Progress
 from bert_fast.train.step import StepResult
@@ -43,10 +42,9 @@ class Interval:
         progress: Progress,
         cost: CostModel,
         global_batch: int,
-        energy: EnergyTally,
     ) -> None:
         self._environment, self._machinery, self._clock, self._progress = environment, machinery, clock, progress
-        self._cost, self._global_batch, self._energy = cost, global_batch, energy
+        self._cost, self._global_batch = cost, global_batch
         self.stragglers = StragglerTally()
         self.reset()
 
@@ -88,15 +86,14 @@ class Interval:
             self._exposed_s = sum(step.exposed_timer.read())
         table = gather_floats(
             [*self._losses.tolist(), float(signal), float(alarm), self._exposed_s, self._data_s, self._optimizer_s,
-             *self._energy.news(), *self._compute],
+             *self._compute],
             self._environment,
         )  # fmt: skip
         mlm_sum, nsp_sum, signals, alarms, exposed_s, data_s, optimizer_s = table[:, :7].T
-        joules, compute = table[:, 7:9], table[:, 9:]  # [ranks, 2], [ranks, steps]
+        compute = table[:, 7:]  # [ranks, steps]
         uneven = compute.max(axis=0) / compute.mean(axis=0)
         self._count_stragglers(compute, data_s, exposed_s)
         progress = self._progress
-        progress.joules = summed(progress.joules, joules)
         progress.add("compute_s", compute.sum(axis=1).mean())
         # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
         progress.add("exposed_s", exposed_s.min())

@@ -268,7 +268,7 @@ class Run:
             config.mlperf.division == "open" or not config.mlperf.enabled
         )
         self.interval = Interval(
-            self.environment, self.machinery, self.clock, progress, self.cost, config.batch.global_batch, self.energy
+            self.environment, self.machinery, self.clock, progress, self.cost, config.batch.global_batch
         )
         self._block_start()
         if train.eval_at_start and progress.step == 0 and self._evaluate():
@@ -352,6 +352,7 @@ class Run:
         self._finite.forget_blame()
         found = self.interval.exchange(self.stop.number, self._alarm() is not None)
         self.heartbeat.at(progress.step, LOGGING)
+        self.energy.tick()
         if self.environment.is_main:
             clip = self.machinery.engine.clip_statistics.read()
             self.metrics.write("step", progress.step, {**found.values, "clip": clip})
@@ -433,6 +434,7 @@ class Run:
         machinery, began = self.machinery, time.perf_counter()
         self.heartbeat.at(self.progress.step, CHECKPOINT)
         with self.clock.pause("checkpoint"):
+            self._add_energy()
             state = {
                 "progress": self.progress.state_dict(),
                 "clock": self.clock.state_dict(),
@@ -472,15 +474,18 @@ class Run:
         if self.config.train.save_final_model and self.environment.is_main:
             save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
 
+    def _add_energy(self, last: bool = False) -> None:
+        """A collective."""
+        news = gather_floats(self.energy.news(last=last), self.environment)
+        self.progress.joules = summed(self.progress.joules, news)
+
     def _sum_energy(self) -> dict[str, Any]:
         """kWh of all nodes' GPUs and CPUs; None where some node's cannot be read. A collective."""
-        news = gather_floats(self.energy.news(last=True), self.environment)
-        self.progress.joules = summed(self.progress.joules, news)
+        self._add_energy(last=True)
         gpu, cpu = (None if joules is None else joules / JOULES_PER_KWH for joules in self.progress.joules)
-        sessions = "all, without what came after the last checkpoint of one that crashed"
         return {
             "gpu_kwh": gpu, "cpu_kwh": cpu, "source": self.energy.source,
-            "sessions": sessions if self.progress.sessions > 1 else "all",
+            "sessions": "all, each before the last up to its last checkpoint" if self.progress.sessions > 1 else "all",
         }  # fmt: skip
 
     def peak_memory(self) -> dict[str, float]:

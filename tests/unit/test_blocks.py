@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -87,6 +88,20 @@ def test_a_file_that_goes_between_two_looks_is_named(
     found = watch()
     until(lambda: found.alarm)
     assert "samples.bin has vanished" in str(found.alarm)
+    assert found.vanished
+
+
+def test_a_store_that_can_no_longer_be_looked_at(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system whose server has gone: the alarm is raised, and the thread does not die in silence."""
+    found = BlockWatch(Store(copy), 0, 1, mb_per_s=10_000.0)
+
+    def stale(_path: Path) -> tuple[int, int]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(module, "_stamp", stale)
+    found.start()
+    until(lambda: found.alarm)
+    assert "can no longer be read (Stale file handle)" in str(found.alarm)
     assert found.vanished
 
 

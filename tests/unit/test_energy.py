@@ -17,6 +17,7 @@ from bert_fast.train import energy as tally_module
 from bert_fast.train.energy import EnergyTally, summed
 from bert_fast.train.environment import Environment
 from bert_fast.train.folder import create_folder
+from bert_fast.train.interval import Interval
 from bert_fast.train.loop import Run
 
 RANGE_UJ = 262_143_328_850
@@ -199,18 +200,19 @@ def test_what_was_once_not_known_stays_so() -> None:
     assert summed(joules, np.ones((2, 2))) == [7.5, None]
 
 
-class TenAtATime(EnergyMeter):
-    """Counts 10 J of GPUs more whenever it is asked."""
+class MadeUp(EnergyMeter):
+    """What a test says that GPUs have taken."""
+
+    joules = 0.0
 
     def __init__(self) -> None:
-        self.count = 0
+        self.start()
 
     def start(self) -> None:
-        self.count = 0
+        self.first = MadeUp.joules
 
     def tick(self) -> EnergyReading:
-        self.count += 1
-        return EnergyReading(10.0 * self.count, None, "made up", 1.0)
+        return EnergyReading(MadeUp.joules - self.first, None, "made up", 1.0)
 
     stop = tick
 
@@ -218,22 +220,34 @@ class TenAtATime(EnergyMeter):
 def test_a_resumed_run_adds_to_what_the_checkpoint_had(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally_module, "EnergyMeter", TenAtATime)
+    """100 J a step, 1,000 J an evaluation. The first session ends one step after its checkpoint."""
+    monkeypatch.setattr(tally_module, "EnergyMeter", MadeUp)
+    step, evaluate = Interval.add, Run._evaluate
+
+    def costly(joules: float, real: Callable[..., Any]) -> Callable[..., Any]:
+        def spend(*arguments: Any) -> Any:
+            MadeUp.joules += joules
+            return real(*arguments)
+
+        return spend
+
+    monkeypatch.setattr(Interval, "add", costly(100.0, step))
+    monkeypatch.setattr(Run, "_evaluate", costly(1000.0, evaluate))
     environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
     found = []
     for steps, resume in ((3, False), (5, True)):
         config = make_config(
             f"train.max_steps={steps}", "train.log_every_steps=1", "train.checkpoint_every_steps=2",
-            "schedule.total_steps=9",
+            "schedule.total_steps=9", "train.eval_every_samples=16",
         )  # fmt: skip
+        assert config.batch.global_batch == 8, "so there is an evaluation after step 2, before its checkpoint"
         create_folder(config, resume=resume)
         run = Run(config, environment, resume=resume, process_start=time.time(), on_lost=print)
         run.execute()
         run.metrics.close()
         found.append(run.energy_kwh)
     first, second = (each["gpu_kwh"] * JOULES_PER_KWH for each in found)
-    assert first == pytest.approx(40), "three log lines and the end"
-    assert second == pytest.approx(60), "two lines are in the checkpoint of step 2, then three and the end"
-    assert [each["sessions"].partition(",")[0] for each in found] == ["all", "all"]
-    assert "crashed" in found[1]["sessions"]
+    assert first == pytest.approx(3 * 100 + 1000)
+    assert second == pytest.approx(5 * 100 + 2 * 1000)
+    assert [each["sessions"] for each in found] == ["all", "all, each before the last up to its last checkpoint"]
     assert found[1]["cpu_kwh"] is None

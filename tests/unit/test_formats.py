@@ -123,12 +123,58 @@ def varint(value: int) -> bytes:
     return out + bytes([value])
 
 
+def message(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1))
+def test_integers_of_up_to_nine_bytes(values: list[int]) -> None:
+    np.testing.assert_array_equal(tfrecord.decode_varints(b"".join(map(varint, values)))[0], values)
+
+
+@pytest.mark.parametrize(
+    ("packed", "reason"),
+    [
+        (b"\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "an integer is negative or damaged"),
+        (b"\x01\x02\x83", "the last integer is cut short"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_damaged_integer_names_its_record(packed: bytes, reason: str, place: int) -> None:
+    good = message(1, message(1, message(1, b"a") + message(2, message(3, message(1, b"\x07\x08\xac\x02")))))
+    bad = message(1, message(1, message(1, b"a") + message(2, message(3, message(1, packed)))))
+    payloads = [bad if n == place else good for n in range(3)]
+    with pytest.raises(ValueError, match=reason) as caught:
+        tfrecord.parse_examples(payloads, ["a"])
+    assert caught.value.args == (place, f"feature a: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "values"),
+    [
+        ((b"\x85\x00", b"\x07"), [5, 7]),
+        ((b"\x01\x85\x00\x00", b"\x07\x08\x00"), [1, 5, 0, 7, 8, 0]),
+        ((b"\x85\x80\x00\x00\x00", b"\x00\x81\x01\x00"), [5, 0, 0, 0, 129, 0]),
+    ],
+)
+def test_integers_in_more_bytes_than_they_need(pieces: tuple[bytes, ...], values: list[int]) -> None:
+    """Their last byte is no padding."""
+    np.testing.assert_array_equal(_all_values(tfrecord._decode(list(pieces), "a", False)), values)
+
+
+def test_sizes_of_more_than_four_bytes_are_left_to_the_general_reader() -> None:
+    body = message(1, message(1, b"a") + message(2, message(3, message(1, b"\x05"))))
+    long = b"\x0a" + bytes([len(body) | 0x80, 0x80, 0x80, 0x80, 0x00]) + body
+    cut = b"\x0a" + bytes([len(body) | 0x80, 0x80, 0x80, 0x80]) + body
+    sound = message(1, body)
+    np.testing.assert_array_equal(tfrecord.parse_examples([sound, long], ["a"])["a"].values, [5, 5])
+    with pytest.raises(ValueError, match="is no tf.train.Example") as caught:
+        tfrecord.parse_examples([sound, cut], ["a"])
+    assert caught.value.args[0] == 1
+
+
 def test_values_that_are_not_packed_and_other_fields() -> None:
     """An old writer's Example: one tag a value, an unknown field, a feature of bytes."""
-
-    def message(number: int, content: bytes) -> bytes:
-        return varint(number << 3 | 2) + varint(len(content)) + content
-
     unpacked = b"".join(varint(1 << 3) + varint(value) for value in (3, 300, 70_000))
     entry = message(1, b"ids") + message(2, message(3, unpacked))
     other = message(1, b"text") + message(2, message(1, message(1, b"hello")))
@@ -281,9 +327,6 @@ def test_the_command(tmp_path: Path, store: Path, vocab: Path) -> None:
 )  # fmt: skip
 def test_features_found_together_are_those_found_one_by_one(rows: list[Any], odd: str) -> None:
     """Keys in any order, values of any size; forms that the quick way does not know are left to the general one."""
-
-    def message(number: int, content: bytes) -> bytes:
-        return varint(number << 3 | 2) + varint(len(content)) + content
 
     def entry(name: str, integers: list[int], floats: list[float]) -> bytes:
         if name == "weights":

@@ -134,4 +134,5 @@ def _varints(data: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value |= (byte & 0x7F) << shift
         size += more
         more = byte >= 0x80
+    value[more] = 1 << 40  # of more than four bytes: nothing is so long, so that no other size agrees with it
     return value, at + size

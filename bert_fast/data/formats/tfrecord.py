@@ -235,19 +235,33 @@ def _decode(pieces: list[bytes], name: str, is_float: bool) -> Features:
     sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
     if not is_float:
         pieces = [piece.rstrip(b"\0") for piece in pieces]  # padding: a zero is one byte
+        torn = [place for place, piece in enumerate(pieces) if piece and piece[-1] >= 0x80]
+        for place in torn:
+            if len(pieces[place]) == sizes[place]:
+                raise ValueError(place, f"feature {name}: the last integer is cut short")
+            pieces[place] += b"\0"  # it belongs to an integer of more bytes than it needs
     kept = np.fromiter(map(len, pieces), np.int64, len(pieces))
     edges = np.concatenate([[0], np.cumsum(kept)])
     data = b"".join(pieces)
     if is_float:
-        if (edges % 4).any():
-            raise ValueError(0, f"feature {name} is damaged")
+        if (kept % 4).any():
+            raise ValueError(int(np.flatnonzero(kept % 4)[0]), f"feature {name} is damaged")
         return Features(name, np.frombuffer(data, "<f4"), edges // 4, np.zeros_like(sizes))
     try:
         values, ends = decode_varints(data)
-    except ValueError as error:
-        raise ValueError(0, f"feature {name}: {error}") from None
+    except ValueError:
+        raise _first_damaged(pieces, name) from None
     offsets = edges if ends is None else np.searchsorted(ends, edges)
     return Features(name, values, offsets, sizes - kept)
+
+
+def _first_damaged(pieces: list[bytes], name: str) -> ValueError:
+    for place, piece in enumerate(pieces):
+        try:
+            decode_varints(piece)
+        except ValueError as error:
+            return ValueError(place, f"feature {name}: {error}")
+    raise AssertionError("whole varints, one after the other, are whole")
 
 
 def _encode_varint(value: int) -> bytes:
