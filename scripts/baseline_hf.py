@@ -41,7 +41,8 @@ from bert_fast.config import Config, ModelConfig, as_plain
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.launch import local as launch
+from bert_fast.launch.local import run_local
+from bert_fast.launch.slurm import is_launched
 from bert_fast.optim.build import has_decay
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.bench import write_result
@@ -370,10 +371,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.max_steps is not None and args.max_steps < 1:
         raise UserError(f"--max-steps {args.max_steps} must be at least 1")
-    if not launch.is_launched():
+    if not is_launched():
         check_inputs(config)
         if config.system.world_size > 1:
-            return launch.run_local(config, sys.argv)
+            return run_local(config, sys.argv)
     warnings.simplefilter("ignore")  # of the libraries, about themselves
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -7,6 +7,9 @@ import threading
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from bert_fast.data.store import BLOCK_BYTES, Store
 
@@ -43,6 +46,22 @@ class BlockWatch:
     def close(self) -> None:
         self._end.set()
 
+    def changed(self, ids: np.ndarray) -> str | None:
+        """What is wrong now with the blocks that hold these samples; None if nothing is, or nobody can tell."""
+        crcs = self._store.block_crcs
+        if crcs is None:
+            return None
+        first, last = (each // BLOCK_BYTES for each in self._store.byte_ranges(ids))
+        try:
+            with open(self._store.folder / "samples.bin", "rb") as file:
+                for block in sorted({n for a, b in zip(first, last, strict=True) for n in range(a, b + 1)}):
+                    found, _ = self._look(file, block)
+                    if found:
+                        return found
+        except OSError as error:
+            return f"store {self._store.folder} can no longer be read ({error.strerror or error})"
+        return None
+
     def _run(self) -> None:
         try:
             while not self._end.is_set():
@@ -73,18 +92,24 @@ class BlockWatch:
         return True
 
     def _pass(self) -> bool:
-        crcs = self._store.block_crcs
-        assert crcs is not None
+        assert self._store.block_crcs is not None
         with open(self._store.folder / "samples.bin", "rb") as file:
-            for block in range(self._share, len(crcs), self._shares):
-                file.seek(block * BLOCK_BYTES)
-                content = file.read(BLOCK_BYTES)
-                if zlib.crc32(content) != crcs[block]:
-                    self.alarm = self._text(block, len(content))
+            for block in range(self._share, len(self._store.block_crcs), self._shares):
+                found, size = self._look(file, block)
+                if found:
+                    self.alarm = found
                     return False
-                if self._end.wait(len(content) / self._rate) or not self._names_stand():
+                if self._end.wait(size / self._rate) or not self._names_stand():
                     return False
         return True
+
+    def _look(self, file: BinaryIO, block: int) -> tuple[str | None, int]:
+        """What is wrong with a block, and its bytes."""
+        assert self._store.block_crcs is not None
+        file.seek(block * BLOCK_BYTES)
+        content = file.read(BLOCK_BYTES)
+        sound = zlib.crc32(content) == self._store.block_crcs[block]
+        return None if sound else self._text(block, len(content)), len(content)
 
     def _text(self, block: int, size: int) -> str:
         begin = block * BLOCK_BYTES

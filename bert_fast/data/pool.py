@@ -23,7 +23,8 @@ class Pool:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._executor.shutdown(wait=kind is None, cancel_futures=True)
+        # After an error, too, no worker may still be writing when the caller tries again; only Ctrl-C does not wait
+        self._executor.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=True)
 
     def map(self, function: Callable[..., Any], arguments: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         arguments = iter(arguments)

@@ -256,6 +256,10 @@ class Store:
         """Samples `ids` (int64 [B]) as one batch, longest first unless `keep_order`."""
         return assemble(self._tokens, self._offsets[ids], self._offsets[ids + 1], ids, keep_order)
 
+    def byte_ranges(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last byte of each of these samples in samples.bin."""
+        return self._offsets[ids] * _BYTES, self._offsets[ids + 1] * _BYTES - 1
+
     def samples_at(self, begin: int, end: int) -> tuple[int, int]:
         """First and last sample with bytes in [begin, end) of samples.bin."""
         first = np.searchsorted(self._offsets, begin // _BYTES, side="right") - 1

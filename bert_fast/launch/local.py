@@ -89,6 +89,8 @@ class _Ranks:
             self._processes.append(
                 subprocess.Popen([sys.executable, *arguments], env={**os.environ, **variables}, start_new_session=True)
             )
+            if self._forwarded is not None:  # it came before the process was in the list
+                self._processes[-1].send_signal(self._forwarded)
 
     @contextmanager
     def signals_forwarded(self) -> Iterator[None]:

@@ -181,18 +181,18 @@ def write_checkpoint(
     except (Exception, CheckpointException) as caught:  # of any rank: DCP raises on all; its own is a BaseException
         mine = error = _explain(caught, folder, rank)
     everyone = _gather(mine, rank, group)
-    if rank == 0 and error is None:
+    if rank == 0:
         failures = [each for each in everyone if isinstance(each, str)]
-        error = failures[0] if failures else None
+        error = error or (failures[0] if failures else None)
         if error is None:
             files = {name: entry for each in everyone for name, entry in each.items()}
             with own_work:
                 error = _complete_one(folder, unfinished, target, {**description, "files": files}, keep)
-    error = _from_rank_0(error, group)
-    if error is not None:
-        if rank == 0:
+        if error is not None:  # before the others hear of it, and end the run perhaps
             with own_work:
                 shutil.rmtree(unfinished, ignore_errors=True)
+    error = _from_rank_0(error, group)
+    if error is not None:
         raise UserError(f"checkpoint of step {step} was not written: {error}. {_what_there_is(folder)}")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
+import numpy as np
 import torch
 
 from bert_fast.balance.planner import Plan
 from bert_fast.data.batch import Batch
-from bert_fast.errors import TrainingError
+from bert_fast.data.blocks import BlockWatch
+from bert_fast.errors import TrainingError, UserError
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation", "Cannot allocate memory")
 
@@ -14,6 +18,16 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation", "Canno
 def tokens_of(batches: list[Batch]) -> list[int]:
     """Tokens of every micro-batch."""
     return [batch.num_tokens for batch in batches]
+
+
+def explain(error: Exception, plan: Plan, rank: int, tokens: list[int], blocks: BlockWatch) -> Exception:
+    """The error itself, or one that says what is behind it: a store that changed under the run, or too little memory."""
+    if isinstance(
+        error, IndexError | ValueError
+    ):  # as a token beyond the vocabulary gives; the watch may come round later
+        found = blocks.changed(np.concatenate([plan.ids[part] for part in plan.micro_batches(rank)]))
+        return UserError(f"rank {rank} on {socket.gethostname()}: {found}") if found else error
+    return explain_memory(error, plan, rank, tokens) if isinstance(error, RuntimeError) else error
 
 
 def explain_memory(error: RuntimeError, plan: Plan, rank: int, tokens: list[int]) -> RuntimeError | TrainingError:

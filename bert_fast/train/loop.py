@@ -47,7 +47,7 @@ from bert_fast.train.clock import Clock
 from bert_fast.train.energy import EnergyTally, summed
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
-from bert_fast.train.failures import explain_memory, tokens_of
+from bert_fast.train.failures import explain, tokens_of
 from bert_fast.train.finite import FiniteWatch
 from bert_fast.train.folder import checkpoint_vocabulary
 from bert_fast.train.heartbeat import (
@@ -251,10 +251,14 @@ class Run:
     def _make_batches(self, step: int) -> tuple[Plan, list[Batch], int, int, int]:
         """This rank's batches of a step, with the global counts that normalise the loss (background thread)."""
         plan = self.planner.plan(step)
-        batches = planned_batches(
-            self.store, plan, self.environment.rank, self.config.balance.strategy, self.config.data.max_seq_len,
-            functools.partial(self._redraw, step=step) if self._redraw else None,
-        )  # fmt: skip
+        rank = self.environment.rank
+        try:
+            batches = planned_batches(
+                self.store, plan, rank, self.config.balance.strategy, self.config.data.max_seq_len,
+                functools.partial(self._redraw, step=step) if self._redraw else None,
+            )  # fmt: skip
+        except (ValueError, IndexError) as error:
+            raise explain(error, plan, rank, [], self._blocks) from error
         lengths = self.store.lengths[plan.ids].astype(np.int64)
         masked = int(self.store.num_masked[plan.ids].sum(dtype=np.int64))
         return plan, batches, masked, int(lengths.sum()), int((lengths**2).sum())
@@ -289,8 +293,8 @@ class Run:
             self.heartbeat.at(progress.step, COMPUTE)
             try:
                 result = self.machinery.step(inputs, lr)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                raise explain_memory(error, plan, self.environment.rank, tokens_of(batches)) from error
+            except (RuntimeError, IndexError) as error:
+                raise explain(error, plan, self.environment.rank, tokens_of(batches), self._blocks) from error
             self._say_trace(self.profile.after(progress.step))
             if progress.first_step_s is None:
                 progress.first_step_s = self.clock.elapsed
@@ -465,12 +469,12 @@ class Run:
 
     def _finish_logs(self, outcome: Outcome) -> None:
         self.time_to_train = self.clock.elapsed
-        self.energy_kwh = self._sum_energy()
         if not self.progress.evaluations or self.progress.evaluations[-1]["step"] != self.progress.step:
             self.mllog.end(constants.BLOCK_STOP, first_epoch_num=self.progress.samples)
         status = constants.SUCCESS if outcome.status == "success" else constants.ABORTED
         self.mllog.end(constants.RUN_STOP, status=status, resumed=self.progress.sessions > 1)
         self.mllog.close()
+        self.energy_kwh = self._sum_energy()
         if self.config.train.save_final_model and self.environment.is_main:
             save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
 

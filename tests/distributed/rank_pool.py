@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 120.0
 
 
 class RankPool:

@@ -176,7 +176,7 @@ def test_a_launcher_that_ends_at_once_leaves_no_rank_behind(workspace: Workspace
     run.wait_until(lambda: set(run.processes().values()) == {"", "0", "1"})
     run.process.send_signal(number)
     assert run.wait() != 0
-    assert not run.left_overs(within=3)
+    assert not run.left_overs()
 
 
 def test_sigterm_before_the_first_step_is_no_killed_rank(workspace: Workspace) -> None:

@@ -56,7 +56,7 @@ def write_text(path: Path, num_documents: int = 60) -> None:
 def prepare_data(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """scripts/prepare_data.py as a person starts it."""
     command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def prepare_store(folder: Path) -> Path:

@@ -26,4 +26,4 @@ def against(store: Path, tmp_path_factory: pytest.TempPathFactory) -> drills.Aga
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(config_over(store), sort_keys=False), encoding="utf-8")
     # A busy machine is no failure here; the script has the real bound
-    return drills.Against(Drill(config, folder / "runs", (), steps=40, every=8, slack_s=20))
+    return drills.Against(Drill(config, folder / "runs", (), steps=40, every=8, timeout_s=12, slack_s=20))

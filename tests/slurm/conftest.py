@@ -24,7 +24,7 @@ VARIABLES = {
     "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
     "NODE_TIMEOUT_S": "20",
 }  # fmt: skip
-STEPS = 60
+STEPS = 200
 SETTINGS = (f"train.max_steps={STEPS}", "train.save_final_model=true", "train.eval_every_samples=480")
 
 

@@ -94,7 +94,6 @@ def test_seconds_from_sbatch_to_the_first_step(straight: SlurmJob) -> None:
     parts = dict(zip(names, (b - a for a, b in zip([straight.submitted, *times], times, strict=False)), strict=True))
     total = first_step - straight.submitted
     assert sum(parts.values()) == pytest.approx(total)
-    assert total < 60
     path = os.environ.get("BERT_FAST_SLURM_JSON")
     if path:
         passed = check_log(straight.folder / "result_0.txt", "5.0.0").passed

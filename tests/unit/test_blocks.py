@@ -11,10 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from bert_fast.config import Config
 from bert_fast.data import blocks as module
 from bert_fast.data.blocks import BlockWatch
 from bert_fast.data.store import BLOCK_BYTES, Store
+from bert_fast.errors import UserError
+from bert_fast.train.environment import Environment
+from bert_fast.train.folder import create_folder
+from bert_fast.train.loop import Run
 
 
 @pytest.fixture
@@ -111,6 +117,57 @@ def test_a_file_that_is_replaced_is_found(watch: Callable[..., BlockWatch], copy
     os.replace(copy / "new", copy / "samples.bin")
     until(lambda: found.alarm)
     assert "was replaced or cut" in str(found.alarm)
+
+
+def test_samples_whose_bytes_have_changed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked about samples, it looks at their blocks alone, at once."""
+    store = Store(copy)
+    first, last = store.byte_ranges(np.arange(len(store)))
+    assert first[0] == 0
+    assert (first[1:] == last[:-1] + 1).all()
+    assert last[-1] + 1 == (copy / "samples.bin").stat().st_size
+    for owner in (module, __import__("bert_fast.data.store", fromlist=["x"])):
+        monkeypatch.setattr(owner, "BLOCK_BYTES", 1000)
+    data = bytearray((copy / "samples.bin").read_bytes())
+    store.block_crcs = np.array(
+        [__import__("zlib").crc32(data[i : i + 1000]) for i in range(0, len(data), 1000)], np.uint32
+    )
+    watch = BlockWatch(store, 0, 1, 10.0)
+    every = np.arange(len(store))
+    assert watch.changed(every) is None
+    data[4500] ^= 1
+    (copy / "samples.bin").write_bytes(data)
+    touched = (first < 5000) & (last >= 4000)
+    assert "bytes 4,000 to 5,000" in str(watch.changed(every))
+    assert "bytes 4,000 to 5,000" in str(watch.changed(every[touched][-1:]))
+    assert watch.changed(every[~touched]) is None
+    (copy / "samples.bin").unlink()
+    assert "can no longer be read" in str(watch.changed(every[:1]))
+
+
+@pytest.mark.parametrize("part", ["tokens", "headers"])
+def test_a_step_that_fails_of_a_changed_store_says_so(
+    make_config: Callable[..., Config], copy: Path, part: str
+) -> None:
+    """Before the watch has come round: it is off here. Nothing is wrong with a store that is as it was written."""
+    environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
+
+    def execute() -> None:
+        config = make_config(f"data.train={copy}", "data.verify_mb_s=0", "train.max_steps=3")
+        create_folder(config, resume=False)
+        run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
+        try:
+            run.execute()
+        finally:
+            run.metrics.close()
+
+    execute()
+    values = np.fromfile(copy / "samples.bin", np.uint16)
+    starts, ends = (each // 2 for each in Store(copy).byte_ranges(np.arange(len(Store(copy)))))
+    values[ends if part == "tokens" else starts + 1] = 60_000  # the last token, the number of masks
+    values.tofile(copy / "samples.bin")
+    with pytest.raises(UserError, match=r"rank 0 on \S+: store .* changed under the run: bytes 0 to"):
+        execute()
 
 
 def test_without_checksums_or_rate_nothing_is_watched(copy: Path) -> None:

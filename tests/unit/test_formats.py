@@ -91,6 +91,7 @@ def test_a_stopped_import_goes_on(tmp_path: Path, store: Path, vocab: Path, monk
     with pytest.raises(UserError, match=r"part-00002-of-00004.tfrecord: record 699 .*the 699 before it are good"):
         import_store(files, tmp_path / "back", vocab, num_workers=1, log=lambda _line: None)
     assert not (tmp_path / "back").exists()
+    assert not list((tmp_path / "back.parts").glob(".*")), "no worker is writing any more"
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "back.parts").glob("*.bin")}
     assert {name.rsplit("-", 1)[0] for name in before} >= {Path(files[0]).name, Path(files[1]).name}
     Path(files[2]).write_bytes(good)

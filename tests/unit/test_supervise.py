@@ -120,7 +120,8 @@ class Desk:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
         environment |= {
             **VARIABLES, "FAKE": str(self.folder), "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT), "NODE_TIMEOUT_S": "20", "MASTER_ADDR": "10.0.0.1", **variables,
+            "PYTHONPATH": str(ROOT), "NODE_TIMEOUT_S": "20", "RES_OPTIONS": "timeout:1 attempts:1",
+            "MASTER_ADDR": "10.0.0.1", **variables,
         }  # fmt: skip
         command = [
             sys.executable,
@@ -266,10 +267,10 @@ def test_ports() -> None:
             master_port(1, text)
 
 
-@pytest.mark.parametrize("state", ["node2", "hangs:node2"])
-def test_a_spare_takes_the_place_of_a_dead_node(desk: Desk, state: str) -> None:
+@pytest.mark.parametrize(("state", "timeout_s"), [("node2", "20"), ("hangs:node2", "6")])
+def test_a_spare_takes_the_place_of_a_dead_node(desk: Desk, state: str, timeout_s: str) -> None:
     desk.put(nodes="localhost\nnode2\nnode3\nnode4", dead=state)
-    code, output = desk.run(NODE_TIMEOUT_S="2")
+    code, output = desk.run(NODE_TIMEOUT_S=timeout_s)
     assert code == 0, output
     assert "--nodelist=localhost,node3 " in desk.calls()[0]["line"]
     assert "node node2 does not answer" in output

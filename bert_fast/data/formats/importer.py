@@ -111,7 +111,7 @@ def _remove_strangers(folder: Path, wanted: list[str]) -> None:
     keep = {*wanted, *(f"{path}.npz" for path in wanted)}
     for path in folder.glob("*") if folder.is_dir() else ():
         if str(path) not in keep:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _check_space(sources: list[str], parts: list[str], folder: Path, max_samples: int | None) -> None:
