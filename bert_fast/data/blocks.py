@@ -104,7 +104,7 @@ class BlockWatch:
         return True
 
     def _look(self, file: BinaryIO, block: int) -> tuple[str | None, int]:
-        """What is wrong with a block, and its bytes."""
+        """What is wrong with a block (None: nothing), and how many bytes it has."""
         assert self._store.block_crcs is not None
         file.seek(block * BLOCK_BYTES)
         content = file.read(BLOCK_BYTES)

@@ -21,10 +21,11 @@ def tokens_of(batches: list[Batch]) -> list[int]:
 
 
 def explain(error: Exception, plan: Plan, rank: int, tokens: list[int], blocks: BlockWatch) -> Exception:
-    """The error itself, or one that says what is behind it: a store that changed under the run, or too little memory."""
-    if isinstance(
-        error, IndexError | ValueError
-    ):  # as a token beyond the vocabulary gives; the watch may come round later
+    """The error itself, or one that says what is behind it: a store that changed under the run, or too little memory.
+
+    A changed token beyond the vocabulary is an IndexError, perhaps before `blocks` comes round to it.
+    """
+    if isinstance(error, IndexError | ValueError):
         found = blocks.changed(np.concatenate([plan.ids[part] for part in plan.micro_batches(rank)]))
         return UserError(f"rank {rank} on {socket.gethostname()}: {found}") if found else error
     return explain_memory(error, plan, rank, tokens) if isinstance(error, RuntimeError) else error

@@ -479,7 +479,7 @@ class Run:
             save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
 
     def _add_energy(self, last: bool = False) -> None:
-        """A collective."""
+        """Add what all nodes took since the last call. A collective."""
         news = gather_floats(self.energy.news(last=last), self.environment)
         self.progress.joules = summed(self.progress.joules, news)
 
