@@ -222,9 +222,8 @@ def main() -> int:
             rows = run_drills(
                 against, args.kills, only, scratch, store, args.seed, lambda text: print(text, flush=True)
             )
-            rows = [
-                {**row, "says": row["says"].replace(f"{name}/", "")} for row in rows
-            ]  # it is gone when one reads of it
+            # The scratch folder is gone when one reads of it
+            rows = [{**row, "says": row["says"].replace(f"{name}/", "")} for row in rows]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
