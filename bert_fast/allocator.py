@@ -10,8 +10,8 @@ import platform
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory: else every large array or tensor is mapped and zeroed by the kernel anew.
 
-    Worth about 10 % of a small model's step (docs/performance.md), and a quarter of the import of TFRecord files. Other C
-    libraries are left alone.
+    Worth about 10 % of a small model's step (docs/performance.md); the import's arrays are alike from block to block, too.
+    Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None and platform.libc_ver()[0] == "glibc":

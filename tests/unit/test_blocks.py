@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.data import blocks as module
+from bert_fast.data import store as store_module
 from bert_fast.data.blocks import BlockWatch
 from bert_fast.data.store import BLOCK_BYTES, Store
 from bert_fast.errors import UserError
@@ -42,6 +44,16 @@ def watch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
     yield start
     for each in started:
         each.close()
+
+
+@pytest.fixture
+def small_blocks(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The copy with a checksum for every 1,000 bytes."""
+    for owner in (module, store_module):
+        monkeypatch.setattr(owner, "BLOCK_BYTES", 1000)
+    store, data = Store(copy), (copy / "samples.bin").read_bytes()
+    store.block_crcs = np.array([zlib.crc32(data[i : i + 1000]) for i in range(0, len(data), 1000)], np.uint32)
+    return store
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -119,19 +131,14 @@ def test_a_file_that_is_replaced_is_found(watch: Callable[..., BlockWatch], copy
     assert "was replaced or cut" in str(found.alarm)
 
 
-def test_samples_whose_bytes_have_changed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_whose_bytes_have_changed(copy: Path, small_blocks: Store) -> None:
     """Asked about samples, it looks at their blocks alone, at once."""
-    store = Store(copy)
+    store = small_blocks
     first, last = store.byte_ranges(np.arange(len(store)))
     assert first[0] == 0
     assert (first[1:] == last[:-1] + 1).all()
     assert last[-1] + 1 == (copy / "samples.bin").stat().st_size
-    for owner in (module, __import__("bert_fast.data.store", fromlist=["x"])):
-        monkeypatch.setattr(owner, "BLOCK_BYTES", 1000)
     data = bytearray((copy / "samples.bin").read_bytes())
-    store.block_crcs = np.array(
-        [__import__("zlib").crc32(data[i : i + 1000]) for i in range(0, len(data), 1000)], np.uint32
-    )
     watch = BlockWatch(store, 0, 1, 10.0)
     every = np.arange(len(store))
     assert watch.changed(every) is None
@@ -180,14 +187,9 @@ def test_without_checksums_or_rate_nothing_is_watched(copy: Path) -> None:
     assert not old._thread.is_alive()
 
 
-def test_ranks_of_a_node_share_the_blocks(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_a_node_share_the_blocks(copy: Path, small_blocks: Store) -> None:
     """A change in a block is found by one of them."""
-    store = Store(copy)
-    size = (copy / "samples.bin").stat().st_size
-    for owner in (module, __import__("bert_fast.data.store", fromlist=["x"])):
-        monkeypatch.setattr(owner, "BLOCK_BYTES", 1000)
-    data = (copy / "samples.bin").read_bytes()
-    store.block_crcs = np.array([__import__("zlib").crc32(data[i : i + 1000]) for i in range(0, size, 1000)], np.uint32)
+    store, data = small_blocks, (copy / "samples.bin").read_bytes()
     watches = [BlockWatch(store, share, 3, 1e6) for share in range(3)]
     assert all(each._pass() for each in watches)
     with open(copy / "samples.bin", "r+b") as file:

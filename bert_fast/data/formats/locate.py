@@ -43,7 +43,7 @@ def locate(data: np.ndarray, begins: np.ndarray, ends: np.ndarray, names: Sequen
             which, kind, value, end = entry.which, entry.form, at + len(entry.header), at + entry.size
             form[which], first[which], last[which] = kind, value, end
         else:
-            found = _one_by_one(data, at, ends, names)
+            found = _parsed(data, at, ends, names)
             if found is None:
                 return None
             each, kinds, value, end = found
@@ -91,7 +91,7 @@ def _entries(example: bytes, names: Sequence[str]) -> list[_Entry] | None:
     return found if len(found) == len(names) else None
 
 
-def _one_by_one(
+def _parsed(
     data: np.ndarray, at: np.ndarray, ends: np.ndarray, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Entries that begin at `at`: which feature, its form, begin and end of its values. None if some has another form."""
