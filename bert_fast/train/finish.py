@@ -14,7 +14,7 @@ from bert_fast.launch.code import commit
 from bert_fast.mlperf.submission import check_log
 from bert_fast.model.flops import train_flops
 from bert_fast.report.console import print_table, run_rows
-from bert_fast.report.energy import cost
+from bert_fast.report.energy import JOULES_PER_KWH, cost
 from bert_fast.report.html import write_report
 from bert_fast.report.metrics import cost_rows
 from bert_fast.report.stragglers import text
@@ -110,17 +110,19 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "stragglers": [one._asdict() for one in run.interval.stragglers.worst(8)],
         "checkpoints": run.saver.records,
         "hosts": sorted(set(run.heartbeat.hosts)),
-        "energy": _energy(run),
+        "energy": energy_record(run),
         "data": {"train": _data_entry(run.store.manifest), "eval": _data_entry(run.eval_store.manifest)},
         "compliance": {"summary": "not checked (mlperf.enabled=false)"},
     }  # fmt: skip
 
 
-def _energy(run: Run) -> dict[str, Any]:
-    """What the nodes' devices took from run_start to run_stop, with its price where one is given."""
-    found = run.energy_kwh
-    known = [found[name] for name in ("gpu_kwh", "cpu_kwh") if found[name] is not None]
+def energy_record(run: Run) -> dict[str, Any]:
+    """What the nodes' devices took from run_start to run_stop, with its price where one is given; None: not known."""
+    gpu, cpu = (None if joules is None else joules / JOULES_PER_KWH for joules in run.progress.joules)
+    known = [each for each in (gpu, cpu) if each is not None]
     kwh = sum(known) if known else None
+    sessions = "all, each before the last up to its last checkpoint" if run.progress.sessions > 1 else "all"
+    found = {"gpu_kwh": gpu, "cpu_kwh": cpu, "source": run.energy.source, "sessions": sessions}
     return {**found, "kwh": kwh, **cost(kwh, run.config.run.price_per_kwh, run.config.run.gco2_per_kwh)}
 
 

@@ -36,7 +36,6 @@ from bert_fast.mlperf.rules import check_evaluation_set, check_init_time
 from bert_fast.model.checkpoints import google_variables, save_pretrained
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
-from bert_fast.report.energy import JOULES_PER_KWH
 from bert_fast.report.metrics import MetricsWriter
 from bert_fast.trace import span_or_nothing
 from bert_fast.train.build import Machinery, bucket_note, build, from_rank, gather_floats, matmul_ceiling, seed_ranks
@@ -474,7 +473,7 @@ class Run:
         status = constants.SUCCESS if outcome.status == "success" else constants.ABORTED
         self.mllog.end(constants.RUN_STOP, status=status, resumed=self.progress.sessions > 1)
         self.mllog.close()
-        self.energy_kwh = self._sum_energy()
+        self._add_energy(last=True)
         if self.config.train.save_final_model and self.environment.is_main:
             save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
 
@@ -482,15 +481,6 @@ class Run:
         """Add what all nodes took since the last call. A collective."""
         news = gather_floats(self.energy.news(last=last), self.environment)
         self.progress.joules = summed(self.progress.joules, news)
-
-    def _sum_energy(self) -> dict[str, Any]:
-        """kWh of all nodes' GPUs and CPUs; None where some node's cannot be read. A collective."""
-        self._add_energy(last=True)
-        gpu, cpu = (None if joules is None else joules / JOULES_PER_KWH for joules in self.progress.joules)
-        return {
-            "gpu_kwh": gpu, "cpu_kwh": cpu, "source": self.energy.source,
-            "sessions": "all, each before the last up to its last checkpoint" if self.progress.sessions > 1 else "all",
-        }  # fmt: skip
 
     def peak_memory(self) -> dict[str, float]:
         """Largest over ranks: host MiB (resident), device MiB (allocated)."""
