@@ -43,7 +43,17 @@ class ModelConfig(Section):
     )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu by erf (BERT) or by tanh")
     attention_backend: Literal[
-        "auto", "loop", "grouped", "matmul", "padded", "block_diagonal", "nested", "varlen", "flex", "flash"
+        "auto",
+        "loop",
+        "grouped",
+        "matmul",
+        "padded",
+        "block_diagonal",
+        "nested",
+        "varlen",
+        "torch_flash",
+        "flex",
+        "flash",
     ] = Field("auto", description="how variable-length attention is computed; auto picks by capability and logs it")
 
     @model_validator(mode="after")
@@ -214,7 +224,10 @@ class CommunicationConfig(Section):
         "forward pass; optimizer state is divided by the number of ranks",
     )
     reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format on the wire")
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on CPU")
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "auto",
+        description="auto: nccl on CUDA, gloo on CPU. Named, it is used by a run of one rank too: every collective is called",
+    )
     timeout_s: PositiveFloat = Field(300.0, description="seconds after which a silent rank counts as lost")
 
     @model_validator(mode="after")

@@ -8,12 +8,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 import yaml
@@ -25,9 +25,12 @@ from bert_fast.data.store import merge_parts, write_part
 from bert_fast.data.wordpiece import SPECIAL_TOKENS, Vocabulary, load_vocabulary
 from bert_fast.train.environment import Environment
 
-# The same examples in every run: a failure in CI is a failure on the desk.
-hypothesis.settings.register_profile("bert_fast", deadline=None, derandomize=True, database=None, max_examples=60)
-hypothesis.settings.load_profile("bert_fast")
+with contextlib.suppress(ImportError):  # the GPU tests also run in images without it
+    import hypothesis
+
+    # The same examples in every run: a failure in CI is a failure on the desk.
+    hypothesis.settings.register_profile("bert_fast", deadline=None, derandomize=True, database=None, max_examples=60)
+    hypothesis.settings.load_profile("bert_fast")
 
 WORDS = ("the", "of", "returns", "tensor", "input", "a", "is", "shape")
 TOKENS = (*SPECIAL_TOKENS, *WORDS, *"bcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"))

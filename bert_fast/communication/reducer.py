@@ -49,6 +49,7 @@ class BucketReducer:
         self._clip, self._max_norm, self.wire = clip, max_norm, wire
         self._group = group
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self._sends = dist.is_initialized()  # a process group of one rank sends too: that tests the way on one device
         groups = layout.groups if clip == "bucket_before_reduce" else (Span("model", layout.order, 0, layout.size),)
         self._threshold = group_threshold(max_norm, len(groups))
         self._groups_of = [layout.groups_in(bucket) for bucket in layout.buckets]
@@ -151,7 +152,7 @@ class BucketReducer:
         assert self._watch is not None, "watch_finite() first"
         flag = torch.isfinite(self._watch).logical_not().to(torch.float32)
         self._watch.zero_()
-        if self._world > 1:
+        if self._sends:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.small_group)
         return flag
 
@@ -186,7 +187,7 @@ class BucketReducer:
         elif self._world > 1:
             values.mul_(1.0 / self._world)
         self._next += 1
-        if self._world == 1:
+        if not self._sends:
             self._look(values)
             self._in_flight.append(mine)
             return

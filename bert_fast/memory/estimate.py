@@ -33,16 +33,17 @@ def num_parameters(config: ModelConfig) -> int:
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: bool = False) -> int:
     """What backward keeps of one token in the encoder, outside of attention scores.
 
-    A layer keeps its input, q, k, v, the context, two LayerNorm inputs and outputs, and the feed-forward's two inner
-    activations; dropout keeps a byte mask where it is on. `fused` (the CPU's pieces): dropout and GELU keep nothing, and the
-    projections' outputs go into sums that are kept once: 8 widths and one inner activation, with two fp32 numbers a norm.
+    A layer keeps its input, q, k, v, the context, the first norm's output and the feed-forward's two inner activations; the
+    inputs of both norms in fp32, as CUDA's autocast computes them; two numbers for each norm and one for each head; and a byte
+    for each element of a dropout's mask. `fused` (the CPU's pieces): dropout and GELU keep nothing, and the projections' outputs go into sums that
+    are kept once: 8 widths and one inner activation, with two fp32 numbers for each norm.
     """
     width, inner = config.hidden_size, config.intermediate_size
     if fused:
         return config.num_layers * ((8 * width + inner) * element_bytes + 16)
-    kept = (1 + 3 + 1 + 4) * width + 2 * inner
+    kept = (6 * width + 2 * inner) * element_bytes + 2 * width * 4
     masks = 2 * width if config.hidden_dropout else 0
-    return config.num_layers * (kept * element_bytes + masks)
+    return config.num_layers * (kept + masks + 16 + 4 * config.num_heads)
 
 
 def estimate(
@@ -66,12 +67,27 @@ def estimate(
         logits_rows: rows of logits that are alive at a time (all masked positions if unset).
     """
     parameters = num_parameters(config)
+    width, table = config.hidden_size, config.vocab_size * config.hidden_size
     activations = tokens * activation_bytes_per_token(config, element_bytes, fused=keeps_scores)
+    rows = masked if logits_rows is None else min(masked, logits_rows)
     if keeps_scores:
         activations += config.num_layers * config.num_heads * tokens_squared * element_bytes
-    rows = masked if logits_rows is None else min(masked, logits_rows)
-    activations += rows * config.vocab_size * (8 + element_bytes)  # logits, their fp32 form, its gradient
-    activations += (
-        masked * 5 * config.hidden_size * element_bytes + config.vocab_size * config.hidden_size * element_bytes
-    )
+        activations += rows * config.vocab_size * (8 + element_bytes)  # logits, their fp32 form, its gradient
+        activations += masked * 5 * width * element_bytes + table * element_bytes
+    else:
+        activations += (
+            tokens * width * (5 if config.hidden_dropout else 4)
+        )  # the embeddings' norm, in fp32, and its dropout
+        activations += masked * width * (4 * element_bytes + 4)
+        activations += table * (
+            4 if rows < masked else element_bytes
+        )  # gradient of the decoder's weight, known with the loss
+        if element_bytes < 4:  # autocast's copies of the matrices, which backward needs
+            activations += element_bytes * (
+                parameters - table - width * (config.max_positions + config.type_vocab_size)
+            )
+        # What is alive for a moment: logits, their fp32 form, its gradient and that in the logits' format; or, in a layer's
+        # backward, the gradients of its inner activations
+        logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
+        activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
     return MemoryEstimate(4 * parameters, 4 * parameters, -(-8 * parameters // shards), activations)

@@ -245,6 +245,16 @@ def _flash(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> to
     return flash_attn_varlen_qkvpacked_func(qkv_T3HK, layout.cu_seqlens, layout.max_len, dropout).flatten(1)
 
 
+def _torch_flash(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
+    """The kernel under `varlen`, called as an operator: so it has dropout, and reads q, k and v where they lie."""
+    query, key, value = qkv_T3HK.unbind(1)
+    cu_seqlens, longest = layout.cu_seqlens, layout.max_len
+    out_THK, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout, False, False
+    )
+    return out_THK.flatten(1)
+
+
 BACKENDS: dict[str, Backend] = {
     "loop": _loop,
     "grouped": _grouped,
@@ -254,6 +264,7 @@ BACKENDS: dict[str, Backend] = {
     "nested": _nested,
     "flex": _flex,
     "varlen": _varlen,
+    "torch_flash": _torch_flash,
     "flash": _flash,
 }
 
@@ -279,7 +290,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, dropout:
         raise UserError(
             f"model.attention_backend=flex has no backward on {device.type}; use matmul, grouped, loop or padded"
         )
-    if name in ("varlen", "flash"):
+    if name in ("varlen", "torch_flash", "flash"):
         if device.type != "cuda" or not half:
             raise UserError(
                 f"model.attention_backend={name} needs CUDA and bf16 or fp16, this run is {device.type} with {dtype}; "

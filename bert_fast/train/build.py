@@ -91,10 +91,10 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
     shape = config.model
     backend = choose_backend(shape.attention_backend, environment.device, environment.dtype, shape.attention_dropout)
     torch.manual_seed(config.train.seed)
-    model = BertForPretraining(shape, backend)
+    with environment.device:  # 336 million random numbers take a CPU seconds
+        model = BertForPretraining(shape, backend)
     if config.train.init_checkpoint:
         load_pretrained(model, shape, config.train.init_checkpoint)
-    model.to(environment.device)
     if config.train.precision == "fp8":
         check_fp8(environment.device, config.batch.shape_multiple)
         use_fp8(model)
@@ -102,10 +102,10 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
 
 
 def make_engine(config: Config, environment: Environment, model: torch.nn.Module, layout: Layout) -> Engine:
-    """The communication engine of the config. One rank has nothing to shard."""
+    """The communication engine of the config. One rank without a process group has nothing to shard."""
     communication = config.communication
     kind = DdpEngine if communication.engine == "ddp" else BucketReducer
-    if communication.shard_optimizer and environment.world_size > 1:
+    if communication.shard_optimizer and dist.is_initialized():
         if environment.device.type == "cuda" and dist.get_backend() == "gloo":
             raise UserError("communication.shard_optimizer on CUDA needs NCCL; set communication.backend=nccl or auto")
         kind = ShardedReducer

@@ -99,10 +99,18 @@ def join(config: Config) -> Environment:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if world > 1 or config.communication.engine == "ddp":
+    if config.train.deterministic and device.type == "cuda":  # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if needs_process_group(config):
         _init_process_group(config, device, rank, world)
     torch.use_deterministic_algorithms(config.train.deterministic)
     return Environment(rank, local_rank, world, device, pick_dtype(config.train.precision, device), binding)
+
+
+def needs_process_group(config: Config) -> bool:
+    """Whether collectives are really called. One rank needs none, but a backend that is asked for by name is used."""
+    communication = config.communication
+    return config.system.world_size > 1 or communication.engine == "ddp" or communication.backend != "auto"
 
 
 def _init_process_group(config: Config, device: torch.device, rank: int, world: int) -> None:

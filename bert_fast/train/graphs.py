@@ -26,7 +26,7 @@ from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.step import StepInput, StepResult, TrainStep
 
 _WARM_UP = 3  # steps before a capture, as torch's notes have it
-_BACKENDS = ("flash", "varlen")  # those that read lengths from the device alone
+_BACKENDS = ("flash", "varlen", "torch_flash")  # those that read lengths from the device alone
 
 
 class Graph(Protocol):

@@ -211,7 +211,7 @@ def _wait(environment: Environment) -> None:
 
 def plan_buckets(
     layout: Layout, ready_s: np.ndarray, config: CommunicationConfig, wire_dtype: torch.dtype, environment: Environment,
-    needed_s: np.ndarray | None = None,
+    needed_s: np.ndarray | None = None, link: Link | None = None,
 ) -> BucketRecord:  # fmt: skip
     """Measure the link and plan. A collective; every rank gets rank 0's plan.
 
@@ -219,6 +219,7 @@ def plan_buckets(
         layout: with any buckets; its clip groups, and its order of parameters.
         ready_s: this rank's [parameters].
         needed_s: this rank's [parameters], when forward needs them; for the sharded variant.
+        link: what reduces gradients, if it is known; else it is measured where there are several ranks.
     """
     whole = config.clip == "bucket_before_reduce"
     members = [group.parameters for group in layout.groups] if whole else [(index,) for index in layout.order]
@@ -227,10 +228,10 @@ def plan_buckets(
     sizes = [sum(layout.numel[i] for i in unit) * width for unit in members]
     shards = config.shard_optimizer and environment.world_size > 1
     ready = np.array([max(float(ready_s[i]) for i in unit) for unit in members])
-    link = Link(0.0, _UNMEASURED)
     if environment.world_size > 1:
         ready = _latest(ready, environment)
-        link = measure_link(sum(sizes), wire_dtype, environment, reduce_scatter if shards else all_reduce)
+        link = link or measure_link(sum(sizes), wire_dtype, environment, reduce_scatter if shards else all_reduce)
+    link = link or Link(0.0, _UNMEASURED)
     ready = np.maximum.accumulate(ready)
     least, most = (mib * 2**20 * width / 4 for mib in (config.min_bucket_mb, config.max_bucket_mb))
     if not shards:

@@ -46,7 +46,7 @@ class StepProfile:
         self._trace = Trace(torch.profiler.record_function if cuda else None)
         self._step.set_trace(self._trace)
         if cuda and self._environment.is_main:
-            self._profiler = torch.profiler.profile()
+            self._profiler = torch.profiler.profile(acc_events=True)
             self._profiler.start()
         return self._trace
 

@@ -32,7 +32,7 @@ def profile(args: argparse.Namespace, precision: str, trace: Path | None = None)
         for _ in range(2):
             step()
         activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             start = time.perf_counter()
             step()
             if cuda:

@@ -1,12 +1,14 @@
 """One training step in several ways: ours with choices on and off, and transformers' BertForPreTraining as people use it.
 
-A variant is a function that builds everything and returns a step: no arguments, the loss sum as a tensor.
+A variant is a function that builds everything and returns a step: no arguments, the loss sum as a tensor. Steps go through
+the given batches in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,8 +30,9 @@ _IGNORED = -100
 
 
 def ours(
-    args: argparse.Namespace, precision: str, *, plain: bool = False, allocator: bool = True, **changes: Any
-) -> Step:
+    args: argparse.Namespace, precision: str, *, plain: bool = False, allocator: bool = True,
+    batches: Sequence[Batch] | None = None, **changes: Any,
+) -> Step:  # fmt: skip
     """Our step: unpadded, masked positions only, fused optimizer, clipping."""
     if allocator and args.device == "cpu":
         keep_freed_memory()
@@ -38,9 +41,10 @@ def ours(
     switched_off = fused.turned_off if plain else nullcontext
     with switched_off():
         machinery = building.build(config, environment)
-    batch = make_batch(config, args.mix)
+    stream = itertools.cycle(batches or [make_batch(config, args.mix)])
 
     def step() -> torch.Tensor:
+        batch = next(stream)
         inputs = to_device(batch, environment.device, config.batch.shape_multiple)
         with switched_off():
             result = machinery.step(StepInput([inputs], len(batch.masked_labels), config.batch.global_batch), 1e-5)
@@ -55,8 +59,9 @@ def _environment(config: Config, args: argparse.Namespace) -> Environment:
 
 
 def huggingface(
-    args: argparse.Namespace, precision: str, *, masked_longest: bool = False, compiled: bool = False
-) -> Step:
+    args: argparse.Namespace, precision: str, *, masked_longest: bool = False, compiled: bool = False,
+    batches: Sequence[Batch] | None = None,
+) -> Step:  # fmt: skip
     """BertForPreTraining, SDPA, AdamW fused and clipping as its Trainer does.
 
     Args:
@@ -70,23 +75,30 @@ def huggingface(
     environment = _environment(config, args)
     shape, device = config.model, environment.device
     torch.manual_seed(0)
-    model = BertForPreTraining(
-        BertConfig(
-            vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
-            max_position_embeddings=shape.max_positions, hidden_dropout_prob=shape.hidden_dropout,
-            attention_probs_dropout_prob=shape.attention_dropout, attn_implementation="sdpa",
-        )
-    ).to(device).train()  # fmt: skip
+    with device:
+        model = BertForPreTraining(
+            BertConfig(
+                vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
+                num_attention_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
+                max_position_embeddings=shape.max_positions, hidden_dropout_prob=shape.hidden_dropout,
+                attention_probs_dropout_prob=shape.attention_dropout, attn_implementation="sdpa",
+            )
+        ).train()  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    batch = make_batch(config, args.mix)
-    inputs = {
-        name: torch.from_numpy(values).to(device)
-        for name, values in _padded(batch, max(batch.lengths) if masked_longest else config.data.max_seq_len).items()
-    }
+    stream = itertools.cycle(
+        [
+            {
+                name: torch.from_numpy(values).to(device)
+                for name, values in _padded(
+                    batch, max(batch.lengths) if masked_longest else config.data.max_seq_len
+                ).items()
+            }
+            for batch in batches or [make_batch(config, args.mix)]
+        ]
+    )
     body = torch.compile(model) if compiled else model
 
-    def loss_of_masked() -> torch.Tensor:
+    def loss_of_masked(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden, pooled = model.bert(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
             token_type_ids=inputs["token_type_ids"], return_dict=False,
@@ -99,9 +111,10 @@ def huggingface(
         ) + torch.nn.functional.cross_entropy(nsp.float(), inputs["next_sentence_label"])
 
     def step() -> torch.Tensor:
+        inputs = next(stream)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, environment.dtype, enabled=environment.autocast):
-            loss = loss_of_masked() if masked_longest else body(**inputs).loss
+            loss = loss_of_masked(inputs) if masked_longest else body(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -225,7 +225,7 @@ def test_auto_on_cuda_goes_by_capability(
     assert choose_backend("auto", torch.device("cuda"), dtype, dropout) == expected
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash"])
+@pytest.mark.parametrize("name", ["varlen", "torch_flash", "flash"])
 def test_gpu_backends_on_the_cpu_say_what_to_use(name: str) -> None:
     with pytest.raises(
         UserError, match=rf"attention_backend={name} needs CUDA and bf16 or fp16, this run is cpu .*use matmul"
@@ -233,7 +233,7 @@ def test_gpu_backends_on_the_cpu_say_what_to_use(name: str) -> None:
         choose_backend(name, CPU, torch.bfloat16, 0.0)
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash"])
+@pytest.mark.parametrize("name", ["varlen", "torch_flash", "flash"])
 def test_gpu_backends_in_fp32_say_what_to_use(name: str) -> None:
     with pytest.raises(UserError, match=r"this run is cuda with torch\.float32"):
         choose_backend(name, torch.device("cuda"), torch.float32, 0.0)

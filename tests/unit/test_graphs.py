@@ -110,7 +110,7 @@ def test_the_static_form_has_one_number_of_sequences_and_the_same_loss(make_conf
     ("device", "backend", "overrides", "message"),
     [
         ("cpu", "flash", (), "a CUDA device, this run is on cpu"),
-        ("cuda", "grouped", (), "attention_backend=flash or varlen, not grouped"),
+        ("cuda", "grouped", (), "attention_backend=flash or varlen or torch_flash, not grouped"),
         ("cuda", "flash", ("communication.engine=ddp",), "engine=bucketed, not ddp"),
         ("cuda", "flash", ("communication.shard_optimizer=true",), "shard_optimizer=false"),
         ("cuda", "flash", ("optimizer.when=bucket",), "optimizer.when=end, not bucket"),
