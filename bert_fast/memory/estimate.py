@@ -34,9 +34,10 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: b
     """What backward keeps of one token in the encoder, outside of attention scores.
 
     A layer keeps its input, q, k, v, the context, the first norm's output and the feed-forward's two inner activations; the
-    inputs of both norms in fp32, as CUDA's autocast computes them; two numbers for each norm and one for each head; and a byte
-    for each element of a dropout's mask. `fused` (the CPU's pieces): dropout and GELU keep nothing, and the projections' outputs go into sums that
-    are kept once: 8 widths and one inner activation, with two fp32 numbers for each norm.
+    inputs of both norms in fp32, as CUDA's autocast computes them; two numbers for each norm and one for each head; and a
+    byte for each element of a dropout's mask. `fused` (the CPU's pieces): dropout and GELU keep nothing, and the
+    projections' outputs go into sums that are kept once: 8 widths and one inner activation, with two fp32 numbers for each
+    norm.
     """
     width, inner = config.hidden_size, config.intermediate_size
     if fused:

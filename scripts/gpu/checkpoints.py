@@ -17,7 +17,7 @@ _LEAST_STEPS = 5
 
 def run(context: Context) -> None:
     result = context.result
-    config = config_of(context, "large", 16)
+    config = config_of(context, "base", 16)
     environment = environment_of(config)
     machinery = build(config, environment)
     saver = Saver(context.scratch / "checkpoints", environment, 1, None)

@@ -75,10 +75,10 @@ class ModelledLink:
 
             threading.Thread(target=end, daemon=True).start()
             return promise
-        promise = torch.futures.Future(devices=[buffer.device])
+        promise, caller = torch.futures.Future(devices=[buffer.device]), torch.cuda.current_stream()
         with torch.cuda.stream(self._stream):  # the result is ready when this stream is here
             if self.link is None:
-                self._stream.wait_stream(torch.cuda.default_stream())
+                self._stream.wait_stream(caller)
             promise.set_result(buffer)
         return promise
 

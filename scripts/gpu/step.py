@@ -7,6 +7,7 @@ mathematics needs for them, over the best bf16 matmul measured in the same proce
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 from collections.abc import Callable, Sequence
@@ -108,12 +109,14 @@ def _measure(
 ) -> None:  # fmt: skip
     """Measure one variant into `rows`; with a smaller local batch where memory does not suffice."""
     try:
-        try:
-            rows.append(_measure_once(context, size, name, batch, dropout, precision, best))
-        except torch.OutOfMemoryError:
+        found = None
+        with contextlib.suppress(torch.OutOfMemoryError):  # whose traceback would keep alive what did not fit
+            found = _measure_once(context, size, name, batch, dropout, precision, best)
+        if found is None:
             _free(context)
             found = _measure_once(context, size, name, _SMALLER, dropout, precision, best)
-            rows.append({**found, "wanted_batch": batch})
+            found["wanted_batch"] = batch
+        rows.append(found)
         context.result.details["rows"] = rows
         _figures(context, size, rows)
     except UserError as missing:
