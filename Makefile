@@ -32,8 +32,10 @@ train: env data ## the main job: configs/mini_cpu.yaml with SEED=0
 	rm -rf runs/quickstart
 	$(PYTHON) run_pretraining.py --config $(CONFIG) run.folder=runs/quickstart train.seed=$(SEED)
 
+# Tests that start several ranks of their own, or watch for late ones, have the cores to themselves.
 test: env ## the tests, without the slow ones
-	$(PYTHON) -m pytest -m "not slow and not gpu and not slurm"
+	$(PYTHON) -m pytest -n auto -m "not slow and not gpu and not slurm and not distributed and not faults"
+	$(PYTHON) -m pytest -m "(distributed or faults) and not slow and not gpu and not slurm"
 
 test-all: env ## every test this machine can run
 	$(PYTHON) -m pytest
