@@ -131,6 +131,12 @@ class BalanceConfig(Section):
         False,
         description="measure forward and backward for several lengths before the clock and fit the cost model to it",
     )
+    refine_ms: NonNegativeFloat = Field(
+        20.0,
+        description="balanced and balanced_free: planning time of one core, in ms for each 16,384 samples of a step, after "
+        "which a plan is no longer refined; most end earlier. Counted in steps of known cost, so that all ranks agree "
+        "(0: never)",
+    )
     max_tokens: PositiveInt | None = Field(
         None,
         description="balanced_free: most tokens of a rank's micro-batch, so that it fits in memory; local_batch x "
