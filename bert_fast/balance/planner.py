@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -55,6 +57,14 @@ class Plan:
         """All sample ids of a rank."""
         accumulation = self.tokens.shape[1]
         return self.ids[self.starts[rank * accumulation] : self.starts[(rank + 1) * accumulation]]
+
+    @functools.cached_property
+    def checksum(self) -> int:
+        """Of which samples are in the step and who gets them, 32 bits: ranks compare it."""
+        found = zlib.crc32(np.array([self.step, self.num_rows]).tobytes())
+        for array in (self.ids, self.starts, self.rows):
+            found = found if array is None else zlib.crc32(np.ascontiguousarray(array, np.int64), found)
+        return found
 
     def counts(self) -> np.ndarray:
         """Samples of each rank, int64 [ranks]."""
