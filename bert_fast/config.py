@@ -141,6 +141,12 @@ class BalanceConfig(Section):
         False,
         description="measure forward and backward for several lengths before the clock and fit the cost model to it",
     )
+    refine_ms: NonNegativeFloat = Field(
+        20.0,
+        description="balanced and balanced_free: planning time of one core, in ms for each 16,384 samples of a step, after "
+        "which a plan is no longer refined; most end earlier. Counted in steps of known cost, so that all ranks agree "
+        "(0: never)",
+    )
     max_tokens: PositiveInt | None = Field(
         None,
         description="balanced_free: most tokens of a rank's micro-batch, so that it fits in memory; local_batch x "
@@ -254,7 +260,17 @@ class OptimizerConfig(Section):
         description="when weights are updated: each bucket as soon as it is reduced, while later ones are on the wire, or "
         "all at the end; the same weights. bucket needs engine bucketed and clip none or bucket_before_reduce",
     )
-    use_apex: bool = Field(False, description="use apex's fused optimizer; stops if apex is not installed")
+    use_apex: bool = Field(False, description="adamw: use apex's fused form; stops if apex is not installed")
+
+    @model_validator(mode="after")
+    def _apex_has_no_reference_lamb(self) -> OptimizerConfig:
+        if self.use_apex and self.name == "lamb":
+            raise ValueError(
+                "optimizer.use_apex=true with optimizer.name=lamb: apex's LAMB takes one trust ratio for query, key and value "
+                "together, and none where weight_decay is 0; MLPerf's reference has one each, always. Set "
+                "optimizer.use_apex=false"
+            )
+        return self
 
 
 class ScheduleConfig(Section):
@@ -262,6 +278,11 @@ class ScheduleConfig(Section):
 
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
     start_warmup_step: int = Field(0, description="step at which warm-up starts; negative starts it part-way up")
+    counting: Literal["nvidia", "reference"] = Field(
+        "nvidia",
+        description="number of the first update. nvidia: 0, but 1 where start_warmup_step is not 0, as in NVIDIA's submissions "
+        "and those made from them; reference: always 0, as in MLPerf's TensorFlow reference",
+    )
     total_steps: PositiveInt = Field(description="step at which the decay ends (opt_learning_rate_training_steps)")
     end_lr: NonNegativeFloat = Field(0.0, description="learning rate at and after total_steps")
     power: PositiveFloat = Field(1.0, description="power of the polynomial decay")

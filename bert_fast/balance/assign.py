@@ -16,6 +16,13 @@ import numpy as np
 from bert_fast.balance.packing import pack
 
 EMPTY = -1
+REFINE_MS = 20.0  # the default budget of `refine`
+# What refinement costs, measured on a core of an EPYC (scripts/bench_balance.py --budget): pairs of places that it looks at
+# in a millisecond; the fixed cost of a sweep, and that of a slot in it, as so many pairs.
+_PAIRS_PER_MS, _PAIRS_PER_SWEEP, _PAIRS_PER_SLOT = 500_000, 50_000, 25
+_PARTNERS = 2  # cheap slots that a dear one is compared with in a sweep, or as many as make up for its fixed cost
+_PATIENCE = 12  # sweeps without a swap, each with other partners, after which there is none
+_WORTH = 2e-5  # of the mean that a millisecond must take from the dearest slot: 1 us in a step of 50 ms
 
 
 def falling(costs: np.ndarray) -> np.ndarray:
@@ -123,17 +130,19 @@ def grid_of(slot_of: np.ndarray, num_slots: int, spare: int = 0) -> np.ndarray:
 
 
 def refine(
-    costs: np.ndarray, grid: np.ndarray, *, sweeps: int = 60, tolerance: float = 1e-3, weights: np.ndarray | None = None,
+    costs: np.ndarray, grid: np.ndarray, budget_ms: float = REFINE_MS, *, weights: np.ndarray | None = None,
     cap: int | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Lower the dearest slots by swapping one place with one of a cheap slot, many pairs of slots at a time.
+    """Lower the dearest slots by swapping one place with one of a cheap slot, many slots at a time, until it no longer pays.
 
-    A swap with an EMPTY place moves a sample. Slots keep their counts where the grid has no EMPTY places.
+    A swap with an EMPTY place moves a sample. Slots keep their counts where the grid has no EMPTY places. It ends at the
+    bound (the mean, or the dearest sample), where no swap is left, where a tenth of the budget has lowered the dearest slot
+    by less than `_WORTH` a millisecond, or with the budget. Milliseconds are not measured but counted, as steps of known
+    cost: every rank stops at the same swap.
 
     Args:
         grid: int64 [slots, width], not changed.
-        sweeps: at most so many rounds; in each, every slot above the goal meets another partner.
-        tolerance: the goal, a slot of no more than (1 + tolerance) times the mean, or of the dearest sample if that is more.
+        budget_ms: milliseconds of one core for 16,384 samples or fewer, in proportion for more.
         weights, cap: swaps that would bring the `weights` (tokens) of a slot above `cap` are not made.
 
     Returns:
@@ -141,58 +150,94 @@ def refine(
     """
     grid = grid.copy()
     num_slots, width = grid.shape
-    half = num_slots // 2
+    half, fewest = num_slots // 2, min(_PARTNERS, num_slots // 2)
     values = _with_empty(costs)[grid]
     sums = values.sum(axis=1)
-    goal = max(sums.sum() / num_slots * (1 + tolerance), costs.max())
+    mean = sums.sum() / num_slots
+    floor = max(mean, costs.max())
     loads = None
     # Sums only fall, so where even the cheapest tokens cannot fill a slot up to the cap there is nothing to watch.
     if weights is not None and cap is not None and sums.max() / (costs / weights).min() > cap:
         loads = _with_empty(weights)[grid]
-    stride = max(1, int(half * 0.618))
-    for sweep in range(sweeps):
+    budget = budget_ms * _PAIRS_PER_MS * max(1.0, len(costs) / 16_384)
+    work, check, last, shift, idle = 0.0, budget / 10, (0.0, sums.max(), num_slots), 0, 0
+    while half and work < budget and idle < _PATIENCE and (top := sums.max()) > floor:
         rising = np.argsort(sums, kind="stable")
-        above = min(half, num_slots - int(np.searchsorted(sums[rising], goal, side="right")))
-        if above == 0:
-            break
+        level = (top + floor) / 2
+        above = num_slots - int(np.searchsorted(sums[rising], level, side="right"))
+        if work >= check:
+            worth = _WORTH * mean * (work - last[0]) / _PAIRS_PER_MS
+            # Many slots may be as dear as the dearest: then fewer of them are progress, if there is enough to gain
+            if last[1] - top < worth and (above > 0.9 * last[2] or level - floor < 4 * worth):
+                break
+            check, last = work + budget / 10, (work, top, above)
+        above = min(above, max(1, half // fewest), max(1, int(budget / 16) // (fewest * width**2)))
+        partners = min(half // above, max(fewest, _PAIRS_PER_SWEEP // (above * width**2)))
         dear = rising[::-1][:above]
-        cheap = rising[:half][(np.arange(above) + sweep * stride) % half]
-        difference = sums[dear] - sums[cheap]
-        # After moving d the pair differs by |difference - 2 d|.
-        left = np.abs((difference[:, None] - 2 * values[dear])[:, :, None] + 2 * values[cheap][:, None, :])
+        cheap = rising[(np.arange(above * partners) + shift) % half].reshape(above, partners)
+        shift += max(1, int(half * 0.618))
+        work += _PAIRS_PER_SWEEP + _PAIRS_PER_SLOT * num_slots + above * partners * width**2
+        # After moving d from dear to cheap, the dearer of the two has half of (both sums + |difference - 2 d|).
+        difference = sums[dear][:, None] - sums[cheap]
+        left = np.abs(
+            (difference[:, :, None] - 2 * values[dear][:, None, :])[:, :, :, None] + 2 * values[cheap][:, :, None, :]
+        )
+        left += (sums[dear][:, None] + sums[cheap])[:, :, None, None]
         if loads is not None:
-            shift = (
-                loads[dear][:, :, None] - loads[cheap][:, None, :]
-            )  # weight that goes from the dear to the cheap slot
-            over = (loads[cheap].sum(axis=1)[:, None, None] + shift > cap) | (
-                loads[dear].sum(axis=1)[:, None, None] - shift > cap
+            moved = (
+                loads[dear][:, None, :, None] - loads[cheap][:, :, None, :]
+            )  # weight from the dear to the cheap slot
+            over = (loads[cheap].sum(axis=2)[:, :, None, None] + moved > cap) | (
+                loads[dear].sum(axis=1)[:, None, None, None] - moved > cap
             )
-            left[over] = difference.max()
+            left[over] = 2 * top
         left = left.reshape(above, -1)
         best = left.argmin(axis=1)
-        gains = np.flatnonzero(left[np.arange(above), best] < difference)
-        a, b = np.divmod(best[gains], width)
-        x, y = dear[gains], cheap[gains]
+        gains = np.flatnonzero(left[np.arange(above), best] < 2 * sums[dear])
+        idle = 0 if len(gains) else idle + 1
+        partner, place = np.divmod(best[gains], width**2)
+        a, b = np.divmod(place, width)
+        x, y = dear[gains], cheap[gains, partner]
         for table in (grid, values) if loads is None else (grid, values, loads):
             table[x, a], table[y, b] = table[y, b], table[x, a].copy()
-        moved = values[y, b] - values[x, a]
-        sums[x] -= moved
-        sums[y] += moved
+        given = values[y, b] - values[x, a]
+        sums[x] -= given
+        sums[y] += given
     return grid
 
 
-def balanced(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None, tolerance: float = 2e-3) -> np.ndarray:
-    """Karmarkar-Karp, then `refine` where it pays: not for two samples a rank (exact), nor where the goal is reached."""
+def balanced(
+    costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None, budget_ms: float = REFINE_MS
+) -> np.ndarray:
+    """Karmarkar-Karp, then `refine`, but for two samples a rank: there it is exact."""
     grid = karmarkar_karp(costs, num_ranks, order)
-    if grid.shape[1] <= 2:
-        return grid
-    sums = costs[grid].sum(axis=1)
-    return refine(costs, grid) if sums.max() > sums.mean() * (1 + tolerance) else grid
+    return refine(costs, grid, budget_ms) if grid.shape[1] > 2 else grid
+
+
+def lower_bound(costs: np.ndarray, num_ranks: int, equal_counts: bool = True) -> float:
+    """What the dearest rank costs at least, however the samples are dealt.
+
+    It is the mean, or the dearest sample, or, of the (k - 1) ranks + 1 dearest samples, k that one rank must have, the
+    cheapest such, with the cheapest others to fill up an equal count.
+    """
+    mean, dearest_first = costs.sum() / num_ranks, np.sort(costs)[::-1]
+    per_rank = len(costs) // num_ranks if equal_counts else -(-len(costs) // num_ranks)
+    running = np.concatenate([[0], np.cumsum(dearest_first)])
+    cheapest = np.concatenate([[0], np.cumsum(dearest_first[::-1])])
+    counts = np.arange(1, per_rank + 1)
+    ends = (counts - 1) * num_ranks + 1
+    bounds = running[ends] - running[ends - counts]
+    if equal_counts:
+        bounds = bounds + cheapest[per_rank - counts]
+        if per_rank == 2:  # the dearest samples lie apart, each with one at least as dear as the next cheapest
+            bounds = np.append(bounds, dearest_first[:num_ranks] + dearest_first[::-1][:num_ranks])
+    return float(max(mean, bounds.max()))
 
 
 def balanced_free(
-    costs: np.ndarray, num_slots: int, order: np.ndarray | None = None, *, tokens: np.ndarray, cap: int
-) -> tuple[np.ndarray, bool]:
+    costs: np.ndarray, num_slots: int, order: np.ndarray | None = None, *, tokens: np.ndarray, cap: int,
+    budget_ms: float = REFINE_MS,
+) -> tuple[np.ndarray, bool]:  # fmt: skip
     """Any number of samples a slot (at least one, where there are enough).
 
     The better of LPT and Karmarkar-Karp (with many samples a slot, equal counts are no hindrance), the token cap, `refine`.
@@ -215,7 +260,7 @@ def balanced_free(
     capped = bool(loads.max() > cap)
     if capped:
         slot_of = _under_cap(tokens, slot_of, loads, cap)
-    return refine(costs, grid_of(slot_of, num_slots, spare=1), weights=tokens, cap=cap), capped
+    return refine(costs, grid_of(slot_of, num_slots, spare=1), budget_ms, weights=tokens, cap=cap), capped
 
 
 def _under_cap(tokens: np.ndarray, slot_of: np.ndarray, loads: np.ndarray, cap: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +14,7 @@ from bert_fast.balance.cost import CostModel, imbalance
 from bert_fast.balance.packing import pack
 from bert_fast.balance.permutation import EpochOrder
 from bert_fast.balance.strata import Strata
-from bert_fast.config import BalanceConfig
+from bert_fast.config import EQUAL_COUNT_STRATEGIES, BalanceConfig
 from bert_fast.errors import UserError
 
 _LOOK_AHEAD = 16  # steps that are packed to find out how many rows a micro-batch needs
@@ -55,6 +57,14 @@ class Plan:
         """All sample ids of a rank."""
         accumulation = self.tokens.shape[1]
         return self.ids[self.starts[rank * accumulation] : self.starts[(rank + 1) * accumulation]]
+
+    @functools.cached_property
+    def checksum(self) -> int:
+        """Of which samples are in the step and who gets them, 32 bits: ranks compare it."""
+        found = zlib.crc32(np.array([self.step, self.num_rows]).tobytes())
+        for array in (self.ids, self.starts, self.rows):
+            found = found if array is None else zlib.crc32(np.ascontiguousarray(array, np.int64), found)
+        return found
 
     def counts(self) -> np.ndarray:
         """Samples of each rank, int64 [ranks]."""
@@ -123,6 +133,15 @@ class Planner:
         """Lengths of the samples of a plan, int64 [samples]."""
         return self._lengths[plan.ids].astype(np.int64)
 
+    def bound(self, plan: Plan) -> float:
+        """The imbalance that no plan of the same samples can be below: 1, or more where samples are too coarse.
+
+        Every rank the same count, but for `balanced_free` and `packed`, whose counts are free.
+        """
+        costs = self._table[self.lengths_of(plan)]
+        equal = self._config.strategy in EQUAL_COUNT_STRATEGIES
+        return assign.lower_bound(costs, self._world, equal) / (costs.sum() / self._world)
+
     # ---- strategies -------------------------------------------------------------------------------------------------
 
     def _equal(self, step: int, ids: np.ndarray, lengths: np.ndarray, labels: np.random.Generator) -> Plan:
@@ -137,10 +156,11 @@ class Planner:
             ranks = assign.in_order(costs, world)
         else:
             order = _longest_first(lengths)
-            deal = {"exchange": assign.round_robin, "exchange_snake": assign.snake, "balanced": assign.balanced}[
-                strategy
-            ]
-            ranks = deal(costs, world, order)[labels.permutation(world)]
+            if strategy == "balanced":
+                ranks = assign.balanced(costs, world, order, self._config.refine_ms)
+            else:
+                ranks = {"exchange": assign.round_robin, "exchange_snake": assign.snake}[strategy](costs, world, order)
+            ranks = ranks[labels.permutation(world)]
         if self._accumulation > 1 and strategy != "pad_to_longest":
             split = assign.snake_rows(costs[ranks], self._accumulation).reshape(world, -1)
             ranks = np.take_along_axis(ranks, split, axis=1)
@@ -153,11 +173,12 @@ class Planner:
         costs, slots = self._table[lengths], self._world * self._accumulation
         tokens, order = lengths.astype(np.int64), _longest_first(lengths)
         try:
-            grid, capped = assign.balanced_free(costs, slots, order, tokens=tokens, cap=self.cap)
+            budget_ms = self._config.refine_ms
+            grid, capped = assign.balanced_free(costs, slots, order, tokens=tokens, cap=self.cap, budget_ms=budget_ms)
         except ValueError as error:
             if self.cap < self._local * self._max_seq_len:
                 raise UserError(f"step {step}: {error}; raise balance.max_tokens or lower the batch") from None
-            grid, capped = assign.balanced(costs, slots, order), True  # equal counts keep this cap always
+            grid, capped = assign.balanced(costs, slots, order, self._config.refine_ms), True  # keeps this cap always
         sums = np.append(costs, 0)[grid].sum(axis=1)
         grid = grid[self._slots_to_ranks(sums, labels)]
         taken = grid != assign.EMPTY

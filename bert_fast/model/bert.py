@@ -18,6 +18,7 @@ from bert_fast.model import fused
 from bert_fast.model.attention import BACKENDS, SequenceLayout
 from bert_fast.model.fp8 import fp8_context
 from bert_fast.model.loss import LossSums, loss_sums
+from bert_fast.parts import declare_parts
 
 
 class BertInput(NamedTuple):
@@ -83,6 +84,8 @@ class EncoderLayer(nn.Module):
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        for parameter in self.qkv.parameters():  # three layers of the published model in one
+            declare_parts(parameter, (width,) * 3)
         self.attention_out = nn.Linear(width, width)
         self.attention_norm = ResidualNorm(width, eps=config.layer_norm_eps)
         self.up = nn.Linear(width, config.intermediate_size)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert_fast.errors import UserError
+from bert_fast.parts import declare_parts, parts_of
 
 
 def check_fp8(device: torch.device, shape_multiple: int) -> None:
@@ -50,6 +51,8 @@ def use_fp8(model: nn.Module) -> None:
             with torch.no_grad():
                 new.weight.copy_(old.weight)
                 new.bias.copy_(old.bias)
+            declare_parts(new.weight, parts_of(old.weight))
+            declare_parts(new.bias, parts_of(old.bias))
             setattr(layer, name, new)
     model.fp8 = True
 

@@ -8,11 +8,13 @@ from bert_fast.config import ScheduleConfig
 def learning_rate(step: int, base_lr: float, schedule: ScheduleConfig) -> float:
     """The rate of update number `step` (from 0).
 
-    As in the MLPerf BERT submissions: with start_warmup_step = 0 updates count from 0, else from 1. With
-    t = count - start_warmup_step below warmup_steps the rate is base_lr * t / warmup_steps; from then on
+    `schedule.counting` says how updates are counted: "reference" always from 0, as MLPerf's TensorFlow reference; "nvidia"
+    from 1 where start_warmup_step is not 0, one update ahead of the reference, as NVIDIA's submissions. With t = count -
+    start_warmup_step below warmup_steps the rate is base_lr * t / warmup_steps; from then on
     (base_lr - end_lr) * (1 - count / total_steps) ** power + end_lr, constant after total_steps.
     """
-    count = step if schedule.start_warmup_step == 0 else step + 1
+    is_ahead = schedule.counting == "nvidia" and schedule.start_warmup_step != 0
+    count = step + 1 if is_ahead else step
     since_start = count - schedule.start_warmup_step
     if since_start < schedule.warmup_steps:
         return base_lr * max(0, since_start) / max(1, schedule.warmup_steps)

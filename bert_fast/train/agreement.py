@@ -1,4 +1,8 @@
-"""Before the first collective on gradients: do all ranks have the same parameters, buckets and settings?"""
+"""Before the first step: do all ranks have the same settings, data, parameters, buckets and state to start from?
+
+Every rank computes plans, batches and counts for itself. A rank that has something else than the others would train on without
+a word.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,16 @@ from torch import nn
 
 from bert_fast.communication.buckets import Layout
 from bert_fast.config import Config, as_plain
+from bert_fast.data.store import Store
 from bert_fast.errors import UserError
 from bert_fast.train.environment import Environment
 
-_SETTINGS = ("model", "batch", "communication", "optimizer", "schedule", "train")
+# What may differ between ranks: where things lie on their node (what is in them is compared) and how a node is used.
+# Every other setting decides numbers, or which collective comes next.
+MAY_DIFFER = (
+    "data.train", "data.eval", "train.init_checkpoint", "balance.cost_file", "run.results_dir", "run.folder",
+    "data.verify_mb_s", "system.threads_per_rank", "system.bind_cores", "system.settings", "system.master_port",
+)  # fmt: skip
 
 
 def check_parameters(named_shapes: list[tuple[str, list[int]]], environment: Environment) -> None:
@@ -34,23 +44,73 @@ def check_parameters(named_shapes: list[tuple[str, list[int]]], environment: Env
             )
 
 
-def check_settings(config: Config, layout: Layout, model: nn.Module, environment: Environment) -> None:
-    """A collective. Raises UserError where a rank's settings or buckets are not rank 0's; the setting is named."""
-    plain = as_plain(config)
-    settings = {f"{section}.{name}": value for section in _SETTINGS for name, value in plain[section].items()}
-    del settings["train.init_checkpoint"]  # may lie elsewhere on every node; the checksum sees to it
-    settings["the order of gradients"] = list(layout.order)
-    settings["the checksum of the starting weights"] = _checksum(model)
-    settings["the buckets"] = [[bucket.start, bucket.end] for bucket in layout.buckets]
-    other = _first_difference(settings, environment)
+def check_config(config: Config, resume: bool, environment: Environment) -> None:
+    """A collective. Raises UserError on every rank, naming the first rank and setting that differ from rank 0's."""
+    settings = {
+        f"{section}.{name}": value
+        for section, values in as_plain(config).items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in MAY_DIFFER
+    }
+    _check({**settings, "--resume": resume}, environment, "another config", "start all ranks with the same config")
+
+
+def check_layout(layout: Layout, model: nn.Module, environment: Environment) -> None:
+    """A collective. Raises UserError on every rank where a rank's starting weights, or buckets of them, are not rank 0's."""
+    found = {
+        "the order of gradients": list(layout.order),
+        "the checksum of the starting weights": _checksum(model),
+        "the buckets": [[bucket.start, bucket.end] for bucket in layout.buckets],
+    }
+    _check(found, environment, "another model", "start all ranks with the same code and starting checkpoint")
+
+
+def open_stores(config: Config, vocab_sha256: str | None, environment: Environment) -> tuple[Store, Store]:
+    """The training store and the evaluation store, the same on all ranks by their manifests. A collective.
+
+    Args:
+        vocab_sha256: of the vocabulary that this rank found beside its starting checkpoint, None if it found none.
+
+    Raises:
+        UserError: on every rank, naming the first rank whose stores are not rank 0's and the field of the manifest.
+    """
+    stores, failed = [], None
+    found: dict[str, Any] = {"the vocabulary beside train.init_checkpoint": vocab_sha256}
+    for name, folder in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        try:
+            store = Store(folder)
+        except UserError as error:
+            failed = failed or error
+            found[name] = f"unreadable: {error}"
+            continue
+        stores.append(store)
+        found[name] = "readable"
+        first = {key: store.manifest.get(key) for key in ("num_samples", "sha256")}  # what tells most
+        found |= {f"{key} of {name}": value for key, value in {**first, **store.manifest}.items()}
+    _check(found, environment, "other data", "copy the store to that node anew, or point it to the same one")
+    if failed is not None:  # on all ranks alike
+        raise failed
+    train, evaluation = stores
+    return train, evaluation
+
+
+def check_state(state: dict[str, Any], environment: Environment) -> None:
+    """A collective. Raises UserError on every rank where a rank starts from another `state` (plain values by name)."""
+    mend = "give all ranks the same cost file, checkpoint and version of the program"
+    _check(state, environment, "another start", mend)
+
+
+def _check(mine: dict[str, Any], environment: Environment, what: str, mend: str) -> None:
+    """Raise UserError, the same on every rank, where a rank has other values than rank 0; the first is named."""
+    other = _first_difference(mine, environment)
     if other is None:
         return
     rank, theirs = other
-    reference = _of_rank(settings, 0)
-    name = next(key for key in {**reference, **theirs} if reference.get(key) != theirs.get(key))
+    reference = _of_rank(mine, 0)
+    name = next((key for key in {**reference, **theirs} if reference.get(key) != theirs.get(key)), "the order of names")
     raise UserError(
-        f"rank {rank} has another config than rank 0: {name} is {_short(theirs.get(name))} there and "
-        f"{_short(reference.get(name))} on rank 0; start all ranks with the same config"
+        f"rank {rank} has {what} than rank 0: {name} is {_short(theirs.get(name))} there and "
+        f"{_short(reference.get(name))} on rank 0; {mend}"
     )
 
 

@@ -24,7 +24,7 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.optim.build import build_optimizer
-from bert_fast.train.agreement import check_parameters, check_settings
+from bert_fast.train.agreement import check_layout, check_parameters
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.environment import Environment
 from bert_fast.train.graphs import GraphedStep, capture_on_cuda, check_graphs, tensor_rates
@@ -60,7 +60,7 @@ def build(config: Config, environment: Environment) -> Machinery:
     order = _shared_ready_order(config, environment, model)
     config, record = _with_buckets(config, environment, model, order)
     layout = make_layout(config, model, order)
-    check_settings(config, layout, model, environment)
+    check_layout(layout, model, environment)
     engine = make_engine(config, environment, model, layout)
     optimizer: torch.optim.Optimizer | ShardedOptimizer
     if isinstance(engine, ShardedReducer):

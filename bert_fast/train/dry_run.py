@@ -186,9 +186,10 @@ def _plan_text(config: Config, planner: Planner) -> str:
     plans = [planner.plan(step) for step in range(min(_PLANNED_STEPS, config.train.max_steps))]
     values = [plan.imbalance for plan in plans]
     source = "fitted before the clock (here: FLOPs)" if config.balance.fit_cost else make_cost(config)[1]
+    bounds = [planner.bound(plan) for plan in plans]
     text = (
         f"{config.balance.strategy}: imbalance mean {np.mean(values):.4f}, worst {max(values):.4f} of {len(plans)} steps; "
-        f"cost from {source}"
+        f"no plan of these samples is below {np.mean(bounds):.4f}, worst {max(bounds):.4f}; cost from {source}"
     )
     if plans[0].num_rows:
         fill = np.mean([np.sum(planner.lengths_of(plan)) / plan.tokens.sum() for plan in plans])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,17 @@ _COST_ROWS = 64  # measurements of cost in a log line (at least one of every ran
 
 @dataclass(frozen=True)
 class Exchanged:
-    """The same on every rank: figures of a log line, the signal at which to stop (0: none), the first rank with an alarm."""
+    """The same on every rank: figures of a log line, the signal at which to stop (0: none), the first rank with an alarm.
+
+    `strayed` is the first rank whose plans, or masked tokens in them, were not rank 0's.
+    """
 
     values: dict[str, Any]
     seconds: float
     steps: int
     signal: int
     alarmed: int | None
+    strayed: int | None
 
 
 class Interval:
@@ -56,6 +61,7 @@ class Interval:
         """Begin the next interval here and now."""
         self._losses = torch.zeros(2, dtype=torch.float64, device=self._environment.device)
         self._plans: list[Plan] = []
+        self._checksum = 0  # of what every rank has planned for itself
         self._compute: list[float] = []  # seconds of forward and backward, step by step
         self._masked, self._data_s, self._exposed_s, self._optimizer_s = 0, 0.0, 0.0, 0.0
         self._first_step, self._start = self._progress.step, self._clock.training
@@ -65,6 +71,7 @@ class Interval:
         self._losses += torch.stack([result.mlm_sum, result.nsp_sum])
         self._norm, self._lr = result.grad_norm, lr
         self._plans.append(plan)
+        self._checksum = zlib.crc32(f"{plan.checksum} {masked}".encode(), self._checksum)
         self._compute.append(result.compute_s)
         self._masked += masked
         self._data_s += data_s
@@ -86,11 +93,11 @@ class Interval:
             self._exposed_s = sum(step.exposed_timer.read())
         table = gather_floats(
             [*self._losses.tolist(), float(signal), float(alarm), self._exposed_s, self._data_s, self._optimizer_s,
-             *self._compute],
+             float(self._checksum), *self._compute],
             self._environment,
         )  # fmt: skip
-        mlm_sum, nsp_sum, signals, alarms, exposed_s, data_s, optimizer_s = table[:, :7].T
-        compute = table[:, 7:]  # [ranks, steps]
+        mlm_sum, nsp_sum, signals, alarms, exposed_s, data_s, optimizer_s, checksums = table[:, :8].T
+        compute = table[:, 8:]  # [ranks, steps]
         uneven = compute.max(axis=0) / compute.mean(axis=0)
         self._count_stragglers(compute, data_s, exposed_s)
         progress = self._progress
@@ -118,7 +125,11 @@ class Interval:
         if self._environment.is_main:
             values["cost"] = self._cost_rows(compute)
         self.reset()
-        return Exchanged(values, seconds, steps, int(signals.max()), int(alarms.argmax()) if alarms.any() else None)
+        differ = checksums != checksums[0]
+        return Exchanged(
+            values, seconds, steps, int(signals.max()), int(alarms.argmax()) if alarms.any() else None,
+            int(differ.argmax()) if differ.any() else None,
+        )  # fmt: skip
 
     def _count_stragglers(self, compute: np.ndarray, data_s: np.ndarray, exposed_s: np.ndarray) -> None:
         """Who was last in these steps; work that was planned to be uneven is allowed for."""

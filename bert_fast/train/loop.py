@@ -28,7 +28,6 @@ from bert_fast.data.batch import Batch
 from bert_fast.data.blocks import BlockWatch
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.masking import mask_id_of, redraw
-from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import write_atomically, write_json
 from bert_fast.mlperf.log import ResultLog
@@ -38,6 +37,7 @@ from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
 from bert_fast.trace import span_or_nothing
+from bert_fast.train.agreement import check_config, check_state, open_stores
 from bert_fast.train.build import Machinery, bucket_note, build, from_rank, gather_floats, matmul_ceiling, seed_ranks
 from bert_fast.train.caches import clear_caches
 from bert_fast.train.calibrate import calibrate, make_cost, make_planner
@@ -113,6 +113,7 @@ class Run:
         """init_start to init_stop: nothing here touches the data set."""
         config = self.config
         self.heartbeat.start()
+        check_config(config, self.resume, self.environment)
         if self.environment.is_main:
             hosts = [{"rank": rank, "host": host} for rank, host in enumerate(self.heartbeat.hosts)]
             write_json(self.folder / "nodes.json", hosts)
@@ -186,6 +187,13 @@ class Run:
         self._open_data()
         if self.resume:
             self._restore()
+        check_state(
+            {
+                "the cost of a token and of a squared token": [self.cost.linear, self.cost.quadratic],
+                "the step": self.progress.step, "the next evaluation": self.progress.next_evaluation,
+            },
+            self.environment,
+        )  # fmt: skip
         self.planner = make_planner(self.config, self.store.lengths, self.cost, self.store.manifest["max_length"])
         if self.environment.is_main:
             write_json(self.folder / "cost.json", cost_record(self.cost, self.cost_source, None))
@@ -220,7 +228,7 @@ class Run:
     def _open_data(self) -> None:
         config = self.config
         data = config.data
-        self.store, self.eval_store = Store(data.train), Store(data.eval)
+        self.store, self.eval_store = open_stores(config, self._vocab_sha256, self.environment)
         vocab = self._vocab_sha256 or self.store.manifest["vocab_sha256"]
         for store, sha256 in ((self.store, None), (self.eval_store, data.eval_sha256)):
             store.check(
@@ -250,6 +258,7 @@ class Run:
     def _make_batches(self, step: int) -> tuple[Plan, list[Batch], int, int, int]:
         """This rank's batches of a step, with the global counts that normalise the loss (background thread)."""
         plan = self.planner.plan(step)
+        _ = plan.checksum  # is kept in it: computed here, no step waits for it
         rank = self.environment.rank
         try:
             batches = planned_batches(
@@ -289,6 +298,8 @@ class Run:
             )
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
+            if progress.step == self.first_step:
+                check_state({"the plan of the first step": [plan.checksum, masked]}, self.environment)
             self.heartbeat.at(progress.step, COMPUTE)
             try:
                 result = self.machinery.step(inputs, lr)
@@ -355,6 +366,13 @@ class Run:
         self._finite.forget_blame()
         found = self.interval.exchange(self.stop.number, self._alarm() is not None)
         self.heartbeat.at(progress.step, LOGGING)
+        if found.strayed is not None:
+            host = self.heartbeat.hosts[found.strayed]
+            raise UserError(
+                f"rank {found.strayed} ({host}) planned other samples than rank 0 in the {found.steps} steps before step "
+                f"{progress.step}, so these steps are wrong and are not saved; look at the data and memory of that node, then "
+                "--resume"
+            )
         self.energy.tick()
         if self.environment.is_main:
             clip = self.machinery.engine.clip_statistics.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import OptimizerConfig
 from bert_fast.optim.build import build_optimizer, has_decay
 from bert_fast.optim.lamb import Lamb
+from bert_fast.parts import declare_parts, parts_of
 
 
 class ShardedOptimizer:
@@ -27,12 +29,17 @@ class ShardedOptimizer:
         self._engine, self._names = engine, [name for name, _ in named_parameters]
         self._shapes = [p.shape for _, p in named_parameters]
         self._pieces = []
-        self._index_of: dict[int, int] = {}
+        self._parts_of: dict[int, list[int]] = {}  # of the model's parts (`bert_fast.parts`), those that a piece holds
+        ends = [_part_ends(p) for _, p in named_parameters]
+        first = list(itertools.accumulate(map(len, ends), initial=0))  # number of each parameter's first part
+        self._num_parts = first[-1]
         for piece in engine.pieces:
             parameter = nn.Parameter(engine.weight_of(piece))
             parameter.grad = engine.gradient_of(piece)
+            held = _parts_between(ends[piece.parameter], piece.begin, piece.end)
+            declare_parts(parameter, list(held.values()))
             self._pieces.append(parameter)
-            self._index_of[id(parameter)] = piece.parameter
+            self._parts_of[id(parameter)] = [first[piece.parameter] + number for number in held]
         named = [(self._names[piece.parameter], p) for piece, p in zip(engine.pieces, self._pieces, strict=True)]
         self.inner = build_optimizer(named, config)
         if isinstance(self.inner, Lamb):
@@ -119,14 +126,31 @@ class ShardedOptimizer:
         return shard
 
     def _share_squares(self, parameters: list[torch.Tensor], squares: torch.Tensor | None) -> torch.Tensor:
-        """Sums over ranks of per-piece squares: [2, pieces] to the whole tensors' [2, pieces]. A collective.
+        """Sums over ranks: squares [2, n] of the parts that these pieces hold to those of the whole parts. A collective.
 
         A rank without pieces takes part with zeros, of the same type and on the same device as the others.
         """
         buffer = self._engine.gradients.buffer
-        total = torch.zeros(2, len(self._names), dtype=buffer.dtype, device=buffer.device)
-        index = torch.tensor([self._index_of[id(p)] for p in parameters], dtype=torch.int64, device=buffer.device)
+        total = torch.zeros(2, self._num_parts, dtype=buffer.dtype, device=buffer.device)
+        numbers = [number for p in parameters for number in self._parts_of[id(p)]]
+        index = torch.tensor(numbers, dtype=torch.int64, device=buffer.device)
         if squares is not None:
             total[:, index] = squares
         dist.all_reduce(total, group=self._engine.small_group)
         return total[:, index]
+
+
+def _part_ends(parameter: torch.Tensor) -> list[int]:
+    """Where each part of a parameter ends in its flattened elements."""
+    row = parameter.numel() // max(1, parameter.shape[0])
+    return [row * end for end in itertools.accumulate(parts_of(parameter))]
+
+
+def _parts_between(ends: list[int], begin: int, end: int) -> dict[int, int]:
+    """Parts with elements in [begin, end), in order, and how many they have there."""
+    found = {}
+    for number, (low, high) in enumerate(itertools.pairwise([0, *ends])):
+        held = min(high, end) - max(low, begin)
+        if held > 0:
+            found[number] = held
+    return found

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_pool import RankPool
 from tiny_task import config_over
 from training_run import Workspace
 
 from bert_fast.cli import config_from_tree
+from bert_fast.config import sections
+from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.errors import UserError
-from bert_fast.train.agreement import check_parameters
-from bert_fast.train.build import build
+from bert_fast.train.agreement import MAY_DIFFER, check_config, check_parameters
 from bert_fast.train.environment import Environment
+from bert_fast.train.loop import Run
+from bert_fast.train.resume import MAY_CHANGE
 
 pytestmark = pytest.mark.distributed
 
@@ -55,33 +63,166 @@ def test_other_parameters_are_named(pool: Pools, last: list[tuple[str, list[int]
     assert pool(2).call(compare_parameters, [[A, B], [A, B]]) == [None, None]
 
 
-def build_with(rank: int, world: int, trees: list[dict[str, Any]]) -> str | None:
+# ---- settings and stores --------------------------------------------------------------------------------------------
+
+
+def start(rank: int, world: int, trees: list[dict[str, Any]], strays_at: int | None = None) -> dict[str, Any]:
+    """A run of this rank: how it ended, and after how many steps. From step `strays_at`, rank 1 draws other samples."""
+    run = Run(config_from_tree(trees[rank]), environment_of(rank, world), False, time.time(), on_lost=print)
+    if strays_at is not None and rank == 1:
+        plan_of = run._make_batches
+
+        def other(step: int) -> Any:
+            if step == strays_at:
+                drawn = run.planner.draw
+                run.planner.draw = lambda step: drawn(step + 1)
+            return plan_of(step)
+
+        run._make_batches = other
+    text = None
     try:
-        build(config_from_tree(trees[rank]), environment_of(rank, world))
+        run.execute()
+    except UserError as error:
+        text = str(error)
+    finally:
+        run.metrics.close()
+        run.heartbeat.stop()
+        dist.barrier()
+    return {"error": text, "steps": run.progress.step, "saved": len(list(run.folder.glob("checkpoints/step-*")))}
+
+
+def trees_of(store: Path, folder: Path) -> list[dict[str, Any]]:
+    """The same config for two ranks, for a run of four steps."""
+    tree = config_over(store)
+    tree["train"] |= {"max_steps": 4, "eval_every_samples": 32, "log_every_steps": 2, "warmup_batches": 0}
+    tree["run"] |= {"folder": str(folder)}
+    folder.mkdir()
+    return [copy.deepcopy(tree) for _ in range(2)]
+
+
+def change_store(source: Path, folder: Path, order: slice | None = None, **manifest: Any) -> str:
+    """A copy of a store with some of its samples, or another order of them, or with fields of its manifest changed."""
+    store = Store(source)
+    samples = [store[index] for index in range(len(store))][order or slice(None)]
+    kept = {name: store.manifest[name] for name in ("vocab_sha256", "vocab_size", "mask_id", "params")}
+    folder.mkdir()
+    merge_parts(folder, [write_part(folder / "part", samples)], {**kept, **manifest})
+    return str(folder)
+
+
+STORES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "fewer training samples": ("train", {"order": slice(0, -10)}, "num_samples of data.train"),
+    "another order of the training samples": ("train", {"order": slice(None, None, -1)}, "sha256 of data.train"),
+    "a training store of another text": ("train", {"text_sha256": "0" * 64}, "text_sha256 of data.train"),
+    "fewer evaluation samples": ("eval", {"order": slice(3, None)}, "num_samples of data.eval"),
+    "another order of the evaluation samples": ("eval", {"order": slice(None, None, -1)}, "sha256 of data.eval"),
+}
+SETTINGS: list[tuple[str, object, str]] = [
+    ("balance.strategy", "random", 'balance.strategy is "random" there and "balanced" on rank 0'),
+    ("balance.cost_linear", 7.0, "balance.cost_linear is 7.0 there and 5.0 on rank 0"),
+    ("data.dynamic_masking", True, "data.dynamic_masking is true there and false on rank 0"),
+    ("data.eval_samples", 5, "data.eval_samples is 5 there and null on rank 0"),
+    ("mlperf.enabled", False, "mlperf.enabled is false there and true on rank 0"),
+    ("train.seed", 1, "train.seed is 1 there and 0 on rank 0"),
+    ("train.log_every_steps", 1, "train.log_every_steps is 1 there and 2 on rank 0"),
+    ("train.checkpoint_every_steps", 3, "train.checkpoint_every_steps is 3 there and 0 on rank 0"),
+    ("run.matmul_ceiling", True, "run.matmul_ceiling is true there and false on rank 0"),
+    ("batch.eval_batch", 5, "batch.eval_batch is 5 there and 64 on rank 0"),
+    ("communication.clip", "none", 'communication.clip is "none" there and "bucket_before_reduce" on rank 0'),
+    ("communication.bucket_mb", 5.0, "communication.bucket_mb is 5.0 there and 0.02 on rank 0"),
+    ("model.num_layers", 3, "model.num_layers is 3 there and 2 on rank 0"),
+    ("optimizer.when", "bucket", 'optimizer.when is "bucket" there and "end" on rank 0'),
+]
+
+
+def refused(ends: list[dict[str, Any]], text: str) -> None:
+    """All ranks said the same before the first step."""
+    assert ends[0]["error"] == ends[1]["error"]
+    assert ends[0]["error"] is not None
+    assert ends[0]["error"].startswith("rank 1 has ")
+    assert text in ends[0]["error"]
+    assert [end["steps"] for end in ends] == [0, 0]
+
+
+@pytest.mark.parametrize("case", STORES)
+def test_another_store_on_one_rank_is_named(pool: Pools, tiny_store: Path, tmp_path: Path, case: str) -> None:
+    split, change, text = STORES[case]
+    trees = trees_of(tiny_store, tmp_path / "run")
+    trees[0]["data"][split] = change_store(tiny_store / split, tmp_path / "first")
+    trees[1]["data"][split] = change_store(tiny_store / split, tmp_path / "other", **change)
+    refused(pool(2).call(start, trees), text)
+
+
+def test_a_store_that_one_rank_cannot_read_is_named(pool: Pools, tiny_store: Path, tmp_path: Path) -> None:
+    trees = trees_of(tiny_store, tmp_path / "run")
+    trees[1]["data"]["eval"] = str(tmp_path / "nothing")
+    refused(pool(2).call(start, trees), f'data.eval is "unreadable: no data at {tmp_path / "nothing"}'[:60])
+    trees[0]["data"]["eval"] = str(tmp_path / "nothing")
+    ends = pool(2).call(start, trees)  # all alike: the store's own words
+    assert {str(end["error"])[:10] for end in ends} == {"no data at"}
+
+
+@pytest.mark.parametrize(("name", "value", "text"), SETTINGS, ids=[name for name, _, _ in SETTINGS])
+def test_another_setting_on_one_rank_is_named(
+    pool: Pools, tiny_store: Path, tmp_path: Path, name: str, value: object, text: str
+) -> None:
+    trees = trees_of(tiny_store, tmp_path / "run")
+    section, field = name.split(".")
+    for tree in trees:
+        tree.setdefault("balance", {}).update(cost_linear=5.0, cost_quadratic=0.1)
+    trees[1].setdefault(section, {})[field] = value
+    refused(pool(2).call(start, trees), text)
+
+
+def test_a_rank_that_resumes_alone_is_named(pool: Pools, tiny_store: Path, tmp_path: Path) -> None:
+    found = pool(2).call(compare_resume, config_over(tiny_store))
+    assert found[0] == found[1]
+    assert "--resume is true there and false on rank 0" in str(found[0])
+
+
+def compare_resume(rank: int, world: int, tree: dict[str, Any]) -> str | None:
+    try:
+        check_config(config_from_tree(tree), rank == 1, environment_of(rank, world))
     except UserError as error:
         return str(error)
     return None
 
 
-@pytest.mark.parametrize(
-    ("section", "name", "value", "text"),
-    [
-        ("communication", "clip", "none", 'communication.clip is "none" there and "bucket_before_reduce" on rank 0'),
-        ("communication", "bucket_mb", 5.0, "communication.bucket_mb is 5.0 there and 0.02 on rank 0"),
-        ("model", "num_layers", 3, "layers.2.qkv.weight [96, 32] there and heads.decoder_bias [200] on rank 0"),
-        ("optimizer", "when", "bucket", 'optimizer.when is "bucket" there and "end" on rank 0'),
-    ],
-)
-def test_another_config_on_one_rank_is_named(
-    pool: Pools, tiny_store: Path, section: str, name: str, value: object, text: str
+def test_the_same_data_in_other_places_is_let_through(pool: Pools, tiny_store: Path, tmp_path: Path) -> None:
+    trees = trees_of(tiny_store, tmp_path / "run")
+    shutil.copytree(tiny_store, tmp_path / "copy")
+    trees[1]["data"] |= {"train": str(tmp_path / "copy/train"), "eval": str(tmp_path / "copy/eval"), "verify_mb_s": 0.0}
+    trees[1]["system"]["threads_per_rank"] = 2
+    assert [(end["error"], end["steps"]) for end in pool(2).call(start, trees)] == [(None, 4)] * 2
+
+
+@pytest.mark.parametrize(("step", "done", "text"), [
+    (0, 0, "rank 1 has another start than rank 0: the plan of the first step is ["),
+    (1, 2, "planned other samples than rank 0 in the 2 steps before step 2, so these steps are wrong and are not saved"),
+    (2, 4, "planned other samples than rank 0 in the 2 steps before step 4, so these steps are wrong and are not saved"),
+])  # fmt: skip
+def test_a_rank_that_strays_from_the_plan_stops_the_run(
+    pool: Pools, tiny_store: Path, tmp_path: Path, step: int, done: int, text: str
 ) -> None:
-    trees = [config_over(tiny_store), config_over(tiny_store)]
-    trees[1][section][name] = value
-    found = pool(2).call(build_with, trees)
-    assert found[0] == found[1]
-    assert found[0] is not None
-    assert text in found[0]
-    assert found[0].startswith("rank 1 has ")
+    trees = trees_of(tiny_store, tmp_path / "run")
+    for tree in trees:
+        tree["train"] |= {"checkpoint_every_steps": 2, "async_checkpoints": False}
+        tree.setdefault("balance", {})["prefetch"] = 1
+    ends = pool(2).call(start, trees, step)
+    assert ends[0]["error"] == ends[1]["error"]
+    assert text in str(ends[0]["error"])
+    assert [end["steps"] for end in ends] == [done, done]
+    assert ends[0]["saved"] == max(0, done // 2 - 1), "the steps that went wrong are not in a checkpoint"
+
+
+def test_what_may_differ_may_also_change() -> None:
+    assert set(MAY_DIFFER) <= {name for name in every_setting() if any(fnmatch(name, p) for p in MAY_CHANGE)} | {
+        "balance.cost_file"  # what it says is compared
+    }
+
+
+def every_setting() -> list[str]:
+    return [f"{name}.{field}" for name, section in sections().items() for field in section.model_fields]
 
 
 def test_a_list_of_buckets_that_does_not_cover_the_model_is_said(workspace: Workspace) -> None:

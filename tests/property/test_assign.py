@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from lengths import MAX_LEN, costs_of, make_lengths
 
 from bert_fast.balance import assign
-from bert_fast.balance.cost import imbalance
+from bert_fast.balance.cost import CostModel, imbalance
 
 DEALS = {
     "in_order": assign.in_order,
@@ -173,10 +174,65 @@ def test_grid_holds_every_sample_in_its_slot(slots: int, count: int, spare: int,
 def test_refinement_never_makes_the_dearest_dearer(ranks: int, per_rank: int, seed: int) -> None:
     costs = costs_of(ranks * per_rank, seed)
     before = assign.in_order(costs, ranks)
-    after = assign.refine(costs, before, sweeps=5)
+    after = assign.refine(costs, before, budget_ms=0.5)
     np.testing.assert_array_equal(before, assign.in_order(costs, ranks))
     np.testing.assert_array_equal(np.sort(after.ravel()), np.arange(len(costs)))
     assert costs[after].sum(axis=1).max() <= costs[before].sum(axis=1).max()
+
+
+LAWS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "uniform": lambda rng, n: rng.integers(5, 513, n),
+    "a tenth at the maximum": lambda rng, n: np.where(rng.random(n) < 0.1, 512, rng.integers(5, 513, n)),
+    "a third at the maximum": lambda rng, n: np.where(rng.random(n) < 1 / 3, 512, rng.integers(5, 513, n)),
+    "half at the maximum": lambda rng, n: np.where(rng.random(n) < 0.5, 512, rng.integers(5, 513, n)),
+    "four fifths at the maximum": lambda rng, n: np.where(rng.random(n) < 0.8, 512, rng.integers(5, 513, n)),
+    "log-normal": lambda rng, n: np.clip(np.exp(rng.normal(4.5, 1, n)), 5, 512).astype(np.int64),
+    "two lengths": lambda rng, n: np.where(rng.random(n) < 0.33, 512, 128),
+    "all alike": lambda rng, n: np.full(n, 512),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_balanced_is_near_the_bound_for_any_law_of_lengths(law: str) -> None:
+    """1,024 ranks of 16 samples each: within 0.1 % of what no deal can be below."""
+    rng, table = np.random.default_rng(0), CostModel(6_243.0, 1.0).table(512)[0]
+    for _ in range(3):
+        costs = table[LAWS[law](rng, 16_384)]
+        dearest = costs[assign.balanced(costs, 1024)].sum(axis=1).max()
+        assert 1 - 1e-12 <= dearest / assign.lower_bound(costs, 1024) <= 1.001
+
+
+def test_refinement_counts_its_budget_and_does_not_look_at_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same swaps on a fast rank and on a slow one; more budget, fewer or no more cost; none, no swap."""
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("a plan must not depend on a clock"))
+    monkeypatch.setattr("time.monotonic", lambda: pytest.fail("a plan must not depend on a clock"))
+    costs = costs_of(64 * 16, 5)
+    start = assign.snake(costs, 64)
+    np.testing.assert_array_equal(assign.refine(costs, start, 0.0), start)
+    found = [assign.refine(costs, start, budget) for budget in (0.2, 20.0)]
+    np.testing.assert_array_equal(found[1], assign.refine(costs, start, 20.0))
+    assert imbalance_of(costs, found[1]) <= imbalance_of(costs, found[0]) < imbalance_of(costs, start)
+
+
+@pytest.mark.parametrize(("ranks", "per_rank"), [(1, 3), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (4, 2)])
+def test_no_deal_is_below_the_bound(ranks: int, per_rank: int) -> None:
+    tight = 0
+    for seed in range(15):
+        costs = costs_of(ranks * per_rank, seed)
+        best, bound = best_imbalance(costs, ranks), assign.lower_bound(costs, ranks) * ranks / costs.sum()
+        assert 1 - 1e-12 <= bound <= best + 1e-12
+        assert assign.lower_bound(costs, ranks, equal_counts=False) <= assign.lower_bound(costs, ranks) + 1e-6
+        tight += best < bound * 1.02
+    assert tight >= (15 if per_rank == 2 else 1)
+
+
+def test_the_bound_by_hand() -> None:
+    """Three of five long samples on two ranks: one must have two of them."""
+    costs = np.array([10, 10, 10, 1, 1, 1])
+    assert assign.lower_bound(costs, 2) == 21.0
+    assert assign.lower_bound(costs, 2, equal_counts=False) == 20.0
+    assert assign.lower_bound(np.array([9, 1, 1, 1]), 2, equal_counts=False) == 9.0
+    assert assign.lower_bound(np.array([4, 3, 2, 1]), 2) == 5.0
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 1000), st.integers(1, 6))
@@ -220,8 +276,6 @@ def test_free_counts_are_no_worse_than_the_greedy(slots: int, per_slot: int, see
 
 def test_plans_do_not_depend_on_the_unit_of_cost() -> None:
     """Whole numbers: the same deal whether cost is in FLOPs or in milliseconds."""
-    from bert_fast.balance.cost import CostModel
-
     lengths = make_lengths(96)
     tables = [CostModel(a * unit, b * unit).table(MAX_LEN)[0] for a, b in ((3.0, 0.07),) for unit in (1.0, 1e12, 1e-9)]
     deals = [assign.balanced(table[lengths], 12) for table in tables]

@@ -289,6 +289,16 @@ def test_packed_rows_hold_their_samples(shape: dict[str, int], step: int, depth:
         np.testing.assert_array_equal(plan.tokens_squared[rank], squared)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=15)
+@given(shapes(), st.integers(0, 40))
+def test_no_plan_is_below_its_bound(strategy: str, shape: dict[str, int], step: int) -> None:
+    planner = make_planner(LENGTHS, strategy, **shape)
+    plan = planner.plan(step)
+    most = plan.costs.max() / (plan.useful / shape["world"])  # over an even share without padding
+    assert 1 - 1e-9 <= planner.bound(plan) <= most + 1e-9
+
+
 def test_packed_batches_are_of_one_shape() -> None:
     planner = make_planner(LENGTHS, "packed", world=8, local=8)
     rows = {planner.plan(step).num_rows for step in range(200)}

@@ -16,6 +16,7 @@ from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.fp8 import check_fp8, use_fp8
+from bert_fast.parts import parts_of
 from bert_fast.train.inputs import synthetic_batch, to_device
 
 
@@ -53,6 +54,7 @@ def test_names_weights_and_results_stay(make_config: Callable[..., Config], ente
     assert entered == [True]
     assert [name for name, _ in model.named_parameters()] == names
     assert type(model.layers[0].qkv).__name__ == "Linear"
+    assert all(len(parts_of(p)) == 3 for layer in model.layers for p in layer.qkv.parameters())
     assert type(model.layers[1].down).__name__ == "Fp8GeluLinear"
 
 

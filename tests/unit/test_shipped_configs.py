@@ -49,7 +49,16 @@ def test_config_loads_and_dry_runs(
     printed = capsys.readouterr().out
     world = config.system.world_size
     assert f"a step of rank {world - 1:,} of {world:,} with" in printed, "rehearsed with a fake group of the whole size"
-    for part in ("memory of a rank", "MiB", "plan", "imbalance mean", "buckets", "MiB in ready order", "clip groups"):
+    for part in (
+        "memory of a rank",
+        "MiB",
+        "plan",
+        "imbalance mean",
+        "no plan of these samples is below",
+        "buckets",
+        "MiB in ready order",
+        "clip groups",
+    ):
         assert part in printed, part
     batch = config.batch
     assert (
