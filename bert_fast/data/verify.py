@@ -59,7 +59,7 @@ class Expectation:
         return 0.4 * self.short_seq_prob, 0.9
 
     def full_length(self) -> int | None:
-        """The length that a whole stretch may have, if any: where the order is the text's, a long document fills its samples."""
+        """The length that a whole stretch may have, if any: in the text's order a long document fills its samples."""
         return self.max_seq_len if self.num_draws is not None else None
 
 
