@@ -47,11 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-seq-len", type=int, default=defaults.max_seq_len, help="tokens of the longest sample")
     add("--max-predictions", type=int, default=defaults.max_predictions, help="most masked tokens of a sample")
     add("--mask-prob", type=float, default=defaults.mask_prob, help="share of tokens that are predicted")
-    add("--short-seq-prob", type=float, default=defaults.short_seq_prob, help="share of samples made short on purpose")
+    add(
+        "--short-seq-prob", type=float, default=defaults.short_seq_prob, help="share of documents made short on purpose"
+    )
     add("--dupe-factor", type=int, default=defaults.dupe_factor, help="passes over the text with new masks")
     add("--seed", type=int, default=defaults.seed, help="of everything random")
     add("--eval-fraction", type=float, default=0.02, help="share of documents held out")
     add("--eval-max-samples", type=int, help="keep only the first n evaluation samples")
+    add("--cased", action=argparse.BooleanOptionalAction, help="keep case (default: as the vocabulary has it)")
+    add("--max-unknown", type=float, default=0.05, help="most unknown words, a share (default %(default)s)")
     add("--workers", type=int, help="processes (default: all cores)")
     return parser
 
@@ -159,7 +163,7 @@ def main() -> int:
         )
         recipe = Recipe(
             args.corpus, args.input, args.column, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
-            args.eval_max_samples, params,
+            args.eval_max_samples, params, cased=args.cased, max_unknown=args.max_unknown,
         )  # fmt: skip
         prepare(recipe, args.out, args.workers, log=say)
     except UserError as error:

@@ -1,16 +1,16 @@
 """BERT's pretraining samples: [CLS] A [SEP] B [SEP] with static masks and an is-next label.
 
-The algorithm of Devlin et al. (arXiv 1810.04805, appendix A.2) with MLPerf's parameters: sentences of a document are
-gathered up to a target length, which is short with probability `short_seq_prob`; the gathered sentences are cut into A
-and B at a random place; half of the time B comes from another document instead, and the sentences that B would have
-taken go back; 15 % of the tokens are chosen for prediction, of which 80 % become [MASK], 10 % a random token and 10 %
-stay. Everything follows from one seed.
+The algorithm of Devlin et al. (arXiv 1810.04805, appendix A.2) as their published generator has it, with MLPerf's
+parameters. A document's target length is drawn once per pass over it, and is short with probability `short_seq_prob`;
+its sentences are gathered up to that length; the gathered sentences are cut into A and B at a random place; half of the
+time B comes from another document instead, and the sentences that B would have taken go back; 15 % of the tokens are
+chosen for prediction, of which 80 % become [MASK], 10 % a random token and 10 % stay. Everything follows from one seed.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class SampleParams:
         """Raises UserError for values that no sample can be made with."""
         if self.max_seq_len < 5:
             raise UserError(f"--max-seq-len {self.max_seq_len}: [CLS] A [SEP] B [SEP] takes at least 5 tokens")
+        if self.max_seq_len > 65535:
+            raise UserError(f"--max-seq-len {self.max_seq_len}: the store holds 16-bit lengths, at most 65535")
         if self.max_predictions < 1 or self.dupe_factor < 1:
             raise UserError("--max-predictions and --dupe-factor must be at least 1")
         if not (0 < self.mask_prob < 1 and 0 <= self.short_seq_prob <= 1):
@@ -63,40 +65,53 @@ class Sample:
 
 
 Tokens = list[int]
-TokenDocument = list[Tokens]
+TokenDocument = Sequence[Tokens]  # sentences
+
+_TRIES = 10  # for text of another place where a single document must be its own other
 
 
 def make_samples(
-    documents: list[TokenDocument], vocabulary: Vocabulary, params: SampleParams, chunk: int
-) -> Iterator[Sample]:
-    """Samples of a chunk of documents, `dupe_factor` passes over it. `chunk` makes its random stream its own."""
-    documents = [document for document in documents if document]
+    documents: Sequence[TokenDocument], vocabulary: Vocabulary, params: SampleParams, chunk: int,
+    chosen: range | None = None,
+) -> Iterator[Sample]:  # fmt: skip
+    """Samples of a chunk of documents, `dupe_factor` passes over it.
+
+    documents: all of the split: random next sentences are drawn from all of it. May be read from disk as it is used.
+    chunk:     makes the chunk's random stream its own
+    chosen:    the documents of the chunk, as indices (default: all). None of the split may then be empty
+    """
+    if chosen is None:
+        documents = [document for document in documents if document]
+        chosen = range(len(documents))
     for duplicate in range(params.dupe_factor):
         rng = random.Random(f"{params.seed}:{chunk}:{duplicate}")
         masks = np.random.default_rng([params.seed, chunk, duplicate])
-        for index in range(len(documents)):
+        for index in chosen:
             for tokens_a, tokens_b, is_random in _segment_pairs(documents, index, params, rng):
                 yield _mask(tokens_a, tokens_b, is_random, vocabulary, params, masks)
 
 
 def _segment_pairs(
-    documents: list[TokenDocument], index: int, params: SampleParams, rng: random.Random
+    documents: Sequence[TokenDocument], index: int, params: SampleParams, rng: random.Random
 ) -> Iterator[tuple[Tokens, Tokens, int]]:
     document = documents[index]
+    if len(documents) == 1 and len(document) == 1:
+        return  # there is no second sentence in the whole split
     budget = params.max_seq_len - 3  # [CLS], [SEP], [SEP]
-    target = _target_length(budget, params, rng)
+    # Once for the document and this pass: its samples are all short, or none is
+    target = rng.randint(2, budget) if rng.random() < params.short_seq_prob else budget
     gathered: list[Tokens] = []
     total = 0
     position = 0
     while position < len(document):
         gathered.append(document[position])
-        total += len(document[position])
+        total += len(gathered[-1])
         position += 1
         if position < len(document) and total < target:
             continue
         cut = rng.randint(1, len(gathered) - 1) if len(gathered) > 1 else 1
         tokens_a = [token for sentence in gathered[:cut] for token in sentence]
-        is_random = int(len(documents) > 1 and (len(gathered) == 1 or rng.random() < 0.5))
+        is_random = int(len(gathered) == 1 or rng.random() < 0.5)
         if is_random:
             tokens_b = _random_text(documents, index, target - len(tokens_a), rng)
             position -= len(gathered) - cut  # give back the sentences that B did not take
@@ -106,20 +121,28 @@ def _segment_pairs(
         if tokens_a and tokens_b:
             yield tokens_a, tokens_b, is_random
         gathered, total = [], 0
-        target = _target_length(budget, params, rng)
 
 
-def _target_length(budget: int, params: SampleParams, rng: random.Random) -> int:
-    return rng.randint(2, budget) if rng.random() < params.short_seq_prob else budget
+def _random_text(documents: Sequence[TokenDocument], index: int, target: int, rng: random.Random) -> Tokens:
+    """Consecutive sentences from a random place of another document, up to `target` tokens.
 
-
-def _random_text(documents: list[TokenDocument], index: int, target: int, rng: random.Random) -> Tokens:
-    """Consecutive sentences from a random place of another document, up to `target` tokens."""
+    A single document is its own other, as in the reference. All its samples meet its end, so that a place too near the
+    end is drawn again there.
+    """
+    if len(documents) == 1:
+        for _ in range(_TRIES):
+            tokens = _text_from_random_place(documents[0], target, rng)
+            if len(tokens) >= target:
+                break
+        return tokens
     other = rng.randrange(len(documents) - 1)
-    document = documents[other + (other >= index)]
+    return _text_from_random_place(documents[other + (other >= index)], target, rng)
+
+
+def _text_from_random_place(document: TokenDocument, target: int, rng: random.Random) -> Tokens:
     tokens: Tokens = []
-    for sentence in document[rng.randrange(len(document)) :]:
-        tokens.extend(sentence)
+    for position in range(rng.randrange(len(document)), len(document)):
+        tokens.extend(document[position])
         if len(tokens) >= target:
             break
     return tokens

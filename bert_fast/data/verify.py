@@ -20,6 +20,7 @@ from bert_fast.errors import UserError
 
 _STRETCH = 1000  # samples read together
 _WINDOW = 32  # samples in a row whose lengths are a fingerprint
+_FEWEST_SHORT = 30  # documents made short: half of them below half the longest
 _SEED = 0
 
 
@@ -41,11 +42,25 @@ class Expectation:
     max_predictions: int = 76
     mask_prob: float = 0.15
     short_seq_prob: float = 0.1
+    num_draws: int | None = None  # of target lengths: one per document and pass
 
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any]) -> Expectation:
         params = manifest.get("params") or {}
-        return cls(**{name: params[name] for name in cls.__dataclass_fields__ if name in params})
+        known = {name: params[name] for name in cls.__dataclass_fields__ if name in params}
+        if "documents" in manifest and "dupe_factor" in params:
+            known["num_draws"] = manifest["documents"] * params["dupe_factor"]
+        return cls(**known)
+
+    def short_share(self) -> tuple[float, float]:
+        """Least and largest share of samples below half the longest. Of few long documents all may be short, or none."""
+        if self.num_draws is not None and self.num_draws * self.short_seq_prob < _FEWEST_SHORT:
+            return 0.0, 1.0
+        return 0.4 * self.short_seq_prob, 0.9
+
+    def full_length(self) -> int | None:
+        """The length that a whole stretch may have, if any: in the text's order a long document fills its samples."""
+        return self.max_seq_len if self.num_draws is not None else None
 
 
 def verify_store(store: Store, vocabulary: Vocabulary | None, most_samples: int = 200_000) -> list[Finding]:
@@ -106,8 +121,8 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
     )  # fmt: skip
     # One that was cut short on purpose is uniform between 2 and the longest; one at the end of a document is short too.
     short = float((lengths < expected.max_seq_len // 2).mean())
-    least = 0.4 * expected.short_seq_prob
-    yield Finding("share below half the longest", f"{short:.3f}", f"{least:.3f} to 0.9", least <= short <= 0.9)
+    least, most = expected.short_share()
+    yield Finding("share below half the longest", f"{short:.3f}", f"{least:.3f} to {most}", least <= short <= most)
     rounded = np.rint(lengths * expected.mask_prob)
     wanted = np.minimum(np.clip(rounded, 1, expected.max_predictions), lengths.astype(np.int64) - 3)
     off = int((np.abs(masked - wanted) > 0).sum())
@@ -166,7 +181,7 @@ def _check_records(
     sums = _Sums()
     special = _special_ids(store, vocabulary)
     for begin, end in stretches(len(store), most_samples):
-        _count(sums, store.batch(np.arange(begin, end), keep_order=True), special, begin)
+        _count(sums, store.batch(np.arange(begin, end), keep_order=True), special, begin, expected.full_length())
     size = store.manifest["vocab_size"]
     yield Finding(
         "token ids", f"up to {sums.highest:,}", f"below {size:,} and most of them used",
@@ -211,7 +226,7 @@ def _special_ids(store: Store, vocabulary: Vocabulary | None) -> tuple[int, int,
     return int(first[0]), int(first[-1]), int(values.argmax()), -1
 
 
-def _count(sums: _Sums, batch: Batch, special: tuple[int, int, int, int], begin: int) -> None:
+def _count(sums: _Sums, batch: Batch, special: tuple[int, int, int, int], begin: int, full: int | None) -> None:
     cls_id, sep_id, mask_id, unk_id = special
     ids, starts, count = batch.input_ids, batch.cu_seqlens[:-1].astype(np.int64), len(batch.lengths)
     ends = batch.cu_seqlens[1:].astype(np.int64) - 1
@@ -235,7 +250,9 @@ def _count(sums: _Sums, batch: Batch, special: tuple[int, int, int, int], begin:
     hashes = _hashes(ids, starts, batch.position_ids)
     sums.hashes.append(hashes)
     labels = batch.next_sentence_labels
-    alike = len(np.unique(hashes)) <= count // 10 or len(set(batch.lengths)) == 1 or len(np.unique(labels)) == 1
+    lengths = set(batch.lengths)
+    one_length = len(lengths) == 1 and lengths != {full}
+    alike = len(np.unique(hashes)) <= count // 10 or one_length or len(np.unique(labels)) == 1
     if count >= 100 and alike:
         sums.constant.append(begin)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from bert_fast.balance.cost import read_cost
 from bert_fast.cli import to_yaml
 from bert_fast.config import Config, as_plain, run_folder
+from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
-from bert_fast.files import checkpoints_in, sha256_of, write_atomically
+from bert_fast.files import checkpoints_in, write_atomically
 from bert_fast.launch.code import commit
 from bert_fast.launch.owner import claim, owner_of
 from bert_fast.model.tensorflow_bundle import is_bundle
@@ -76,4 +77,4 @@ def checkpoint_vocabulary(folder: str | None) -> str | None:
     if not folder:
         return None
     vocab = (Path(folder).parent if is_bundle(folder) else Path(folder)) / "vocab.txt"
-    return sha256_of(vocab) if vocab.is_file() else None
+    return load_vocabulary(vocab).sha256 if vocab.is_file() else None

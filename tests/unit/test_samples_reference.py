@@ -1,16 +1,26 @@
-"""Sample creation against a plain statement of the reference algorithm, on the same text: the same statistics.
+"""Sample creation against the published generator, on the same text: the same statistics.
 
-The statement works on lists of words and follows the published description step by step, with its own random numbers.
+Twice: against a plain statement of the algorithm, which works on lists of words with its own random numbers; and against
+what the generator itself made, with which nothing of ours had to do. `tests/golden/generator/expected.npz` is of MLCommons'
+generator (TensorFlow BERT reference, run unmodified: 512 tokens, 76 predictions, probability 0.15, 10 passes, short
+sequences 0.1, seed 12345) on two texts, Wikipedia articles it ships (`wiki`, 152) and the same sentences cut to articles of
+Wikipedia's usual size (`short`, 2,134): tokens of each sentence, sentences of each document, and of its samples how many
+have each length. Samples of one document and pass share their target length, so that the spread of a figure is that of
+whole runs with other seeds, not that of independent samples.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ks_2samp
 
+from bert_fast.data import samples as module
 from bert_fast.data.samples import SampleParams, make_samples
 from bert_fast.data.wordpiece import Vocabulary
 
@@ -50,7 +60,6 @@ def reference(documents: list[list[list[int]]], params: SampleParams, vocabulary
                         longer.pop(0 if rng.random() < 0.5 else -1)
                     out.append(mask(a, b, random_next, params, vocabulary, rng))
                     chunk = []
-                    target = rng.randint(2, most) if rng.random() < params.short_seq_prob else most
                 i += 1
     return out
 
@@ -80,8 +89,8 @@ def both(vocabulary: Vocabulary) -> tuple[list[dict[str, Any]], list[dict[str, A
     rng = random.Random(5)
     low = vocabulary.mask_id + 1
     documents = [
-        [[rng.randrange(low, len(vocabulary)) for _ in range(rng.randint(3, 40))] for _ in range(rng.randint(1, 60))]
-        for _ in range(150)
+        [[rng.randrange(low, len(vocabulary)) for _ in range(rng.randint(3, 40))] for _ in range(rng.randint(1, 12))]
+        for _ in range(400)  # short ones: the samples of a long one are alike
     ]
     theirs = reference(documents, PARAMS, vocabulary)
     ours = []
@@ -141,3 +150,69 @@ def test_length_histograms_agree(both: Any) -> None:
     scale = (b.sum() / a.sum()) ** 0.5
     statistic = float((((a * scale - b / scale) ** 2)[used] / (a + b)[used]).sum())
     assert statistic < 2.2 * used.sum()
+
+
+# ---- the generator's own samples ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent.parent / "golden" / "generator" / "expected.npz") as loaded:
+        return dict(loaded)
+
+
+def documents_of(published: dict[str, np.ndarray], text: str) -> list[list[list[int]]]:
+    """Documents of the text's numbers of sentences and tokens. Which tokens they are does not matter."""
+    sentences = iter([[9] * int(length) for length in published["sentences"]])
+    return [[next(sentences) for _ in range(int(count))] for count in published[f"{text}_documents"]]
+
+
+@pytest.fixture
+def run(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> Callable[..., np.ndarray]:
+    """`run(documents, seed)`: a row a sample: length, tokens of A with [CLS] and [SEP], random next. Without masks: quick."""
+    monkeypatch.setattr(module, "_mask", lambda a, b, is_random, *_: (len(a) + len(b) + 3, len(a) + 2, is_random))
+    return lambda documents, seed: np.array(
+        list(make_samples(documents, vocabulary, SampleParams(seed=seed), 0))  # type: ignore[call-overload]
+    )
+
+
+def drawn(published: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """The lengths, from how many samples have each."""
+    counts = published[name]
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def test_samples_are_those_of_the_published_generator(published: dict[str, np.ndarray], run: Any) -> None:
+    length, len_a, is_random = run(documents_of(published, "short"), SampleParams().seed).T
+    theirs, theirs_a = drawn(published, "short_lengths"), drawn(published, "short_lengths_a")
+    assert len(length) == pytest.approx(len(theirs), rel=0.005)
+    assert length.mean() == pytest.approx(theirs.mean(), rel=0.01)
+    assert ks_2samp(length, theirs).pvalue > 0.01
+    assert abs(len_a.mean() - theirs_a.mean()) < 3 * theirs_a.std() * (2 / len(theirs)) ** 0.5
+    share = published["short_random_next"] / len(theirs)
+    assert abs(is_random.mean() - share) < 2 * (2 * share * (1 - share) / len(theirs)) ** 0.5
+
+
+@pytest.mark.parametrize("text", ["short", "wiki"])
+def test_the_published_samples_have_our_number_of_masks(published: dict[str, np.ndarray], text: str) -> None:
+    """`test_number_of_masks` holds ours to the same rule."""
+    lengths = drawn(published, f"{text}_lengths")
+    assert int(np.clip(np.rint(0.15 * lengths), 1, 76).sum()) == published[f"{text}_masked"]
+
+
+@pytest.mark.slow
+def test_long_documents_agree_over_many_seeds(published: dict[str, np.ndarray], run: Any) -> None:
+    """Of 152 articles one seed says little: the number of samples varies by 3 % from seed to seed."""
+    documents = documents_of(published, "wiki")
+    runs = [run(documents, seed) for seed in range(12)]
+    theirs = drawn(published, "wiki_lengths")
+    for ours, expected in (
+        ([len(each) for each in runs], len(theirs)),
+        ([each[:, 0].mean() for each in runs], theirs.mean()),
+        ([each[:, 1].mean() for each in runs], drawn(published, "wiki_lengths_a").mean()),
+        ([each[:, 2].mean() for each in runs], published["wiki_random_next"] / len(theirs)),
+    ):
+        assert abs(np.mean(ours) - expected) < 2.5 * np.std(ours, ddof=1)
+    assert np.mean([len(each) for each in runs]) == pytest.approx(len(theirs), rel=0.015)
+    lengths = np.concatenate([each[:, 0] for each in runs])
+    assert ks_2samp(lengths, theirs).pvalue > 0.01
