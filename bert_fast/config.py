@@ -18,6 +18,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # of torch's generators; a clock in nanoseconds fits
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -255,7 +256,7 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    seed: NonNegativeInt = Field(0, description="seeds weights, dropout and the order of samples")
+    seed: Seed = Field(0, description="seeds weights, dropout and the order of samples")
     init_checkpoint: str | None = Field(
         None,
         description="folder with config.json + model.safetensors (Hugging Face form), or prefix of a TensorFlow checkpoint "
