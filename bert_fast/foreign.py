@@ -120,7 +120,7 @@ def number(value: Any, most: float = 1e15) -> float | None:
 def whole_number(value: Any, most: int = 1 << 53) -> int | None:
     """A whole number from 0 to `most`, or None. 448.0 is one."""
     found = number(value, most)
-    return int(value) if found is not None and found >= 0 and found == int(found) else None
+    return int(value) if found is not None and found >= 0 and value == int(value) else None
 
 
 def shown(value: object, most: int = 200) -> str:
