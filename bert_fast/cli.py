@@ -14,9 +14,6 @@ from pydantic_core import PydanticUndefined
 
 from bert_fast.config import Config, sections
 from bert_fast.errors import UserError
-from bert_fast.foreign import NotYamlError, parse_yaml, read_bounded, shown
-
-_MOST_BYTES = 1 << 20  # of a config file
 
 
 def _known_fields() -> list[str]:
@@ -34,26 +31,28 @@ def _did_you_mean(path: str) -> str:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise UserError(f"override '{shown(override)}' is not of the form section.field=value")
+        raise UserError(f"override '{override}' is not of the form section.field=value")
     keys = path.split(".")
     node = tree
     for key in keys[:-1]:
         child = node.setdefault(key, {})
         if not isinstance(child, dict):
-            raise UserError(f"override '{shown(override)}': {key} is a value, not a section{_did_you_mean(path)}")
+            raise UserError(f"override '{override}': {key} is a value, not a section{_did_you_mean(path)}")
         node = child
     try:
-        node[keys[-1]] = parse_yaml(text)
-    except NotYamlError as error:
-        quoted = _quoted(path, text) if len(text) <= 100 else "put it in quotes"
-        raise UserError(
-            f"override '{shown(override)}': the value is not valid YAML ({shown(error)}); for a text {quoted}"
-        ) from None
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': the value is not valid YAML") from None
 
 
-def _quoted(path: str, text: str) -> str:
-    """How to write a value that YAML would read as something else than text."""
-    return f'write {path}: "{text}" in a file and {path}=\'"{text}"\' on a command line'
+def _quotes(path: str, value: int | float | datetime.date, written: dict[str, str]) -> str:
+    """What to say of a text that YAML reads as something else: what was `written`, and how to write it."""
+    kind = "a date" if isinstance(value, datetime.date) else "true or false" if isinstance(value, bool) else "a number"
+    text = written.get(path, yaml.safe_dump(value).removesuffix("\n...\n").strip())[:100]
+    return (
+        f'{path}: {text} is read as {kind}, and a text is wanted; write {path}: "{text}" in a file and '
+        f"{path}='\"{text}\"' on a command line"
+    )
 
 
 def _explain(error: ValidationError, source: str, written: dict[str, str]) -> str:
@@ -62,34 +61,16 @@ def _explain(error: ValidationError, source: str, written: dict[str, str]) -> st
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown field {shown(path)}{_did_you_mean(path[:100])}")
+            lines.append(f"unknown field {path}{_did_you_mean(path)}")
         elif item["type"] == "missing":
             lines.append(f"field {path} is missing; add it or pass {path}=VALUE")
         elif item["type"] == "value_error":
             lines.append(str(item["ctx"]["error"]))
         elif item["type"] == "string_type" and isinstance(item["input"], int | float | datetime.date):
-            text = shown(written.get(path, _as_yaml(item["input"])), 100)
-            lines.append(
-                f"{path}: {text} is read as {_kind(item['input'])}, and a text is wanted; {_quoted(path, text)}"
-            )
+            lines.append(_quotes(path, item["input"], written))
         else:
-            lines.append(f"{shown(path)}: {shown(item['msg'])}, got {shown(_input(item['input']), 100)}")
+            lines.append(f"{path}: {item['msg']}, got {item['input']!r}")
     return f"{source}: " + "; ".join(dict.fromkeys(lines))
-
-
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value).removesuffix("\n...\n").strip()
-
-
-def _input(value: Any) -> object:
-    """What was given, quoted where it is text, and not written out where it is long."""
-    return repr(value) if isinstance(value, str) and len(value) <= 100 else value
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, datetime.date):
-        return "a date"
-    return "true or false" if isinstance(value, bool) else "a number"
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -103,12 +84,13 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"config file {path} does not exist" + (f"; there are: {', '.join(near)}" if near else ""))
     try:
-        tree = parse_yaml(read_bounded(path, _MOST_BYTES, "a config file").decode("utf-8")) or {}
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError:
         raise UserError(f"config file {path} is not UTF-8 text") from None
-    except NotYamlError as error:
-        where = f" line {error.line}" if error.line else ""
-        raise UserError(f"config file {path}{where} is not valid YAML: {shown(error)}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"config file {path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config file {path} must hold sections ({', '.join(sections())}), not a {type(tree).__name__}")
     for override in overrides:

@@ -18,14 +18,6 @@ MOST_DEPTH = 100  # lists and objects inside one another
 _MIB = 1 << 20
 
 
-class NotYamlError(ValueError):
-    """A text that is no YAML; `line` counts from 1, None where it is not known."""
-
-    def __init__(self, problem: str, line: int | None = None) -> None:
-        super().__init__(problem)
-        self.line = line
-
-
 def open_regular(path: str | Path) -> int:
     """A descriptor of a regular file, opened to read. Does not wait for the other end of a pipe.
 
@@ -83,16 +75,14 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, plain types only. Raises NotYamlError for everything that is none, or nested too deep."""
+    """The value of a YAML text, plain types only. Raises ValueError for everything that is none, or nested too deep."""
     try:
         value = yaml.safe_load(text)  # in Python: libyaml overflows the stack where nesting is deep
-        _check_depth(value)
     except RecursionError:
-        raise NotYamlError(f"lists or mappings are nested deeper than {MOST_DEPTH}") from None
+        raise ValueError(f"lists or mappings are nested deeper than {MOST_DEPTH}") from None
     except Exception as error:  # of the YAML, or whatever int(), datetime() and the like say of a scalar
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise NotYamlError(problem, mark.line + 1 if mark else None) from None
+        raise ValueError(getattr(error, "problem", None) or str(error)) from None
+    _check_depth(value)
     return value
 
 
