@@ -149,7 +149,7 @@ def test_a_masked_lm_without_next_sentence_prediction_is_named(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("layer_norm_eps", 1e-5), ("position_embedding_type", "relative_key"), ("position_embedding_type", "relative_key_query"),
+        ("layer_norm_eps", 1e-5), ("position_embedding_type", "relative_key"), ("position_embedding_type", "relative_key_2"),
         ("is_decoder", True), ("add_cross_attention", True), ("num_attention_heads", 4), ("hidden_act", "relu"),
         ("hidden_act", ["gelu"] * 1000), ("model_type", "roberta"), ("tie_word_embeddings", False),
         ("pruned_heads", {"1": [0]}), ("quantization_config", {"bits": 8}), ("layer_norm_eps", "\x1b[2J"),
@@ -220,15 +220,15 @@ def test_tensors_without_a_place_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(), (1,), (16,), (40, 16, 1), (1, 40, 16), (0, 16), (16, 40)])
 @pytest.mark.parametrize(
-    "name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.key.weight", "bert.pooler.dense.bias"]
-)  # fmt: skip
+    "name", ["embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.key.weight", "pooler.dense.bias"]
+)
 def test_other_ranks_and_shapes(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     theirs().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
-    if weights[name].shape == shape:
+    if weights[f"bert.{name}"].shape == shape:
         return
-    save_file({**weights, name: torch.zeros(shape)}, path)
+    save_file({**weights, f"bert.{name}": torch.zeros(shape)}, path)
     assert f"is {list(shape)} there and" in refused(tmp_path)
 
 
@@ -297,26 +297,33 @@ def test_mutated_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     data, rng = path.read_bytes(), random.Random(11)
     header = 8 + struct.unpack("<Q", data[:8])[0]
+    said = []
     for _ in range(200):
         path.write_bytes(mutated(data[:header], rng) + data[header:])
         try:
             loaded(tmp_path)
         except UserError as error:
-            assert len(str(error)) < 1200
+            said.append(len(str(error)))
+    assert said
+    assert max(said) < 1200
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_mutated_bundles(tmp_path: Path, seed: int) -> None:
     shutil.copy(f"{PREFIX}.data-00000-of-00001", tmp_path)
     data, rng = Path(f"{PREFIX}.index").read_bytes(), random.Random(seed)
+    said = []
     for _ in range(200):
         (tmp_path / "model.ckpt-7.index").write_bytes(mutated(data, rng))
         try:
             loaded(tmp_path / "model.ckpt-7", GOOGLE)
-            for name in TensorBundle(tmp_path / "model.ckpt-7").entries:
-                TensorBundle(tmp_path / "model.ckpt-7")[name]
+            found = TensorBundle(tmp_path / "model.ckpt-7")
+            for name in found.entries:
+                found[name]
         except UserError as error:
-            assert len(str(error)) < 1200
+            said.append(len(str(error)))
+    assert said
+    assert max(said) < 1200
 
 
 # ---- TensorFlow -----------------------------------------------------------------------------------------------------
@@ -387,10 +394,8 @@ def test_variables_that_bert_has_not_are_named(tmp_path: Path, monkeypatch: pyte
     assert "no place for: bert/encoder/layer_0/attention/self/relative_bias" in refused(PREFIX, GOOGLE)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"), [({"num_attention_heads": 4}, "num_attention_heads=4"), ({"hidden_act": "relu"}, "relu")]
-)
-def test_googles_description_beside_the_files(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("values", [{"num_attention_heads": 4}, {"hidden_act": "relu"}])
+def test_googles_description_beside_the_files(tmp_path: Path, values: dict[str, Any]) -> None:
     for path in PREFIX.parent.glob("model.ckpt-7.*"):
         shutil.copy(path, tmp_path)
     good = {"num_attention_heads": 2, "hidden_act": "gelu"}
@@ -398,4 +403,4 @@ def test_googles_description_beside_the_files(tmp_path: Path, values: dict[str, 
     for shape in (GOOGLE, SHAPE):  # its gelu has been taken for both
         loaded(tmp_path / "model.ckpt-7", shape)
     (tmp_path / "bert_config.json").write_text(json.dumps({**good, **values}))
-    assert message in refused(tmp_path / "model.ckpt-7", GOOGLE)
+    assert f"bert_config.json has {next(iter(values))}=" in refused(tmp_path / "model.ckpt-7", GOOGLE)
