@@ -293,7 +293,9 @@ class TrainConfig(Section):
         description="seconds that a rank may take to write its part of a checkpoint, or to hash it; then it is lost",
     )
     keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints stay on disk")
-    save_final_model: bool = Field(False, description="write the final weights as a Hugging Face folder")
+    save_final_model: bool = Field(
+        False, description="write the final weights and the store's tokenizer as a Hugging Face folder"
+    )
     log_every_steps: PositiveInt = Field(10, description="steps between log lines, and between checks for signals")
     max_skipped_steps: NonNegativeInt = Field(
         3, description="consecutive non-finite steps that are skipped before the run stops"
