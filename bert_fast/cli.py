@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import typing
 from pathlib import Path
@@ -44,7 +45,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override '{override}': the value is not valid YAML") from None
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _quotes(path: str, value: int | float | datetime.date, written: dict[str, str]) -> str:
+    """What to say of a text that YAML reads as something else: what was `written`, and how to write it."""
+    kind = "a date" if isinstance(value, datetime.date) else "true or false" if isinstance(value, bool) else "a number"
+    text = written.get(path, yaml.safe_dump(value).removesuffix("\n...\n").strip())[:100]
+    return (
+        f'{path}: {text} is read as {kind}, and a text is wanted; write {path}: "{text}" in a file and '
+        f"{path}='\"{text}\"' on a command line"
+    )
+
+
+def _explain(error: ValidationError, source: str, written: dict[str, str]) -> str:
+    """One line on all that is wrong. `written` is the text of overrides by their path."""
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
@@ -54,6 +66,8 @@ def _explain(error: ValidationError, source: str) -> str:
             lines.append(f"field {path} is missing; add it or pass {path}=VALUE")
         elif item["type"] == "value_error":
             lines.append(str(item["ctx"]["error"]))
+        elif item["type"] == "string_type" and isinstance(item["input"], int | float | datetime.date):
+            lines.append(_quotes(path, item["input"], written))
         else:
             lines.append(f"{path}: {item['msg']}, got {item['input']!r}")
     return f"{source}: " + "; ".join(dict.fromkeys(lines))
@@ -81,15 +95,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise UserError(f"config file {path} must hold sections ({', '.join(sections())}), not a {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_tree(tree, str(path))
+    written = {path: text for path, _, text in (override.partition("=") for override in overrides)}
+    return config_from_tree(tree, str(path), written)
 
 
-def config_from_tree(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validate plain nested values. Raises UserError with one line."""
+def config_from_tree(tree: dict[str, Any], source: str = "config", written: dict[str, str] | None = None) -> Config:
+    """Validate plain nested values; `written` is the text of overrides by their path. Raises UserError with one line."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, source)) from None
+        raise UserError(_explain(error, source, written or {})) from None
 
 
 def to_yaml(tree: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # of torch's generators; a clock in nanoseconds fits
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -289,7 +290,7 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    seed: NonNegativeInt = Field(0, description="seeds weights, dropout and the order of samples")
+    seed: Seed = Field(0, description="seeds weights, dropout and the order of samples")
     init_checkpoint: str | None = Field(
         None,
         description="folder with config.json + model.safetensors (Hugging Face form), or prefix of a TensorFlow checkpoint "
@@ -326,7 +327,9 @@ class TrainConfig(Section):
         description="seconds that a rank may take to write its part of a checkpoint, or to hash it; then it is lost",
     )
     keep_checkpoints: PositiveInt = Field(2, description="how many checkpoints stay on disk")
-    save_final_model: bool = Field(False, description="write the final weights as a Hugging Face folder")
+    save_final_model: bool = Field(
+        False, description="write the final weights and the store's tokenizer as a Hugging Face folder"
+    )
     log_every_steps: PositiveInt = Field(10, description="steps between log lines, and between checks for signals")
     max_skipped_steps: NonNegativeInt = Field(
         3, description="consecutive non-finite steps that are skipped before the run stops"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
+from bert_fast.foreign import shown  # noqa: E402
 from bert_fast.mlperf.convergence import judge  # noqa: E402
 from bert_fast.mlperf.rules import RULESET  # noqa: E402
 from bert_fast.mlperf.score import SystemScore, score_folder  # noqa: E402
@@ -27,21 +29,21 @@ from bert_fast.report.bench import add_arguments, environment, markdown_table, w
 
 COLUMNS = (
     "system", "division", "accelerators", "global batch", "runs", "converged", "minutes", "samples", "steps", "step ms",
-    "samples/s/accelerator", "start-up s", "reference convergence",
+    "samples/s/accelerator", "start-up s", "reference convergence", "samples read from",
 )  # fmt: skip
 
 
 def row_of(score: SystemScore, ruleset: str) -> list[str]:
     def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+        return "-" if value is None or not math.isfinite(value) else format(value, form)
 
     first, step = score.runs[0], score.mean("step_s")
     return [
-        score.name, first.division, number(score.accelerators, ","), f"{first.global_batch:,}", str(len(score.runs)),
+        score.name, first.division, number(score.accelerators, ","), number(score.global_batch, ","), str(len(score.runs)),
         str(sum(run.converged for run in score.runs)), number(score.scaled_minutes, ".4f"),
         number(score.mean("samples"), ",.0f"),
         number(score.mean("steps"), ",.0f"), number(None if step is None else 1e3 * step, ",.1f"), number(score.rate, ",.1f"),
-        number(score.mean("startup_s"), ".2f"), convergence(score, ruleset),
+        number(score.mean("startup_s"), ".2f"), convergence(score, ruleset), score.samples_keys,
     ]  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def with_unique_names(scores: list[SystemScore], folders: list[str]) -> list[Sys
             break
         parts = [Path(folder).resolve().parts for folder in folders]
         names = [
-            "/".join((*own[max(0, len(own) - 3 - depth) : -3], score.name)) if name in twice else name
+            shown("/".join((*own[max(0, len(own) - 3 - depth) : -3], score.name))) if name in twice else name
             for name, own, score in zip(names, parts, scores, strict=True)
         ]
     return [replace(score, name=name) for score, name in zip(scores, names, strict=True)]
@@ -62,9 +64,10 @@ def with_unique_names(scores: list[SystemScore], folders: list[str]) -> list[Sys
 
 def convergence(score: SystemScore, ruleset: str) -> str:
     """Verdict of the reference convergence points: for open runs in brackets, as it does not bind them."""
-    first = score.runs[0]
-    samples = [run.samples if run.converged else None for run in score.runs]
-    verdict = judge(samples, first.global_batch, ruleset)
+    first, samples, batch = score.runs[0], score.samples_to_converge, score.global_batch
+    if samples is None or batch is None:
+        return "-"
+    verdict = judge(samples, batch, ruleset)
     if verdict.samples is None:
         return "-"
     word = "passed" if verdict.passed else "too few samples" if verdict.point else "no reference"
@@ -84,8 +87,12 @@ def draw(path: Path, scores: list[SystemScore]) -> None:
     figure, axis = plt.subplots(figsize=(8, 5))
     for number, score in enumerate(scores):
         for index, run in enumerate(score.runs):
-            times, _, accuracies = zip(*run.evaluations, strict=True) if run.evaluations else ((), (), ())
-            axis.plot(times, accuracies, color=f"C{number}", lw=0.8, label=score.name if index == 0 else None)
+            points = [
+                (each.time_s, each.accuracy) for each in run.evaluations if each.time_s > 0 and 0 <= each.accuracy <= 1
+            ]
+            times, accuracies = zip(*points, strict=True) if points else ((), ())
+            label = score.name.replace("$", r"\$")  # the dollar starts mathematics there
+            axis.plot(times, accuracies, color=f"C{number}", lw=0.8, label=label if index == 0 else None)
     axis.set(xlabel="seconds after run_start", ylabel="masked-LM accuracy", xscale="log")
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -106,7 +113,7 @@ def main() -> int:
         scores = with_unique_names([score_folder(folder) for folder in args.folders], args.folders)
         rows = [row_of(score, args.ruleset) for score in scores]
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(str(error), 1000)}", file=sys.stderr)
         return 2
     print(markdown_table(COLUMNS, rows))
     if args.csv:
@@ -120,7 +127,7 @@ def main() -> int:
     if args.json:
         metrics = {f"score_minutes/{score.name}": score.scaled_minutes for score in scores}
         samples = {score.name: [run.time_s for run in score.runs] for score in scores}
-        write_result(args.json, metrics, {"folders": args.folders}, environment(), samples)
+        write_result(args.json, metrics, {"folders": [shown(each) for each in args.folders]}, environment(), samples)
     return 0
 
 

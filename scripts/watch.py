@@ -29,6 +29,7 @@ from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.foreign import shown  # noqa: E402
 from bert_fast.report.console import seconds_text  # noqa: E402
 from bert_fast.report.live import RunWatch  # noqa: E402
 
@@ -38,7 +39,9 @@ OVER = ("finished", "ended")
 
 
 def form(value: float | None, spec: str, unit: str = "", scale: float = 1.0) -> str:
-    return NONE if value is None else f"{value * scale:{spec}}{unit}"
+    if value is None:
+        return NONE
+    return f"{value * scale:{spec if abs(value * scale) < 1e15 else '.3g'}}{unit}"
 
 
 def rows(now: dict[str, Any]) -> list[tuple[str, str]]:
@@ -68,7 +71,13 @@ def rows(now: dict[str, Any]) -> list[tuple[str, str]]:
         ("slowest ranks", slowest_text(now)),
         ("skipped steps", skipped_text(now)),
         ("resumed", f"{now['sessions'] - 1} times" if now["sessions"] > 1 else "no"),
+        *left_out(now),
     ]
+
+
+def left_out(now: dict[str, Any]) -> list[tuple[str, str]]:
+    count = now["lines_left_out"]
+    return [("lines left out", f"{count:,} of metrics.jsonl: cut off, or not as a run writes them")] if count else []
 
 
 def accuracy_text(now: dict[str, Any]) -> str:
@@ -117,12 +126,15 @@ def skipped_text(now: dict[str, Any]) -> str:
 
 def table(now: dict[str, Any]) -> Table:
     seed = "" if now["seed"] is None else f", seed {now['seed']}"
-    shown = Table(title=f"{now['name'] or now['folder']}{seed}", show_header=False, title_justify="left")
-    shown.add_column(style="bold", no_wrap=True)
-    shown.add_column()
+    title = Text(
+        f"{now['name'] or shown(now['folder'])}{seed}", style="table.title"
+    )  # a text: its brackets are no markup
+    made = Table(title=title, show_header=False, title_justify="left")
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column()
     for name, value in rows(now):
-        shown.add_row(name, Text(value, style=COLOURS.get(now["state"], "") if name == "state" else ""))
-    return shown
+        made.add_row(name, Text(value, style=COLOURS.get(now["state"], "") if name == "state" else ""))
+    return made
 
 
 def line(now: dict[str, Any]) -> str:
@@ -174,7 +186,7 @@ def look(args: argparse.Namespace) -> None:
     run.poll()
     once = args.once or args.json
     if once and not run.folder.exists():
-        raise UserError(f"{run.folder} does not exist; give a run's folder, such as runs/NAME-seed0")
+        raise UserError(f"{shown(run.folder)} does not exist; give a run's folder, such as runs/NAME-seed0")
     if args.json:
         print(json.dumps(strict(run.snapshot()), allow_nan=False))
     elif once:
@@ -201,7 +213,7 @@ def main() -> int:
         look(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(str(error), 1000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0

@@ -36,7 +36,7 @@ def run_local(config: Config, arguments: list[str]) -> int:
     if config.system.node_size != world:
         raise UserError(
             f"system.world_size={world} spans {world // config.system.node_size} nodes; start it with torchrun or "
-            "sbatch on each node (docs/running.md), or set system.ranks_per_node=null to run all ranks here"
+            "srun on each node (docs/cluster.md, Ranks by hand), or set system.ranks_per_node=null to run all ranks here"
         )
     for attempt in range(config.recovery.max_restarts + 1):
         code, signalled = _run_once(config, arguments)

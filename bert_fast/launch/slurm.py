@@ -36,7 +36,7 @@ def adopt_slurm() -> None:
     if missing or "MASTER_ADDR" not in variables or "MASTER_PORT" not in variables:
         raise UserError(
             "started by srun, but MASTER_ADDR and MASTER_PORT are not set: export them in the batch script "
-            "(docs/running.md shows how)"
+            "(docs/cluster.md, Ranks by hand, shows how), or start them with scripts/submit_slurm.py"
         )
     variables["RANK"], variables["WORLD_SIZE"] = variables["SLURM_PROCID"], variables["SLURM_STEP_NUM_TASKS"]
     variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]

@@ -19,9 +19,10 @@ from typing import Any
 
 from bert_fast.errors import UserError
 from bert_fast.files import write_atomically, write_json
+from bert_fast.foreign import shown
 from bert_fast.mlperf.convergence import NUM_RUNS, judge
 from bert_fast.mlperf.rules import TARGET_ACCURACY
-from bert_fast.mlperf.score import RunScore, SystemScore, read_events, score_run
+from bert_fast.mlperf.score import MOST_LOG_BYTES, RunScore, SystemScore, read_events, score_run
 from bert_fast.mlperf.submission import check_convergence, check_logs, check_package, check_system
 
 IMPLEMENTATION = "bert_fast"
@@ -105,6 +106,7 @@ def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, 
     folders = sorted(path for path in package.glob("results/*/bert") if path.is_dir())
     if not folders:
         raise UserError(f"{package}: no results/<system>/bert in it; give the folder of the organization")
+    _check_files(package)
     rows: list[Row] = []
     figures: dict[str, Any] = {}
     for folder in folders:
@@ -131,6 +133,19 @@ def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, 
         rows.append(_score_row(folder, checked.scaling.get(folder.parent.name, 1.0), figures))
     figures["package_passed"] = int(all(row.passed is not False for row in rows))
     return rows, figures
+
+
+def _check_files(package: Path) -> None:
+    """Refuse what MLPerf's checkers, and the copy made for them, would read without end. Raises UserError."""
+    for path in sorted(package.rglob("*")):
+        if path.is_file():
+            size, most = path.stat().st_size, MOST_LOG_BYTES
+            if size > most:
+                raise UserError(
+                    f"{shown(path)} has {size >> 20:,} MiB, and of a file at most {most >> 20:,} MiB are checked"
+                )
+        elif not path.is_dir():
+            raise UserError(f"{shown(path)} is no regular file; take it out of the package")
 
 
 def _first(reasons: list[str], passed: bool = False) -> str:
@@ -174,6 +189,10 @@ def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
             events[path.name], runs[path.name] = read_events(path), score_run(path)
         except UserError as error:
             unreadable.append(str(error).replace(f"{path}: ", f"{path.name}: "))
+    unreadable += [f"{name}: has no run_stop" for name, run in runs.items() if run.cut_off]
+    unreadable += [
+        f"{name}: an evaluation has no samples as epoch_num" for name, run in runs.items() if _lacks_samples(run)
+    ]
     rows.append(Row(f"{system}: readable", not unreadable, "; ".join(unreadable) or "every log has its start and stop"))
     aborted = [name for name, run in runs.items() if not run.converged]
     detail = (
@@ -187,17 +206,28 @@ def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
         rows.append(Row(f"{system}: {name}", not faults, "; ".join(faults)))
     division = next(iter(runs.values())).division if runs else "unknown"
     if division == "closed" and runs:
-        first = next(iter(runs.values()))
-        verdict = judge([run.samples if run.converged else None for run in runs.values()], first.global_batch, ruleset)
-        rows.append(Row(f"{system}: samples to converge", verdict.passed, verdict.text))
+        score = SystemScore(system, None, tuple(runs.values()))
+        if score.samples_to_converge is None or score.global_batch is None:
+            rows.append(
+                Row(f"{system}: samples to converge", False, "a log does not tell the samples of its evaluations")
+            )
+        else:
+            verdict = judge(score.samples_to_converge, score.global_batch, ruleset)
+            rows.append(Row(f"{system}: samples to converge", verdict.passed, verdict.text))
     return rows, division
+
+
+def _lacks_samples(run: RunScore) -> bool:
+    """Whether an evaluation does not say its samples as the rules want it."""
+    told = run.samples_key == "epoch_num" and all(each.samples is not None for each in run.evaluations)
+    return bool(run.evaluations) and not told
 
 
 def _accuracy_faults(runs: dict[str, RunScore]) -> list[str]:
     """Success that is none: below the target of the division, or of the log itself in the open one."""
     faults = []
     for name, run in runs.items():
-        accuracies = [accuracy for _, _, accuracy in run.evaluations]
+        accuracies = [each.accuracy for each in run.evaluations]
         last = accuracies[-1] if accuracies else math.nan
         if not all(math.isfinite(accuracy) for accuracy in accuracies):
             faults.append(f"{name}: an accuracy is not finite")

@@ -3,96 +3,300 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
+import re
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bert_fast.errors import UserError
+from bert_fast.foreign import number, parse_json, read_bounded, shown, whole_number
 
-_MARK = ":::MLLOG"
+_MARK = b":::MLLOG"
+_LINE_END = re.compile(rb"[\r\n]")
+MOST_LOG_BYTES = 256 << 20
+_MOST_LINE_BYTES = 1 << 20
+_MOST_EVENT_BYTES = 16 << 20  # of all events together: parsed, they take many times their size
+_WHOLE_SET = 156_725_653  # samples of MLPerf's training set, of which a run sees some percent
+
+
+class Evaluation(NamedTuple):
+    """Seconds after run_start, samples until then (None where the log does not tell), masked-LM accuracy."""
+
+    time_s: float
+    samples: int | None
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class RunScore:
-    """One run. Times in seconds after run_start; `evaluations` are (seconds, samples, accuracy)."""
+    """One run. Times in seconds after run_start. None is what the log does not tell.
+
+    `samples_key` says where the samples were read: epoch_num or samples_count of the evaluations, or train_samples. A run
+    that was cut off has no run_stop; its `time_s` ends with its last event.
+    """
 
     path: str
     division: str
-    global_batch: int
-    seed: int | None
+    global_batch: int | None
+    seed: int | str | None
     converged: bool
     time_s: float
-    samples: int
-    steps: int
+    samples: int | None
+    steps: int | None
     startup_s: float | None
     step_s: float | None
     target: float | None
-    evaluations: tuple[tuple[float, int, float], ...]
+    evaluations: tuple[Evaluation, ...]
+    samples_key: str | None = None
+    cut_off: bool = False
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """Events of a log; text before the mark (rank prefixes) and other lines are left. Raises UserError if there are none."""
-    events = []
+    """Events of a log; text before the mark (rank prefixes) and other lines are left, and so is a last line that was cut.
+
+    Every event has a `key` (text), a `value`, and `time_ms` as a number.
+
+    Raises:
+        UserError: there are none, one is damaged (the line is named), or the file is larger than a log is.
+    """
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                mark = line.find(_MARK)
-                if mark < 0:
-                    continue
-                try:
-                    event = json.loads(line[mark + len(_MARK) :])
-                    float(event["time_ms"]), str(event["key"]), event["value"]
-                except (ValueError, TypeError, KeyError):
-                    raise UserError(f"{path}: line {number} is no MLLOG event") from None
-                events.append(event)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        data = read_bounded(path, MOST_LOG_BYTES, "a result log")
+    except FileNotFoundError as error:
+        raise UserError(f"{shown(path)}: {error.strerror}") from None
+    events, size, line, counted = [], 0, 1, 0
+    at = data.find(_MARK)
+    while at >= 0:
+        line, counted = line + data.count(b"\n", counted, at), at
+        found = _LINE_END.search(data, at)
+        end = found.start() if found else len(data)
+        size += end - at
+        where = f"{shown(path)}: line {line}"
+        if end - at > _MOST_LINE_BYTES:
+            raise UserError(
+                f"{where} has {end - at:,} bytes, and of an MLLOG event at most {_MOST_LINE_BYTES:,} are read"
+            )
+        if size > _MOST_EVENT_BYTES:
+            raise UserError(
+                f"{where}: more than {_MOST_EVENT_BYTES >> 20} MiB of MLLOG events; a log of BERT has less than one"
+            )
+        event = _event(data[at + len(_MARK) : end].decode("utf-8", "replace"))
+        if event is None and found:
+            raise UserError(f"{where} is no MLLOG event")
+        if event is not None:
+            events.append(event)
+        at = data.find(_MARK, end)
     if not events:
-        raise UserError(f"{path}: no MLLOG line in it")
+        raise UserError(f"{shown(path)}: no MLLOG line in it")
     return events
+
+
+def _event(text: str) -> dict[str, Any] | None:
+    """An event, or None if it is none."""
+    try:
+        event = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("key"), str) or "value" not in event:
+        return None
+    time_ms = _number(event.get("time_ms"))
+    return None if time_ms is None else {**event, "time_ms": time_ms}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one that was written as text."""
+    if isinstance(value, str) and len(value) < 40:
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return number(value)
+
+
+def _metadata(event: dict[str, Any]) -> dict[str, Any]:
+    found = event.get("metadata")
+    return found if isinstance(found, dict) else {}
 
 
 def score_run(path: str | Path) -> RunScore:
     """Score one log.
 
-    The time of a step is the median gap between evaluations over their steps, so it contains evaluation; start-up is the time
-    to the first evaluation beyond its steps at that pace.
+    The time of a step is the median gap between evaluations over their steps, so it contains evaluation; where only the samples
+    of the whole run are known, it is the time to the last evaluation over all steps. Start-up is the time to the first
+    evaluation beyond its steps at that pace. It is known where that evaluation came after as many samples as the later ones;
+    after another number, evaluations are taken out of the pace if the log says how long they took.
 
     Raises:
-        UserError: no log, or one without run_start or run_stop.
+        UserError: no log, or a value of another kind than its key wants.
     """
     events = read_events(path)
-    try:
-        return _scored(path, events)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
-        raise UserError(f"{path}: an event has a value of another kind than its key wants ({error})") from None
-
-
-def _scored(path: str | Path, events: list[dict[str, Any]]) -> RunScore:
-    last: dict[str, dict[str, Any]] = {event["key"]: event for event in events}
-    for key in ("run_start", "run_stop", "global_batch_size"):
-        if key not in last:
-            raise UserError(f"{path}: the log has no {key}")
-    begin = next(event["time_ms"] for event in events if event["key"] == "run_start")
-    batch = int(last["global_batch_size"]["value"])
-    evaluations = []
-    for event in events:
-        if event["key"] == "eval_accuracy":
-            samples = (event.get("metadata") or {}).get("epoch_num", 0)
-            evaluations.append(((event["time_ms"] - begin) / 1e3, int(samples), float(event["value"])))
-    pairs = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(evaluations) if b[1] > a[1]]
-    step_s = statistics.median(seconds * batch / samples for seconds, samples in pairs) if pairs else None
-    startup_s = evaluations[0][0] - step_s * evaluations[0][1] / batch if step_s and evaluations else None
-    samples = max((samples for _, samples, _ in evaluations), default=0)
-    status = (last["run_stop"].get("metadata") or {}).get("status")
+    last = {event["key"]: event for event in events}
+    cut_off = "run_stop" not in last
+    if not cut_off and "run_start" not in last:
+        raise UserError(f"{shown(path)}: the log has a run_stop and no run_start")
+    batch = _global_batch(path, last, required=not cut_off)
+    begin = next((event["time_ms"] for event in events if event["key"] == "run_start"), None)
+    end = events[-1]["time_ms"] if cut_off else last["run_stop"]["time_ms"]
+    time_s = 0.0 if begin is None else (end - begin) / 1e3
+    if time_s < 0 and not cut_off:
+        raise UserError(f"{shown(path)}: run_stop comes before run_start")
+    evaluations, key, samples = _evaluations(path, events, end if begin is None else begin, batch)
+    step_s = _step_s(evaluations, batch, samples)
     return RunScore(
-        str(path), str(last.get("submission_division", {}).get("value", "unknown")), batch,
-        last["seed"]["value"] if "seed" in last else None, status == "success",
-        (last["run_stop"]["time_ms"] - begin) / 1e3, samples, round(samples / batch), startup_s, step_s,
-        last["target_accuracy"]["value"] if "target_accuracy" in last else None, tuple(evaluations),
+        path=str(path), division=shown(last.get("submission_division", {}).get("value", "unknown"), 20), global_batch=batch,
+        seed=_seed(last["seed"]["value"]) if "seed" in last else None,
+        converged=not cut_off and _metadata(last["run_stop"]).get("status") == "success", time_s=max(0.0, time_s),
+        samples=samples, steps=round(samples / batch) if samples is not None and batch else None,
+        startup_s=_startup_s(evaluations, _pauses(events, begin), batch, step_s), step_s=step_s,
+        target=_number(last["target_accuracy"]["value"]) if "target_accuracy" in last else None, evaluations=evaluations,
+        samples_key=key, cut_off=cut_off,
     )  # fmt: skip
+
+
+def _seed(value: Any) -> int | str | None:
+    return value if value is None or whole_number(value, 1 << 64) is not None else shown(value, 40)
+
+
+def _global_batch(path: str | Path, last: dict[str, dict[str, Any]], required: bool) -> int | None:
+    if "global_batch_size" not in last:
+        if required:
+            raise UserError(f"{shown(path)}: the log has no global_batch_size")
+        return None
+    value = last["global_batch_size"]["value"]
+    batch = whole_number(_number(value), 1_000_000_000)
+    if not batch:
+        raise UserError(f"{shown(path)}: global_batch_size is {shown(value, 40)}; it must be a whole number above 0")
+    return batch
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
+def _evaluations(
+    path: str | Path, events: list[dict[str, Any]], begin: float, batch: int | None
+) -> tuple[tuple[Evaluation, ...], str | None, int | None]:
+    """The evaluations, the key that tells their samples, and the samples of the run.
+
+    By the rules `epoch_num` counts samples. Some logs of the first rounds count epochs there, or write 1, and have the samples
+    under `train_samples`, which in others is the size of the data set, or an accuracy. The first that can be what it should is
+    taken.
+    """
+    times, accuracies = [], []
+    readings: dict[str, list[Any]] = {"epoch_num": [], "samples_count": [], "train_samples": []}
+    totals = [event["value"] for event in events if event["key"] == "train_samples"]
+    for event in events:
+        if event["key"] != "eval_accuracy":
+            continue
+        accuracy = event["value"]
+        if _as_float(accuracy) is None:
+            raise UserError(f"{shown(path)}: eval_accuracy is {shown(accuracy, 40)}; it must be a number")
+        times.append((event["time_ms"] - begin) / 1e3)
+        accuracies.append(float(accuracy))
+        metadata = _metadata(event)
+        for key, values in readings.items():
+            values.append(metadata.get(key))
+    steps = [whole_number(_number(event["value"])) for event in events if event["key"] == _TRAINING_STEPS]
+    limit = 2 * batch * steps[-1] if batch and steps and steps[-1] else None
+    for key, values in readings.items():
+        counts = [whole_number(_floored(value)) for value in values]
+        if _are_samples(counts, batch, limit if key == "train_samples" else None):
+            found = tuple(map(Evaluation, times, counts, accuracies))
+            return found, key, max(count for count in counts if count is not None)
+    unknown = tuple(Evaluation(time, None, accuracy) for time, accuracy in zip(times, accuracies, strict=True))
+    counts = [whole_number(_number(value)) for value in totals]
+    rising = None not in counts and counts == sorted(counts, key=lambda count: count or 0) and len(set(counts)) > 1
+    if rising and len(counts) == len(times) and _are_samples(counts, batch, limit):  # one with each evaluation
+        return tuple(map(Evaluation, times, counts, accuracies)), "train_samples", counts[-1]
+    total = next((count for count in reversed(counts) if _are_samples([count], batch, limit)), None)
+    return unknown, None if total is None else "train_samples", total
+
+
+_TRAINING_STEPS = "opt_learning_rate_training_steps"
+
+
+def _as_float(value: Any) -> float | None:
+    """A number, which may be NaN or infinite."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _floored(value: Any) -> float | None:
+    found = _number(value)
+    return None if found is None else float(math.floor(found))
+
+
+def _are_samples(counts: Sequence[int | None], batch: int | None, limit: int | None) -> bool:
+    """Whether counts at evaluations can be samples that a run has seen: whole batches, and no whole data set.
+
+    Args:
+        limit: more than this is none either.
+    """
+    known = [count for count in counts if count is not None]
+    if not known or 2 * len(known) < len(counts) or not batch:
+        return False
+    gaps = [b - a for a, b in itertools.pairwise(known) if b != a]
+    least = statistics.median(gaps) if gaps else known[-1]
+    most = min(_WHOLE_SET - 1, limit or _WHOLE_SET)
+    return max(known) >= batch and least >= batch and max(known) <= most
+
+
+# ---- times ----------------------------------------------------------------------------------------------------------
+
+
+def _known_gaps(evaluations: Sequence[Evaluation]) -> Iterator[tuple[Evaluation, Evaluation, int]]:
+    """Evaluations after one another with the samples between them."""
+    for a, b in itertools.pairwise(evaluations):
+        if a.samples is not None and b.samples is not None and b.samples > a.samples and b.time_s > a.time_s:
+            yield a, b, b.samples - a.samples
+
+
+def _step_s(evaluations: Sequence[Evaluation], batch: int | None, samples: int | None) -> float | None:
+    if not batch or not samples:
+        return None
+    paces = [(b.time_s - a.time_s) * batch / between for a, b, between in _known_gaps(evaluations)]
+    if paces:
+        return statistics.median(paces)
+    if evaluations and evaluations[-1].samples is None and evaluations[-1].time_s > 0:
+        return evaluations[-1].time_s * batch / samples
+    return None
+
+
+def _pauses(events: list[dict[str, Any]], begin: float | None) -> list[tuple[float, float]]:
+    """When evaluations began and ended, in seconds after run_start, as far as the log says both."""
+    found, start = [], None
+    for event in events:
+        if event["key"] == "eval_start":
+            start = event["time_ms"]
+        elif event["key"] == "eval_stop" and start is not None and begin is not None:
+            found.append(((start - begin) / 1e3, (event["time_ms"] - begin) / 1e3))
+            start = None
+    return found
+
+
+def _startup_s(
+    evaluations: Sequence[Evaluation], pauses: list[tuple[float, float]], batch: int | None, step_s: float | None
+) -> float | None:
+    first = next((each for each in evaluations if each.samples), None)
+    gaps = list(_known_gaps(evaluations))
+    if first is None or first.samples is None or not gaps or not batch or step_s is None:
+        return None
+    steps = first.samples / batch
+    if abs(first.samples - statistics.median(between for _, _, between in gaps)) <= batch:
+        found = first.time_s - step_s * steps
+    elif pauses:
+        paces = [(b.time_s - a.time_s - _within(pauses, a.time_s, b.time_s)) * batch / n for a, b, n in gaps]
+        found = first.time_s - _within(pauses, 0.0, first.time_s) - statistics.median(paces) * steps
+    else:
+        return None
+    return found if found >= 0 else None
+
+
+def _within(pauses: list[tuple[float, float]], begin: float, end: float) -> float:
+    return sum(max(0.0, min(end, stop) - max(begin, start)) for start, stop in pauses)
 
 
 @dataclass(frozen=True)
@@ -130,6 +334,23 @@ class SystemScore:
         samples, seconds = self.mean("samples"), self.mean("time_s")
         return samples / seconds / self.accelerators if samples and seconds and self.accelerators else None
 
+    @property
+    def global_batch(self) -> int | None:
+        """Of the first run that tells it."""
+        return next((run.global_batch for run in self.runs if run.global_batch is not None), None)
+
+    @property
+    def samples_to_converge(self) -> list[float | None] | None:
+        """For the reference's verdict: None for a run that did not converge, and in all if samples of one are not known."""
+        if any(run.converged and run.samples is None for run in self.runs):
+            return None
+        return [run.samples if run.converged else None for run in self.runs]
+
+    @property
+    def samples_keys(self) -> str:
+        """Where samples were read in the runs, a word each."""
+        return " ".join(dict.fromkeys(run.samples_key for run in self.runs if run.samples_key)) or "-"
+
 
 def score_folder(folder: str | Path) -> SystemScore:
     """All result_*.txt of a folder; the accelerators from systems/NAME.json of the submission, if that is there.
@@ -140,10 +361,13 @@ def score_folder(folder: str | Path) -> SystemScore:
     folder = Path(folder)
     files = [folder] if folder.is_file() else sorted(folder.glob("result_*.txt"))
     if not files:
-        raise UserError(f"{folder}: no result_*.txt in it")
+        raise UserError(f"{shown(folder)}: no result_*.txt in it")
     system = folder.parent.name if folder.name == "bert" else folder.stem
     runs = tuple(score_run(path) for path in files)
-    return SystemScore(system, _accelerators(folder, system), runs, _scale(folder))
+    return SystemScore(shown(system, 80), _accelerators(folder, system), runs, _scale(folder))
+
+
+_MOST_JSON_BYTES = 1 << 20
 
 
 def _scale(folder: Path) -> float:
@@ -151,19 +375,33 @@ def _scale(folder: Path) -> float:
     path = folder / "scaling.json"
     if not path.is_file():
         return 1.0
+    factor = _number(_object(path, "a scaling.json").get("scaling_factor"))
+    if factor is None or not 0 < factor < 1000:
+        raise UserError(f"{shown(path)}: no scaling_factor in it that is a number above 0")
+    return factor
+
+
+def _object(path: Path, what: str) -> dict[str, Any]:
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["scaling_factor"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no scaling_factor in it") from None
+        found = parse_json(read_bounded(path, _MOST_JSON_BYTES, what))
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{shown(path)} is no JSON: {shown(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{shown(path)} is no JSON object")
+    return found
 
 
 def _accelerators(folder: Path, system: str) -> int | None:
+    """Of the system's description, which is in a folder above; None if there is none, or none with both numbers."""
     for parent in folder.resolve().parents:
         description = parent / "systems" / f"{system}.json"
         if description.is_file():
-            try:
-                values = json.loads(description.read_text(encoding="utf-8"))
-                return int(values["number_of_nodes"]) * int(values["accelerators_per_node"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{description}: number_of_nodes and accelerators_per_node must be numbers") from None
+            values = _object(description, "a system description")
+            nodes, each = (
+                whole_number(_number(values.get(name)), 1_000_000)
+                for name in ("number_of_nodes", "accelerators_per_node")
+            )
+            return None if nodes is None or each is None else nodes * each
     return None

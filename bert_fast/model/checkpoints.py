@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from bert_fast.config import ModelConfig
 from bert_fast.errors import UserError
 from bert_fast.files import write_atomically, write_json
+from bert_fast.foreign import parse_json, read_bounded, shown
 from bert_fast.model.tensorflow_bundle import TensorBundle, is_bundle
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
@@ -50,31 +52,135 @@ def to_huggingface(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[
     return renamed
 
 
-def from_huggingface(weights: dict[str, torch.Tensor], config: ModelConfig, where: str = "") -> dict[str, torch.Tensor]:
-    """The inverse of `to_huggingface`. Rows beyond a shorter vocabulary are zero. Raises UserError naming the tensor."""
+class Stored(NamedTuple):
+    """A tensor of a file, not read yet. `kind` is its number format by safetensors' names (F32, BF16, I8, ...)."""
+
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[], torch.Tensor]
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PADDED = ("embeddings.word.weight", "heads.decoder_bias")  # a row for each token
+
+
+def from_huggingface(
+    weights: Mapping[str, Stored], config: ModelConfig, shapes: Mapping[str, torch.Size], where: str = ""
+) -> dict[str, torch.Tensor]:
+    """The inverse of `to_huggingface`, in fp32. Rows beyond a shorter vocabulary are zero.
+
+    Args:
+        shapes: of our tensors by name.
+
+    Raises:
+        UserError: naming a tensor that is missing, of another shape or of a number format that is not read.
+    """
     state: dict[str, torch.Tensor] = {}
     for ours, theirs in _pairs(config):
-        missing = [name for name in theirs if name not in weights]
-        if missing:
-            raise UserError(f"checkpoint {where} has no tensor {missing[0]}; it is no BertForPreTraining")
-        state[ours] = torch.cat([weights[name].float() for name in theirs])
-    for name in ("embeddings.word.weight", "heads.decoder_bias"):
-        short = config.vocab_size - len(state[name])
+        parts = []
+        for name in theirs:
+            if name not in weights:
+                raise UserError(_missing(name, weights, where))
+            wanted = (shapes[ours][0] // len(theirs), *shapes[ours][1:])
+            found = weights[name]
+            fits = found.shape == wanted
+            if ours in _PADDED and len(found.shape) == len(wanted) and found.shape[1:] == wanted[1:]:
+                fits = 0 < found.shape[0] <= wanted[0]
+            if not fits:
+                part = f" ({name})" if len(theirs) > 1 else ""
+                raise UserError(
+                    f"checkpoint {where} is of another model: {ours}{part} is {shown(list(found.shape))} there and "
+                    f"{list(wanted)} in the config's model section"
+                )
+            if found.kind not in _FLOATS:
+                raise UserError(
+                    f"checkpoint {where}: {name} is of type {found.kind}, and {', '.join(_FLOATS)} are read; "
+                    "save it in one of them"
+                )
+            parts.append(found.read().float())
+        state[ours] = torch.cat(parts)
+        short = shapes[ours][0] - len(state[ours])
         if short > 0:
-            state[name] = torch.cat([state[name], state[name].new_zeros(short, *state[name].shape[1:])])
+            state[ours] = torch.cat([state[ours], state[ours].new_zeros(short, *state[ours].shape[1:])])
     return state
 
 
-def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, torch.Tensor]:
+def _missing(name: str, weights: Mapping[str, Stored], where: str) -> str:
+    """What to say of a checkpoint without a tensor."""
+    heads = "bert.pooler.dense.weight", "cls.seq_relationship.weight"
+    if (
+        name.startswith(("bert.pooler.", "cls.seq_relationship."))
+        and "cls.predictions.transform.dense.weight" in weights
+    ):
+        lacks = " and ".join(head for head in heads if head not in weights) or name
+        return (
+            f"checkpoint {where} has no {lacks}: it was trained without next-sentence prediction (a BertForMaskedLM, as "
+            "run_mlm writes it). It fits a model with model.next_sentence: false, which this version does not have yet; "
+            "start from a BertForPreTraining"
+        )
+    return f"checkpoint {where} has no tensor {name}; it is no BertForPreTraining"
+
+
+def _check_extra(weights: Mapping[str, Stored], config: ModelConfig, where: str) -> None:
+    """Refuse tensors that this model has no place for, and a decoder that is another than the word embedding."""
+    known = {name for _, theirs in _pairs(config) for name in theirs}
+    extra = sorted(set(weights) - known - _BUFFERS)
+    for name, tied in _TIED.items():
+        if name in weights and tied in weights:
+            extra.remove(name)
+            own, other = weights[name], weights[tied]
+            readable = own.shape == other.shape and own.kind in _FLOATS
+            if not (readable and torch.equal(own.read().float(), other.read().float())):
+                raise UserError(
+                    f"checkpoint {where} has a decoder of its own: {name} is not {tied}, and here they are one tensor; "
+                    "train it with tie_word_embeddings"
+                )
+    if extra:
+        more = f" and {len(extra) - 5:,} more" if len(extra) > 5 else ""
+        raise UserError(
+            f"checkpoint {where} has tensors that this model has no place for: {shown(', '.join(extra[:5]), 400)}{more}; its "
+            "outputs would be others without them. Save it as a plain BertForPreTraining"
+        )
+
+
+_BUFFERS = {
+    "bert.embeddings.position_ids",
+    "bert.embeddings.token_type_ids",
+}  # 0, 1, 2 ... and zeros, of older versions
+_TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
+def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, Stored]:
     """A checkpoint of Google's BERT under Hugging Face's names; optimizer slots (adam_m, lamb_v, ...) are left.
 
-    Kernels are [in, out] there and [out, in] here. Raises UserError naming a tensor that is missing.
+    Kernels are [in, out] there and [out, in] here. Variables of the model that are not BERT's keep their names.
+
+    Raises:
+        UserError: naming a tensor that is missing.
     """
-    renamed: dict[str, torch.Tensor] = {}
+    renamed: dict[str, Stored] = {}
+    known: set[str] = set()
     for theirs, google in google_variables(num_layers):
-        values = torch.from_numpy(bundle[google])
-        renamed[theirs] = values.t().contiguous() if google.endswith("/kernel") else values
+        if google not in bundle:
+            raise UserError(f"checkpoint {bundle.prefix} has no tensor {google}")
+        entry, turned = bundle.entries[google], google.endswith("/kernel")
+        renamed[theirs] = Stored(
+            entry.shape[::-1] if turned else entry.shape, bundle.kind(google) or f"{entry.kind} of TensorFlow",
+            functools.partial(_read_google, bundle, google, turned),
+        )  # fmt: skip
+        known.add(google)
+    for name in bundle.entries:
+        if name.startswith(("bert/", "cls/")) and name not in known and name.rpartition("/")[0] not in known:
+            renamed[name] = Stored(bundle.entries[name].shape, "", functools.partial(_read_google, bundle, name, False))
     return renamed
+
+
+def _read_google(bundle: TensorBundle, name: str, turned: bool) -> torch.Tensor:
+    values = torch.from_numpy(bundle[name])
+    return values.t().contiguous() if turned else values
 
 
 def google_variables(num_layers: int) -> Iterator[tuple[str, str]]:
@@ -135,63 +241,142 @@ def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
 def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
     """Load a Hugging Face folder, or a TensorFlow checkpoint by its prefix (`model.ckpt-28252`), into `model`.
 
+    Dropout is the config's: it decides how a model is trained on, not what its weights mean.
+
     Raises:
-        UserError: files missing or damaged, or a shape that does not fit the model (the tensor is named).
+        UserError: files missing or damaged, a tensor that is missing, too many or of another shape, or a description that
+            says of the model's mathematics something else than the config.
     """
-    if is_bundle(folder):
-        bundle = TensorBundle(folder)
-        layers = sum(name.endswith("attention/self/query/kernel") for name in bundle.entries)
-        weights = from_tensorflow(bundle, min(layers, config.num_layers))
-    else:
-        weights = _read_safetensors(Path(folder))
-        _check_description(config, Path(folder))
-        layers = sum(key.endswith("attention.self.query.weight") for key in weights)
-    if layers != config.num_layers:
-        raise UserError(f"checkpoint {folder} has {layers} layers, model.num_layers={config.num_layers}")
-    state = from_huggingface(weights, config, str(folder))
-    own = model.state_dict()
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"checkpoint {folder} is of another model: {name} is {list(tensor.shape)} there and "
-                f"{list(own[name].shape)} in the config's model section"
+    where = shown(folder)
+    weights: Mapping[str, Stored]
+    with contextlib.ExitStack() as files:
+        if is_bundle(folder):
+            bundle = TensorBundle(folder)
+            layers = sum(name.endswith("attention/self/query/kernel") for name in bundle.entries)
+            _check_description(config, Path(folder).parent / "bert_config.json", by_google=True)
+            weights = from_tensorflow(bundle, layers) if layers == config.num_layers else {}
+        else:
+            weights = _read_safetensors(Path(folder), files)
+            _check_description(
+                config, Path(folder) / "config.json", untied="cls.predictions.decoder.weight" not in weights
             )
+            layers = sum(key.endswith("attention.self.query.weight") for key in weights)
+        if layers != config.num_layers:
+            raise UserError(f"checkpoint {where} has {layers} layers, model.num_layers={config.num_layers}")
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        state = from_huggingface(weights, config, shapes, where)
+        _check_extra(weights, config, where)
     model.load_state_dict(state)
 
 
-def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+_MOST_HEADER_BYTES = 16 << 20  # BERT-large's has 0.05 MB
+
+
+def _read_safetensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Stored]:
+    """The tensors of a folder by Hugging Face's names today; LayerNorm's gamma and beta of older files are renamed."""
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"checkpoint {folder} has no model.safetensors; point train.init_checkpoint at such a folder")
+        others = [name for name in ("pytorch_model.bin", "model.safetensors.index.json") if (folder / name).is_file()]
+        why = ""
+        if others:
+            why = f"; {others[0]} is not read (a .bin can run code): load it elsewhere and save_pretrained() it as one file"
+        raise UserError(
+            f"checkpoint {shown(folder)} has no model.safetensors; point train.init_checkpoint at such a folder{why}"
+        )
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {error}") from None
-
-
-def _check_description(config: ModelConfig, folder: Path) -> None:
-    """Refuse what shapes do not show: another number of heads, another activation."""
-    if not (folder / "config.json").is_file():
-        return
-    description = read_config(folder)
-    for name, field, own in (
-        ("num_attention_heads", "num_heads", config.num_heads),
-        ("hidden_act", "activation", _ACTIVATIONS[config.activation]),
-    ):
-        if description.get(name, own) != own:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MOST_HEADER_BYTES:
             raise UserError(
-                f"checkpoint {folder} is of another model: its config.json has {name}={description[name]} and "
-                f"model.{field} means {own}"
+                f"checkpoint {shown(path)} is damaged: its header says {header:,} bytes, and at most "
+                f"{_MOST_HEADER_BYTES >> 20} MiB are read"
             )
+        found = files.enter_context(safe_open(path, framework="pt"))
+        stored = {}
+        for name in found.keys():  # noqa: SIM118 (it is no dict)
+            part = found.get_slice(name)
+            read = functools.partial(found.get_tensor, name)
+            stored[name] = Stored(tuple(part.get_shape()), str(part.get_dtype()), read)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {shown(path)} is damaged: {shown(str(error))}") from None
+    renamed = {}
+    for name, tensor in stored.items():
+        new = name
+        for old, today in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+            if name.endswith(old):
+                new = name.removesuffix(old) + today
+        renamed[name if new in stored else new] = tensor
+    bias = "cls.predictions.bias"
+    if (
+        bias not in renamed and "cls.predictions.decoder.bias" in renamed
+    ):  # one parameter, of which a file keeps one name
+        renamed[bias] = renamed["cls.predictions.decoder.bias"]
+    return renamed
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The raw `config.json` of a Hugging Face folder. Raises UserError if it is no JSON object."""
-    path = Path(folder) / "config.json"
+# What BertConfig takes where its file says nothing
+_DEFAULTS: dict[str, Any] = {
+    "model_type": "bert", "num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+    "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
+    "tie_word_embeddings": True, "pruned_heads": None, "quantization_config": None,
+}  # fmt: skip
+# One function under several names
+_GELU = {
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+}
+
+
+def _check_description(config: ModelConfig, path: Path, *, untied: bool = False, by_google: bool = False) -> None:
+    """Refuse what shapes do not show but the outputs would: heads, activation, epsilon, kind of positions, decoder.
+
+    Args:
+        untied: the weights have no decoder of their own, so `tie_word_embeddings` says whether there is one. Where they have
+            one, it is compared with the word embedding instead.
+        by_google: Google's `bert_config.json`, whose "gelu" is by tanh in TensorFlow and by erf in what others made of it.
+    """
+    if not path.is_file():
+        return
+    description = {**_DEFAULTS, **read_config(path)}
+    gelu = (*_GELU["gelu"], *_GELU["gelu_tanh"]) if by_google else _GELU[config.activation]
+    meant: dict[str, tuple[tuple[Any, ...], str]] = {
+        "model_type": (("bert",), "this model is BERT"),
+        "num_attention_heads": ((config.num_heads,), f"model.num_heads={config.num_heads}"),
+        "hidden_act": (gelu, f"model.activation={config.activation} means {' or '.join(gelu)}"),
+        "layer_norm_eps": ((config.layer_norm_eps,), f"model.layer_norm_eps={config.layer_norm_eps:g}"),
+        "position_embedding_type": (("absolute",), "positions here are absolute"),
+        "is_decoder": ((False,), "attention here sees both sides"),
+        "add_cross_attention": ((False,), "there is no cross-attention here"),
+        "pruned_heads": ((None, {}), "no heads are pruned here"),
+        "quantization_config": ((None,), "weights here are not quantized"),
+    }
+    if untied:
+        meant["tie_word_embeddings"] = ((True,), "the decoder here is the word embedding")
+    if by_google:
+        meant = {name: meant[name] for name in ("num_attention_heads", "hidden_act")}
+    wrong = [
+        f"{name}={shown(description[name], 40)} and {ours}"
+        for name, (values, ours) in meant.items()
+        if not any(description[name] == value for value in values)
+    ]
+    if wrong:
+        raise UserError(f"checkpoint {shown(path.parent)} is of another model: its {path.name} has {'; '.join(wrong)}")
+
+
+_MOST_CONFIG_BYTES = 1 << 20
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The raw `config.json` of a Hugging Face folder, or of the file itself. Raises UserError if it is no JSON object."""
+    path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = parse_json(read_bounded(path, _MOST_CONFIG_BYTES, "a model's description"))
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint file {shown(path)}: {error.strerror}") from None
     except ValueError:
         description = None
     if not isinstance(description, dict):
-        raise UserError(f"checkpoint file {path} is damaged: it is no JSON object")
+        raise UserError(f"checkpoint file {shown(path)} is damaged: it is no JSON object")
     return description

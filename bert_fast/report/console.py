@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def seconds_text(seconds: float) -> str:
@@ -66,12 +67,12 @@ class ProgressLine:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Two columns: what and how much."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    """Two columns: what and how much. Brackets in them are text, not rich's markup."""
+    table = Table(title=Text(title, style="table.title"), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     Console(soft_wrap=False).print(table)
 
 

@@ -1,30 +1,37 @@
 """A run as it goes, seen through its folder alone: what its files say now, as plain values.
 
 Only reads, so any machine that sees the folder can look. On network file systems lines come late, by the writer's cache.
+The files may be anyone's: what is not of the kind that a run writes is left out, and lines of it are counted.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from bert_fast.errors import UserError
 from bert_fast.files import CHECKPOINT_MANIFEST, checkpoints_in
+from bert_fast.foreign import number, open_regular, parse_json, parse_yaml, read_bounded, shown, whole_number
 from bert_fast.report import stragglers
 from bert_fast.report.console import seconds_text
+from bert_fast.report.metrics import MOST_LINE_BYTES
 
 SILENT_S = 30.0  # no run is called silent before, nor before three times its longest gap between lines
 WORST = 3  # ranks shown
 _UNEQUAL = 1.01  # planned imbalance above which a rank's mean time says nothing of its hardware
 _HEAD = 256  # first bytes of a file, by which one that was replaced is known
 _BLOCK = 1 << 22
+_MOST_JSON_BYTES = 64 << 20
+_MOST_CONFIG_BYTES = 1 << 18
+_MOST_RANKS = 1_000_000
+_CHECKPOINT = re.compile(r"step-[0-9]{1,15}")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -35,13 +42,18 @@ class Tail:
         self.path, self._offset, self._head = path, 0, b""
 
     def read(self) -> tuple[bool, Iterator[bytes]]:
-        """Whether the file is another than at the last call, and its new lines. A last line without its end waits."""
+        """Whether the file is another than at the last call, and its new lines. A last line without its end waits.
+
+        Raises:
+            UserError: no regular file, one that cannot be read, or (from the lines) a line longer than any of a run.
+        """
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 (anew each time: so a network file system asks its server)
+            descriptor = open_regular(self.path)  # anew each time: so a network file system asks its server
         except FileNotFoundError:
             replaced = self._offset > 0
             self._offset, self._head = 0, b""
             return replaced, iter(())
+        file = os.fdopen(descriptor, "rb")
         head = file.read(_HEAD)
         replaced = not head.startswith(self._head)  # a shorter file does not start so either, or is caught below
         replaced = replaced or file.seek(0, 2) < self._offset
@@ -59,6 +71,11 @@ class Tail:
                 for line in lines:
                     self._offset += len(line) + 1
                     yield line
+                if len(rest) > MOST_LINE_BYTES:
+                    raise UserError(
+                        f"{shown(self.path)}: the line at byte {self._offset:,} is longer than {MOST_LINE_BYTES >> 20} MiB; "
+                        "no run writes such lines"
+                    )
 
 
 class RunWatch:
@@ -78,7 +95,7 @@ class RunWatch:
         self.evaluations: list[dict[str, Any]] = []
         self.hosts: list[str] | None = None
         self._skipped: list[dict[str, Any]] = []
-        self._rewinds = 0
+        self._rewinds, self._left_out = 0, 0
         self._time_s, self._gap_s = 0.0, 0.0
         self._sums: dict[str, float] = {}
         self._tally = stragglers.StragglerTally()
@@ -112,19 +129,23 @@ class RunWatch:
         except FileNotFoundError:
             return
         except NotADirectoryError:
-            raise UserError(f"{self.folder} is a file; give the run's folder, that holds metrics.jsonl") from None
+            raise UserError(
+                f"{shown(self.folder)} is a file; give the run's folder, that holds metrics.jsonl"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{shown(self.folder)}: {error.strerror}") from None
         if names and not names & {"config.yaml", "commit.txt", "metrics.jsonl"}:
             raise UserError(
-                f"{self.folder} holds no run (no config.yaml, no metrics.jsonl); give a run's folder, such as runs/NAME-seed0"
+                f"{shown(self.folder)} holds no run (no config.yaml, no metrics.jsonl); give a run's folder, such as "
+                "runs/NAME-seed0"
             )
 
     def _take(self, text: bytes) -> None:
-        try:
-            line = json.loads(text)
-            kind, step = line["kind"], line["step"]
-        except (ValueError, TypeError, KeyError):  # cut off by a crash
+        line = _figures(text)
+        if line is None:  # cut off by a crash, or not of a run
+            self._left_out += 1
             return
-        time_s = line.get("time_s")
+        kind, step, time_s = line["kind"], line["step"], line.get("time_s")
         if time_s is not None:
             self._gap_s, self._time_s = max(self._gap_s, time_s - self._time_s), time_s
         if "hosts" in line:
@@ -143,7 +164,7 @@ class RunWatch:
             self.evaluations = [one for one in self.evaluations if one["step"] < step]
         before = self.losses[-1][0] if self.losses else 0
         self.last = line
-        self.losses.append((step, float(line["loss"])))
+        self.losses.append((step, line["loss"]))
         imbalance = line.get("compute_imbalance") or []
         steps = len(line.get("imbalance") or imbalance) or max(1, step - before)
         step_s = line["samples"] / step / line["samples_per_s"]
@@ -163,7 +184,7 @@ class RunWatch:
         if not compute or len(compute) < 2 or sum(planned) / len(planned) > _UNEQUAL:
             return
         data, exposed = (
-            np.array(line[name]) * steps / 1e3 if line.get(name) else None
+            np.array(line[name]) * steps / 1e3 if len(line.get(name) or ()) == len(compute) else None
             for name in ("data_ms_rank", "exposed_ms_rank")
         )
         if self._tally.total is not None and self._tally.total.ranks != len(compute):
@@ -174,11 +195,11 @@ class RunWatch:
         if not any(key in text for key in (b'"resumed"', b'"run_start"', b'"run_stop"')):
             return
         try:
-            event = json.loads(text[text.index(b"{") :])
+            event = parse_json(text[text.index(b"{") :])
         except ValueError:
             return
         if event.get("key") == "run_stop":
-            self._run_stop = str(event.get("metadata", {}).get("status", "ended"))
+            self._run_stop = shown(_object(event.get("metadata")).get("status", "ended"), 40)
         elif event.get("key") in ("resumed", "run_start"):
             self._resumed += event["key"] == "resumed"
             self._run_stop = ""
@@ -187,7 +208,7 @@ class RunWatch:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything shown, by name, as plain values: seconds, shares of 1, None where it is not known."""
-        record = _read_json(self.folder / "metrics.json")
+        record = _read_object(self.folder / "metrics.json")
         state, state_text = self._state(record)
         train, last = self.config.get("train", {}), self.last or {}
         step, time_s, max_steps = last.get("step", 0), self._time_s, train.get("max_steps")
@@ -216,7 +237,8 @@ class RunWatch:
             "slowest": [{"name": stragglers.rank_name(one.rank, self.hosts), **one._asdict()} for one in worst],
             "slow_text": self._slow_text(worst), "skipped": len(self._skipped),
             "skipped_last": self._skipped[-1] if self._skipped else None,
-            "sessions": max(1 + max(self._resumed, self._rewinds), (record or {}).get("sessions", 1)),
+            "sessions": max(1 + max(self._resumed, self._rewinds), whole_number((record or {}).get("sessions")) or 1),
+            "lines_left_out": self._left_out,
             "losses": sparkline([loss for _, loss in self.losses]),
         }  # fmt: skip
 
@@ -226,11 +248,11 @@ class RunWatch:
         if record is not None:
             if record.get("target_accuracy") is None:
                 return "finished", "finished: all steps done, no target was set"
-            reached = record.get("metrics", {}).get("target_reached")
+            reached = _object(record.get("metrics")).get("target_reached")
             return "finished", f"finished: target {'reached' if reached else 'missed'}"
-        stopped = _read_json(self.folder / "stopped.json")
+        stopped = _read_object(self.folder / "stopped.json")
         if stopped is not None:
-            where = f"stopped by {stopped.get('signal')} at step {stopped.get('step', 0):,}"
+            where = f"stopped by {shown(stopped.get('signal'), 40)} at step {whole_number(stopped.get('step')) or 0:,}"
             return "stopped", f"{where}; --resume goes on"
         if self._run_stop:
             return "ended", f"ended ({self._run_stop}), with no metrics.json: it is being written, or the run failed"
@@ -247,7 +269,7 @@ class RunWatch:
         return min((age for age in ages if age is not None), default=0.0)
 
     def _checkpoint(self) -> dict[str, float] | None:
-        found = checkpoints_in(self.folder / "checkpoints")
+        found = [path for path in checkpoints_in(self.folder / "checkpoints") if _CHECKPOINT.fullmatch(path.name)]
         age = _age_s(found[-1] / CHECKPOINT_MANIFEST) if found else None
         return None if age is None else {"step": int(found[-1].name.removeprefix("step-")), "age_s": age}
 
@@ -279,34 +301,133 @@ def _age_s(path: Path) -> float | None:
     """Seconds since a file or folder was changed; None if it is not there (any more)."""
     try:
         return max(0.0, time.time() - path.stat().st_mtime)
-    except FileNotFoundError:
+    except OSError:
         return None
+
+
+def _figures(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl with what is read of it here, each of its kind; None if it is not a run's."""
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    kind, step = _object(line).get("kind"), whole_number(_object(line).get("step"))
+    if not isinstance(kind, str) or step is None:
+        return None
+    try:
+        found: dict[str, Any] = {"kind": kind, "step": step}
+        if kind in ("step", "eval"):
+            found |= {name: _reading(line, name) for name in _WANTED[kind]}
+            if kind == "step" and (step < 1 or found["samples"] < 1):
+                return None
+        found |= {name: _reading(line, name) for name in _READINGS if line.get(name) is not None and name not in found}
+    except ValueError:
+        return None
+    return found
+
+
+def _share(value: Any) -> float | None:
+    """From 0 to 1, or NaN."""
+    if isinstance(value, float) and math.isnan(value):
+        return value
+    found = number(value, 1)
+    return None if found is None or found < 0 else found
+
+
+def _any_number(value: Any) -> float | None:
+    """Also of a run that diverged: NaN, or infinite if it is larger than can be drawn."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if -1e30 < value < 1e30 or (isinstance(value, float) and math.isnan(value)):
+        return float(value)
+    return math.inf if value > 0 else -math.inf
+
+
+def _amount(value: Any) -> float | None:
+    found = number(value, 1e12)
+    return None if found is None or found < 0 else found
+
+
+def _rate(value: Any) -> float | None:
+    return number(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def _amounts(value: Any) -> list[float] | None:
+    found = [_amount(one) for one in value] if isinstance(value, list) else [None]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _ranks(value: Any) -> list[int] | None:
+    found = [whole_number(one) for one in value[:8]] if isinstance(value, list) else [None]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+# How each value of a line is read; None is one of another kind
+_READINGS: dict[str, Any] = {
+    "samples": whole_number, "time_s": _amount, "loss": _any_number, "lr": _any_number, "grad_norm": _any_number,
+    "samples_per_s": _rate, "imbalance": _amounts, "compute_imbalance": _amounts, "compute_ms": _amounts,
+    "data_ms_rank": _amounts, "exposed_ms_rank": _amounts, "exposed_ms": _amount, "data_ms": _amount,
+    "optimizer_ms": _amount, "accuracy": _share, "bad_step": whole_number, "ranks": _ranks,
+    "hosts": lambda value: value if isinstance(value, list) else None,
+}  # fmt: skip
+_WANTED = {"step": ("samples", "loss", "samples_per_s"), "eval": ("samples", "time_s", "accuracy")}
+
+
+def _reading(line: dict[str, Any], name: str) -> Any:
+    """A value of a line. Raises ValueError if it is of another kind than its name wants."""
+    found = _READINGS[name](line.get(name))
+    if found is None:
+        raise ValueError(name)
+    return found
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or of a foreign writer that is not done
+        return parse_json(read_bounded(path, _MOST_JSON_BYTES, "a run's record"))
+    except (FileNotFoundError, ValueError):  # not there, or of a foreign writer that is not done
         return None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any] | None:
+    found = _read_json(path)
+    return found if isinstance(found, dict) else None
+
+
+def _read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """What is shown of a config, by section; None for a value of another kind."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError):
+        tree = _object(parse_yaml(read_bounded(path, _MOST_CONFIG_BYTES, "a config").decode("utf-8")))
+    except (FileNotFoundError, ValueError):
         return {}
-    return {name: part for name, part in tree.items() if isinstance(part, dict)} if isinstance(tree, dict) else {}
+    run, train, batch = (_object(tree.get(name)) for name in ("run", "train", "batch"))
+    if not (run or train or batch):
+        return {}
+    name = run.get("name")
+    return {
+        "run": {"name": None if name is None else shown(name, 100)},
+        "train": {
+            "seed": whole_number(train.get("seed"), 1 << 64), "max_steps": whole_number(train.get("max_steps")),
+            "target_accuracy": number(train.get("target_accuracy"), 1),
+            "eval_every_samples": whole_number(train.get("eval_every_samples")),
+        },
+        "batch": {"global_batch": whole_number(batch.get("global_batch"))},
+    }  # fmt: skip
 
 
 def _host_names(found: Any) -> list[str] | None:
     """Host names by rank, from a list of them or of {"rank", "host"}."""
-    try:
-        if all(isinstance(one, str) for one in found):
-            return list(found) or None
-        by_rank = {int(one["rank"]): str(one["host"]) for one in found}
-    except (TypeError, KeyError, ValueError):
+    if not isinstance(found, list):
         return None
-    return [by_rank.get(rank, "") for rank in range(max(by_rank) + 1)]
+    if all(isinstance(one, str) for one in found):
+        return [shown(one, 64) for one in found] or None
+    by_rank = {whole_number(_object(one).get("rank"), _MOST_RANKS): _object(one).get("host") for one in found}
+    if None in by_rank or not all(isinstance(host, str) for host in by_rank.values()):
+        return None
+    return [shown(by_rank.get(rank, ""), 64) for rank in range(max(by_rank) + 1)]  # type: ignore[type-var, operator]
 
 
 def forecast(

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bert_fast.errors import UserError
+from bert_fast.foreign import number, open_regular, parse_json, shown, whole_number
+
+MOST_LINE_BYTES = 16 << 20  # a line of 4,096 ranks has 0.3 MB
 
 
 class MetricsWriter:
@@ -40,16 +47,41 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line cut off by a crash is left out."""
+    """The lines of a run's metrics.jsonl; one cut off by a crash, or without kind and step, is left out.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: no regular file, or one with a line longer than any of a run's.
+    """
     lines = []
-    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in _lines(Path(folder) / "metrics.jsonl"):
         try:
-            lines.append(json.loads(line))
+            line = parse_json(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("kind"), str) and whole_number(line.get("step")) is not None:
+            lines.append(line)
     return lines
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with os.fdopen(open_regular(path), "rb") as file:
+        while text := file.readline(MOST_LINE_BYTES + 1):
+            if len(text) > MOST_LINE_BYTES:
+                raise UserError(
+                    f"{shown(path)}: the line that ends at byte {file.tell():,} or later is longer than "
+                    f"{MOST_LINE_BYTES >> 20} MiB; no run writes such lines"
+                )
+            yield text
 
 
 def cost_rows(folder: str | Path) -> list[tuple[float, float, float]]:
     """What a run's log says of cost: (tokens, squared lengths, milliseconds) of a rank in a step."""
-    return [tuple(row) for line in read_metrics(folder) if line["kind"] == "step" for row in line.get("cost", [])]
+    rows = []
+    for line in read_metrics(folder):
+        cost = line.get("cost") if line["kind"] == "step" else None
+        for row in cost if isinstance(cost, list) else ():
+            figures = [number(value, 1e18) for value in row] if isinstance(row, list) else []
+            if len(figures) == 3 and None not in figures:
+                rows.append(tuple(figures))
+    return rows  # type: ignore[return-value]

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _SHOWN = 64  # nodes; of more, those that stand out
 
@@ -24,9 +25,10 @@ def node_table(report: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("host", "device", "data") else "right")
     for node in shown:
         table.add_row(
-            node["host"], _ranges(node["ranks"]), node["device"], str(len(node["cpus"])), f"{node['memory_gib']:.0f}",
+            Text(node["host"]), _ranges(node["ranks"]), Text(node["device"]), str(len(node["cpus"])),
+            f"{node['memory_gib']:.0f}",
             _span(node["tflops"], "{:.2f}"), _span(node["link_mb_s"], "{:,.0f}"), _span(node["clock_ms"], "{:+.1f}"),
-            node["data"]["train"].split()[0],
+            Text(node["data"]["train"].split()[0]),
         )  # fmt: skip
     console.print(table)
     if len(shown) < len(nodes):
@@ -38,7 +40,7 @@ def node_table(report: dict[str, Any]) -> None:
         ]
         console.print(f"all-reduce: {network['latency_us']:.0f} us latency, " + ", ".join(figures))
     for text in slow:
-        console.print(f"slow: {text}", style="bold")
+        console.print(f"slow: {text}", style="bold", markup=False)
     if not slow:
         console.print("no rank stands out")
 

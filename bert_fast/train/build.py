@@ -139,8 +139,8 @@ def bucket_note(config: Config, layout: Layout) -> str | None:
 
 
 def seed_ranks(seed: int, environment: Environment) -> None:
-    """Each rank its own dropout."""
-    torch.manual_seed(seed * 100_003 + environment.rank)
+    """Each rank its own dropout. Torch takes 64 bits, so large seeds wrap around."""
+    torch.manual_seed((seed * 100_003 + environment.rank) % 2**64)
 
 
 def synthetic_input(config: Config, environment: Environment, seed: int) -> StepInput:

@@ -42,6 +42,10 @@ def check_inputs(config: Config) -> None:
     """Things to find missing before ranks are started: only looks whether files are there."""
     for split, folder in (("train", config.data.train), ("eval", config.data.eval)):
         if not (Path(folder) / "manifest.json").is_file():
+            if (Path(folder) / split / "manifest.json").is_file():
+                raise UserError(
+                    f"{folder} (data.{split}) holds stores and is none; set data.{split}={Path(folder) / split}"
+                )
             raise UserError(
                 f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
                 "config file, or `make data` for the mini benchmark"
@@ -50,10 +54,20 @@ def check_inputs(config: Config) -> None:
         read_cost(config.balance.cost_file)
     checkpoint = config.train.init_checkpoint
     if checkpoint and not is_bundle(checkpoint) and not (Path(checkpoint) / "model.safetensors").is_file():
+        found = _checkpoint_below(Path(checkpoint))
         raise UserError(
             f"train.init_checkpoint={checkpoint} is neither a folder with model.safetensors nor the prefix of a TensorFlow "
-            "checkpoint (PREFIX.index)"
+            "checkpoint (PREFIX.index)" + (f"; there is one: set train.init_checkpoint={found}" if found else "")
         )
+
+
+def _checkpoint_below(folder: Path) -> Path | None:
+    """A starting checkpoint inside a folder that is none itself: a run's final model, or TensorFlow's files."""
+    if (folder / "model" / "model.safetensors").is_file():
+        return folder / "model"
+    return next(
+        (path.with_suffix("") for path in sorted(folder.glob("*.index")) if is_bundle(path.with_suffix(""))), None
+    )
 
 
 def create_folder(config: Config, resume: bool) -> Path:

@@ -32,7 +32,7 @@ from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import write_atomically, write_json
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.mlperf.rules import check_evaluation_set, check_init_time
-from bert_fast.model.checkpoints import google_variables, save_pretrained
+from bert_fast.model.checkpoints import google_variables
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
@@ -46,6 +46,7 @@ from bert_fast.train.clock import Clock
 from bert_fast.train.energy import EnergyTally, summed
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
+from bert_fast.train.export import export_model
 from bert_fast.train.failures import explain, tokens_of
 from bert_fast.train.finite import FiniteWatch
 from bert_fast.train.folder import checkpoint_vocabulary
@@ -493,7 +494,8 @@ class Run:
         self.mllog.close()
         self._add_energy(last=True)
         if self.config.train.save_final_model and self.environment.is_main:
-            save_pretrained(self.machinery.model, self.config.model, self.folder / "model")
+            model, folder = self.machinery.model, self.folder / "model"
+            export_model(model, self.config, self.store.manifest, folder, self.line.say)
 
     def _add_energy(self, last: bool = False) -> None:
         """Add what all nodes took since the last call. A collective."""

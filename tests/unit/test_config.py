@@ -245,6 +245,26 @@ def test_malformed_overrides(config_file: Path, override: str, message: str) -> 
         load_config(config_file, [override])
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("2026-11-26", "a date"), ("yes", "true or false"), ("12:30:45", "a number"), ("0x10", "a number")],
+)
+def test_text_that_yaml_reads_as_something_else_is_to_be_quoted(config_file: Path, text: str, kind: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, [f"run.name={text}"])
+    quoted = f"""run.name='"{text}"'"""
+    assert f"run.name: {text} is read as {kind}" in str(caught.value)
+    assert quoted in str(caught.value)
+    assert load_config(config_file, [quoted.replace("'", "")]).run.name == text  # what the shell leaves of it
+
+
+def test_seeds_of_a_clock_in_nanoseconds(config_file: Path) -> None:
+    now = 1_795_651_200_123_456_789
+    assert load_config(config_file, [f"train.seed={now}"]).train.seed == now
+    with pytest.raises(UserError, match=r"train\.seed: .*9223372036854775807"):
+        load_config(config_file, [f"train.seed={2**63}"])
+
+
 def test_file_that_is_not_there_lists_those_that_are(config_file: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.yaml does not exist; there are: .*run\.yaml"):
         load_config(config_file.parent / "missing.yaml")

@@ -176,6 +176,21 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["results/box/bert/result_7.txt", "systems/box.json"])
+def test_a_package_with_a_file_without_end_is_refused_at_once(make: Callable[..., Path], name: str) -> None:
+    package = make("open")
+    path = package / name
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{path.name} is no regular file"):
+        verdict_of(package, RULESET)
+    path.unlink()
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=f"{path.name} has 1,048,576 MiB"):
+        verdict_of(package, RULESET)
+
+
 @pytest.mark.parametrize("division", ["closed", "open"])
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_log_is_reported_with_its_name(make: Callable[..., Path], name: str, division: str) -> None:

@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from bert_fast.errors import UserError
 from bert_fast.report.charts import MAX_POINTS, Series, Share, line_chart, nice_ticks, shares_bar, stacked_bars, thin
+from bert_fast.report.console import print_table
 from bert_fast.report.html import write_report
+from bert_fast.report.metrics import cost_rows, read_metrics
+from bert_fast.report.preflight import node_table
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 LOADING = {"src", "href", "xlink:href", "data", "srcset", "action"}
@@ -219,3 +223,40 @@ def test_one_point_and_one_share() -> None:
     assert "<circle" in line_chart([Series("a", [(0.0, 0.0)], 0)], "step", "y", reference=("target", 0.5))
     assert "100.0 % (2.0 s)" in shares_bar([Share("all", 2.0, 0), Share("none", 0.0, 1)], "s")
     assert "No values" in shares_bar([], "s")
+
+
+# ---- on the terminal ------------------------------------------------------------------------------------------------
+
+
+def test_brackets_in_names_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich reads brackets as markup, and [/] as an end without a beginning."""
+    print_table("[/] [red]run", [("[/]name", "[bold]value")])
+    node = {
+        "host": "[/]h", "device": "[b]c", "ranks": [0], "cpus": [0], "memory_gib": 1.0, "tflops": [1.0],
+        "link_mb_s": [1.0], "clock_ms": [0.0], "data": {"train": "[/]h"},
+    }  # fmt: skip
+    report = {"world_size": 1, "nodes": [node], "slow": ["rank 0 ([/]h)"], "network": {}, "seconds": 1.0}
+    node_table(report)
+    shown = capsys.readouterr().out
+    for text in ("[/] [red]run", "[/]name", "[bold]value", "[/]h", "[b]c", "slow: rank 0 ([/]h)"):
+        assert text in shown
+
+
+def test_metrics_of_anyone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = {"kind": "step", "step": 1, "cost": [[1, 2, 3.0], ["a", 2, 3], 5, [1, 2], [math.nan, 1, 1]]}
+    deep, lines = (
+        b"[" * 90_000,
+        [b"5", b"[]", b'{"kind": 1}', b'{"kind": "step", "step": "x"}', b"\xff", b'{"kind": "st'],
+    )
+    path.write_bytes(b"\n".join([json.dumps(good).encode(), deep, *lines]))
+    assert cost_rows(tmp_path) == [(1.0, 2.0, 3.0)]
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is no regular file"):
+        read_metrics(tmp_path)
+    path.unlink()
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: the line .* is longer than 16 MiB"):
+        read_metrics(tmp_path)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train import clock as clock_module
 from bert_fast.train import entry
-from bert_fast.train.build import Machinery, build
+from bert_fast.train.build import Machinery, build, seed_ranks
 from bert_fast.train.calibrate import make_planner
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, join, pick_device, pick_dtype
@@ -317,6 +318,33 @@ def test_missing_data_and_checkpoint_are_named_before_ranks_start(
         check_inputs(make_config("data.eval=nowhere/eval"))
     with pytest.raises(UserError, match=r"train\.init_checkpoint=.* is neither a folder with model\.safetensors nor"):
         check_inputs(make_config(f"train.init_checkpoint={tmp_path}"))
+
+
+def test_a_folder_above_the_one_that_is_meant_is_answered_with_it(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    parent = Path(make_config().data.train).parent
+    with pytest.raises(UserError, match=rf"set data\.train={parent}/train$"):
+        check_inputs(make_config(f"data.train={parent}"))
+    with pytest.raises(UserError, match=rf"set data\.eval={parent}/eval$"):
+        check_inputs(make_config(f"data.eval={parent}"))
+    (tmp_path / "above/model").mkdir(parents=True)
+    (tmp_path / "above/model/model.safetensors").touch()
+    (tmp_path / "google").mkdir()
+    (tmp_path / "google/model.ckpt-7.index").touch()
+    for folder, found in (("above", "above/model"), ("google", r"google/model\.ckpt-7")):
+        with pytest.raises(UserError, match=rf"set train\.init_checkpoint={tmp_path}/{found}$"):
+            check_inputs(make_config(f"train.init_checkpoint={tmp_path / folder}"))
+
+
+@pytest.mark.parametrize("seed", [0, 179_999_999_999_999, 1_795_651_200_123_456_789, 2**63 - 1])
+def test_every_seed_of_the_config_seeds_ranks_apart(seed: int) -> None:
+    ranks = [SimpleNamespace(rank=rank) for rank in (0, 1)]
+    drawn = []
+    for rank in ranks:
+        seed_ranks(seed, rank)  # type: ignore[arg-type]
+        drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn)
 
 
 # ---- entry ----------------------------------------------------------------------------------------------------------

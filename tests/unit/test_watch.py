@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from rich.console import Console
 
 from bert_fast.errors import UserError
 from bert_fast.report.live import RunWatch, Tail, forecast, sparkline
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "watch.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import watch as watch_script  # noqa: E402
 
 CONFIG = """
 run: {name: made_up}
@@ -334,6 +341,126 @@ def test_once_is_clear_about_a_wrong_folder(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+# ---- files of anyone ------------------------------------------------------------------------------------------------
+
+WRONG = [
+    math.inf, -math.inf, math.nan, 1e308, -1e308, 10**4000, -1, 0, "text", "\x1b[2J" * 50_000, "[/]", [], {}, None, True,
+    [["x"]], [1e308] * 10, [-1] * 10, [1.0] * 3, ["a", "b"], [{"rank": 10**12, "host": "a"}], [{"rank": 0, "host": 1}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", WRONG, ids=range(len(WRONG)))
+@pytest.mark.parametrize("kind", ["step", "eval", "skipped", "nodes"])
+def test_values_of_another_kind_in_a_line(folder: Path, kind: str, value: Any) -> None:
+    """Each value of each line in turn: the line is read, or left out and counted, and what is printed is short and plain."""
+    good = {
+        "step": json.loads(step_line(25, data_ms_rank=[1.0, 2.0], exposed_ms_rank=[1.0, 2.0], lr=0.1, grad_norm=1.0)),
+        "eval": json.loads(eval_line(20, 0.3)),
+        "skipped": {"kind": "skipped", "step": 29, "bad_step": 28, "ranks": [1]},
+        "nodes": {"kind": "nodes", "step": 0, "hosts": ["node-a", "node-b"]},
+    }[kind]
+    append(folder, *(step_line(step) for step in (10, 20)), *(eval_line(step, 0.01 * step) for step in range(1, 8)))
+    append(
+        folder, *(json.dumps({**good, name: value}) + "\n" for name in good), json.dumps(value) + "\n", step_line(30)
+    )
+    now = look(RunWatch(folder))
+    assert now["step"] >= 30
+    assert_plain(now)
+
+
+def assert_plain(now: dict[str, Any]) -> None:
+    out = io.StringIO()
+    Console(file=out, width=200).print(watch_script.table(now))
+    json.dumps(watch_script.strict(now), allow_nan=False)
+    for text in (out.getvalue(), watch_script.line(now)):
+        assert len(text) < 8000
+        assert not any(ord(character) < 32 for character in text.replace("\n", ""))
+
+
+@pytest.mark.parametrize("value", WRONG, ids=range(len(WRONG)))
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        ("config.yaml", "run"), ("config.yaml", "run.name"), ("config.yaml", "train.seed"), ("config.yaml", "train.max_steps"),
+        ("config.yaml", "train.target_accuracy"), ("config.yaml", "train.eval_every_samples"),
+        ("config.yaml", "batch.global_batch"), ("metrics.json", "metrics"), ("metrics.json", "sessions"),
+        ("metrics.json", "target_accuracy"), ("stopped.json", "step"), ("stopped.json", "signal"), ("nodes.json", ""),
+        ("metrics.json", ""), ("stopped.json", ""), ("config.yaml", ""), ("result_0.txt", "metadata.status"),
+        ("result_0.txt", "metadata"), ("result_0.txt", "key"),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_beside_the_lines(folder: Path, file: str, path: str, value: Any) -> None:
+    append(folder, *(step_line(step) for step in (10, 20)), *(eval_line(step, 0.01 * step) for step in range(1, 8)))
+    tree: Any = {
+        "config.yaml": yaml.safe_load(CONFIG), "metrics.json": {"metrics": {}, "target_accuracy": 0.5, "sessions": 1},
+        "stopped.json": {"step": 3, "signal": "SIGTERM"}, "nodes.json": [],
+        "result_0.txt": {"key": "run_stop", "value": None, "metadata": {"status": "aborted"}},
+    }[file]  # fmt: skip
+    node, *keys = tree, *path.split(".")
+    for key in keys[:-1]:
+        node = node[key]
+    if path:
+        node[keys[-1]] = value
+    text = json.dumps(tree if path else value) + "\n"
+    (folder / file).write_text(f":::MLLOG {text}" if file == "result_0.txt" else text)
+    assert_plain(look(RunWatch(folder)))
+
+
+@pytest.mark.parametrize(
+    "file", ["config.yaml", "metrics.json", "stopped.json", "nodes.json", "metrics.jsonl", "result_0.txt"]
+)
+@pytest.mark.parametrize(
+    "content", ["deep", "bytes", "!!bool x", "2026-13-45", "pipe", "folder", "/dev/zero", "sparse"]
+)
+def test_files_of_another_kind(folder: Path, file: str, content: str) -> None:
+    """Left out, or refused in one line that names the file: never a traceback, never without end."""
+    append(folder, step_line(10))
+    path = folder / file
+    path.unlink(missing_ok=True)
+    if content == "pipe":
+        os.mkfifo(path)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "/dev/zero":
+        path.symlink_to(content)
+    elif content == "sparse":
+        with open(path, "wb") as out:
+            out.truncate(1 << 40)
+    else:
+        data = {"deep": b'{"a":' + b"[" * 100_000, "bytes": b"\xff\x00{\n"}.get(content, content.encode())
+        path.write_bytes(data + b"\n")
+    if file in ("metrics.jsonl", "result_0.txt") and content in ("pipe", "folder", "/dev/zero", "sparse"):
+        with pytest.raises(UserError, match=file):
+            look(RunWatch(folder))
+    else:
+        assert_plain(look(RunWatch(folder)))
+
+
+def test_names_are_no_markup_and_no_control_characters(tmp_path: Path) -> None:
+    name = "[/] [bold]x\x1b[2J"
+    folder = tmp_path / name.replace("/", "")
+    folder.mkdir()
+    (folder / "config.yaml").write_text(json.dumps({"run": {"name": name}, "train": {"seed": 1}}))
+    (folder / "nodes.json").write_text(json.dumps([{"rank": 0, "host": name}, {"rank": 1, "host": name}]))
+    append(folder, *(step_line(step) for step in range(10, 410, 10)))
+    (folder / "checkpoints/step-[x]").mkdir(parents=True)
+    (folder / "checkpoints/step-[x]/complete.json").write_text("{}")
+    for arguments in ((folder, "--once"), (f"{folder}-2", "--once"), (folder,)):
+        if len(arguments) == 1:
+            append(folder, event("run_stop", status=name), file="result_0.txt")
+        done = script(*arguments)
+        assert "Traceback" not in done.stderr
+        assert "[bold]x" in done.stdout + done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_lines_left_out_are_counted(folder: Path) -> None:
+    append(folder, step_line(10), step_line(20)[:40] + "\n", step_line(20, samples="many"), step_line(30))
+    now = look(RunWatch(folder))
+    assert (now["step"], now["lines_left_out"]) == (30, 2)
+    assert ("lines left out", "2 of metrics.jsonl: cut off, or not as a run writes them") in watch_script.rows(now)
 
 
 def test_follows_until_the_end_without_a_terminal(folder: Path) -> None:

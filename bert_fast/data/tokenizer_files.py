@@ -1,0 +1,54 @@
+"""The tokenizer of a store as the files that transformers reads beside a model: text becomes the ids that samples have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bert_fast.data.wordpiece import SPECIAL_TOKENS, WordPiece, load_vocabulary
+
+_ROLES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
+
+
+def tokenizer_files(vocab_path: str | Path, max_length: int, normalization: dict[str, Any]) -> dict[str, str]:
+    """File names and contents: vocab.txt, tokenizer.json and what names the special tokens.
+
+    Args:
+        vocab_path: a BERT `vocab.txt`.
+        max_length: tokens of the longest sequence that the model takes.
+        normalization: what a store's manifest says of it (`lowercase`, `strip_accents`); for what it does not say, that of
+            `WordPiece`.
+
+    Raises:
+        UserError: as `load_vocabulary`.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, processors
+
+    vocabulary = load_vocabulary(vocab_path)
+    described = json.loads(WordPiece(vocab_path)._tokenizer.to_str())
+    for name in ("lowercase", "strip_accents"):
+        if normalization.get(name) is not None:
+            described["normalizer"][name] = normalization[name]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary.cls_id), ("[SEP]", vocabulary.sep_id)],
+    )  # fmt: skip
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json; BertTokenizer makes one with other limits
+        "do_lower_case": described["normalizer"]["lowercase"],
+        "strip_accents": described["normalizer"]["strip_accents"],
+        "tokenize_chinese_chars": described["normalizer"]["handle_chinese_chars"],
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        **_ROLES,
+    }
+    return {
+        "vocab.txt": "".join(f"{token}\n" for token in vocabulary.tokens),
+        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(_ROLES, indent=2) + "\n",
+    }
