@@ -59,10 +59,16 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         text = _missing_package(error)
         return (text, EXIT_USER) if text else None
     if isinstance(error, MemoryError):
-        return f"there is not enough memory ({error or 'no details'}); give it a smaller input or fewer workers", EXIT_USER
+        return (
+            f"there is not enough memory ({error or 'no details'}); give it a smaller input or fewer workers",
+            EXIT_USER,
+        )
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"disk full ({error.filename or 'no file named'}); free space and run the same command again", EXIT_USER
+            return (
+                f"disk full ({error.filename or 'no file named'}); free space and run the same command again",
+                EXIT_USER,
+            )
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; check the path, its permissions and its disk", EXIT_USER
     return None

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_fast.cli import load_config, to_yaml
-from bert_fast.command import EXIT_BUG, EXIT_PIPE, EXIT_TRAINING, EXIT_USER, drop_output_without_reader, explain, one_line
+from bert_fast.command import (
+    EXIT_BUG,
+    EXIT_PIPE,
+    EXIT_TRAINING,
+    EXIT_USER,
+    drop_output_without_reader,
+    explain,
+    one_line,
+)
 from bert_fast.config import Config, as_plain, run_folder
 from bert_fast.errors import LostRankError, TrainingError, UserError
 from bert_fast.files import write_json
