@@ -54,7 +54,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, LostRankError):
         return str(error), EXIT_LOST_RANK
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command starts it again", EXIT_INTERRUPTED
+        return "interrupted; the same command goes on, or starts again", EXIT_INTERRUPTED
     if isinstance(error, ImportError):
         text = _missing_package(error)
         return (text, EXIT_USER) if text else None
