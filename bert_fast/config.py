@@ -22,7 +22,7 @@ Count = Annotated[int, Field(gt=0, le=65_536)]  # of what there are some: layers
 Width = Annotated[int, Field(gt=0, le=65_536)]
 Tokens = Annotated[int, Field(gt=0, le=65_535)]  # of one sample: the store's lengths have 16 bits
 Samples = Annotated[int, Field(gt=0, le=10**12)]
-BatchSize = Annotated[int, Field(gt=0, le=2**22)]
+BatchSize = Annotated[int, Field(gt=0, le=2**18)]
 Ranks = Annotated[int, Field(gt=0, le=2**17)]
 Seed = Annotated[int, Field(ge=0, le=10**14)]  # times 100,003 and more it must fit 64 bits
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
