@@ -16,6 +16,8 @@ import os
 import sys
 import time
 
+from bert_fast.command import guard_imports, guarded
+
 PROCESS_START = time.time()
 
 
@@ -41,12 +43,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def main() -> None:
+@guarded
+def train() -> int:
     args = parse(sys.argv[1:])
-    from bert_fast.train.entry import guarded, run
+    from bert_fast.train import entry
 
-    code = guarded(lambda: run(args, PROCESS_START))
-    sys.stdout.flush()
+    return entry.guarded(lambda: entry.run(args, PROCESS_START))
+
+
+def main() -> None:
+    guard_imports()
+    code = train()
     sys.stderr.flush()
     # Everything is written and closed. Tearing down threads of torch and gloo in no fixed order has aborted a rank at times.
     os._exit(code)

@@ -12,14 +12,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Every number has an upper bound, far above what anyone uses: a slip of the keyboard is refused here by its name, and does not
+# hang a search or end in an allocator. What is within the bounds and still does not fit is found by `memory.estimate`.
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+Count = Annotated[int, Field(gt=0, le=65_536)]  # of what there are some: layers, strata, micro-batches
+Width = Annotated[int, Field(gt=0, le=65_536)]
+Tokens = Annotated[int, Field(gt=0, le=65_535)]  # of one sample: the store's lengths have 16 bits
+Samples = Annotated[int, Field(gt=0, le=10**12)]
+BatchSize = Annotated[int, Field(gt=0, le=2**18)]
+Ranks = Annotated[int, Field(gt=0, le=2**17)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # of torch's generators; a clock in nanoseconds fits
-Probability = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Cost = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # in any unit
+Seconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
+Mebibytes = Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+_LONGEST_TEXT = 4096  # characters, as a path may have
 
 
 class Section(BaseModel):
@@ -27,15 +39,34 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _text_is_text(cls, value: Any) -> Any:
+        """Refuse text that no path, log or terminal can hold: null bytes, halves of surrogate pairs, megabytes."""
+        texts = value if isinstance(value, (list, tuple)) else value.items() if isinstance(value, dict) else (value,)
+        for text in (part for each in texts for part in (each if isinstance(each, tuple) else (each,))):
+            if not isinstance(text, str):
+                continue
+            if len(text) > _LONGEST_TEXT:
+                raise ValueError(f"a text of {len(text):,} characters is longer than {_LONGEST_TEXT:,}")
+            odd = [c for c in text if (ord(c) < 32 and c not in "\n\t") or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF]
+            if odd:
+                raise ValueError(f"a text holds the character {odd[0]!a}, which cannot be used here")
+        return value
+
 
 class ModelConfig(Section):
-    vocab_size: PositiveInt = Field(30522, description="rows of the word embedding (MLPerf pads 30522 to 30528)")
-    hidden_size: PositiveInt = Field(768, description="width of the encoder")
-    num_layers: PositiveInt = Field(12, description="encoder layers")
-    num_heads: PositiveInt = Field(12, description="attention heads; must divide hidden_size")
-    intermediate_size: PositiveInt = Field(3072, description="width of the feed-forward layer")
-    max_positions: PositiveInt = Field(512, description="rows of the position table; longest sample that fits")
-    type_vocab_size: PositiveInt = Field(2, description="number of segment types")
+    vocab_size: Annotated[int, Field(gt=0, le=2**20)] = Field(
+        30522, description="rows of the word embedding (MLPerf pads 30522 to 30528)"
+    )
+    hidden_size: Width = Field(768, description="width of the encoder")
+    num_layers: Annotated[int, Field(gt=0, le=1024)] = Field(12, description="encoder layers")
+    num_heads: Width = Field(12, description="attention heads; must divide hidden_size")
+    intermediate_size: Annotated[int, Field(gt=0, le=2**18)] = Field(
+        3072, description="width of the feed-forward layer"
+    )
+    max_positions: Tokens = Field(512, description="rows of the position table; longest sample that fits")
+    type_vocab_size: Count = Field(2, description="number of segment types")
     hidden_dropout: Probability = Field(0.1, description="dropout after embeddings and dense layers")
     attention_dropout: Probability = Field(0.1, description="dropout on attention probabilities")
     layer_norm_eps: PositiveFloat = Field(1e-12, description="epsilon of every LayerNorm")
@@ -72,7 +103,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     train: str = Field("data/pydocs-mini/train", description="folder of the training store (scripts/prepare_data.py)")
     eval: str = Field("data/pydocs-mini/eval", description="folder of the held-out store; shares no document with it")
-    max_seq_len: PositiveInt = Field(512, description="longest sample in tokens; a longer one in a store is refused")
+    max_seq_len: Tokens = Field(512, description="longest sample in tokens; a longer one in a store is refused")
     vocab_sha256: str | None = Field(None, description="if set, the stores must have been made with this vocabulary")
     eval_sha256: str | None = Field(None, description="if set, the evaluation store must have this hash")
     dynamic_masking: bool = Field(
@@ -84,21 +115,21 @@ class DataConfig(Section):
         description="MB a second that every rank reads of the training store in the background, to notice that it has "
         "changed; 0: never",
     )
-    eval_samples: PositiveInt | None = Field(
+    eval_samples: Samples | None = Field(
         None, description="use the first n evaluation samples (MLPerf: 10000); all of them if unset"
     )
 
 
 class BatchConfig(Section):
-    global_batch: PositiveInt = Field(description="samples in one optimizer step over all ranks")
-    local_batch: PositiveInt = Field(description="samples of one rank in one forward pass")
-    accumulation: PositiveInt = Field(1, description="micro-batches a rank runs before one optimizer step")
-    shape_multiple: PositiveInt = Field(
+    global_batch: BatchSize = Field(description="samples in one optimizer step over all ranks")
+    local_batch: BatchSize = Field(description="samples of one rank in one forward pass")
+    accumulation: Count = Field(1, description="micro-batches a rank runs before one optimizer step")
+    shape_multiple: Count = Field(
         64,
         description="pad a micro-batch's tokens to a multiple of this with a dummy sequence, and its masked positions to a "
         "quarter of it: kernels are prepared once a shape (1: never pad)",
     )
-    eval_batch: PositiveInt = Field(64, description="samples of one rank in one evaluation forward")
+    eval_batch: BatchSize = Field(64, description="samples of one rank in one evaluation forward")
 
 
 EQUAL_COUNT_STRATEGIES = ("random", "pad_to_longest", "exchange", "exchange_snake", "stratified_presort", "balanced")
@@ -120,19 +151,19 @@ class BalanceConfig(Section):
         "rounds; the same in a snake; the paper's strata + node-local presort; Karmarkar-Karp with equal counts; any count "
         "a rank; packed into rows of max_seq_len",
     )
-    num_strata: PositiveInt = Field(4, description="strata of equal width in tokens of stratified_presort")
-    strata: list[PositiveInt] | None = Field(
+    num_strata: Count = Field(4, description="strata of equal width in tokens of stratified_presort")
+    strata: list[Tokens] | None = Field(
         None,
+        max_length=65_536,
         description="upper length bounds of the strata, ascending, the last data.max_seq_len; instead of num_strata",
     )
     strata_counts: list[NonNegativeInt] | None = Field(
         None,
+        max_length=65_536,
         description="samples a rank takes from each stratum in a step; largest remainders of the true shares if unset",
     )
-    cost_linear: NonNegativeFloat | None = Field(
-        None, description="cost per token in any unit; from the model's FLOPs if unset"
-    )
-    cost_quadratic: NonNegativeFloat | None = Field(
+    cost_linear: Cost | None = Field(None, description="cost per token in any unit; from the model's FLOPs if unset")
+    cost_quadratic: Cost | None = Field(
         None, description="cost per squared token in the same unit; from the model's FLOPs if unset"
     )
     cost_file: str | None = Field(
@@ -153,15 +184,17 @@ class BalanceConfig(Section):
         description="balanced_free: most tokens of a rank's micro-batch, so that it fits in memory; local_batch x "
         "max_seq_len if unset",
     )
-    pack_rows: PositiveInt | None = Field(
+    pack_rows: BatchSize | None = Field(
         None,
         description="packed: rows of a micro-batch, the same in every step; as many as the first steps need if unset",
     )
-    pack_depth: PositiveInt = Field(12, description="packed: most samples in one row")
+    pack_depth: Count = Field(12, description="packed: most samples in one row")
     pack_first: Literal["longest", "shortest"] = Field(
         "longest", description="packed: which of the open rows that a sample fits in gets it"
     )
-    prefetch: PositiveInt = Field(2, description="steps whose plan and batch are prepared in the background")
+    prefetch: Annotated[int, Field(gt=0, le=1024)] = Field(
+        2, description="steps whose plan and batch are prepared in the background"
+    )
 
     @model_validator(mode="after")
     def _one_cost(self) -> BalanceConfig:
@@ -207,13 +240,15 @@ class CommunicationConfig(Section):
     engine: Literal["bucketed", "ddp"] = Field(
         "bucketed", description="our overlapped reducer, or torch DistributedDataParallel with the same clipping"
     )
-    bucket_mb: Literal["auto"] | PositiveFloat | list[PositiveFloat] = Field(
+    bucket_mb: Literal["auto"] | Mebibytes | list[Mebibytes] = Field(
         25.0,
         description="bucket size in MiB of gradients; a list in ready order whose last entry repeats; or auto: measure "
         "backward and link before the clock and plan exactly",
     )
-    min_bucket_mb: NonNegativeFloat = Field(0.0, description="auto: no bucket but the last is smaller")
-    max_bucket_mb: PositiveFloat = Field(4096.0, description="auto: no bucket of several clip groups is larger")
+    min_bucket_mb: Annotated[float, Field(ge=0, le=2**20, allow_inf_nan=False)] = Field(
+        0.0, description="auto: no bucket but the last is smaller"
+    )
+    max_bucket_mb: Mebibytes = Field(4096.0, description="auto: no bucket of several clip groups is larger")
     clip: Literal["none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce"] = Field(
         "bucket_before_reduce",
         description="which norm is clipped: none; each rank's whole gradient; each clip group of a rank (the paper's, "
@@ -235,7 +270,7 @@ class CommunicationConfig(Section):
         "auto",
         description="auto: nccl on CUDA, gloo on CPU. Named, it is used by a run of one rank too: every collective is called",
     )
-    timeout_s: PositiveFloat = Field(300.0, description="seconds after which a silent rank counts as lost")
+    timeout_s: Seconds = Field(300.0, description="seconds after which a silent rank counts as lost")
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> CommunicationConfig:
@@ -278,7 +313,9 @@ class ScheduleConfig(Section):
     """MLPerf's schedule: linear warm-up with an offset, then polynomial decay over absolute steps."""
 
     warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
-    start_warmup_step: int = Field(0, description="step at which warm-up starts; negative starts it part-way up")
+    start_warmup_step: Annotated[int, Field(ge=-(10**9), le=10**9)] = Field(
+        0, description="step at which warm-up starts; negative starts it part-way up"
+    )
     counting: Literal["nvidia", "reference"] = Field(
         "nvidia",
         description="number of the first update. nvidia: 0, but 1 where start_warmup_step is not 0, as in NVIDIA's submissions "
@@ -307,22 +344,22 @@ class TrainConfig(Section):
         description="CUDA: capture the whole step, one graph a batch shape (use packed rows or a large shape_multiple)",
     )
     max_steps: PositiveInt = Field(description="stop after so many steps even if the target was not reached")
-    target_accuracy: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    target_accuracy: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
         None, description="masked-LM accuracy at which the run is done; none: run to max_steps"
     )
-    eval_every_samples: PositiveInt = Field(description="samples between evaluations")
-    eval_start_samples: PositiveInt | None = Field(
+    eval_every_samples: Samples = Field(description="samples between evaluations")
+    eval_start_samples: Samples | None = Field(
         None, description="samples before the first evaluation; eval_every_samples if unset"
     )
     eval_at_start: bool = Field(False, description="evaluate the starting weights on the clock, before the first step")
-    warmup_batches: NonNegativeInt = Field(
+    warmup_batches: Annotated[int, Field(ge=0, le=10_000)] = Field(
         3, description="synthetic steps before the clock (communicator, kernels, compile); weights are restored"
     )
     checkpoint_every_steps: NonNegativeInt = Field(0, description="steps between checkpoints; 0: only when stopped")
     async_checkpoints: bool = Field(
         True, description="go on training while a checkpoint is written (off: wait for it, as at the end of a run)"
     )
-    checkpoint_timeout_s: PositiveFloat = Field(
+    checkpoint_timeout_s: Seconds = Field(
         600.0,
         description="seconds that a rank may take to write its part of a checkpoint, or to hash it; then it is lost",
     )
@@ -334,15 +371,17 @@ class TrainConfig(Section):
     max_skipped_steps: NonNegativeInt = Field(
         3, description="consecutive non-finite steps that are skipped before the run stops"
     )
-    loss_scale: PositiveFloat = Field(65536.0, description="first loss scale of fp16")
+    loss_scale: Annotated[float, Field(gt=0, le=2**40, allow_inf_nan=False)] = Field(
+        65536.0, description="first loss scale of fp16"
+    )
     deterministic: bool = Field(False, description="torch.use_deterministic_algorithms")
 
 
 class SystemConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one, else CPU")
-    world_size: PositiveInt = Field(1, description="number of ranks of the whole run")
-    ranks_per_node: PositiveInt | None = Field(None, description="ranks on one node; world_size if unset")
-    threads_per_rank: PositiveInt | None = Field(
+    world_size: Ranks = Field(1, description="number of ranks of the whole run")
+    ranks_per_node: Ranks | None = Field(None, description="ranks on one node; world_size if unset")
+    threads_per_rank: Annotated[int, Field(gt=0, le=4096)] | None = Field(
         None, description="CPU threads of a rank; unset: cores of the node / ranks of the node on CPU, 4 on CUDA"
     )
     bind_cores: bool = Field(
@@ -416,7 +455,7 @@ class RunConfig(Section):
         description="write trace.json (Chrome, Perfetto): buckets, clips, collectives, updates of some steps as tracks",
     )
     profile_after: NonNegativeInt = Field(5, description="steps before the first that is traced")
-    profile_steps: PositiveInt = Field(3, description="how many steps are traced")
+    profile_steps: Annotated[int, Field(gt=0, le=1000)] = Field(3, description="how many steps are traced")
 
 
 class Config(Section):

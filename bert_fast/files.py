@@ -60,6 +60,42 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def read_limited(path: str | Path, limit: int, what: str) -> bytes:
+    """All bytes of a file that is small by its nature; no more than `limit` of them are ever read.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or it is larger than `limit` bytes.
+    """
+    try:
+        if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for its writer
+            raise UserError(f"{what} {path} is not a file")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}") from None
+    except ValueError:  # a null byte in the path
+        raise UserError(f"{what} {str(path)!r} is no path") from None
+    if len(data) > limit:
+        raise UserError(
+            f"{what} {path} is larger than the {limit:,} bytes that are read of such a file; is it the right one?"
+        )
+    return data
+
+
+def read_json(path: str | Path, what: str, limit: int = 1 << 24) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError as `read_limited`, and where it holds no JSON object."""
+    try:
+        value = json.loads(read_limited(path, limit, what))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{what} {path} is not JSON: {reason[:200]}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path} holds no JSON object but a {type(value).__name__}")
+    return value
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -6,18 +6,23 @@ from collections.abc import Iterator
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _SIZES = {FIXED64: 8, FIXED32: 4}
+_LONGEST_VARINT = 10  # bytes: 64 bits in groups of seven
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A varint at a place, and the place behind it. Raises IndexError where the data ends in it."""
-    value, shift = 0, 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
+    """A varint at a place, and the place behind it.
+
+    Raises:
+        IndexError: the data ends in it.
+        ValueError: it is longer than the 10 bytes that 64 bits take.
+    """
+    value = 0
+    for count in range(_LONGEST_VARINT):
+        byte = data[at + count]
+        value |= (byte & 0x7F) << 7 * count
         if byte < 0x80:
-            return value, at
-        shift += 7
+            return value, at + count + 1
+    raise ValueError(f"an integer at byte {at} is longer than {_LONGEST_VARINT} bytes")
 
 
 def fields(data: bytes, at: int = 0, end: int | None = None) -> Iterator[tuple[int, int, int, int]]:

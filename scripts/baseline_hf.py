@@ -26,6 +26,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bert_fast.command import guard_imports, guarded, whole
+
+guard_imports()
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -33,8 +39,6 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import BertConfig, BertForPreTraining
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bert_fast.cli import load_config
 from bert_fast.config import Config, ModelConfig, as_plain
@@ -47,8 +51,8 @@ from bert_fast.optim.build import has_decay
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.bench import write_result
 from bert_fast.report.console import ProgressLine
+from bert_fast.train import entry
 from bert_fast.train.clock import Clock
-from bert_fast.train.entry import EXIT_TARGET_MISSED, guarded
 from bert_fast.train.environment import Environment, describe, join, pick_device, pick_dtype
 from bert_fast.train.folder import check_inputs, commit
 
@@ -359,7 +363,7 @@ def be_a_rank(config: Config, args: argparse.Namespace) -> int:
             f"real tokens/s, {accuracy}{goal}",
             flush=True,
         )
-    return 0 if target is None or metrics["target_reached"] else EXIT_TARGET_MISSED
+    return 0 if target is None or metrics["target_reached"] else entry.EXIT_TARGET_MISSED
 
 
 def run(args: argparse.Namespace) -> int:
@@ -369,8 +373,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"the baseline trains with torch's AdamW and optimizer.name={config.optimizer.name}; set it to adamw"
         )
-    if args.max_steps is not None and args.max_steps < 1:
-        raise UserError(f"--max-steps {args.max_steps} must be at least 1")
     if not is_launched():
         check_inputs(config)
         if config.system.world_size > 1:
@@ -381,17 +383,20 @@ def run(args: argparse.Namespace) -> int:
     return be_a_rank(config, args)
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run (configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
     parser.add_argument("--json", metavar="FILE", help="write metrics, config, environment and evaluations there")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps, if that is before the config's")
+    parser.add_argument(
+        "--max-steps", type=whole(1, 10**9), metavar="N", help="stop after N steps, if that is before the config's"
+    )
     parser.add_argument(
         "--our-allocator", action="store_true", help="let glibc keep freed memory, as run_pretraining.py does (CPU)"
     )
     args = parser.parse_intermixed_args()
-    return guarded(lambda: run(args))
+    return entry.guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

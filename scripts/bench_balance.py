@@ -26,6 +26,10 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 import numpy as np  # noqa: E402
 
 from bert_fast.balance import assign  # noqa: E402
@@ -250,6 +254,7 @@ def bars(metrics: dict[str, float]) -> str:
     return markdown_table(("bar", "p99", "at most", "plan ms", "at most", "verdict"), rows) if rows else ""
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="default %(default)s")

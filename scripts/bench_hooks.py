@@ -27,6 +27,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 
 WORLD, BUCKET_MIB = 1024, 25.0
@@ -173,6 +177,7 @@ def memory_of(engine: str) -> None:
     )
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=200, help="steps of each engine (default %(default)s)")

@@ -24,6 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 WIDTH, MOST, VOCABULARY = 512, 76, 30_522
 
 WRITE = """
@@ -109,6 +113,7 @@ def run(command: list[str], core: int) -> list[float]:
     return [float(word) for word in done.stdout.split()[-2:]]
 
 
+@guarded
 def main() -> int:
     from bert_fast.data.formats.mlperf import write_tfrecord
     from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result

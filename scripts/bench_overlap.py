@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from overlap.hosts import run_hosts  # noqa: E402
 
 from bert_fast.files import write_atomically  # noqa: E402
@@ -92,6 +96,7 @@ def title_of(model: str, hosts: int, link: str, ratio: float, found: dict[str, A
     )
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["layers"], choices=MODELS, help="default layers")

@@ -17,6 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 import numpy as np  # noqa: E402
 
 from bert_fast.communication.plan import (  # noqa: E402
@@ -58,6 +62,7 @@ def plan_times(repeats: int) -> list[float]:
     return times
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timelines", type=int, default=2000, help="default %(default)s")

@@ -24,6 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 from scripts.step.setting import add_setting  # noqa: E402
@@ -117,6 +121,7 @@ def draw(metrics: dict[str, float], args: argparse.Namespace) -> str:
     return buffer.getvalue()
 
 
+@guarded
 def main() -> int:
     args = build_parser().parse_args()
     if args.child:

@@ -22,6 +22,10 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
@@ -107,6 +111,7 @@ def planner_of(lengths: np.ndarray, strategy: str, cost: CostModel, ranks: int, 
     )  # fmt: skip
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1024, help="default %(default)s")

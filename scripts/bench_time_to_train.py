@@ -25,12 +25,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.cli import load_config  # noqa: E402
 from bert_fast.config import Config, as_plain  # noqa: E402
 from bert_fast.errors import TrainingError, UserError  # noqa: E402
 from bert_fast.files import write_json  # noqa: E402
 from bert_fast.report import bench  # noqa: E402
-from bert_fast.train.entry import EXIT_TARGET_MISSED, guarded  # noqa: E402
+from bert_fast.train import entry  # noqa: E402
 from bert_fast.train.folder import check_inputs, commit  # noqa: E402
 
 SIDES = ("ours", "hf")
@@ -65,7 +69,7 @@ def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dic
     log = folder / f"{name}.log"
     with open(log, "wb") as output:
         done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode not in (0, EXIT_TARGET_MISSED) or not result.is_file():
+    if done.returncode not in (0, entry.EXIT_TARGET_MISSED) or not result.is_file():
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
         print("\n".join(f"    {line}" for line in tail), file=sys.stderr)
         raise TrainingError(
@@ -196,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
             **as_plain(config),
         }  # fmt: skip
         bench.write_result(args.json, metrics, what, environment, samples)
-    return 0 if ratio is not None else EXIT_TARGET_MISSED
+    return 0 if ratio is not None else entry.EXIT_TARGET_MISSED
 
 
 def _checked_config(args: argparse.Namespace) -> Config:
@@ -212,6 +216,7 @@ def _checked_config(args: argparse.Namespace) -> Config:
     return config
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -226,7 +231,7 @@ def main() -> int:
     )
     bench.add_arguments(parser)
     args = parser.parse_intermixed_args()
-    return guarded(lambda: run(args))
+    return entry.guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

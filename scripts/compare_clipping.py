@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from run_seeds import run_one  # noqa: E402
 
 from bert_fast.communication.clip import MODES  # noqa: E402
@@ -70,6 +74,7 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")

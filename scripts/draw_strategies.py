@@ -14,6 +14,10 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 import matplotlib  # noqa: E402
 
 matplotlib.use("svg")
@@ -73,6 +77,7 @@ def draw(strategy: str, path: Path) -> None:
     plt.close(figure)
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/images", help="folder of the pictures (default %(default)s)")

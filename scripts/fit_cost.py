@@ -17,6 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 import numpy as np  # noqa: E402
 
 from bert_fast.balance.cost import cost_record, fit_cost  # noqa: E402
@@ -24,6 +28,7 @@ from bert_fast.files import write_json  # noqa: E402
 from bert_fast.report.metrics import cost_rows  # noqa: E402
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="RUN", help="folders of runs (with metrics.jsonl)")

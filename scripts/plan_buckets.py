@@ -19,6 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 import numpy as np  # noqa: E402
 
 from bert_fast.cli import to_yaml  # noqa: E402
@@ -101,6 +105,7 @@ def draw(plans: dict[str, BucketPlan], ready: np.ndarray, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)

@@ -16,18 +16,21 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bert_fast.command import guard_imports, guarded, whole
+
+guard_imports()
+
+from bert_fast.cli import validate
 from bert_fast.data.corpus import KINDS, PYDOCS_PACKAGES
 from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
 from bert_fast.data.prepare import SPLITS, Recipe, prepare
+from bert_fast.data.recipe import RecipeFile, read_recipe
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
 from bert_fast.data.verify import check_hashes, verify_store
 from bert_fast.data.wordpiece import load_vocabulary
-from bert_fast.errors import UserError
 from bert_fast.report.bench import markdown_table
 
 
@@ -61,20 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Flags over the recipe file over defaults. Raises UserError for a bad recipe."""
+    """Flags over the recipe file over defaults. Raises UserError naming the recipe and the field, or the option."""
     parser = build_parser()
     recipe = parser.parse_args(arguments).recipe
     if recipe:
-        path = Path(recipe)
-        if not path.is_file():
-            raise UserError(f"recipe {recipe} does not exist; configs/data/ holds the shipped ones")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = vars(parser.parse_args([]))
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UserError(f"recipe {recipe}: unknown field {unknown[0]}; known: {', '.join(sorted(known))}")
-        parser.set_defaults(**values)
-    return parser.parse_args(arguments)
+        parser.set_defaults(**read_recipe(recipe).model_dump(exclude_unset=True))
+    args = parser.parse_args(arguments)
+    validate(RecipeFile, {name: value for name, value in vars(args).items() if name != "recipe"}, "options")
+    return args
 
 
 def say(line: str) -> None:
@@ -90,8 +87,10 @@ def import_samples(arguments: list[str]) -> None:
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the store")
     parser.add_argument("--vocab", required=True, metavar="FILE", help="the vocab.txt that the samples were made with")
-    parser.add_argument("--max-samples", type=int, help="only the first n (MLPerf's evaluation set: 10000)")
-    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument(
+        "--max-samples", type=whole(1, 10**12), help="only the first n (MLPerf's evaluation set: 10000)"
+    )
+    parser.add_argument("--workers", type=whole(1, 1024), help="processes (default: all cores)")
     args = parser.parse_args(arguments)
     sources = find_sources(args.input)
     import_store(sources, args.out, args.vocab, max_samples=args.max_samples, num_workers=args.workers, log=say)
@@ -103,9 +102,15 @@ def export_samples(arguments: list[str]) -> None:
     parser.add_argument("--input", required=True, metavar="STORE", help="folder with manifest.json")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="gets part-00000-of-00010.tfrecord and so on")
     parser.add_argument("--form", choices=FORMS, default="tfrecord", help="default %(default)s")
-    parser.add_argument("--max-seq-len", type=int, default=512, help="tokens of a row (default %(default)s)")
-    parser.add_argument("--max-predictions", type=int, default=76, help="masks of a row (default %(default)s)")
-    parser.add_argument("--per-file", type=int, default=100_000, help="samples of a file (default %(default)s)")
+    parser.add_argument(
+        "--max-seq-len", type=whole(5, 65_535), default=512, help="tokens of a row (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-predictions", type=whole(1, 65_535), default=76, help="masks of a row (default %(default)s)"
+    )
+    parser.add_argument(
+        "--per-file", type=whole(1, 10**9), default=100_000, help="samples of a file (default %(default)s)"
+    )
     args = parser.parse_args(arguments)
     export_store(
         args.input, args.out, args.form, width=args.max_seq_len, most_masked=args.max_predictions, per_file=args.per_file,
@@ -118,7 +123,9 @@ def verify_samples(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("prepare_data.py verify", description=verify_samples.__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a store, or a folder with train/ and eval/")
     parser.add_argument("--vocab", metavar="FILE", help="the vocab.txt it should be of (default: the one beside it)")
-    parser.add_argument("--samples", type=int, default=200_000, help="records to read (default %(default)s)")
+    parser.add_argument(
+        "--samples", type=whole(1, 10**9), default=200_000, help="records to read (default %(default)s)"
+    )
     parser.add_argument(
         "--hashes",
         action=argparse.BooleanOptionalAction,
@@ -153,25 +160,19 @@ def _stores_in(folders: list[str]) -> list[Path]:
 COMMANDS = {"import": import_samples, "export": export_samples, "verify": verify_samples}
 
 
+@guarded
 def main() -> int:
-    try:
-        if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-            return COMMANDS[sys.argv[1]](sys.argv[2:]) or 0
-        args = parse(sys.argv[1:])
-        params = SampleParams(
-            args.max_seq_len, args.max_predictions, args.mask_prob, args.short_seq_prob, args.dupe_factor, args.seed
-        )
-        recipe = Recipe(
-            args.corpus, args.input, args.column, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
-            args.eval_max_samples, params, cased=args.cased, max_unknown=args.max_unknown,
-        )  # fmt: skip
-        prepare(recipe, args.out, args.workers, log=say)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        return COMMANDS[sys.argv[1]](sys.argv[2:]) or 0
+    args = parse(sys.argv[1:])
+    params = SampleParams(
+        args.max_seq_len, args.max_predictions, args.mask_prob, args.short_seq_prob, args.dupe_factor, args.seed
+    )
+    recipe = Recipe(
+        args.corpus, args.input, args.column, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
+        args.eval_max_samples, params, cased=args.cased, max_unknown=args.max_unknown,
+    )  # fmt: skip
+    prepare(recipe, args.out, args.workers, log=say)
     return 0
 
 

@@ -13,12 +13,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import markdown_table  # noqa: E402
 from scripts.step.breakdown import profile  # noqa: E402
 from scripts.step.setting import add_setting  # noqa: E402
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setting(parser)

@@ -22,6 +22,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.cli import load_config  # noqa: E402
 from bert_fast.config import Config, as_plain  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
@@ -74,6 +78,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")

@@ -19,6 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.foreign import shown  # noqa: E402
@@ -101,6 +105,7 @@ def draw(path: Path, scores: list[SystemScore]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="with result_*.txt of one system, or one log")

@@ -17,6 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_json  # noqa: E402
 from bert_fast.launch.settings import nic_variables  # noqa: E402
@@ -41,6 +45,7 @@ def describe(topology: Topology) -> list[str]:
     return lines + [f"absent: {part}" for part in topology.missing]
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, help="local ranks (default: one a GPU, or one)")

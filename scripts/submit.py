@@ -25,6 +25,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.cli import load_config, to_yaml  # noqa: E402
 from bert_fast.config import as_plain  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
@@ -179,6 +183,7 @@ def build(args: argparse.Namespace) -> Path:
     )  # fmt: skip
 
 
+@guarded
 def main() -> int:
     args = build_parser().parse_intermixed_args()
     try:

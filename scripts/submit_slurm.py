@@ -24,6 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.cli import load_config, to_yaml  # noqa: E402
 from bert_fast.config import Config, as_plain  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
@@ -167,6 +171,7 @@ def follow(job_id: int, log: Path) -> int:
         time.sleep(1)
 
 
+@guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", required=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
+from bert_fast.cli import validate
+from bert_fast.config import Cost
 from bert_fast.errors import UserError
+from bert_fast.files import read_json
 
+_FILE_BYTES = 1 << 20
 _RESOLUTION = 2**30  # the dearest sample in whole numbers: sums of 2^32 samples fit 64 bits
 
 
@@ -142,25 +146,37 @@ def cost_record(model: CostModel, source: str, fitted: CostFit | None) -> dict[s
     }
 
 
+class _Terms(BaseModel):
+    """The part of a cost file that is read; what else a run records there is left alone."""
+
+    model_config = ConfigDict(frozen=True)
+    linear: Cost
+    quadratic: Cost
+
+
+class _CostFile(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    planned_with: _Terms | None = None
+    fitted: _Terms | None = None
+
+
 def read_cost(path: str | Path) -> CostModel:
     """The fitted cost model in a `cost.json`, or the one that planned the run if none could be fitted.
 
     Raises:
         UserError: no such file, or it holds no cost model.
     """
+    what = "balance.cost_file"
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = record["fitted"] or record["planned_with"]
-        model = CostModel(float(found["linear"]), float(found["quadratic"]))
-    except OSError as error:
-        raise UserError(f"balance.cost_file={path}: {error.strerror}; give the cost.json of a finished run") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"balance.cost_file={path} holds no cost model; give the cost.json of a finished run") from None
-    if not (np.isfinite([model.linear, model.quadratic]).all() and min(model.linear, model.quadratic) >= 0):
-        raise UserError(f"balance.cost_file={path}: costs must be finite and not negative")
-    if model.linear == model.quadratic == 0:
-        raise UserError(f"balance.cost_file={path}: both costs are 0; at least one must be positive")
-    return model
+        record = validate(_CostFile, read_json(path, what, _FILE_BYTES), f"{what} {path}")
+    except UserError as error:
+        raise UserError(f"{error}; give the cost.json of a finished run") from None
+    found = record.fitted or record.planned_with
+    if found is None:
+        raise UserError(f"{what} {path} holds no cost model; give the cost.json of a finished run")
+    if found.linear == found.quadratic == 0:
+        raise UserError(f"{what} {path}: both costs are 0; at least one must be positive")
+    return CostModel(found.linear, found.quadratic)
 
 
 def imbalance(rank_costs: np.ndarray) -> float:

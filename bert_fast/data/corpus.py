@@ -70,7 +70,7 @@ def list_sources(kind: str, folder: str | None = None, packages: tuple[str, ...]
         for package in packages:
             try:
                 spec = importlib.util.find_spec(package)
-            except ModuleNotFoundError:  # its parent is missing
+            except (ImportError, ValueError, AttributeError):  # its parent is missing, broken or no package
                 spec = None
             if spec is None:
                 raise UserError(f"corpus pydocs: package {package} is not installed; pip install {package}")

@@ -6,11 +6,10 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from bert_fast.cli import read_yaml, validate
 from bert_fast.config import PositiveInt, Section
-from bert_fast.errors import UserError
 from bert_fast.launch.topology import Nic
 
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -37,36 +36,10 @@ def load_settings(path: str | Path) -> SystemSettings:
     Raises:
         UserError: one line naming the file and the field: absent, not YAML, an unknown or missing field, a wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = ", ".join(str(p) for p in sorted(path.parent.glob("*.yaml")))
-        raise UserError(f"settings file {path} does not exist" + (f"; there are: {near}" if near else ""))
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"settings file {path}{where} is not valid YAML; configs/systems/generic.yaml is an example"
-        ) from None
-    if not isinstance(tree, dict):
-        raise UserError(f"settings file {path} must hold fields ({', '.join(SystemSettings.model_fields)})")
-    try:
-        return SystemSettings.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"settings file {path}: " + "; ".join(dict.fromkeys(map(_explain, error.errors())))) from None
-
-
-def _explain(item: object) -> str:
-    assert isinstance(item, dict)
-    field, kind = ".".join(str(part) for part in item["loc"] if part != "[key]"), item["type"]
-    if kind == "extra_forbidden":
-        return f"unknown field {field}; the fields are {', '.join(SystemSettings.model_fields)}"
-    if kind == "missing":
-        return f"field {field} is missing; add it"
-    if field.startswith("environment.") and kind == "string_type":
-        return f"{field} is {item['input']!r}; put the value in quotes, as YAML rewrites bare numbers and words"
-    return f"{field}: {item['msg']}, got {item['input']!r}"
+    tree = read_yaml(
+        path, "settings file", f"fields ({', '.join(SystemSettings.model_fields)})", "configs/systems/generic.yaml"
+    )
+    return validate(SystemSettings, tree, f"settings file {path}")
 
 
 def apply(settings: SystemSettings, environ: MutableMapping[str, str]) -> list[str]:

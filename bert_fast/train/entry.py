@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_fast.cli import load_config, to_yaml
+from bert_fast.command import (
+    EXIT_BUG,
+    EXIT_PIPE,
+    EXIT_TRAINING,
+    EXIT_USER,
+    drop_output_without_reader,
+    explain,
+    one_line,
+)
 from bert_fast.config import Config, as_plain, run_folder
 from bert_fast.errors import LostRankError, TrainingError, UserError
 from bert_fast.files import write_json
@@ -40,7 +49,7 @@ _LOST_RANK = (
     "Timed out",
     "timed out",
 )
-EXIT_TARGET_MISSED, EXIT_USER, EXIT_TRAINING, EXIT_BUG = 1, 2, 3, 70
+EXIT_TARGET_MISSED = 1
 _LEAVE_S = 5.0  # for the last words of a rank that leaves
 
 
@@ -56,13 +65,15 @@ def guarded(action: Callable[[], int]) -> int:
         return _report(str(error), launch.EXIT_LOST_RANK)
     except KeyboardInterrupt:
         return _report("interrupted before the first step; nothing was written", 130)
+    except BrokenPipeError as error:
+        return EXIT_PIPE if drop_output_without_reader() else _bug(error)
     except OSError as error:
         where = error.filename or "the run's folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _report(f"disk full ({where}); free space and --resume", EXIT_USER)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
             return _report(f"cannot write {where}: {error.strerror}; mend the file system and --resume", EXIT_USER)
-        return _bug(error)
+        return _explained(error) if error.filename else _bug(error)
     except RuntimeError as error:
         if "Duplicate GPU" in str(error):  # NCCL's words
             return _report(
@@ -74,7 +85,13 @@ def guarded(action: Callable[[], int]) -> int:
             return _bug(error)
         return _report(f"lost contact with another rank: {str(error).splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
     except Exception as error:
-        return _bug(error)
+        return _explained(error)
+
+
+def _explained(error: Exception) -> int:
+    """What every program says of an error, such as a missing package; else a bug."""
+    found = explain(error)
+    return _report(*found) if found else _bug(error)
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:
@@ -179,6 +196,7 @@ def _exit_code(run: Run, outcome: Outcome) -> int:
 
 def _report(text: str, code: int) -> int:
     """One line. Under our launcher it goes to a file, so that ranks with the same error speak once."""
+    text = one_line(text)
     folder, rank = os.environ.get(launch.ERROR_FOLDER), os.environ.get("RANK")
     if folder and rank is not None:
         try:

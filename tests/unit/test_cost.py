@@ -99,12 +99,17 @@ def test_cost_file_holds_the_fit_or_else_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("no json", "holds no cost model"),
-        ("[1, 2]", "holds no cost model"),
+        ("no json", "is not JSON.*give the cost.json of a finished run"),
+        ("[1, 2]", "no JSON object but a list"),
         ('{"fitted": null}', "holds no cost model"),
-        ('{"fitted": {"linear": "x", "quadratic": 1}}', "holds no cost model"),
-        ('{"fitted": {"linear": -1, "quadratic": 1}}', "not negative"),
+        ('{"fitted": {"linear": "x", "quadratic": 1}}', r"fitted\.linear: .*valid number.*'x'"),
+        ('{"fitted": {"linear": -1, "quadratic": 1}}', r"fitted\.linear: .*greater than or equal to 0"),
         ('{"fitted": {"linear": 0, "quadratic": 0}}', "both costs are 0"),
+        ('{"fitted": {"linear": 1}}', "fitted.quadratic is missing"),
+        ('{"fitted": [1, 2]}', "fitted: "),
+        ('{"fitted": {"linear": NaN, "quadratic": 1}}', "finite number"),
+        ("[" * 100_000, "nests too deeply"),
+        (" " * (2 << 20), "larger than"),
     ],
 )
 def test_bad_cost_file_gets_one_line(tmp_path: Path, text: str, why: str) -> None:
@@ -115,5 +120,5 @@ def test_bad_cost_file_gets_one_line(tmp_path: Path, text: str, why: str) -> Non
 
 
 def test_missing_cost_file_gets_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"balance\.cost_file=.*No such file.*give the cost\.json of a finished run"):
+    with pytest.raises(UserError, match=r"balance\.cost_file .*No such file.*give the cost\.json of a finished run"):
         read_cost(tmp_path / "cost.json")

@@ -7,14 +7,17 @@ of `fixed` are padded with zeros, and position 0 is [CLS], which is never masked
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bert_fast.data.formats.table import SampleTable, check, from_padded, segments_of, to_padded
+from bert_fast.allocator import memory_at_most
+from bert_fast.data.formats.table import LONGEST, SampleTable, check, from_padded, segments_of, to_padded
 from bert_fast.data.formats.tfrecord import Features, make_example, parse_examples, read_records, write_records
 from bert_fast.errors import UserError
 from bert_fast.files import atomic_file
@@ -25,6 +28,11 @@ FEATURES = (
 )  # fmt: skip
 _HDF5 = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids", "next_sentence_labels")
 BLOCK = 512  # samples decoded together: a few MiB
+_BLOCK_BYTES = 1 << 22  # of TFRecords decoded together
+_BLOCK_NUMBERS = BLOCK * 1024  # of an HDF5 table read together
+_CHUNK_BYTES = 1 << 25  # of an HDF5 chunk, which is unpacked as a whole
+_HDF5_MEMORY = 1 << 28  # that reading a block may take in the library
+_GZIP, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000  # HDF5's numbers of filters
 
 
 def read_blocks(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
@@ -44,8 +52,8 @@ def is_hdf5(path: str | Path) -> bool:
 
 def read_tfrecord(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
     """Samples of a TFRecord file, `BLOCK` at a time. See `read_blocks`."""
-    records, first = read_records(path), 0
-    while payloads := list(islice(records, BLOCK)):
+    first = 0
+    for payloads in _blocks(read_records(path)):
         try:
             table = _of_examples(payloads, first)
             check(table, vocab_size, first)
@@ -53,6 +61,20 @@ def read_tfrecord(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
             raise _damaged(path, error, first) from None
         yield table
         first += len(payloads)
+
+
+def _blocks(records: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """`BLOCK` records at a time, or fewer where they are so long that memory would grow with them."""
+    block: list[bytes] = []
+    size = 0
+    for record in records:
+        block.append(record)
+        size += len(record)
+        if len(block) == BLOCK or size > _BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def _of_examples(payloads: list[bytes], first: int) -> SampleTable:
@@ -98,44 +120,135 @@ def _damaged(path: str | Path, error: ValueError, good: int) -> UserError:
 
 
 def read_hdf5(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
-    """Samples of an HDF5 file of either form. See `read_blocks`."""
+    """Samples of an HDF5 file of either form. See `read_blocks`.
+
+    Memory is bounded whatever the file claims: rows of at most 65,535 numbers, chunks of at most 32 MiB, and 256 MiB that the
+    library may take for a block. Nothing outside of the file is read.
+    """
     h5py = _h5py()
+    with _library_errors(path, "its beginning"):
+        file = h5py.File(path, "r", rdcc_nbytes=_CHUNK_BYTES)
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(f"{path}: no HDF5 file, or damaged ({str(error).splitlines()[0][:120]})") from None
-    with file:
-        missing = [name for name in _HDF5 if name not in file]
-        if missing:
-            raise UserError(f"{path}: no field {missing[0]}; it has {', '.join(sorted(file)) or 'none'}")
-        scalar = [name for name in _HDF5 if not getattr(file[name], "ndim", 0)]
-        if scalar:
-            raise UserError(f"{path}: {scalar[0]} is no array of rows")
-        total = len(file["input_ids"])
-        uneven = [name for name in _HDF5 if len(file[name]) != total]
-        if uneven:
-            raise UserError(f"{path}: {uneven[0]} has {len(file[uneven[0]]):,} rows and input_ids {total:,}")
-        fixed = file["input_ids"].ndim == 2
-        if fixed and "input_mask" not in file:
-            raise UserError(f"{path}: no field input_mask, which rows of one length need")
-        if fixed:
-            names = ("input_ids", "input_mask", "segment_ids", "masked_lm_positions", "masked_lm_ids")
-            flat = [name for name in names if file[name].ndim != 2]
-            if flat:
-                raise UserError(f"{path}: {flat[0]} is no table of rows of one length, as input_ids is")
-            try:
-                _check_widths({name: file[name].shape[1] for name in names})
-            except ValueError as error:
-                raise UserError(f"{path}: {error.args[1].removeprefix('has ')} a row") from None
-        for first in range(0, total, BLOCK):
-            try:
-                table = (_fixed if fixed else _variable)(file, slice(first, first + BLOCK), first)
-                check(table, vocab_size, first)
-            except OSError as error:
-                raise UserError(f"{path}: damaged near sample {first:,} ({str(error)[:120]})") from None
-            except ValueError as error:
-                raise _damaged(path, error, first) from None
+        with _library_errors(path, "its fields"):
+            arrays = _arrays(h5py, file, path)
+            fixed, total = _form(h5py, arrays, path)
+        size, read = Path(path).stat().st_size, 0
+        rows = max(1, min(BLOCK, _BLOCK_NUMBERS // arrays["input_ids"].shape[1])) if fixed else BLOCK
+        for first in range(0, total, rows):
+            with _library_errors(path, f"near sample {first:,}, reading with at most {_HDF5_MEMORY >> 20} MiB"):
+                try:
+                    with memory_at_most(_HDF5_MEMORY):
+                        table = (_fixed if fixed else _variable)(arrays, slice(first, first + rows), first)
+                    check(table, vocab_size, first)
+                except ValueError as error:
+                    raise _damaged(path, error, first) from None
+            read += len(table.tokens)
+            if not fixed and read > size:  # such arrays are not compressed: a token takes at least a byte
+                raise UserError(f"{path}: sample {first:,} and others share their numbers; write each of them out")
             yield table
+    finally:
+        with suppress(Exception):  # a damaged file may not close, either
+            file.close()
+
+
+@contextmanager
+def _library_errors(path: str | Path, place: str) -> Iterator[None]:
+    """What h5py and HDF5 raise for a damaged file, as one line with the file and the place."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(
+            f"{path}: damaged, or no samples ({place}): that is not enough, and ordinary samples take a few"
+        ) from None
+    except (
+        OSError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        SystemError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{path}: no HDF5 file, or damaged ({place}: {reason})") from None
+
+
+def _arrays(h5py: Any, file: Any, path: str | Path) -> dict[str, Any]:
+    """The arrays of the fields, each in this file and of whole numbers. Raises UserError naming the field that is not."""
+    arrays = {}
+    for name in (*_HDF5, *(["input_mask"] if file.get("input_mask", getlink=True) is not None else [])):
+        link = file.get(name, getlink=True)
+        if link is None:
+            there = ", ".join(islice(sorted(islice(file, 1000)), 20)) or "none"
+            raise UserError(f"{path}: no field {name}; it has {there}")
+        if not isinstance(link, h5py.HardLink):
+            raise UserError(f"{path}: {name} is a link to {link.path}; copy the array itself into the file (h5copy)")
+        if file.get(name, getclass=True) is not h5py.Dataset:
+            raise UserError(f"{path}: {name} is a group or a type, not an array")
+        array = arrays[name] = file[name]
+        if not array.shape:
+            raise UserError(f"{path}: {name} is no array of rows")
+        kind = h5py.check_vlen_dtype(array.dtype) or array.dtype
+        if not isinstance(kind, np.dtype) or kind.kind not in "iub" or kind.shape:
+            raise UserError(f"{path}: {name} holds values of type {str(kind)[:80]}, not whole numbers")
+        _check_storage(array, f"{path}: {name}")
+    return arrays
+
+
+def _check_storage(array: Any, what: str) -> None:
+    """Refuse an array that would be unpacked to far more than it is, or read from elsewhere. Raises UserError."""
+    if any(size > LONGEST for size in array.shape[1:]):
+        raise UserError(f"{what} has rows of {max(array.shape[1:]):,} numbers; a sample has at most {LONGEST:,} tokens")
+    layout = array.id.get_create_plist()
+    if array.is_virtual or layout.get_external_count():
+        raise UserError(f"{what} keeps its numbers in other files; copy them into this one (h5repack)")
+    filters = [layout.get_filter(index)[0] for index in range(layout.get_nfilters())]
+    strange = [number for number in filters if number not in (_GZIP, _SHUFFLE, _CHECKSUM, _LZF)]
+    if strange or sum(number in (_GZIP, _LZF) for number in filters) > 1:
+        raise UserError(f"{what} is packed with the HDF5 filters {filters}; repack it (h5repack -f GZIP=4)")
+    row = max(1, array.id.get_type().get_size()) * math.prod(array.shape[1:])
+    if array.chunks is None:
+        held = array.id.get_storage_size() // row if row else 0
+    else:
+        chunk = max(1, array.id.get_type().get_size()) * math.prod(array.chunks)
+        if chunk > _CHUNK_BYTES:
+            raise UserError(
+                f"{what} is stored in chunks of {chunk:,} bytes, and {_CHUNK_BYTES:,} are read at most; repack it with smaller "
+                "ones (h5repack -l CHUNK=512x512)"
+            )
+        held = array.id.get_num_chunks() * array.chunks[0]
+    if held < array.shape[0]:
+        raise UserError(f"{what} claims {array.shape[0]:,} rows and holds {held:,}")
+
+
+def _form(h5py: Any, arrays: dict[str, Any], path: str | Path) -> tuple[bool, int]:
+    """Whether rows are of one length, and how many there are. Raises UserError where fields do not belong together."""
+    total = len(arrays["input_ids"])
+    uneven = [name for name, array in arrays.items() if len(array) != total]
+    if uneven:
+        raise UserError(f"{path}: {uneven[0]} has {len(arrays[uneven[0]]):,} rows and input_ids {total:,}")
+    labels = arrays["next_sentence_labels"]
+    if math.prod(labels.shape) != total or h5py.check_vlen_dtype(labels.dtype):
+        raise UserError(f"{path}: next_sentence_labels has not one number a row")
+    fixed = arrays["input_ids"].ndim == 2
+    if fixed and "input_mask" not in arrays:
+        raise UserError(f"{path}: no field input_mask, which rows of one length need")
+    names = [name for name in arrays if name != "next_sentence_labels" and (fixed or name != "input_mask")]
+    for name in names:
+        is_variable = h5py.check_vlen_dtype(arrays[name].dtype) is not None
+        if fixed and (arrays[name].ndim != 2 or is_variable):
+            raise UserError(f"{path}: {name} is no table of rows of one length, as input_ids is")
+        if not fixed and (arrays[name].ndim != 1 or not is_variable):
+            raise UserError(f"{path}: {name} has not one array of its own length a row")
+    if fixed:
+        try:
+            _check_widths({name: arrays[name].shape[1] for name in names})
+        except ValueError as error:
+            raise UserError(f"{path}: {error.args[1].removeprefix('has ')} a row") from None
+    return fixed, total
 
 
 def _fixed(file: Any, rows: slice, first: int) -> SampleTable:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 HEADER = 3
+LONGEST = 2**16 - 1  # tokens of a sample: the store keeps lengths in 16 bits
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def check(table: SampleTable, vocab_size: int, first: int = 0) -> None:
     of_token = np.repeat(np.arange(len(table)), table.lengths)
     of_mask = np.repeat(np.arange(len(table)), table.num_masked)
     refuse(table.lengths < 3, None, "has fewer than 3 tokens")
+    refuse(table.lengths > LONGEST, None, f"has more than the {LONGEST:,} tokens that a store holds")
     refuse(
         (table.tokens < 0) | (table.tokens >= vocab_size),
         of_token,

@@ -25,7 +25,9 @@ _BLOCK = 1 << 20
 _HEAD, _LENGTH = struct.Struct("<QI"), struct.Struct("<Q")
 _CRC = struct.Struct("<I")
 _HEADS = 1 << 16  # of different lengths that are remembered
-_LONGEST = 1 << 30  # bytes; a longer record is a damaged length
+_LONGEST = (
+    1 << 24
+)  # bytes of a record: a sample of 65,535 tokens, the longest that a store holds, takes less than 1 MiB
 
 
 def masked_crc(data: bytes) -> int:
@@ -60,7 +62,7 @@ def read_records(path: str | Path) -> Iterator[bytes]:
                 if masked_crc(head[:8]) != length_crc:
                     raise damaged("has a length whose checksum does not fit (is this a TFRecord file?)")
                 if length > _LONGEST:
-                    raise damaged(f"claims {length:,} bytes")
+                    raise damaged(f"claims {length:,} bytes, and no sample takes more than {_LONGEST:,}")
                 if len(sound_heads) < _HEADS:
                     sound_heads.add(head)
             if len(block) - at < length + 16:

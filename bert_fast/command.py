@@ -1,0 +1,172 @@
+"""Between a program and the person who started it: every failure that a person can fix is one line and an exit code.
+
+Standard library only, so that a program can guard itself before it imports anything that may be missing:
+
+    from bert_fast.command import guarded, guard_imports
+
+    guard_imports()
+    import numpy as np
+
+    @guarded
+    def main() -> int: ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import functools
+import os
+import select
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+
+from bert_fast.errors import LostRankError, TrainingError, UserError
+
+EXIT_USER, EXIT_TRAINING, EXIT_LOST_RANK, EXIT_BUG = 2, 3, 4, 70
+EXIT_INTERRUPTED, EXIT_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
+_LONGEST_LINE = 2000  # characters
+_OURS = ("bert_fast", "scripts")
+_DISTRIBUTIONS = {  # where a package is installed under another name than it is imported by
+    "yaml": "pyyaml", "mlperf_logging": "mlperf-logging", "google_crc32c": "google-crc32c", "flash_attn": "flash-attn",
+    "pynvml": "nvidia-ml-py", "transformer_engine": "transformer-engine",
+}  # fmt: skip
+
+
+def one_line(text: object, longest: int = _LONGEST_LINE) -> str:
+    """Text as a terminal can show it: on one line, no control characters, cut where it is longer than `longest`."""
+    text = str(text)
+    shown = "".join(
+        character if character.isprintable() else " " if character == "\n" else ascii(character)[1:-1]
+        for character in text[:longest]
+    )
+    return shown + (f"... ({len(text):,} characters)" if len(text) > longest else "")
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """What to tell the person, and the exit code; None for what can only be a bug."""
+    if isinstance(error, UserError):
+        return str(error), EXIT_USER
+    if isinstance(error, TrainingError):
+        return str(error), EXIT_TRAINING
+    if isinstance(error, LostRankError):
+        return str(error), EXIT_LOST_RANK
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on, or starts again", EXIT_INTERRUPTED
+    if isinstance(error, ImportError):
+        text = _missing_package(error)
+        return (text, EXIT_USER) if text else None
+    if isinstance(error, MemoryError):
+        return (
+            f"there is not enough memory ({error or 'no details'}); give it a smaller input or fewer workers",
+            EXIT_USER,
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"disk full ({error.filename or 'no file named'}); free space and run the same command again",
+                EXIT_USER,
+            )
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; check the path, its permissions and its disk", EXIT_USER
+    return None
+
+
+def _missing_package(error: ImportError) -> str | None:
+    """The line for a third-party package that is missing or cannot be loaded; None if the module is Python's or ours."""
+    name = (error.name or "").partition(".")[0]
+    if not name or name in _OURS:
+        return None
+    if name in sys.stdlib_module_names:
+        return f"this Python has no module {error.name}, which belongs to its standard library; use a complete Python"
+    package = _DISTRIBUTIONS.get(name, name)
+    command = f"python -m pip install -c constraints.txt {package}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {package} is missing; install it with: {command}"
+    return f"the package {package} cannot be loaded ({error}); install it again with: {command}"
+
+
+def guarded(main: Callable[..., int]) -> Callable[..., int]:
+    """A `main` whose failures are one line on stderr and an exit code.
+
+    Exit codes: 2 something to fix (arguments, files, a missing package), 3 training cannot go on, 4 a rank was lost, 70 a bug
+    (with its traceback), 130 interrupted, 141 nobody reads the output any more (silent, as programs of the shell are).
+    """
+
+    @functools.wraps(main)
+    def run(*arguments: object) -> int:
+        try:
+            try:
+                return main(*arguments)
+            finally:
+                sys.stdout.flush()  # here, and not when Python ends, where a closed pipe can no longer be silent
+        except (Exception, KeyboardInterrupt) as error:
+            return report(error)
+
+    return run
+
+
+def report(error: BaseException) -> int:
+    """Print the line of an error, after its traceback if it is a bug; nothing if nobody reads. Returns the exit code."""
+    if isinstance(error, BrokenPipeError) and drop_output_without_reader():
+        return EXIT_PIPE
+    explained = explain(error)
+    if explained is None:
+        traceback.print_exception(error)
+        explained = f"unexpected {type(error).__name__}: {error} (traceback above; please report it)", EXIT_BUG
+    text, code = explained
+    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
+    return code
+
+
+def guard_imports() -> None:
+    """From here on, a missing package or Ctrl-C outside of a guarded `main` is one line, too."""
+    sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    raise SystemExit(report(error.with_traceback(trace)))
+
+
+def drop_output_without_reader() -> bool:
+    """Whether stdout is a pipe whose reader has left. Then what is buffered goes nowhere: Python would complain at its end."""
+    try:
+        output = sys.stdout.fileno()
+        poller = select.poll()
+        poller.register(output, 0)
+        if not poller.poll(0):
+            return False
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # no file, or a system without poll
+        return False
+    return True
+
+
+def whole(least: int, most: int = 2**31) -> Callable[[str], int]:
+    """The type of an argparse option: a whole number between `least` and `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is no whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not between {least:,} and {most:,}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """The type of an argparse option: a positive number that is not absurdly large."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is no number") from None
+    if not 0 < value < 1e12:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not positive, or far too large")
+    return value
