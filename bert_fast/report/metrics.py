@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bert_fast.files import cut_last_line
+
 
 class MetricsWriter:
     """One JSON object a line, flushed at once; scalars also to TensorBoard if asked."""
@@ -15,7 +17,10 @@ class MetricsWriter:
         self._events = None
         if folder is None:
             return
-        self._file = open(folder / "metrics.jsonl", "a" if append else "w", encoding="utf-8")  # noqa: SIM115
+        path = folder / "metrics.jsonl"
+        if append and path.is_file():
+            cut_last_line(path)
+        self._file = open(path, "a" if append else "w", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboard.summary import Writer
 
