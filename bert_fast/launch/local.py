@@ -18,6 +18,7 @@ from bert_fast.claims import CLAIM, claim_name
 from bert_fast.config import Config, run_folder
 from bert_fast.errors import UserError
 from bert_fast.files import checkpoints_in
+from bert_fast.launch.head import SECRET, new_secret
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_LOST_RANK = 4
@@ -60,6 +61,7 @@ def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:
     world = config.system.world_size
     port = config.system.master_port or _free_port()
     _check_port(port)
+    secret = new_secret()
     with tempfile.TemporaryDirectory() as errors:
         ranks = _Ranks(Path(errors))
         with ranks.signals_forwarded():
@@ -68,6 +70,7 @@ def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                     "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     ERROR_FOLDER: errors, LAUNCHER_PID: str(os.getpid()), CLAIM: claim_name(run_folder(config)),
+                    SECRET: secret,
                     # A lost rank is named in one line; torch's own warnings of it are stack traces
                     "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
                 })  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bert_fast.errors import UserError
+
 _LIMIT = 1 << 30  # bytes of a value: what is longer was not sent by one of our ranks
 
 
@@ -57,10 +59,15 @@ def _encoded(value: Any, group: dist.ProcessGroup | None) -> torch.Tensor:
 
 
 def _decoded(content: torch.Tensor) -> Any:
-    return json.loads(content.cpu().numpy().tobytes())
+    try:
+        return json.loads(content.cpu().numpy().tobytes())
+    except ValueError:
+        raise UserError(
+            "a rank sent something else than JSON: it does not run this code; start all ranks with the same"
+        ) from None
 
 
 def _checked(size: int) -> int:
     if not 0 < size <= _LIMIT:
-        raise RuntimeError(f"a rank announced a value of {size:,} bytes: it does not run this code")
+        raise UserError(f"a rank announced {size:,} bytes: it does not run this code; start all ranks with the same")
     return size
