@@ -55,6 +55,11 @@ class Kind:
     is_older: Callable[[Path], bool] = lambda _folder: False
 
 
+def digits(count: int) -> str:
+    """A pattern of so many digits."""
+    return count * "[0-9]"
+
+
 def check(folder: Path, kind: Kind) -> None:
     """Refuse a folder that is not ours to write into, or that a living process has. Changes nothing. Raises UserError."""
     _check_files(folder, kind)
@@ -189,7 +194,7 @@ def _check_files(folder: Path, kind: Kind) -> None:
             for path, _ in _entries(folder, folder, writes)
             if _is_own(inside := path.relative_to(folder), writes)
         )
-        what = f"holds files that are not ours and that {kind.name} would write over"
+        what = f"holds files that are not {kind.name}'s and that one would write over"
     if found and not kind.is_older(folder) and _mark_of(folder) is None:  # asked again: a start beside may have made it
         names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise UserError(f"{folder} {what} ({names}); {kind.mend}")

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bert_fast.claims import Kind, claimed, owner_of, remove_own
+from bert_fast.claims import Kind, claimed, digits, owner_of, remove_own
 from bert_fast.data import corpus as corpora
 from bert_fast.data.pool import Pool
 from bert_fast.data.samples import SampleParams, make_samples
@@ -36,7 +36,9 @@ _SPACE = {"pydocs": 3, "prose": 12, "mlcommons": 12, "mediawiki": 20, "parquet":
 SPLITS = ("train", "eval")
 _HEX = 12 * "[0-9a-f]"
 _PIECES, _PARTS = f"pieces-{_HEX}", f"parts-*-{_HEX}"
-_TEXT = (*(f"text/{split}-[0-9]*.txt" for split in SPLITS), "text/stamp.json")
+_TEXT = (*(f"text/{split}-{digits(n)}.txt" for split in SPLITS for n in (5, 6, 7)), "text/stamp.json")
+_PIECE = f"{digits(6)}.json"
+_PART_FILES = (f"{digits(5)}.bin", f"{digits(5)}.bin.npz", "head.bin", "head.bin.npz")
 
 
 def _is_older(folder: Path) -> bool:
@@ -52,8 +54,7 @@ PREPARATION = Kind(
     "a preparation",
     (
         *_TEXT, "vocab.txt", "vocab.stamp.json", *(f"{split}/{name}" for split in SPLITS for name in FILES),
-        f"{_PIECES}/[0-9]*.json", f"{_PARTS}/[0-9]*.bin", f"{_PARTS}/[0-9]*.bin.npz", f"{_PARTS}/head.bin",
-        f"{_PARTS}/head.bin.npz",
+        f"{_PIECES}/{_PIECE}", *(f"{_PARTS}/{name}" for name in _PART_FILES),
     ),
     "choose another --out",
     is_older=_is_older,
@@ -149,7 +150,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     pieces_folder = out / f"pieces-{tag}"
     for stale in out.glob(_PIECES):
         if stale != pieces_folder:
-            remove_own(out, [f"{stale.name}/[0-9]*.json"])
+            remove_own(out, [f"{stale.name}/{_PIECE}"])
     writers = {split: _TextWriter(out / "text", split) for split in SPLITS}
     seen: set[bytes] = set()
     pieces = corpora.list_pieces(recipe.corpus, sources, recipe.column)
@@ -180,7 +181,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
             hint = "raise --eval-fraction" if split == "eval" and stamp["train"]["documents"] else "is the text empty?"
             raise UserError(f"corpus {recipe.corpus}: no document for the {split} split; {hint}{where}")
     write_json(stamp_path, stamp)
-    remove_own(out, [f"{pieces_folder.name}/[0-9]*.json"])
+    remove_own(out, [f"{pieces_folder.name}/{_PIECE}"])
     megabytes, seconds = sum(stamp[s]["bytes"] for s in SPLITS) / 1e6, time.perf_counter() - start
     log(
         f"text: {len(sources):,} files -> {stamp['train']['documents']:,} + {stamp['eval']['documents']:,} documents, "
@@ -340,7 +341,7 @@ def _sample_stage(
             "params": asdict(recipe.params),
         },
     )  # fmt: skip
-    remove_own(out, [f"{parts_folder.name}/*.bin", f"{parts_folder.name}/*.bin.npz"])
+    remove_own(out, [f"{parts_folder.name}/{name}" for name in _PART_FILES])
     seconds = time.perf_counter() - start
     log(
         f"{split}: {manifest['num_samples']:,} samples, {manifest['num_tokens']:,} tokens, mean length "

@@ -253,7 +253,7 @@ def test_a_folder_for_a_while_goes_and_stays_with_files_of_others(tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "files", "refused"),
     [
-        (KIND, ("a.txt",), "not ours and that a box would write over \\(a.txt\\); choose another box"),
+        (KIND, ("a.txt",), "not a box's and that one would write over \\(a.txt\\); choose another box"),
         (KIND, ("parts/x.bin", ".running.json"), "\\(.running.json, parts/x.bin\\)"),
         (KIND, ("b.txt", "parts/x.txt", "deep/a.txt"), None),
         (ALONE, ("b.txt", "c", "d", "e"), "files that are not a box's \\(b.txt, c, d and 1 more\\)"),

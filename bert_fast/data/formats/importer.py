@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bert_fast.allocator import keep_freed_memory
-from bert_fast.claims import Kind, claimed, dissolve, owner_of, remove_own
+from bert_fast.claims import Kind, claimed, digits, dissolve, owner_of, remove_own
 from bert_fast.data.formats.mlperf import is_hdf5, read_blocks, write_hdf5, write_tfrecord
 from bert_fast.data.formats.table import SampleTable, from_records, to_records
 from bert_fast.data.pool import Pool
@@ -51,12 +51,14 @@ Log = Callable[[str], None]
 STORE = Kind("a store", FILES, "choose another --out", is_older=is_store)
 _HEX = 12 * "[0-9a-f]"
 PARTS = Kind(
-    "parts of an import",
+    "an unfinished import",
     (f"*-{_HEX}.bin", f"*-{_HEX}.bin.npz", "head.bin", "head.bin.npz"),
     "move it, or choose another --out",
 )
 EXPORT = Kind(
-    "an export", tuple(f"part-[0-9]*-of-[0-9]*.{suffix}" for suffix in ("tfrecord", "hdf5")), "choose another --out"
+    "an export",
+    tuple(f"part-{digits(n)}-of-{digits(n)}.{suffix}" for n in (5, 6) for suffix in ("tfrecord", "hdf5")),
+    "choose another --out",
 )
 
 
