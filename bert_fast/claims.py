@@ -17,6 +17,7 @@ import re
 import secrets
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ FORMAT = "bert_fast folder 1"
 CLAIM = "BERT_FAST_CLAIM"  # variable: names the launcher's claim to the ranks that it starts; no secret
 _TEMPORARY = re.compile(r"\.(?P<of>.+)\.[0-9a-f-]+\.tmp")  # how files.atomic_file names what is not whole yet
 _RIVAL_S, _WRITTEN_S = 0.02, 0.2
+_BEAT_S = 5.0  # between two touches of a claim, which show another host that its process lives
+_SILENT_S = 3 * _BEAT_S  # without one: it does not
 
 _held: dict[str, dict[str, Any]] = {}  # claims of this process, by folder
+_silent: set[str] = set()  # claims of processes on other hosts that were found to be gone
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,10 @@ def is_marked(folder: Path, kind: Kind) -> bool:
 def owner_of(folder: Path) -> str | None:
     """The living process in `folder`, in words; None if there is none, or nobody can tell, or it is this one.
 
-    On this host the process is looked up; on another one its Slurm job, if that is not this one.
+    On this host the process is looked up; on another one its Slurm job, if that is not this one. Without a job, its claim is
+    watched for 15 s: a living process touches it.
     """
-    return _owner(_read(folder / LOCK))
+    return _owner(_read(folder / LOCK), folder / LOCK)
 
 
 def remove_own(folder: Path, writes: Sequence[str], keep: Collection[str] = ()) -> list[Path]:
@@ -255,13 +260,13 @@ def _take(path: Path, note: dict[str, Any]) -> str | None:
     while True:
         with contextlib.suppress(FileExistsError):
             create_atomically(path, _text(note))
-            _held[_key(path.parent)] = note
+            _hold(path, note)
             return None
         raw = _raw(path)
         found = _parsed(raw)
         if found is not None and found.get("claim") in _names_of_ours(path.parent):
             return None
-        owner = _owner(found)
+        owner = _owner(found, path)
         if owner is not None:
             return owner
         if raw is not None:  # else it has just been given back
@@ -275,7 +280,7 @@ def _remove_stale(path: Path, raw: bytes, note: dict[str, Any]) -> None:
         create_atomically(right, _text(note))
     except FileExistsError:
         rival = _raw(right)
-        if rival is not None and _owner(_parsed(rival)) is None:  # its process is gone as well
+        if rival is not None and _owner(_parsed(rival), right) is None:  # its process is gone as well
             _remove_stale(right, rival, note)
         time.sleep(_RIVAL_S)
         return
@@ -286,18 +291,57 @@ def _remove_stale(path: Path, raw: bytes, note: dict[str, Any]) -> None:
         right.unlink(missing_ok=True)
 
 
-def _owner(note: dict[str, Any] | None) -> str | None:
+def _owner(note: dict[str, Any] | None, path: Path) -> str | None:
     try:
         host, pid, started, job = (note[name] for name in ("host", "pid", "started", "job"))  # type: ignore[index]
     except (KeyError, TypeError):
         return None
-    if note is not None and note.get("claim") == os.environ.get(CLAIM, ""):
+    assert note is not None
+    name = str(note.get("claim"))
+    if name == os.environ.get(CLAIM, ""):
         return None
     if host == socket.gethostname():
         return f"process {pid} on this host" if pid != os.getpid() and started == _started(pid) is not None else None
-    if job is None or job == os.environ.get("SLURM_JOB_ID"):
+    if job is None:
+        if name not in _silent and not _is_touched(path):
+            _silent.add(name)
+        return None if name in _silent else f"process {pid} on {host}"
+    if job == os.environ.get("SLURM_JOB_ID"):
         return None
     return f"job {job} on {host}" if _job_runs(job) else None
+
+
+def _hold(path: Path, note: dict[str, Any]) -> None:
+    """Remember a claim, and touch it as long as this process lives and has it."""
+    _held[_key(path.parent)] = note
+
+    def touch() -> None:
+        while _held.get(_key(path.parent)) is note:
+            time.sleep(_BEAT_S)
+            with contextlib.suppress(OSError):
+                if _held.get(_key(path.parent)) is note:
+                    os.utime(path)
+
+    threading.Thread(target=touch, daemon=True, name="claim").start()
+
+
+def _is_touched(path: Path) -> bool:
+    """Whether a process on another host touches its claim. Only changes count: its clock may differ from ours."""
+
+    def time_of() -> float | None:
+        try:
+            with open(path, "rb") as file:  # opened, so that a network file system asks its server
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return None
+
+    first, deadline = time_of(), time.monotonic() + _SILENT_S
+    while time.monotonic() < deadline:
+        now = time_of()
+        if now != first:
+            return now is not None
+        time.sleep(_BEAT_S / 5)
+    return False
 
 
 def _names_of_ours(folder: Path) -> list[str]:

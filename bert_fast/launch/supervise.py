@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bert_fast.claims import MARK, remove_own
+from bert_fast.claims import MARK, owner_of, remove_own
 from bert_fast.cli import load_config
 from bert_fast.config import Config, run_folder
 from bert_fast.errors import UserError
@@ -297,6 +297,8 @@ class Supervisor:
     def _write_record(self) -> None:
         """Times in seconds since 1970. A single run's folder gets it only once the run has made it: see check_folder."""
         if len(self._runs) == 1 and not (self._base / "commit.txt").is_file():
+            return
+        if owner_of(self._base):  # another job's run, beside which ours was refused
             return
         write_json(self._base / "supervise.json", {"job": self._job.id, "starts": [*self._earlier, self._start]})
 

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,24 @@ def test_on_another_host_its_job_decides(
 def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / ".running.json").write_text(text, encoding="utf-8")
     assert owner_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_on_another_host_without_a_job_its_touch_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    monkeypatch.setattr(module, "_BEAT_S", 0.05)
+    monkeypatch.setattr(module, "_SILENT_S", 0.3)
+    note(tmp_path, host="elsewhere", pid=17, job=None)
+    if not lives:
+        module._held.clear()
+        time.sleep(0.1)
+    assert owner_of(tmp_path) == ("process 17 on elsewhere" if lives else None)
+    if not lives:
+        began = time.monotonic()
+        module.claim(tmp_path, KIND)
+        assert time.monotonic() - began < 0.2, "it is not waited for again"
+    module._held.clear()
 
 
 # ---- of several processes one ---------------------------------------------------------------------------------------

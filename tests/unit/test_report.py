@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from bert_fast.files import cut_last_line
 from bert_fast.report.charts import MAX_POINTS, Series, Share, line_chart, nice_ticks, shares_bar, stacked_bars, thin
 from bert_fast.report.html import write_report
+from bert_fast.report.metrics import MetricsWriter
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 LOADING = {"src", "href", "xlink:href", "data", "srcset", "action"}
@@ -219,3 +221,20 @@ def test_one_point_and_one_share() -> None:
     assert "<circle" in line_chart([Series("a", [(0.0, 0.0)], 0)], "step", "y", reference=("target", 0.5))
     assert "100.0 % (2.0 s)" in shares_bar([Share("all", 2.0, 0), Share("none", 0.0, 1)], "s")
     assert "No values" in shares_bar([], "s")
+
+
+@pytest.mark.parametrize("left", ["", '{"kind": "st', "\n", "x" * 200_000])
+def test_lines_after_one_that_was_cut_short_are_whole(tmp_path: Path, left: str) -> None:
+    """As a kill or a full disk leaves it."""
+    first = MetricsWriter(tmp_path)
+    first.write("step", 1, {"loss": 2.0})
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(left)
+    second = MetricsWriter(tmp_path, append=True)
+    second.write("step", 2, {"loss": 1.0})
+    second.close()
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["step"] for line in lines if line] == [1, 2]
+    cut_last_line(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").split("\n") == lines, "nothing was cut short"
