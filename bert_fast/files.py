@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO
 from bert_fast.errors import UserError
 
 CHECKPOINT_MANIFEST = "complete.json"
+STEP_FOLDER = "step-" + 8 * "[0-9]"  # a checkpoint's name
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)  # of a file system that has no hard links
 
 
 @contextmanager
@@ -39,6 +42,30 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def create_atomically(path: str | Path, content: str) -> None:
+    """Write a whole new file: of several processes that do so at once, on one host or on several, one succeeds.
+
+    Raises:
+        FileExistsError: there is a file of that name; it is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # which, unlike a rename, never takes another file's place
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(path, "xb") as file:
+                file.write(content.encode())
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -101,9 +128,24 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def cut_last_line(path: str | Path) -> None:
+    """Cut a last line that a kill or a full disk has left without its end, before more lines are appended."""
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(0, end - (1 << 16))
+            file.seek(begin)
+            found = file.read(end - begin).rfind(b"\n")
+            if found >= 0:
+                end = begin + found + 1
+                break
+            end = begin
+        file.truncate(end)
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's folder of checkpoints, oldest first: those whose manifest is there."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{CHECKPOINT_MANIFEST}"))
+    return sorted(path.parent for path in folder.glob(f"{STEP_FOLDER}/{CHECKPOINT_MANIFEST}"))
 
 
 def sha256_of(path: str | Path) -> str:

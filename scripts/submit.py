@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,16 +28,18 @@ from bert_fast.command import guard_imports, guarded  # noqa: E402
 
 guard_imports()
 
+from bert_fast.claims import claimed  # noqa: E402
 from bert_fast.cli import load_config, to_yaml  # noqa: E402
 from bert_fast.config import as_plain  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.files import write_atomically, write_json  # noqa: E402
+from bert_fast.files import create_atomically, write_json  # noqa: E402
 from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402
-from bert_fast.mlperf.package import check_names, lay_out, verdict_of  # noqa: E402
+from bert_fast.mlperf.package import SUBMISSION, check_names, lay_out, verdict_of  # noqa: E402
 from bert_fast.mlperf.rules import RULESET  # noqa: E402
 from bert_fast.mlperf.score import read_events  # noqa: E402
 from bert_fast.mlperf.system import collect_system, complete_system, read_person, template  # noqa: E402
 from bert_fast.report.bench import markdown_table  # noqa: E402
+from bert_fast.train.folder import FINISHING, RUN, clear_run  # noqa: E402
 
 _SOURCES = (
     "bert_fast",
@@ -84,7 +85,9 @@ def run_seeds(args: argparse.Namespace, out: Path) -> list[Path]:
                 raise UserError(f"{folder} holds a run of another config; choose another --out, or remove it")
         else:
             print(f"seed {seed}: running", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: its time would be none
+            if not (folder / FINISHING).is_file():  # of a run that was stopped: its time would be none
+                with claimed(folder, RUN):
+                    clear_run(folder)
             _run_one([sys.executable, str(ROOT / "run_pretraining.py"), "--config", args.config, *overrides], seed)
         logs.append(folder / "result_0.txt")
         figures = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
@@ -172,6 +175,11 @@ def build(args: argparse.Namespace) -> Path:
         check_names(*_names(args, first))
         if args.runs != NUM_RUNS:
             raise UserError(f"--runs {args.runs}: a package has {NUM_RUNS} results")
+    with claimed(out, SUBMISSION):
+        return _build(args, out, person, collected)
+
+
+def _build(args: argparse.Namespace, out: Path, person: dict[str, Any], collected: dict[str, Any]) -> Path:
     logs = run_seeds(args, out) if args.config else collect(args.logs)
     facts = facts_of(logs[0])
     nodes = int(facts.get("number_of_nodes", 1))
@@ -188,9 +196,12 @@ def main() -> int:
     args = build_parser().parse_intermixed_args()
     try:
         if args.describe:
-            if Path(args.describe).exists():
-                raise UserError(f"{args.describe} is there already; choose another name")
-            write_atomically(args.describe, template(collect_system()))
+            try:
+                create_atomically(args.describe, template(collect_system()))
+            except FileExistsError:
+                raise UserError(f"{args.describe} is there already; choose another name") from None
+            except OSError as error:
+                raise UserError(f"cannot write {args.describe}: {error.strerror}; choose another name") from None
             print(f"{args.describe}: fill in what is empty")
             return 0
         package = Path(args.check) if args.check else build(args)

@@ -134,6 +134,8 @@ def submit(config: Config, folder: Path, script: str) -> int:
         raise UserError("no sbatch on this machine; run this on a login node of the cluster, or add --dry-run")
     try:
         folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{folder} is another submission's, of the same second or by hand; submit again") from None
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
     copy_code(folder)

@@ -10,22 +10,22 @@ again. The result does not depend on the number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import pickle
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from bert_fast.claims import Kind, claimed, digits, owner_of, remove_own
 from bert_fast.data import corpus as corpora
 from bert_fast.data.pool import Pool
 from bert_fast.data.samples import SampleParams, make_samples
-from bert_fast.data.store import Part, merge_parts, read_part, take_first, write_part
+from bert_fast.data.store import FILES, Part, merge_parts, read_part, take_first, write_part
 from bert_fast.data.tokens import TokenizedText, TokenPart, merge_token_parts, read_token_part, tokenize_file
 from bert_fast.data.wordpiece import (
     Vocabulary,
@@ -45,6 +45,34 @@ _TEXT_FILE_BYTES = 1 << 19
 _SPACE = {"pydocs": 3, "prose": 12, "mlcommons": 12, "mediawiki": 20, "parquet": 20}
 SPLITS = ("train", "eval")
 _ALGORITHM = 2  # of samples: a store that an older one made is made anew
+_HEX = 12 * "[0-9a-f]"
+_PIECES, _PARTS = f"pieces-{_HEX}", f"parts-*-{_HEX}"
+_TEXT = (*(f"text/{split}-{digits(n)}.txt" for split in SPLITS for n in (5, 6, 7)), "text/stamp.json")
+_PIECE = f"{digits(6)}.json"
+_PART_FILES = (
+    f"{digits(5)}.bin", f"{digits(5)}.bin.npz", "head.bin", "head.bin.npz", f"tokens/{digits(5)}.npz",
+    f"tokens/{digits(5)}.npz.json", *(f"tokens/{name}.bin" for name in ("tokens", "sentences", "documents")),
+)  # fmt: skip
+
+
+def _is_older(folder: Path) -> bool:
+    """Whether a version that left no mark has prepared this folder: its stamp of the text says what is in it."""
+    try:
+        stamp = json.loads((folder / "text" / "stamp.json").read_text(encoding="utf-8"))
+        return all(set(stamp[split]) >= {"files", "documents", "sha256"} for split in SPLITS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+PREPARATION = Kind(
+    "a preparation",
+    (
+        *_TEXT, "vocab.txt", "vocab.stamp.json", *(f"{split}/{name}" for split in SPLITS for name in FILES),
+        f"{_PIECES}/{_PIECE}", *(f"{_PARTS}/{name}" for name in _PART_FILES),
+    ),
+    "choose another --out",
+    is_older=_is_older,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,20 +119,36 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
     """Make `out/train` and `out/eval`. Returns `{"train": manifest, "eval": manifest, "seconds": ...}`.
 
     Raises:
-        UserError: unreadable or empty text, a bad vocabulary, a full disk. Finished work is kept for a restart.
+        UserError: unreadable or empty text, a bad vocabulary, a full disk (finished work is kept for a restart); a folder that
+            another process is writing, or with files of others where this one would write.
     """
     start = time.perf_counter()
     if recipe.vocab is not None:
         load_vocabulary(recipe.vocab)  # a bad one is found before the long part
     out = Path(out)
     workers = num_workers or os.cpu_count() or 1
-    with Pool(workers) as pool:
+    with _claimed(out, recipe), Pool(workers) as pool:
         text = _text_stage(recipe, out, pool, log)
         vocab_path = _vocab_stage(recipe, out, text, log)
         manifests = {split: _sample_stage(recipe, out, split, text, vocab_path, pool, log) for split in SPLITS}
     seconds = time.perf_counter() - start
     log(f"prepared {out} in {seconds:.1f} s")
     return {**manifests, "seconds": seconds}
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
+    """The folder and its stores are this process's meanwhile."""
+    given = recipe.vocab is not None and Path(recipe.vocab).resolve() == (out / "vocab.txt").resolve()
+    kind = replace(
+        PREPARATION, writes=tuple(name for name in PREPARATION.writes if not (given and name == "vocab.txt"))
+    )
+    with claimed(out, kind):
+        for split in SPLITS:  # an import may be writing one of them
+            owner = owner_of(out / split)
+            if owner:
+                raise UserError(f"{out / split} is in use by {owner}; wait for it, stop it, or choose another --out")
+        yield
 
 
 def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -126,14 +170,14 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
         log(f"text: {done['train']['documents']:,} + {done['eval']['documents']:,} documents, already there")
         return done
     start = time.perf_counter()
-    shutil.rmtree(out / "text", ignore_errors=True)
+    remove_own(out, _TEXT)
     size = sum(os.path.getsize(source.path) for source in sources)
     check_space(out, int(_SPACE[recipe.corpus] * size), "the preparation")
     tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     pieces_folder = out / f"pieces-{tag}"
-    for stale in out.glob("pieces-*"):
+    for stale in out.glob(_PIECES):
         if stale != pieces_folder:
-            shutil.rmtree(stale)
+            remove_own(out, [f"{stale.name}/{_PIECE}"])
 
     def documents() -> Iterator[tuple[str, list[str]]]:
         return _documents(recipe, sources, pieces_folder, pool, log)
@@ -149,7 +193,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
         counts = _write_splits(out, _by_the_end(documents, missing, recipe, log))
     stamp = {"key": key, **counts}
     write_json(stamp_path, stamp)
-    shutil.rmtree(pieces_folder, ignore_errors=True)
+    remove_own(out, [f"{pieces_folder.name}/{_PIECE}"])
     megabytes, seconds = sum(stamp[s]["bytes"] for s in SPLITS) / 1e6, time.perf_counter() - start
     log(
         f"text: {len(sources):,} files -> {stamp['train']['documents']:,} + {stamp['eval']['documents']:,} documents, "
@@ -164,7 +208,7 @@ def _documents(
     """Every document in order: what decides its split, and its sentences. What was read once is read from its pieces."""
     seen: set[bytes] = set()
     pieces = corpora.list_pieces(recipe.corpus, sources, recipe.column)
-    jobs = ((str(pieces_folder / f"{n:06d}.pickle"), recipe.corpus, piece) for n, piece in enumerate(pieces))
+    jobs = ((str(pieces_folder / f"{n:06d}.json"), recipe.corpus, piece) for n, piece in enumerate(pieces))
     start = last_line = time.perf_counter()
     documents_read = 0
     for documents in pool.map(_read_piece, jobs):
@@ -240,9 +284,9 @@ _Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences
 
 def _read_piece(path: str, kind: str, piece: corpora.Piece) -> list[tuple[str, _Blocks]]:
     """Documents of a piece, kept in `path` until the stage is over: cleaning a whole Wikipedia is hours of work."""
-    if Path(path).is_file():
-        with open(path, "rb") as file:
-            return pickle.load(file)  # type: ignore[no-any-return]  # our own file
+    finished = _stored_piece(path)
+    if finished is not None:
+        return finished
     documents = [
         (
             document.origin,
@@ -250,8 +294,21 @@ def _read_piece(path: str, kind: str, piece: corpora.Piece) -> list[tuple[str, _
         )
         for document in corpora.read_piece(kind, piece)
     ]
-    write_atomically(path, pickle.dumps(documents))
+    stored = [[origin, [[digest.hex(), sentences] for digest, sentences in blocks]] for origin, blocks in documents]
+    write_atomically(path, json.dumps(stored, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return documents
+
+
+def _stored_piece(path: str) -> list[tuple[str, _Blocks]] | None:
+    """A piece as it was kept, as JSON, which runs nothing. None where there is none; one that is damaged is made again."""
+    try:
+        stored = json.loads(Path(path).read_bytes().decode("utf-8", "surrogatepass"))
+        return [
+            (str(origin), [(bytes.fromhex(digest), [str(line) for line in sentences]) for digest, sentences in blocks])
+            for origin, blocks in stored
+        ]
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class _TextWriter:
@@ -293,10 +350,13 @@ class _TextWriter:
 
 
 def _vocab_stage(recipe: Recipe, out: Path, text: dict[str, Any], log: Log) -> Path:
-    path = out / "vocab.txt"
+    path, new = out / "vocab.txt", out / f".vocab.txt.{os.getpid()}.tmp"
     if recipe.vocab is not None:
         vocabulary = load_vocabulary(recipe.vocab)
-        write_atomically(path, as_text(vocabulary.tokens))
+        content = as_text(vocabulary.tokens).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(new, content)
+            _put_vocabulary(out, new, {"given": vocabulary.sha256})
         normalization = normalization_of(vocabulary.tokens, recipe.cased)
         log(f"vocabulary: {len(vocabulary):,} tokens from {recipe.vocab} ({normalization})")
         return path
@@ -307,10 +367,30 @@ def _vocab_stage(recipe: Recipe, out: Path, text: dict[str, Any], log: Log) -> P
         return path
     start = time.perf_counter()
     files = [out / "text" / name for name in text["train"]["files"]]
-    train_vocabulary(files, recipe.vocab_size, path, cased=bool(recipe.cased))
-    write_json(stamp_path, {"key": key})
+    train_vocabulary(files, recipe.vocab_size, new, cased=bool(recipe.cased))
+    _put_vocabulary(out, new, key)
     log(f"vocabulary: {len(load_vocabulary(path)):,} tokens trained in {time.perf_counter() - start:.1f} s")
     return path
+
+
+def _put_vocabulary(out: Path, new: Path, key: dict[str, Any]) -> None:
+    """Let a whole new file become vocab.txt. Raises UserError where that is a file that somebody else wrote, or has changed."""
+    path, stamp_path = out / "vocab.txt", out / "vocab.stamp.json"
+    try:
+        stamp = json.loads(stamp_path.read_text(encoding="utf-8"))
+        is_ours = "sha256" not in stamp or stamp["sha256"] == sha256_of(path)  # older stamps have no hash
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if path.exists() and not is_ours:
+        new.unlink()
+        raise UserError(
+            f"{path} is not as this command wrote it; move it, name it with --vocab, or choose another --out"
+        )
+    path.unlink(missing_ok=True)
+    write_json(
+        stamp_path, {"key": key, "sha256": sha256_of(new)}
+    )  # first: a kill here must not make our file a stranger's
+    os.replace(new, path)
 
 
 def _sample_stage(
@@ -367,7 +447,7 @@ def _sample_stage(
             "params": asdict(recipe.params),
         },
     )  # fmt: skip
-    shutil.rmtree(parts_folder, ignore_errors=True)
+    remove_own(out, [f"{parts_folder.name}/{name}" for name in _PART_FILES])
     seconds = time.perf_counter() - start
     log(
         f"{split}: {manifest['num_samples']:,} samples, {manifest['num_tokens']:,} tokens, mean length "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from bert_fast.files import atomic_file, sha256_of, write_json
 FORMAT = "bert_fast store 1"
 _TABLES = ("offsets.npy", "lengths.npy", "num_masked.npy")
 _BLOCKS = "blocks.npy"
+FILES = ("samples.bin", *_TABLES, _BLOCKS, "manifest.json")  # of a store
 BLOCK_BYTES = 1 << 22  # of samples.bin that share a checksum
 _HEADER = 3
 _BYTES = np.dtype(np.uint16).itemsize
@@ -120,9 +122,12 @@ def read_part(path: str | Path) -> Part | None:
     tables = Path(f"{path}.npz")
     if not tables.is_file() or not Path(path).is_file():
         return None
-    with np.load(tables) as loaded:
-        part = Part(str(path), len(loaded["lengths"]), int(loaded["num_random"]))
-        expected = _record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
+    try:
+        with np.load(tables, allow_pickle=False) as loaded:
+            part = Part(str(path), len(loaded["lengths"]), int(loaded["num_random"]))
+            expected = _record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # not what we write: made again
+        return None
     return part if Path(path).stat().st_size == expected else None
 
 
@@ -203,6 +208,14 @@ def _table_file(path: Path, kind: type[np.generic], count: int) -> Iterator[Bina
         yield file
 
 
+def is_store(folder: Path) -> bool:
+    """Whether the program has written a store there: a manifest of this format is the proof."""
+    try:
+        return bool(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 class Store:
     """Read access to a prepared store. Opening is O(1) in the number of samples; tables are memory-mapped."""
 
@@ -229,10 +242,10 @@ class Store:
             self._offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
             self.lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
             self.num_masked = np.load(self.folder / "num_masked.npy", mmap_mode="r")
+            blocks = self.folder / _BLOCKS
+            self.block_crcs: np.ndarray | None = np.load(blocks) if blocks.is_file() else None  # older stores have none
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"store {self.folder} is damaged ({error}); prepare the data again") from None
-        blocks = self.folder / _BLOCKS
-        self.block_crcs: np.ndarray | None = np.load(blocks) if blocks.is_file() else None  # older stores have none
         tables = (len(self._offsets) - 1, len(self.lengths), len(self.num_masked))
         if any(n != promised for n in tables) or self._offsets[-1] != len(self._tokens):
             raise UserError(

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bert_fast.data.wordpiece import SPECIAL_TOKENS, WordPiece, load_vocabulary
+from bert_fast.data.wordpiece import SPECIAL_TOKENS, WordPiece, as_text, load_vocabulary
 
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _ROLES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
 
 
@@ -46,9 +47,8 @@ def tokenizer_files(vocab_path: str | Path, max_length: int, normalization: dict
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **_ROLES,
     }
-    return {
-        "vocab.txt": "".join(f"{token}\n" for token in vocabulary.tokens),
-        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(_ROLES, indent=2) + "\n",
-    }
+    contents = (
+        as_text(vocabulary.tokens), tokenizer.to_str(pretty=True) + "\n", json.dumps(settings, indent=2) + "\n",
+        json.dumps(_ROLES, indent=2) + "\n",
+    )  # fmt: skip
+    return dict(zip(TOKENIZER_FILES, contents, strict=True))

@@ -83,7 +83,7 @@ def merge_token_parts(folder: Path, parts: list[TokenPart]) -> None:
         for file in (sentences, documents):
             file.write(bytes(8))
         for part in parts:
-            with np.load(part.path) as loaded:
+            with np.load(part.path, allow_pickle=False) as loaded:
                 tokens.write(loaded["tokens"].tobytes())
                 sentences.write((loaded["sentences"] + num_tokens).tobytes())
                 documents.write((loaded["documents"] + num_sentences).tobytes())

@@ -1,14 +1,34 @@
-"""Checks of what a launcher has set, made by every rank before it looks for the others."""
+"""What a launcher has set: where ranks meet, what they know each other by. Every rank reads it before it looks for others."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import secrets
 import socket
+from collections.abc import Mapping
 
 from bert_fast.errors import UserError
 
 HEAD_ADDRESSES = "BERT_FAST_HEAD_ADDRESSES"  # variable: what MASTER_ADDR resolves to on the first node, comma-separated
+
+SECRET = "BERT_FAST_SECRET"  # variable: what the ranks of a job know each other by; never on a command line, which all can read
+
+
+def new_secret() -> str:
+    """A secret for one start of the ranks."""
+    return secrets.token_hex(32)
+
+
+def on_one_machine(variables: Mapping[str, str]) -> bool:
+    """Whether all ranks run on this machine, as far as their launcher has said: then nothing need listen to the network."""
+    world = variables.get("WORLD_SIZE", "1")
+    if world == "1" or variables.get("LOCAL_WORLD_SIZE") == world:
+        return True
+    try:
+        return all(ipaddress.ip_address(each).is_loopback for each in addresses_of(variables.get("MASTER_ADDR", "")))
+    except (OSError, ValueError):
+        return False
 
 
 def addresses_of(name: str) -> list[str]:

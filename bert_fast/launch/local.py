@@ -9,14 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from bert_fast.claims import CLAIM, claim_name
 from bert_fast.config import Config, run_folder
 from bert_fast.errors import UserError
 from bert_fast.files import checkpoints_in
+from bert_fast.launch.head import SECRET, new_secret
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_LOST_RANK = 4
@@ -26,8 +28,10 @@ LAUNCHER_PID = "BERT_FAST_LAUNCHER_PID"  # variable: the process that a rank mus
 _REAP_S = 5.0
 
 
-def run_local(config: Config, arguments: list[str]) -> int:
+def run_local(config: Config, arguments: list[str], finished: Callable[[], int | None] = lambda: None) -> int:
     """Run `python arguments` once for every rank of the config; returns the exit code of the run.
+
+    `finished` says before another try that there is nothing left to do, by the run's exit code.
 
     Signals are passed on to the ranks, which end at a step boundary. If a rank dies, the others are stopped and the
     message names it; then all start again from the last checkpoint, up to `recovery.max_restarts` times.
@@ -42,6 +46,9 @@ def run_local(config: Config, arguments: list[str]) -> int:
         code, signalled = _run_once(config, arguments)
         if code not in RESTARTED or signalled or attempt == config.recovery.max_restarts:
             break
+        done = finished()
+        if done is not None:
+            return done
         has_checkpoint = bool(checkpoints_in(run_folder(config) / "checkpoints"))
         arguments = [each for each in arguments if each != "--resume"] + ["--resume"] * has_checkpoint
         where = "the last checkpoint" if has_checkpoint else "the beginning: there is no checkpoint yet"
@@ -54,6 +61,7 @@ def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:
     world = config.system.world_size
     port = config.system.master_port or _free_port()
     _check_port(port)
+    secret = new_secret()
     with tempfile.TemporaryDirectory() as errors:
         ranks = _Ranks(Path(errors))
         with ranks.signals_forwarded():
@@ -61,7 +69,8 @@ def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:
                 ranks.start(arguments, {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                     "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    ERROR_FOLDER: errors, LAUNCHER_PID: str(os.getpid()),
+                    ERROR_FOLDER: errors, LAUNCHER_PID: str(os.getpid()), CLAIM: claim_name(run_folder(config)),
+                    SECRET: secret,
                     # A lost rank is named in one line; torch's own warnings of it are stack traces
                     "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
                 })  # fmt: skip

@@ -9,9 +9,9 @@ is 1 for almost everything. Variables, signals and what is restarted: slurm/READ
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bert_fast.claims import MARK, owner_of, remove_own
 from bert_fast.cli import load_config
 from bert_fast.config import Config, run_folder
 from bert_fast.errors import UserError
 from bert_fast.files import checkpoints_in, write_json
 from bert_fast.launch import slurm
-from bert_fast.launch.head import HEAD_ADDRESSES
+from bert_fast.launch.head import HEAD_ADDRESSES, SECRET, new_secret
 from bert_fast.launch.local import ERROR_FOLDER
 
 EXIT_TARGET_MISSED, EXIT_USER = 1, 2  # as of run_pretraining.py
@@ -198,7 +199,8 @@ class Supervisor:
         # Another port each time, as the ranks before may still be cleaning up
         port = slurm.master_port(self._job.id + (0 if given else len(self._start["attempts"])), given)
         resume = run.has_checkpoint
-        (run.folder / "stopped.json").unlink(missing_ok=True)  # of an earlier start; the run removes it too
+        if (run.folder / MARK).is_file():  # else whatever is there is not a run's
+            (run.folder / "stopped.json").unlink(missing_ok=True)  # of an earlier start; the run removes it too
         overrides = [*self._overrides, *run.overrides, *fitted]
         config = load_config(self._config_path, overrides)
         arguments = [self._script, "--config", self._config_path, *["--resume"] * resume, *overrides]
@@ -212,7 +214,7 @@ class Supervisor:
         errors = (self._base.parent / f".{self._base.name}.errors-{name}").absolute()
         errors.mkdir(parents=True, exist_ok=True)
         variables = {
-            "MASTER_ADDR": address, "MASTER_PORT": str(port), ERROR_FOLDER: str(errors),
+            "MASTER_ADDR": address, "MASTER_PORT": str(port), ERROR_FOLDER: str(errors), SECRET: new_secret(),
             # A lost rank is named in one line; torch's own warnings of it are stack traces
             "TORCH_CPP_LOG_LEVEL": self._variables.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         }  # fmt: skip
@@ -231,7 +233,9 @@ class Supervisor:
         )
         if any(path.read_text(encoding="ascii") == str(EXIT_USER) for path in errors.glob("code-*")):
             code = EXIT_USER  # torchrun's is always 1, and srun's the highest of all ranks
-        shutil.rmtree(errors, ignore_errors=True)
+        remove_own(errors, ("rank-*", "code-*"))
+        with contextlib.suppress(OSError):
+            errors.rmdir()
         record["outcome"] = "finished" if run.is_finished else "stopped" if run.is_stopped or self._signal else "failed"
         if record["outcome"] == "failed":
             record["reason"] = reason
@@ -282,12 +286,19 @@ class Supervisor:
 
     def _read_record(self) -> list[dict[str, Any]]:
         path = self._base / "supervise.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return record["starts"] if record.get("job") == self._job.id else []
+        if not path.is_file():
+            return []
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return list(record["starts"]) if record["job"] == self._job.id else []
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no record of this program's; move it, or choose another run.folder") from None
 
     def _write_record(self) -> None:
         """Times in seconds since 1970. A single run's folder gets it only once the run has made it: see check_folder."""
         if len(self._runs) == 1 and not (self._base / "commit.txt").is_file():
+            return
+        if owner_of(self._base):  # another job's run, beside which ours was refused
             return
         write_json(self._base / "supervise.json", {"job": self._job.id, "starts": [*self._earlier, self._start]})
 

@@ -13,6 +13,7 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from bert_fast.config import Config
+from bert_fast.files import cut_last_line, write_atomically
 from bert_fast.mlperf.rules import open_because, wants_short_status, wants_tensors
 
 _STATUS = {
@@ -32,6 +33,15 @@ class _StrictHandler(logging.FileHandler):
             raise error
 
 
+def _reopen(path: Path) -> None:
+    """Make the log of a run that stopped one that can go on: no line without its end, no end of the run."""
+    cut_last_line(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if f'"key": "{constants.RUN_STOP}"' not in line]
+    if kept != lines:  # it was ended before its last files were there, and does its last steps again
+        write_atomically(path, "".join(kept))
+
+
 class ResultLog:
     """Writes `path` (result_0.txt) line by line. `path=None` swallows everything (ranks other than 0)."""
 
@@ -39,6 +49,8 @@ class ResultLog:
         self._logger: MLLogger | None = None
         if path is None:
             return
+        if append and path.is_file():
+            _reopen(path)
         sink = logging.Logger("bert_fast.mllog")
         handler = _StrictHandler(path, mode="a" if append else "w", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bert_fast.claims import Kind
 from bert_fast.errors import UserError
-from bert_fast.files import write_atomically, write_json
+from bert_fast.files import sha256_of, write_atomically, write_json
 from bert_fast.foreign import shown
 from bert_fast.mlperf.convergence import NUM_RUNS, judge
 from bert_fast.mlperf.rules import TARGET_ACCURACY
@@ -26,6 +26,8 @@ from bert_fast.mlperf.score import MOST_LOG_BYTES, RunScore, SystemScore, read_e
 from bert_fast.mlperf.submission import check_convergence, check_logs, check_package, check_system
 
 IMPLEMENTATION = "bert_fast"
+SUBMISSION = Kind("a submission", (), "choose another --out")
+_LEDGER = ".bert_fast_written.json"
 _SAME_IN_ALL = ("global_batch_size", "submission_division", "submission_benchmark", "opt_name", "opt_base_learning_rate",
                 "train_dataset_sha256", "eval_dataset_sha256")  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -58,7 +60,7 @@ def lay_out(
     logs: list[Path], out: Path, *, organization: str, system: str, description: dict[str, str], sources: Iterable[Path],
     root: Path, notes: str,
 ) -> Path:  # fmt: skip
-    """Write the package into `out/organization`; what was there of this system is replaced as a whole. Returns that folder.
+    """Write the package into `out/organization`, in place of what an earlier call wrote of this system. Returns that folder.
 
     Args:
         logs: result logs in the order of their numbers.
@@ -66,31 +68,57 @@ def lay_out(
         notes: README.md of the implementation.
 
     Raises:
-        UserError: a name that is no folder's, or a number of logs other than ten.
+        UserError: a name that is no folder's; a number of logs other than ten; a file that somebody else wrote, or has
+            changed, where one of the package goes.
     """
     check_names(organization, system)
     if len(logs) != NUM_RUNS:
         raise UserError(f"a package has {NUM_RUNS} results and {len(logs)} were given; run the missing seeds")
     package = out / organization
-    package.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=package, prefix=".new-") as scratch:
-        staged = Path(scratch)
-        for number, log in enumerate(logs):
-            write_atomically(staged / "bert" / f"result_{number}.txt", log.read_bytes())
-        for source in sources:
-            write_atomically(staged / "code" / source.relative_to(root), source.read_bytes())
-        write_atomically(staged / "code" / "README.md", notes)
-        _replace(staged / "bert", package / "results" / system / "bert")
-        _replace(staged / "code", package / "benchmarks" / "bert" / "implementations" / IMPLEMENTATION)
-    write_json(package / "systems" / f"{system}.json", description)
+    code = package / "benchmarks" / "bert" / "implementations" / IMPLEMENTATION
+    files = {package / "results" / system / "bert" / f"result_{n}.txt": log.read_bytes() for n, log in enumerate(logs)}
+    files |= {code / source.relative_to(root): source.read_bytes() for source in sources}
+    files[code / "README.md"] = notes.encode()
+    files[package / "systems" / f"{system}.json"] = (
+        json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    ).encode()
+    _write_files(out, files, (code, package / "results" / system))
     return package
 
 
-def _replace(new: Path, old: Path) -> None:
-    if old.exists():
-        shutil.rmtree(old)
-    old.parent.mkdir(parents=True, exist_ok=True)
-    new.rename(old)
+def _write_files(out: Path, files: dict[Path, bytes], whole: Sequence[Path]) -> None:
+    """Write files below `out`, and remove what an earlier call wrote into the folders `whole` and this one does not.
+
+    A list in `out` says what was written, by hash: what it does not name, or what has been changed since, is a person's.
+
+    Raises:
+        UserError: such a file is in the way. Nothing has been changed then.
+    """
+    ledger = out / _LEDGER
+    try:
+        known: dict[str, list[str]] = json.loads(ledger.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    new = {path.relative_to(out).as_posix(): content for path, content in files.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in new.items()}
+    stale = [n for n in known if n not in new and any((out / n).is_relative_to(folder) for folder in whole)]
+    for name in (*new, *stale):
+        path = out / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(f"{path} is a folder or a link where a file of the package goes; move it away")
+        if path.exists() and sha256_of(path) not in (*known.get(name, ()), hashes.get(name)):
+            raise UserError(f"{path} is not as this command wrote it; move it away or choose another --out")
+    # Before the files, so that one of them can be told for ours whenever this ends
+    write_json(ledger, known | {name: [*known.get(name, ()), hashes[name]] for name in new})
+    for name, content in new.items():
+        write_atomically(out / name, content)
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+        for folder in (out / name).parents:
+            if not any(folder.is_relative_to(each) for each in whole) or any(folder.iterdir()):
+                break
+            folder.rmdir()
+    write_json(ledger, {n: each for n, each in known.items() if n not in stale} | {n: [hashes[n]] for n in new})
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------

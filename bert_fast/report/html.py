@@ -71,9 +71,11 @@ summary { cursor:pointer; margin:.4rem 0; }
 """
 
 
-def write_report(folder: Path) -> Path:
-    """Write the report of a finished run; returns its path."""
-    record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+def write_report(folder: Path, record: dict[str, Any] | None = None) -> Path:
+    """Write the report of a finished run; returns its path. Without its `record`, metrics.json has it."""
+    if record is None:
+        record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert record is not None
     path = folder / "report.html"
     write_atomically(path, _page(record, read_metrics(folder)))
     return path

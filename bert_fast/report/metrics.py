@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.errors import UserError
+from bert_fast.files import cut_last_line
 from bert_fast.foreign import number, open_regular, parse_json, shown, whole_number
 
 MOST_LINE_BYTES = 16 << 20  # a line of 4,096 ranks has 0.3 MB
@@ -22,7 +23,10 @@ class MetricsWriter:
         self._events = None
         if folder is None:
             return
-        self._file = open(folder / "metrics.jsonl", "a" if append else "w", encoding="utf-8")  # noqa: SIM115
+        path = folder / "metrics.jsonl"
+        if append and path.is_file():
+            cut_last_line(path)
+        self._file = open(path, "a" if append else "w", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from tensorboard.summary import Writer
 

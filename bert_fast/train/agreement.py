@@ -19,6 +19,7 @@ from bert_fast.config import Config, as_plain
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
 from bert_fast.train.environment import Environment
+from bert_fast.train.exchange import broadcast_json
 
 # What may differ between ranks: where things lie on their node (what is in them is compared) and how a node is used.
 # Every other setting decides numbers, or which collective comes next.
@@ -134,9 +135,7 @@ def _first_difference(value: Any, environment: Environment) -> tuple[int, Any] |
 
 def _of_rank(value: Any, rank: int) -> Any:
     """What a rank has. A collective."""
-    holder = [json.loads(json.dumps(value))]
-    dist.broadcast_object_list(holder, src=rank)
-    return holder[0]
+    return broadcast_json(value, rank)
 
 
 def _describe(entry: tuple[str, list[int]]) -> str:

@@ -27,6 +27,7 @@ from bert_fast.optim.build import build_optimizer
 from bert_fast.train.agreement import check_layout, check_parameters
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.environment import Environment
+from bert_fast.train.exchange import all_gather_json, broadcast_json
 from bert_fast.train.graphs import GraphedStep, capture_on_cuda, check_graphs, tensor_rates
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.loss_scale import LossScale
@@ -245,21 +246,13 @@ def matmul_ceiling(environment: Environment, seconds: float = 0.3) -> float:
 
 
 def from_rank(value: Any, rank: int = 0) -> Any:
-    """A rank's `value` (anything that pickles), on every rank. A collective."""
-    if not dist.is_initialized():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=rank)
-    return holder[0]
+    """A rank's `value` (plain, as JSON), on every rank. A collective."""
+    return broadcast_json(value, rank) if dist.is_initialized() else value
 
 
-def gather_objects(value: Any, environment: Environment) -> list[Any]:
-    """Every rank's `value` (anything that pickles), on every rank. A collective."""
-    if not dist.is_initialized():
-        return [value]
-    everyone: list[Any] = [None] * environment.world_size
-    dist.all_gather_object(everyone, value)
-    return everyone
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value` (plain, as JSON), on every rank. A collective."""
+    return all_gather_json(value) if dist.is_initialized() else [value]
 
 
 def gather_floats(values: list[float], environment: Environment) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Checkpoints through torch.distributed.checkpoint (DCP): whole or absent, checksummed, for any number of ranks.
 
 checkpoints/step-00000120/__R_0.distcp   what rank R wrote: stretches of flattened weights and moments, its own state
-                          .metadata      which stretch lies where (DCP's own)
+                          tensors.json   which stretch lies where: DCP's own list is a pickle, which runs what is in it
                           complete.json  step, ranks, config, counters and clocks, size and hash of every file
 
 A checkpoint is written under a name that begins with a dot and renamed when all of it is on disk: a crash at any moment
@@ -15,38 +15,46 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import re
 import shutil
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
+from bert_fast.claims import remove_own
 from bert_fast.errors import UserError
-from bert_fast.files import CHECKPOINT_MANIFEST, checkpoints_in, sha256_of, write_json
+from bert_fast.files import CHECKPOINT_MANIFEST, STEP_FOLDER, checkpoints_in, sha256_of, write_json
+from bert_fast.train.exchange import broadcast_json, gather_json
+from bert_fast.train.folder import CHECKPOINT_FILES
 
-FORMAT = "bert_fast checkpoint 2"
-# One rank saves, and every rank loads, without a process group: DCP says so each time.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+FORMAT = "bert_fast checkpoint 3"
+TENSORS = "tensors.json"
+_SHARE = re.compile(r"__\d+_\d+\.distcp")
+_DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)}
 
 
 @dataclass(frozen=True)
@@ -74,29 +82,6 @@ class _Saving(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
         return self._values[index.fqn, index.offset[0]]
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Says when this rank writes and waits for nobody."""
-
-    def __init__(self, folder: Path, own_work: contextlib.AbstractContextManager[None]) -> None:
-        # Without read-ahead: tensors are on the host already, and DCP would wait for a CUDA stream to copy them
-        super().__init__(folder, per_thread_copy_ahead=0)
-        self._own_work = own_work
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        with self._own_work:  # makes the folder
-            return super().prepare_local_plan(plan)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with self._own_work:
-            written = super().write_data(plan, planner)
-            written.wait()
-        return written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        with self._own_work:
-            super().finish(metadata, results)
 
 
 class _Loading(DefaultLoadPlanner):
@@ -168,54 +153,105 @@ def write_checkpoint(
     error: str | None = None
     try:
         if rank == 0:
-            with own_work:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            with own_work, contextlib.suppress(OSError):
+                _remove(unfinished)
         _from_rank_0(None, group)  # nobody writes before; a barrier would take NCCL's device for its tensor
-        writer = _Writer(unfinished, own_work)
-        dcp.save({}, storage_writer=writer, planner=_Saving(stretches), process_group=group, no_dist=group is None)
         with own_work:
-            names = [p.name for p in unfinished.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
-            mine: Any = {
-                n: {"bytes": (unfinished / n).stat().st_size, "sha256": sha256_of(unfinished / n)} for n in names
-            }
-    except (Exception, CheckpointException) as caught:  # of any rank: DCP raises on all; its own is a BaseException
+            mine: Any = _write_share(unfinished, stretches, rank)
+    except Exception as caught:
         mine = error = _explain(caught, folder, rank)
-    everyone = _gather(mine, rank, group)
+    everyone = [mine] if group is None else gather_json(mine, group)
     if rank == 0:
         failures = [each for each in everyone if isinstance(each, str)]
         error = error or (failures[0] if failures else None)
-        if error is None:
-            files = {name: entry for each in everyone for name, entry in each.items()}
-            with own_work:
-                error = _complete_one(folder, unfinished, target, {**description, "files": files}, keep)
-        if error is not None:  # before the others hear of it, and end the run perhaps
-            with own_work:
-                shutil.rmtree(unfinished, ignore_errors=True)
+        with own_work:
+            if error is None:
+                files = {name: entry for each in everyone for name, entry in each["files"].items()}
+                written = [entry for each in everyone for entry in each["tensors"]]
+                error = _complete_one(folder, unfinished, target, {**description, "files": files}, written, keep)
+            if error is not None:  # before the others hear of it, and end the run perhaps
+                with contextlib.suppress(OSError):
+                    _remove(unfinished)
     error = _from_rank_0(error, group)
     if error is not None:
         raise UserError(f"checkpoint of step {step} was not written: {error}. {_what_there_is(folder)}")
 
 
-def _complete_one(folder: Path, unfinished: Path, target: Path, manifest: dict[str, Any], keep: int) -> str | None:
-    """Rank 0: the manifest, the rename, the removal of older ones. Returns what went wrong."""
+def _write_share(folder: Path, stretches: Sequence[Stretch], rank: int) -> dict[str, Any]:
+    """Write this rank's stretches through DCP's writer. Returns its files and where each stretch is, as plain values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without read-ahead: tensors are on the host already, and DCP would wait for a CUDA stream to copy them
+    writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+    planner = _Saving(stretches)
+    plan = replace(planner.create_local_plan(), storage_data=_StoragePrefix(f"__{rank}_"))
+    by_index = {(s.name, s.begin): s for s in stretches}
+    tensors = []
+    for written in writer.write_data(plan, planner).wait():
+        stretch = by_index[written.index.fqn, written.index.offset[0]]  # type: ignore[index]
+        place = written.storage_data
+        kind = str(stretch.values.dtype).removeprefix("torch.")
+        size = [stretch.numel, stretch.begin, len(stretch.values)]
+        tensors.append([stretch.name, kind, *size, place.relative_path, place.offset, place.length])
+    names = sorted({entry[5] for entry in tensors})
+    return {"files": {name: _file_entry(folder / name) for name in names}, "tensors": tensors}
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _list_of_tensors(written: list[list[Any]]) -> dict[str, Any]:
+    """What all ranks wrote, by tensor. Raises ValueError where that does not cover a tensor exactly once."""
+    tensors: dict[str, Any] = {}
+    ends: dict[str, int] = {}
+    for name, kind, numel, begin, length, *place in sorted(written, key=lambda entry: (entry[0], entry[3])):
+        entry = tensors.setdefault(name, {"dtype": kind, "numel": numel, "stretches": []})
+        if (kind, numel, begin) != (entry["dtype"], entry["numel"], ends.get(name, 0)):
+            raise ValueError(f"the ranks did not write {name} exactly once")
+        ends[name] = begin + length
+        entry["stretches"].append([begin, length, *place])
+    for name, entry in tensors.items():
+        if ends[name] != entry["numel"]:
+            raise ValueError(f"the ranks did not write {name} as a whole")
+    return tensors
+
+
+def _complete_one(
+    folder: Path, unfinished: Path, target: Path, manifest: dict[str, Any], written: list[list[Any]], keep: int
+) -> str | None:
+    """Rank 0: the list of tensors, the manifest, the rename, the removal of older ones. Returns what went wrong."""
     replaced = folder / f".{target.name}.old"
     try:
+        write_json(unfinished / TENSORS, _list_of_tensors(written))
+        manifest["files"][TENSORS] = _file_entry(unfinished / TENSORS)
         body = {"format": FORMAT, **manifest}
         write_json(unfinished / CHECKPOINT_MANIFEST, {**body, "sha256": _body_hash(body)})
         _sync(unfinished)
         if target.exists():  # a run that was thrown back to before this step
+            _remove(replaced, target)
             os.replace(target, replaced)
         os.replace(unfinished, target)
         _sync(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced, target)
         found = checkpoints_in(folder)
         newer = [path for path in found if path.name > target.name]  # a run that was thrown back does not come to them
         for old in [*newer, *[path for path in found if path not in newer][:-keep]]:
-            (old / CHECKPOINT_MANIFEST).unlink()  # first, so that half of it never counts
-            shutil.rmtree(old)
-    except (OSError, UserError) as caught:
+            _remove(old)
+    except (OSError, ValueError) as caught:  # a UserError is one
         return _explain(caught, folder, 0)
     return None
+
+
+def _remove(checkpoint: Path, successor: Path | None = None) -> None:
+    """Remove a checkpoint's own files, whole or half of one. Whatever else lies in its folder stays, or goes to `successor`."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():  # somebody keeps it elsewhere
+        return
+    (checkpoint / CHECKPOINT_MANIFEST).unlink(missing_ok=True)  # first, so that half of it never counts
+    for stays in remove_own(checkpoint, CHECKPOINT_FILES):
+        if successor is not None and len(stays.parts) == 1 and not (successor / stays).exists():
+            os.replace(checkpoint / stays, successor / stays)
+    with contextlib.suppress(OSError):  # something of the user's is in it
+        checkpoint.rmdir()
 
 
 def _body_hash(body: dict[str, Any]) -> str:
@@ -232,12 +268,8 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _explain(error: BaseException, folder: Path, rank: int) -> str:
-    """One line. DCP collects the exceptions of ranks in one of its own; the first that names a cause counts."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank, (inner, _) = next(iter(failures.items()))
-        return _explain(inner, folder, rank)
+def _explain(error: Exception, folder: Path, rank: int) -> str:
+    """One line."""
     with contextlib.suppress(OSError):
         if shutil.disk_usage(folder).free < 1 << 20 or getattr(error, "errno", None) in (28, 122):
             return f"disk full ({folder}, rank {rank}); free space and --resume"
@@ -250,32 +282,22 @@ def _what_there_is(folder: Path) -> str:
     return f"The last complete one is {found[-1].name}" if found else "There is no complete one"
 
 
-def _gather(value: Any, rank: int, group: dist.ProcessGroup | None) -> list[Any]:
-    if group is None:
-        return [value]
-    found: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
-    dist.gather_object(value, found, dst=0, group=group)
-    return found or []
-
-
 def _from_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:
-    if group is None:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=group)
-    return holder[0]
+    return value if group is None else broadcast_json(value, 0, group)
 
 
 def clear_remains(folder: Path) -> None:
     """What a crash left of writing: half a checkpoint goes; one that was about to be replaced comes back."""
-    for old in folder.glob(".step-*.old"):
+    for old in folder.glob(f".{STEP_FOLDER}.old"):
         target = folder / old.name.removeprefix(".").removesuffix(".old")
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(old, target)
         else:
             os.replace(old, target)
-    for unfinished in folder.glob(".step-*.tmp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for unfinished in folder.glob(f".{STEP_FOLDER}.tmp"):
+        with contextlib.suppress(OSError):
+            _remove(unfinished)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -324,13 +346,37 @@ def damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """DCP's list of the tensors in a checkpoint."""
-    return dcp.FileSystemReader(path).read_metadata()
+    """The list of the tensors in a checkpoint, as DCP has it. Raises UserError where it is none."""
+    try:
+        tensors = json.loads((path / TENSORS).read_text(encoding="utf-8"))
+        entries, places = {}, {}
+        for name, entry in tensors.items():
+            kind, numel = _DTYPES[entry["dtype"]], _count(entry["numel"])
+            chunks = []
+            for begin, length, file, offset, size in entry["stretches"]:
+                if not _SHARE.fullmatch(file):
+                    raise ValueError(f"{file} is not the name of a rank's file")
+                chunk = ChunkStorageMetadata(torch.Size([_count(begin)]), torch.Size([_count(length)]))
+                chunks.append(chunk)
+                places[MetadataIndex(name, chunk.offsets)] = _StorageInfo(file, _count(offset), _count(size))
+            entries[name] = TensorStorageMetadata(TensorProperties(kind), torch.Size([numel]), chunks)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged ({TENSORS}: {type(error).__name__}: {error}); remove it"
+        ) from None
+    return Metadata(entries, storage_data=places)  # type: ignore[arg-type]
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{str(value)[:40]} is not a count")
+    return value
 
 
 def read_stretches(path: Path, stretches: Sequence[Stretch]) -> None:
     """Fill the values of `stretches` (on any device); each rank by itself. Raises UserError for what is not there."""
-    entries = read_metadata(path).state_dict_metadata
+    metadata = read_metadata(path)
+    entries = metadata.state_dict_metadata
     for stretch in stretches:
         entry = entries.get(stretch.name)
         if entry is None:
@@ -342,7 +388,18 @@ def read_stretches(path: Path, stretches: Sequence[Stretch]) -> None:
                 "model"
             )
     if stretches:
-        dcp.load({}, storage_reader=dcp.FileSystemReader(path), planner=_Loading(stretches), no_dist=True)
+        reader, planner = dcp.FileSystemReader(path), _Loading(stretches)
+        planner.set_up_planner({}, metadata, is_coordinator=True)
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        try:
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        except (
+            Exception
+        ) as error:  # of whatever kind: the hashes are right, and what is in the files is not what a rank writes
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"checkpoint {path} cannot be read ({type(error).__name__}: {text[:120]}); remove it"
+            ) from None
 
 
 def read_bytes(path: Path, metadata: Metadata, name: str) -> Any:
@@ -352,4 +409,7 @@ def read_bytes(path: Path, metadata: Metadata, name: str) -> Any:
         return None
     values = torch.empty(entry.size[0], dtype=torch.uint8)  # type: ignore[union-attr]
     read_stretches(path, [Stretch(name, 0, len(values), values)])
-    return torch.load(io.BytesIO(values.numpy().tobytes()), weights_only=True)
+    try:
+        return torch.load(io.BytesIO(values.numpy().tobytes()), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({name}: {type(error).__name__}); remove it") from None

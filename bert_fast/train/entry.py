@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bert_fast.claims import release
 from bert_fast.cli import load_config, to_yaml
 from bert_fast.command import (
     EXIT_BUG,
@@ -28,11 +29,12 @@ from bert_fast.config import Config, as_plain, run_folder
 from bert_fast.errors import LostRankError, TrainingError, UserError
 from bert_fast.files import write_json
 from bert_fast.launch import local as launch
-from bert_fast.launch.owner import release
+from bert_fast.launch.mpi import adopt_mpi
 from bert_fast.launch.slurm import adopt_slurm, is_launched
 from bert_fast.mlperf.rules import check_division
+from bert_fast.train.complete import EXIT_TARGET_MISSED, exit_code_of, finished_again, is_over
 from bert_fast.train.flight import flight_record, record_flight
-from bert_fast.train.folder import check_folder, check_inputs, create_folder
+from bert_fast.train.folder import check_inputs, create_folder, take_folder
 
 if TYPE_CHECKING:
     from bert_fast.train.loop import Outcome, Run
@@ -49,7 +51,6 @@ _LOST_RANK = (
     "Timed out",
     "timed out",
 )
-EXIT_TARGET_MISSED = 1
 _LEAVE_S = 5.0  # for the last words of a rank that leaves
 
 
@@ -118,18 +119,34 @@ def run(args: argparse.Namespace, process_start: float) -> int:
 
         dry_run(config)
         return 0
+    adopt_mpi()
     adopt_slurm()
     launched = is_launched()
     if args.preflight:
         return (
             launch.run_local(config, sys.argv) if not launched and config.system.world_size > 1 else _preflight(config)
         )
-    if not launched or os.environ["RANK"] == "0":
-        check_folder(config, args.resume)
+    folder = run_folder(config)
+    if launched and os.environ["RANK"] != "0":
+        if is_over(folder):  # rank 0 needs nobody, or is refused
+            return 0
+        return _be_a_rank(config, args.resume, process_start)
+    try:
+        code = finished_again(folder)
+        if code is not None:
+            return code
         check_inputs(config)
-    if not launched and (config.system.world_size > 1 or config.recovery.max_restarts > 0):
-        return launch.run_local(config, sys.argv)
-    return _be_a_rank(config, args.resume, process_start)
+        take_folder(config, args.resume)
+        if not launched and (config.system.world_size > 1 or config.recovery.max_restarts > 0):
+            return launch.run_local(config, sys.argv, lambda: _finished(folder))
+        return _be_a_rank(config, args.resume, process_start)
+    finally:
+        release(folder)
+
+
+def _finished(folder: Path) -> int | None:
+    code = finished_again(folder)
+    return exit_code_of(folder) if code is None else code
 
 
 def _preflight(config: Config) -> int:
@@ -165,8 +182,6 @@ def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
         finish(run, outcome)
     run.heartbeat.stop()
     run.metrics.close()
-    if environment.is_main:
-        release(run.folder)
     return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
 
 

@@ -19,6 +19,7 @@ from bert_fast.launch.head import bound_by_slurm, check_head
 from bert_fast.launch.settings import SystemSettings, apply, load_settings, nic_variables
 from bert_fast.launch.topology import bind, format_cpulist, read_topology
 from bert_fast.report.bench import cpu_name
+from bert_fast.train.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -117,22 +118,13 @@ def _init_process_group(config: Config, device: torch.device, rank: int, world: 
     backend = config.communication.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
     timeout = datetime.timedelta(seconds=config.communication.timeout_s)
+    store = meet(rank, world, config.communication.timeout_s, lambda line: print(line, flush=True))
     try:
-        if os.environ["MASTER_PORT"] == "0":
-            store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, timeout=timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        else:
-            device_id = device if backend == "nccl" else None
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
+        device_id = device if backend == "nccl" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         text = str(error).splitlines()[0]
-        if "in use" in text.lower():
-            raise UserError(
-                f"port {os.environ['MASTER_PORT']} is in use; set system.master_port=0 to pick a free one"
-            ) from None
         raise LostRankError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
 
 

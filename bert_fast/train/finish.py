@@ -4,58 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from bert_fast.balance.cost import cost_record, fit_cost
 from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import as_plain
 from bert_fast.files import write_json
 from bert_fast.launch.code import commit
-from bert_fast.mlperf.submission import check_log
 from bert_fast.model.flops import train_flops
-from bert_fast.report.console import print_table, run_rows
 from bert_fast.report.energy import JOULES_PER_KWH, cost
-from bert_fast.report.html import write_report
-from bert_fast.report.metrics import cost_rows
 from bert_fast.report.stragglers import text
+from bert_fast.train.complete import TARGET_MISSED, complete
+from bert_fast.train.folder import FINISHING
 from bert_fast.train.loop import Outcome, Run
 
 
 def finish(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Write metrics.json and report.html, run the compliance checker, print the table. Collective until the record is made."""
+    """Make the run's record and what follows from it (train.complete). Collective until the record is made."""
     memory = run.peak_memory()
     if not run.environment.is_main:
         return {}
-    record = _record(run, outcome, memory)
-    _write_cost(run)
-    if run.config.mlperf.enabled:
-        verdict = check_log(run.folder / "result_0.txt", run.config.mlperf.ruleset)
-        timing = "" if run.progress.sessions == 1 else "; resumed, so not a valid timing"
-        word = "PASSED" if verdict.passed else "FAILED"
-        record["compliance"] = {
-            "summary": f"{word}: compliance_checker, {run.config.mlperf.division} division, ruleset "
-            f"{run.config.mlperf.ruleset}{timing}",
-            "passed": verdict.passed, "text": verdict.text,
-        }  # fmt: skip
-        record["metrics"]["compliance_passed"] = int(verdict.passed)
-    write_json(run.folder / "metrics.json", record)
-    report = write_report(run.folder)
+    write_json(run.folder / FINISHING, _record(run, outcome, memory))
     if run.environment.world_size > 1:
         run.line.say(text(run.interval.stragglers.worst(3), run.heartbeat.hosts))
-    print_table(f"{run.config.run.name}, seed {run.config.train.seed}", run_rows(record))
-    if record["compliance"].get("passed") is False:
-        print(record["compliance"]["text"])
-    print(f"report: {report}   log: {run.folder / 'result_0.txt'}   figures: {run.folder / 'metrics.json'}")
-    return record
-
-
-def _write_cost(run: Run) -> None:
-    """The run's cost model, with what its own times say; `balance.cost_file` of a later run may name this file."""
-    try:
-        fitted = fit_cost(np.array(cost_rows(run.folder)))
-    except ValueError:  # too short a run, or batches that are too much alike
-        fitted = None
-    write_json(run.folder / "cost.json", cost_record(run.cost, run.cost_source, fitted))
+    return complete(run.folder)
 
 
 def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, Any]:
@@ -99,7 +68,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "config": as_plain(config),
         "environment": {**run.environment_record(), "commit": commit()},
         "samples": {f"eval_{name}": [e[name] for e in progress.evaluations] for name in ("accuracy", "samples", "time_s")},
-        "status": outcome.status if outcome.reached or config.train.target_accuracy is None else "target not reached",
+        "status": outcome.status if outcome.reached or config.train.target_accuracy is None else TARGET_MISSED,
         "target_accuracy": config.train.target_accuracy,
         "evaluations": progress.evaluations,
         "time_split_s": split,

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from bert_fast import claims
 from bert_fast.balance.cost import read_cost
 from bert_fast.cli import to_yaml
 from bert_fast.config import Config, as_plain, run_folder
+from bert_fast.data.tokenizer_files import TOKENIZER_FILES
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
-from bert_fast.files import checkpoints_in, write_atomically
+from bert_fast.files import CHECKPOINT_MANIFEST, STEP_FOLDER, checkpoints_in, write_atomically
 from bert_fast.launch.code import commit
-from bert_fast.launch.owner import claim, owner_of
 from bert_fast.model.tensorflow_bundle import is_bundle
+
+CHECKPOINT_FILES = ("__[0-9]*_[0-9]*.distcp", "tensors.json", CHECKPOINT_MANIFEST)
+FINISHING = "finishing.json"  # the record of a run that is done, until metrics.json, the last of its files, is there
+RUN = claims.Kind(
+    "a run",
+    (
+        "config.yaml", "commit.txt", "nodes.json", "preflight.json", "supervise.json", "stopped.json",
+        "result_0.txt", "metrics.jsonl", "tensorboard/events.out.tfevents.*", "flight/nccl_trace_rank_*",
+        "trace.json", "profiler-0.json", "buckets.yaml", "buckets.json", "cost.json",
+        *(f"checkpoints/{step}/{name}" for step in (STEP_FOLDER, f".{STEP_FOLDER}.tmp", f".{STEP_FOLDER}.old")
+          for name in CHECKPOINT_FILES),
+        "model/config.json", "model/model.safetensors", *(f"model/{name}" for name in TOKENIZER_FILES),
+        FINISHING, "report.html", "metrics.json",
+    ),
+    "choose another run.name, run.folder or run.results_dir",
+    alone=True,
+    is_older=lambda folder: bool(checkpoints_in(folder / "checkpoints")),
+)  # fmt: skip
 
 
 def check_folder(config: Config, resume: bool) -> None:
-    """Refuse to write over a finished run, or over a stopped one without --resume. Raises UserError."""
+    """Refuse to write over a finished run, or over a stopped one without --resume. Changes nothing. Raises UserError."""
     folder = run_folder(config)
     if (folder / "metrics.json").exists():
         raise UserError(
             f"{folder} already holds a finished run; choose another run.name or run.folder, or remove it first"
         )
-    owner = owner_of(folder)
-    if owner:
-        raise UserError(
-            f"{folder} is in use by {owner}; wait for it, stop it, or choose another run.name or run.folder"
-        )
     has_checkpoint = bool(checkpoints_in(folder / "checkpoints"))
-    if resume and not has_checkpoint:
+    if resume and not has_checkpoint and claims.owner_of(folder) is None:
         raise UserError(f"--resume: {folder} has no checkpoint; start the run without --resume")
-    is_ours = has_checkpoint or (folder / "commit.txt").exists()
-    if folder.is_dir() and not is_ours and any(folder.iterdir()):
-        raise UserError(f"{folder} holds files that are not a run's; choose another run.name or run.folder")
+    claims.check(folder, RUN)
     if has_checkpoint and not resume:
         raise UserError(f"{folder} holds a stopped run; continue it with --resume, or choose another run.name")
+
+
+def take_folder(config: Config, resume: bool) -> None:
+    """As `check_folder`, and the folder is this process's from then on: of two starts, one is refused here.
+
+    Raises:
+        UserError: naming the run that has it, or why no run may start there.
+    """
+    check_folder(config, resume)
+    folder = run_folder(config)
+    claims.claim(folder, RUN)
+    try:
+        check_folder(config, resume)  # another run may have ended there since
+    except UserError:
+        claims.release(folder)
+        raise
 
 
 def check_inputs(config: Config) -> None:
@@ -71,19 +98,23 @@ def _checkpoint_below(folder: Path) -> Path | None:
 
 
 def create_folder(config: Config, resume: bool) -> Path:
-    """Make the run's folder and record config and commit in it."""
+    """Make the run's folder, remove what a run left that ended before its first checkpoint, record config and commit."""
     folder = run_folder(config)
-    try:
-        if (folder / "commit.txt").exists() and not resume:  # remains of a run that ended before its first checkpoint
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the run's folder {folder}: {error.strerror}; set run.results_dir") from None
-    claim(folder)
+    claims.claim(folder, RUN)
     if not resume:
+        clear_run(folder)
         write_atomically(folder / "config.yaml", to_yaml(as_plain(config)))
         write_atomically(folder / "commit.txt", commit() + "\n")
     return folder
+
+
+def clear_run(folder: Path) -> None:
+    """Remove a run's own files; the folder is claimed by the caller. Raises UserError where one of them is not a plain file."""
+    for path in claims.remove_own(folder, RUN.writes):
+        if any(path.match(name) and len(path.parts) == name.count("/") + 1 for name in RUN.writes):
+            raise UserError(
+                f"{folder / path} is not a file that a run has written; move it, or choose another run.folder"
+            )
 
 
 def checkpoint_vocabulary(folder: str | None) -> str | None:

@@ -42,7 +42,7 @@ def preflight(config: Config, environment: Environment) -> dict[str, Any]:
             differ.
     """
     began = time.perf_counter()
-    facts = gather_objects(_facts(config, environment), environment)
+    facts = gather_objects(_facts(config, environment))
     _check(facts)
     offsets = _clock_offsets(environment)
     rates = gather_floats([matmul_ceiling(environment)], environment)[:, 0]

@@ -67,7 +67,7 @@ class StepProfile:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self._folder / "profiler-0.json"))
             self._profiler = None
-        everyone = gather_objects(spans, self._environment)
+        everyone = gather_objects(spans)
         if rank:
             return None
         path = self._folder / "trace.json"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from bert_fast.errors import UserError
 from bert_fast.train.capture import rank_name
@@ -162,10 +161,7 @@ class Saver:
             record["total_s"] = time.perf_counter() - began
         except UserError as error:
             self._error = error
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # of a collective: another rank is gone, which the step will notice too
+        except Exception as error:  # of a collective: another rank is gone, which the step will notice too
             text = (str(error) or type(error).__name__).splitlines()[0]
             self._error = RuntimeError(f"checkpoint of step {description['step']} was not written: {text[:200]}")
         finally:

@@ -16,7 +16,9 @@ import pytest
 from tiny_task import prepare_data
 from training_run import TORCHRUN, TrainingRun, Workspace, errors_of, last_step, lines
 
+from bert_fast.claims import claimed
 from bert_fast.cli import load_config
+from bert_fast.data.prepare import PREPARATION
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
@@ -248,8 +250,9 @@ def test_prepare_data(tiny_store: Path, tmp_path: Path, case: str, says: str) ->
     """Into a folder that holds finished stores, which must stay."""
     text, out, vocab = tmp_path / "text", tmp_path / "out", tmp_path / "vocab.txt"
     text.mkdir()
-    for split in ("train", "eval"):
-        shutil.copytree(tiny_store / split, out / split)
+    with claimed(out, PREPARATION):
+        for split in ("train", "eval"):
+            shutil.copytree(tiny_store / split, out / split)
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "cat"]) + "\n", encoding="utf-8")
     if case in ("latin-1", "no [MASK]"):
         (text / "a.txt").write_text("the cat sees a dog .\nthe dog hears a cat .\n\n" * 20, encoding="utf-8")

@@ -51,9 +51,11 @@ def mlperf_log(folder: Path) -> list[dict[str, Any]]:
 
 def test_folder_of_a_finished_run(to_target: Path, workspace: Workspace) -> None:
     assert {p.name for p in to_target.iterdir()} == {
-        "config.yaml", "commit.txt", "cost.json", "metrics.json", "metrics.jsonl", "nodes.json", "report.html",
-        "result_0.txt",
+        ".bert_fast.json", "config.yaml", "commit.txt", "cost.json", "metrics.json", "metrics.jsonl", "nodes.json",
+        "report.html", "result_0.txt",
     }  # fmt: skip
+    mark = json.loads((to_target / ".bert_fast.json").read_text(encoding="utf-8"))
+    assert mark["kind"] == "a run"
     assert load_config(to_target / "config.yaml") == load_config(workspace.config, ["run.folder=to_target", *TO_TARGET])
     assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?|unknown)\n", (to_target / "commit.txt").read_text(encoding="utf-8"))
     page = (to_target / "report.html").read_text(encoding="utf-8")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -90,7 +92,7 @@ def test_a_digit_of_the_manifest(tmp_path: Path) -> None:
 
 
 def test_a_step_is_written_again_over_a_damaged_one(tmp_path: Path) -> None:
-    (write(tmp_path, 5) / ".metadata").write_bytes(b"")
+    (write(tmp_path, 5) / "tensors.json").write_bytes(b"")
     path = write(tmp_path, 5, values=VALUES + 1)
     assert torch.equal(read(path), VALUES + 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
@@ -100,16 +102,16 @@ class Crash(BaseException):
     """As kill -9: nothing that our code catches."""
 
 
-@pytest.mark.parametrize("moment", ["_Writer", "save", "sha256_of", "write_json", "replace"])
+@pytest.mark.parametrize("moment", ["_write_share", "write_data", "sha256_of", "write_json", "replace"])
 def test_a_crash_at_any_moment_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     write(tmp_path, 5, keep=1)
-    owner = {"save": module.dcp, "replace": module.os}.get(moment, module)
+    owner = {"write_data": module.dcp.FileSystemWriter, "replace": module.os}.get(moment, module)
     real = getattr(owner, moment)
 
     def crash(*arguments: Any, **named: Any) -> Any:
-        if moment == "save":
+        if moment == "write_data":
             real(*arguments, **named)  # all of the data is there, and nothing says so
         raise Crash
 
@@ -130,7 +132,7 @@ def test_a_crash_between_the_two_renames_of_a_replacement(tmp_path: Path, monkey
     real, calls = os.replace, []
 
     def second_crashes(source: Any, target: Any) -> None:
-        if Path(target).name == "complete.json":
+        if Path(target).suffix == ".json":
             return real(source, target)
         calls.append(target)
         if len(calls) == 2:
@@ -146,7 +148,7 @@ def test_a_crash_between_the_two_renames_of_a_replacement(tmp_path: Path, monkey
     assert torch.equal(read(tmp_path / "step-00000005"), VALUES)
 
 
-@pytest.mark.parametrize("moment", ["save", "write_json"])
+@pytest.mark.parametrize("moment", ["write_data", "write_json"])
 def test_what_cannot_be_written_is_said_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -156,7 +158,7 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.dcp if moment == "save" else module, moment, full)
+        patch.setattr(module.dcp.FileSystemWriter if moment == "write_data" else module, moment, full)
         with pytest.raises(
             UserError, match=r"step 6 was not written: disk full.*The last complete one is step-00000005"
         ):
@@ -164,7 +166,7 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "complete.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "tensors.json", "complete.json"])
 @pytest.mark.parametrize("how", ["missing", "cut", "empty", "a bit"])
 def test_damage_is_found_and_named(tmp_path: Path, name: str, how: str) -> None:
     path = write(tmp_path, 5)
@@ -208,6 +210,100 @@ def test_a_tensor_of_another_model_is_named(tmp_path: Path) -> None:
         read_stretches(path, [Stretch("v", 0, 10, torch.zeros(10))])
     with pytest.raises(UserError, match="has 10 numbers in w and the model 11"):
         read_stretches(path, [Stretch("w", 0, 11, torch.zeros(11))])
+
+
+class Hostile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("where", [".metadata", "tensors.json", "complete.json", "__0_0.distcp"])
+def test_no_file_of_a_checkpoint_is_run(tmp_path: Path, environment: Environment, where: str) -> None:
+    """Of a folder that somebody has prepared, with hashes to match."""
+    path, proof = write(tmp_path / "checkpoints", 5), tmp_path / "proof"
+    if where == "__0_0.distcp":
+        tensors = json.loads((path / "tensors.json").read_text(encoding="utf-8"))
+        begin, length, name, _, _ = tensors["w"]["stretches"][0]
+        with open(path / where, "wb") as file:
+            torch.save(Hostile(proof), file)
+        tensors["w"]["stretches"][0] = [begin, length, name, 0, (path / where).stat().st_size]
+        (path / "tensors.json").write_text(json.dumps(tensors), encoding="utf-8")
+    else:
+        (path / where).write_bytes(pickle.dumps(Hostile(proof)))
+    if where != "complete.json":
+        description = json.loads((path / "complete.json").read_text(encoding="utf-8"))
+        del description["sha256"]
+        description["files"] = {
+            each.name: module._file_entry(each) for each in path.iterdir() if each.suffix != ".json"
+        }
+        description["files"]["tensors.json"] = module._file_entry(path / "tensors.json")
+        description["sha256"] = module._body_hash(description)
+        (path / "complete.json").write_text(json.dumps(description), encoding="utf-8")
+        assert damage(path) is None, "hashes prove nothing against who can write them"
+    with contextlib.nullcontext() if where == ".metadata" else pytest.raises(UserError):  # which nobody reads
+        sound_checkpoint(tmp_path / "checkpoints", environment, print)
+        read(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"dtype": "evil"}, "KeyError"),
+        ({"numel": -1}, "-1 is not a count"),
+        ({"stretches": [[0, 10, "../../secret", 0, 8]]}, "not the name of a rank's file"),
+        ({"stretches": [[0, 1 << 70, "__0_0.distcp", 0, 8]]}, "is not a count"),
+        ({"stretches": 3}, "TypeError"),
+    ],
+)
+def test_a_list_of_tensors_that_is_none_is_one_line(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    path = write(tmp_path, 5)
+    tensors = json.loads((path / "tensors.json").read_text(encoding="utf-8"))
+    tensors["w"] |= change
+    (path / "tensors.json").write_text(json.dumps(tensors), encoding="utf-8")
+    with pytest.raises(UserError, match=f"step-00000005 is damaged .*{what}"):
+        read(path)
+
+
+@pytest.mark.parametrize("stretches", [[(0, 4)], [(0, 4), (5, 5)], [(0, 6), (4, 6)]])
+def test_ranks_that_do_not_write_a_tensor_once_are_found(tmp_path: Path, stretches: list[tuple[int, int]]) -> None:
+    shares = [Stretch("w", begin, 10, torch.zeros(count)) for begin, count in stretches]
+    with pytest.raises(UserError, match="the ranks did not write w"):
+        write_checkpoint(tmp_path, shares, {"step": 1}, 0, 2, None)
+
+
+def test_what_the_user_puts_into_a_folder_of_checkpoints_stays(tmp_path: Path) -> None:
+    """Whatever its name: beside checkpoints, in them, and in the remains of one that was not finished."""
+    for name in (
+        "step-best/complete.json",
+        "step-best/weights.bin",
+        "notes.txt",
+        ".step-notes.tmp",
+        ".step-00000003.tmp/mine",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    for step in (1, 2, 3, 4):
+        path = write(tmp_path, step, keep=1)
+        (path / "plots").mkdir()
+        (path / "plots" / "a.svg").write_text("mine", encoding="utf-8")
+        (path / "note.md").write_text("mine", encoding="utf-8")
+    (tmp_path / "step-00000004" / "complete.json").unlink()  # a run that is thrown back to before it, and comes again
+    write(tmp_path, 4, keep=1)
+    (tmp_path / ".step-00000009.tmp").mkdir()
+    (tmp_path / ".step-00000009.tmp" / "mine").write_text("mine", encoding="utf-8")
+    clear_remains(tmp_path)
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["step-00000004"]
+    mine = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and p.read_bytes() == b"mine"}
+    assert {f"step-0000000{step}/{name}" for step in (1, 2, 3, 4) for name in ("plots/a.svg", "note.md")} < mine
+    assert {"step-best/complete.json", "step-best/weights.bin", "notes.txt", ".step-notes.tmp"} < mine
+    assert {"step-00000003/mine", ".step-00000009.tmp/mine"} < mine, "one went with its folder where it was renamed"
+    assert not list(tmp_path.rglob("step-0000000[123]/*.distcp"))
 
 
 # ---- shares ---------------------------------------------------------------------------------------------------------
@@ -332,7 +428,7 @@ def test_own_work_is_timed_and_ends_with_an_error(
     with monkeypatch.context() as patch:
         for owner, name in (
             (module, "sha256_of"),
-            (module.shutil, "rmtree"),
+            (module, "_remove"),
             (os, "mkdir"),
             (os, "fsync"),
             (os, "replace"),
@@ -340,7 +436,7 @@ def test_own_work_is_timed_and_ends_with_an_error(
             watched(patch, owner, name)
         saver.start([Stretch("a", 0, 10, VALUES)], {}, {"step": 1})
         saver.wait()
-    assert seen.keys() == {"sha256_of", "rmtree", "mkdir", "fsync", "replace"}
+    assert seen.keys() == {"sha256_of", "_remove", "mkdir", "fsync", "replace"}
     assert min(seen.values()) >= 0.005, seen
     assert saver.own_work.seconds() == 0.0
 

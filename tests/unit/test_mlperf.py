@@ -187,6 +187,22 @@ def test_resumed_logs_are_appended_to(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == ""
 
 
+def test_a_log_cut_short_goes_on_and_ends_once(tmp_path: Path) -> None:
+    """By a kill in a line, and by one after the end of the run was logged and before its last files."""
+    path = tmp_path / "log"
+    log = ResultLog(path)
+    log.start(constants.RUN_START)
+    log.end(constants.RUN_STOP, status=constants.SUCCESS)
+    log.close()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(':::MLLOG {"key": "eval_acc')
+    log = ResultLog(path, append=True)
+    log.event("resumed", 5)
+    log.end(constants.RUN_STOP, status=constants.SUCCESS)
+    log.close()
+    assert [entry["key"] for entry in entries(path)] == [constants.RUN_START, "resumed", constants.RUN_STOP]
+
+
 def test_two_logs_do_not_mix(tmp_path: Path) -> None:
     """mllog keeps one logger a process; ours are their own."""
     first, second = ResultLog(tmp_path / "first"), ResultLog(tmp_path / "second")

@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlperf_logging.mllog import constants
 
+from bert_fast.claims import claimed
 from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.mlperf import package as module
@@ -23,6 +24,7 @@ from bert_fast.mlperf.rules import INIT_LIMIT_S, check_init_time
 from bert_fast.mlperf.submission import check_log
 from bert_fast.mlperf.system import FIELDS, STATUSES, collect_system, complete_system, read_person, template
 from bert_fast.model.checkpoints import google_variables
+from bert_fast.train.folder import RUN
 
 ROOT = Path(__file__).resolve().parents[2]
 RULESET = "5.0.0"
@@ -58,7 +60,10 @@ def write_log(path: Path, config: Config, samples: int = 2_500_000, ruleset: str
 def make(tmp_path: Path, make_config: Callable[..., Config]) -> Callable[..., Path]:
     """`make(division, samples=..., edit={number: edit of the text})`: a laid-out package."""
 
-    def build(division: str, samples: int = 2_500_000, edit: dict[int, Callable[[str], str]] | None = None) -> Path:
+    def build(
+        division: str, samples: int = 2_500_000, edit: dict[int, Callable[[str], str]] | None = None,
+        sources: Sequence[str] = ("main.py",),
+    ) -> Path:  # fmt: skip
         logs = []
         for number in range(10):
             config = make_config(
@@ -77,7 +82,7 @@ def make(tmp_path: Path, make_config: Callable[..., Config]) -> Callable[..., Pa
         (tmp_path / "code" / "main.py").write_text("print()\n")
         return lay_out(
             logs, tmp_path / "out", organization="org", system="box", description=description,
-            sources=[tmp_path / "code" / "main.py"], root=tmp_path / "code", notes="how\n",
+            sources=[tmp_path / "code" / name for name in sources], root=tmp_path / "code", notes="how\n",
         )  # fmt: skip
 
     (tmp_path / "logs").mkdir()
@@ -252,13 +257,43 @@ def test_no_package(tmp_path: Path) -> None:
         verdict_of(tmp_path, RULESET)
 
 
-def test_laying_out_again_replaces_the_results_as_a_whole(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_laying_out_again_replaces_what_was_laid_out_and_nothing_else(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
     package = make("open")
-    folder = package / "results/box/bert"
-    (folder / "scaling.json").write_text("{}")
+    code = package / "benchmarks/bert/implementations/bert_fast"
+    mine = [
+        package / "results/box/bert/README.md",
+        package / "results/mine.txt",
+        code / "tuned/notes.md",
+        code / "run.sh",
+    ]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine", encoding="utf-8")
+    (tmp_path / "code" / "old").mkdir()
+    (tmp_path / "code" / "old" / "part.py").write_text("print()\n", encoding="utf-8")
+    make("open", sources=["main.py", "old/part.py"])
+    assert (code / "old/part.py").is_file()
     make("open")
-    assert sorted(path.name for path in folder.iterdir()) == [f"result_{n}.txt" for n in range(10)]
-    assert not list(package.glob(".new-*"))
+    assert not (code / "old").exists(), "the code has this file no longer"
+    assert all(path.read_text(encoding="utf-8") == "mine" for path in mine)
+    assert len(list((package / "results/box/bert").glob("result_*.txt"))) == 10
+
+
+@pytest.mark.parametrize("name", ["systems/box.json", "benchmarks/bert/implementations/bert_fast/README.md"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_file_of_the_users_is_not_laid_over(make: Callable[..., Path], tmp_path: Path, name: str, when: str) -> None:
+    """Made by hand, or changed by hand since."""
+    if when == "after":
+        make("open")
+    path = tmp_path / "out/org" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine", encoding="utf-8")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=f"{re.escape(name)} is not as this command wrote it; move it away"):
+        make("open")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
 # ---- older rulesets, convergence points, system descriptions --------------------------------------------------------
@@ -387,11 +422,18 @@ def test_finished_seeds_of_another_config_are_refused_and_stopped_ones_run_anew(
     done = submit(*arguments)
     assert done.returncode == 2
     assert "seed-0 holds a run of another config" in done.stderr
-    (folder / "metrics.json").unlink()
-    (folder / "checkpoints").mkdir()
+    for path in folder.iterdir():
+        path.unlink()
+    with claimed(folder, RUN):
+        (folder / "result_0.txt").write_text("a stopped run's")
+        (folder / "NOTES.md").write_text("mine")
     again = submit(*arguments, "data.train=nowhere")
     assert "no data at nowhere" in again.stderr, "the run itself was tried"
-    assert not (folder / "checkpoints").exists()
+    assert not (folder / "result_0.txt").exists()
+    assert (folder / "NOTES.md").read_text() == "mine"
+    (folder / ".bert_fast.json").unlink()
+    again = submit(*arguments, "data.train=nowhere")
+    assert "seed-0 holds files that are not a run's (NOTES.md)" in again.stderr
 
 
 @pytest.mark.parametrize(

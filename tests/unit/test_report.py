@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from bert_fast.errors import UserError
+from bert_fast.files import cut_last_line
 from bert_fast.report.charts import MAX_POINTS, Series, Share, line_chart, nice_ticks, shares_bar, stacked_bars, thin
 from bert_fast.report.console import print_table
 from bert_fast.report.html import write_report
-from bert_fast.report.metrics import cost_rows, read_metrics
+from bert_fast.report.metrics import MetricsWriter, cost_rows, read_metrics
 from bert_fast.report.preflight import node_table
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -260,3 +261,20 @@ def test_metrics_of_anyone(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(UserError, match=r"metrics\.jsonl: the line .* is longer than 16 MiB"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["", '{"kind": "st', "\n", "x" * 200_000])
+def test_lines_after_one_that_was_cut_short_are_whole(tmp_path: Path, left: str) -> None:
+    """As a kill or a full disk leaves it."""
+    first = MetricsWriter(tmp_path)
+    first.write("step", 1, {"loss": 2.0})
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(left)
+    second = MetricsWriter(tmp_path, append=True)
+    second.write("step", 2, {"loss": 1.0})
+    second.close()
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["step"] for line in lines if line] == [1, 2]
+    cut_last_line(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").split("\n") == lines, "nothing was cut short"

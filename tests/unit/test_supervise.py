@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from bert_fast.cli import config_from_tree
+from bert_fast.cli import config_from_tree, load_config
 from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.launch.slurm import fit_to_nodes, head_address, master_port, read_job, srun_command
@@ -41,7 +42,8 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
 steps = (here / "plan").read_text().splitlines()
 what, _, rest = steps[0].partition(" ")
 (here / "plan").write_text("\\n".join(steps[1:]))
-names = {"address": "MASTER_ADDR", "port": "MASTER_PORT", "means": "BERT_FAST_HEAD_ADDRESSES"}
+names = {"address": "MASTER_ADDR", "port": "MASTER_PORT", "means": "BERT_FAST_HEAD_ADDRESSES",
+         "secret": "BERT_FAST_SECRET"}
 with open(here / "calls", "a") as calls:
     calls.write(json.dumps({"line": line, **{key: os.environ.get(name) for key, name in names.items()}}) + "\\n")
 folder = Path(re.findall(r"run.folder=([^'\\s]+)", line)[-1])
@@ -493,6 +495,35 @@ def test_bad_input(desk: Desk, arguments: list[str], variables: dict[str, str], 
     assert word in errors_of(output)[0]
 
 
+def test_every_start_of_the_ranks_gets_a_secret_that_is_on_no_command_line(desk: Desk) -> None:
+    desk.put(plan="fail\nfinish")
+    code, output = desk.run("recovery.max_restarts=1")
+    assert code == 0, output
+    calls = desk.calls()
+    found = [call["secret"] for call in calls]
+    assert len(found) == len(set(found)) == 2
+    assert all(len(secret) == 64 for secret in found)
+    assert not any(secret in call["line"] or secret in output for secret in found for call in calls)
+
+
+def test_a_folder_that_no_run_has_marked_is_left_alone(desk: Desk) -> None:
+    """Before the ranks have looked whether it is a run's at all."""
+    (desk.folder / "out").mkdir()
+    (desk.folder / "out" / "stopped.json").write_text("mine", encoding="utf-8")
+    desk.put(plan="mend 2")
+    desk.run()
+    assert (desk.folder / "out" / "stopped.json").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_record_that_is_not_ours_is_not_written_over(desk: Desk) -> None:
+    (desk.folder / "out").mkdir()
+    (desk.folder / "out" / "supervise.json").write_text("mine", encoding="utf-8")
+    code, output = desk.run()
+    assert code == 2
+    assert "supervise.json is no record of this program's; move it" in errors_of(output)[0]
+    assert (desk.folder / "out" / "supervise.json").read_text(encoding="utf-8") == "mine"
+
+
 # ---- scripts/submit_slurm.py --------------------------------------------------------------------------------------------
 
 
@@ -524,6 +555,22 @@ def test_bad_submissions(desk: Desk, arguments: list[str], word: str) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert word in done.stderr
     assert not (desk.folder / "runs").exists()
+
+
+def test_of_two_submissions_in_a_second_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, desk: Desk
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import submit_slurm
+
+    monkeypatch.setattr(submit_slurm.shutil, "which", lambda _name: "/bin/true")
+    monkeypatch.setattr(submit_slurm.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="12\n"))
+    monkeypatch.setattr(submit_slurm, "copy_code", lambda _folder: None)
+    config = load_config(str(desk.folder / "c.yaml"), [])
+    assert submit_slurm.submit(config, tmp_path / "now", "first") == 12
+    with pytest.raises(UserError, match=r"now is another submission's, of the same second or by hand; submit again"):
+        submit_slurm.submit(config, tmp_path / "now", "second")
+    assert (tmp_path / "now/job.sbatch").read_text(encoding="utf-8") == "first"
 
 
 @pytest.mark.parametrize("name", ["pretrain.sbatch", "pretrain_pyxis.sbatch"])

@@ -305,7 +305,7 @@ def test_a_folder_that_is_not_a_runs_is_not_removed(make_config: Callable[..., C
 def test_a_file_where_the_folder_should_be_is_kept(make_config: Callable[..., Config]) -> None:
     config = make_config()
     run_folder(config).write_text("notes")
-    with pytest.raises(UserError, match=r"cannot write the run's folder .*/run: "):
+    with pytest.raises(UserError, match=r"/run is a file, not a folder; choose another run\.name"):
         create_folder(config, resume=False)
     assert run_folder(config).read_text() == "notes"
 

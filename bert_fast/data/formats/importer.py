@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -17,10 +16,20 @@ from typing import Any
 import numpy as np
 
 from bert_fast.allocator import keep_freed_memory
+from bert_fast.claims import Kind, claimed, digits, dissolve, owner_of, remove_own
 from bert_fast.data.formats.mlperf import is_hdf5, read_blocks, write_hdf5, write_tfrecord
 from bert_fast.data.formats.table import SampleTable, from_records, to_records
 from bert_fast.data.pool import Pool
-from bert_fast.data.store import Part, Store, merge_parts, read_part, take_first, write_part_of_records
+from bert_fast.data.store import (
+    FILES,
+    Part,
+    Store,
+    is_store,
+    merge_parts,
+    read_part,
+    take_first,
+    write_part_of_records,
+)
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of
@@ -39,6 +48,19 @@ _BYTES_OF_SAMPLE = 2 * (3 + 2 * 76 + 512)  # the longest of MLPerf's
 
 Log = Callable[[str], None]
 
+STORE = Kind("a store", FILES, "choose another --out", is_older=is_store)
+_HEX = 12 * "[0-9a-f]"
+PARTS = Kind(
+    "an unfinished import",
+    (f"*-{_HEX}.bin", f"*-{_HEX}.bin.npz", "head.bin", "head.bin.npz"),
+    "move it, or choose another --out",
+)
+EXPORT = Kind(
+    "an export",
+    tuple(f"part-{digits(n)}-of-{digits(n)}.{suffix}" for n in (5, 6) for suffix in ("tfrecord", "hdf5")),
+    "choose another --out",
+)
+
 
 def import_store(
     sources: list[str], out: str | Path, vocab: str | Path, *, max_samples: int | None = None,
@@ -47,10 +69,22 @@ def import_store(
     """Make the store `out` from files in the given order, which is the order of samples. Returns the manifest.
 
     Raises:
-        UserError: a file is damaged or no sample file; the disk is too small or full. Finished parts are kept for a restart.
+        UserError: a file is damaged or no sample file; the disk is too small or full (finished parts are kept for a restart);
+            another process is writing `out`, or it holds files of others where the store would go.
     """
+    out = Path(out)
+    owner = owner_of(out.absolute().parent)  # a preparation that writes its stores
+    if owner:
+        raise UserError(f"{out.absolute().parent} is in use by {owner}; wait for it, stop it, or choose another --out")
+    with claimed(out, STORE):
+        return _import(sources, out, vocab, max_samples, num_workers, log)
+
+
+def _import(
+    sources: list[str], out: Path, vocab: str | Path, max_samples: int | None, num_workers: int | None, log: Log
+) -> dict[str, Any]:
     start = time.perf_counter()
-    out, vocabulary = Path(out), load_vocabulary(vocab)
+    vocabulary = load_vocabulary(vocab)
     key = {
         "sources": [[Path(path).name, os.path.getsize(path), int(os.path.getmtime(path))] for path in sources],
         "vocab": vocabulary.sha256, "max_samples": max_samples,
@@ -60,30 +94,36 @@ def import_store(
         return Store(out).manifest
     parts_folder = out.with_name(f"{out.name}.parts")
     part_paths = [_part_path(parts_folder, path, vocabulary.sha256) for path in sources]
-    _remove_strangers(parts_folder, part_paths)
-    _check_space(sources, part_paths, parts_folder, max_samples)
-    parts, samples, last_line = [], 0, start
-    jobs = ((path, part, len(vocabulary)) for path, part in zip(sources, part_paths, strict=True))
-    with Pool(num_workers or os.cpu_count() or 1) as pool:
-        for part in pool.map(import_part, jobs):
-            parts.append(part)
-            samples += part.num_samples
-            now = time.perf_counter()
-            if now - last_line > 5:
-                last_line = now
-                log(f"{len(parts)}/{len(sources)} files, {samples:,} samples, {samples / (now - start):,.0f} samples/s")
-            if max_samples and samples >= max_samples:
-                break
-    if max_samples:
-        parts = take_first(parts, max_samples, parts_folder)
-    manifest = merge_parts(
-        out, parts,
-        {
-            "key": key, "corpus": "imported", "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
-            "mask_id": vocabulary.mask_id,
-        },
-    )  # fmt: skip
-    shutil.rmtree(parts_folder, ignore_errors=True)
+    with claimed(parts_folder, PARTS):
+        wanted = [Path(name).name for path in part_paths for name in (path, f"{path}.npz")]
+        remove_own(
+            parts_folder, PARTS.writes, wanted
+        )  # parts of sources that are no longer there, or no longer the same
+        _check_space(sources, part_paths, parts_folder, max_samples)
+        parts, samples, last_line = [], 0, start
+        jobs = ((path, part, len(vocabulary)) for path, part in zip(sources, part_paths, strict=True))
+        with Pool(num_workers or os.cpu_count() or 1) as pool:
+            for part in pool.map(import_part, jobs):
+                parts.append(part)
+                samples += part.num_samples
+                now = time.perf_counter()
+                if now - last_line > 5:
+                    last_line = now
+                    log(
+                        f"{len(parts)}/{len(sources)} files, {samples:,} samples, {samples / (now - start):,.0f} samples/s"
+                    )
+                if max_samples and samples >= max_samples:
+                    break
+        if max_samples:
+            parts = take_first(parts, max_samples, parts_folder)
+        manifest = merge_parts(
+            out, parts,
+            {
+                "key": key, "corpus": "imported", "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
+                "mask_id": vocabulary.mask_id,
+            },
+        )  # fmt: skip
+    dissolve(parts_folder, PARTS)
     seconds = time.perf_counter() - start
     log(
         f"{out}: {manifest['num_samples']:,} samples from {len(sources):,} files in {seconds:.1f} s "
@@ -104,14 +144,6 @@ def _part_path(folder: Path, source: str, vocab_sha256: str) -> str:
     stat = os.stat(source)
     tag = hashlib.sha256(f"{source} {stat.st_size} {stat.st_mtime_ns} {vocab_sha256}".encode()).hexdigest()[:12]
     return str(folder / f"{Path(source).name}-{tag}.bin")
-
-
-def _remove_strangers(folder: Path, wanted: list[str]) -> None:
-    """Parts of sources that are no longer there, or no longer the same."""
-    keep = {*wanted, *(f"{path}.npz" for path in wanted)}
-    for path in folder.glob("*") if folder.is_dir() else ():
-        if str(path) not in keep:
-            path.unlink(missing_ok=True)
 
 
 def _check_space(sources: list[str], parts: list[str], folder: Path, max_samples: int | None) -> None:
@@ -160,7 +192,15 @@ def find_sources(pattern: str | Path) -> list[str]:
 def export_store(
     folder: str | Path, out: str | Path, form: str, *, width: int, most_masked: int, per_file: int, log: Log
 ) -> int:
-    """Write a store as foreign files part-00000-of-00010 and so on in `out`. Returns the number of files."""
+    """Write a store as foreign files part-00000-of-00010 and so on in `out`, in place of an earlier export's.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        UserError: the rows are too short for the store's samples; another process is writing `out`, or it holds files of
+            others with such names.
+    """
     store = Store(folder)
     if store.manifest["max_length"] > width or int(store.num_masked.max()) > most_masked:
         raise UserError(
@@ -170,13 +210,16 @@ def export_store(
     check_space(Path(out), len(store) * _EXPORTED_BYTES[form](width, most_masked), "the export")
     number = -(-len(store) // per_file)
     suffix = "tfrecord" if form == "tfrecord" else "hdf5"
-    for index in range(number):
-        blocks = tables_of(store, index * per_file, min(len(store), (index + 1) * per_file))
-        path = Path(out) / f"part-{index:05d}-of-{number:05d}.{suffix}"
-        if form == "tfrecord":
-            write_tfrecord(path, blocks, width, most_masked)
-        else:
-            write_hdf5(path, blocks, width, most_masked, variable=form == "hdf5-variable")
+    with claimed(Path(out), EXPORT):
+        names = [f"part-{index:05d}-of-{number:05d}.{suffix}" for index in range(number)]
+        for index in range(number):
+            blocks = tables_of(store, index * per_file, min(len(store), (index + 1) * per_file))
+            path = Path(out) / names[index]
+            if form == "tfrecord":
+                write_tfrecord(path, blocks, width, most_masked)
+            else:
+                write_hdf5(path, blocks, width, most_masked, variable=form == "hdf5-variable")
+        remove_own(Path(out), EXPORT.writes, names)  # of another number: an import would take them for more samples
     log(f"{out}: {len(store):,} samples in {number:,} files")
     return number
 
