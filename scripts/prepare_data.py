@@ -4,6 +4,8 @@
 python scripts/prepare_data.py --out data/pydocs                      # embedded corpus, new vocabulary
 python scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out data/pydocs-mini
 python scripts/prepare_data.py --corpus prose --input books/ --out data/books --vocab vocab.txt
+python scripts/prepare_data.py --corpus mlcommons --input results/ --out data/wiki --vocab vocab.txt --eval-max-samples 10000 \\
+    --eval-pick evenly                                                # MLCommons' text, its eval.txt for evaluation
 python scripts/prepare_data.py --corpus mediawiki --input enwiki-pages-articles.xml.bz2 --out data/wiki --vocab vocab.txt
 python scripts/prepare_data.py import --input tfrecords/ --out data/mlperf/train --vocab vocab.txt   # or HDF5 files
 python scripts/prepare_data.py export --input data/mlperf/eval --out eval_tfrecords/ --form tfrecord
@@ -20,9 +22,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bert_fast.data.corpus import KINDS, PYDOCS_PACKAGES
+from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
 from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
-from bert_fast.data.prepare import SPLITS, Recipe, prepare
+from bert_fast.data.prepare import PICKS, SPLITS, Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
 from bert_fast.data.verify import check_hashes, verify_store
@@ -38,8 +40,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="YAML file that sets any of these options; flags go before it")
     add("--corpus", choices=KINDS, default="pydocs", help="kind of text (docs/data.md)")
-    add("--input", metavar="FOLDER", help="folder of text files, or one dump or table")
-    add("--column", default="text", help="column of text in a parquet corpus (default %(default)s)")
+    add("--input", metavar="FOLDER", help="folder of text files, or one file")
+    add(
+        "--eval-input",
+        metavar="FOLDER",
+        help="text of the evaluation split, in place of --eval-fraction of the documents",
+    )
+    add("--column", default="text", help="column of text in parquet, field in jsonl (default %(default)s)")
+    add(
+        "--language",
+        default=AUTO,
+        help="code (en, de, zh) of the rules that end sentences (default: told by each text)",
+    )
     add("--packages", nargs="+", default=list(PYDOCS_PACKAGES), help="packages whose documentation pydocs reads")
     add("--out", metavar="FOLDER", default="data/pydocs", help="gets vocab.txt, train/ and eval/ (default %(default)s)")
     add("--vocab", metavar="FILE", help="a BERT vocab.txt; one is trained if not given")
@@ -52,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=defaults.seed, help="of everything random")
     add("--eval-fraction", type=float, default=0.02, help="share of documents held out")
     add("--eval-max-samples", type=int, help="keep only the first n evaluation samples")
+    add(
+        "--eval-pick",
+        choices=PICKS,
+        default="first",
+        help="which: the first, or evenly spread ones as MLPerf's reference",
+    )
     add("--workers", type=int, help="processes (default: all cores)")
     return parser
 
@@ -159,7 +177,7 @@ def main() -> int:
         )
         recipe = Recipe(
             args.corpus, args.input, args.column, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
-            args.eval_max_samples, params,
+            args.eval_max_samples, params, language=args.language, eval_input=args.eval_input, eval_pick=args.eval_pick,
         )  # fmt: skip
         prepare(recipe, args.out, args.workers, log=say)
     except UserError as error:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.data import corpus as corpora
+from bert_fast.data.folders import PART_FILES, PIECE_FILES, TEXT_FILES, claim_preparation, remove_files
 from bert_fast.data.pool import Pool
 from bert_fast.data.samples import SampleParams, make_samples
-from bert_fast.data.store import Part, merge_parts, read_part, take_first, write_part
+from bert_fast.data.store import Part, merge_parts, read_part, take_evenly, take_first, write_part
 from bert_fast.data.wordpiece import WordPiece, load_vocabulary, train_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of, write_atomically, write_json
@@ -32,13 +33,21 @@ from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 _TEXT_FILE_BYTES = 1 << 19
 # Bytes of text, pieces and stores together over those of the sources, at ten passes. A compressed dump becomes five times as
 # much text; a byte of text becomes about half a byte a pass, twice for a while.
-_SPACE = {"pydocs": 3, "prose": 12, "mlcommons": 12, "mediawiki": 20, "parquet": 20}
+_SPACE = {
+    "pydocs": 3, "prose": 12, "mlcommons": 12, "jsonl": 12, "wikiextractor": 12, "mediawiki": 20, "parquet": 20,
+}  # fmt: skip
 SPLITS = ("train", "eval")
+PICKS = ("first", "evenly")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to prepare. Two equal recipes over the same text give the same bytes."""
+    """What to prepare. Two equal recipes over the same text give the same bytes.
+
+    language: whose rules end sentences; `auto` tells it from each text.
+    eval_input: text of the evaluation split alone, in place of a held-out share.
+    eval_pick: which candidates `eval_max_samples` keeps: the first, or evenly spread ones as MLPerf's reference does.
+    """
 
     corpus: str = "pydocs"
     input: str | None = None
@@ -49,6 +58,20 @@ class Recipe:
     eval_fraction: float = 0.02
     eval_max_samples: int | None = None
     params: SampleParams = field(default_factory=SampleParams)
+    language: str = corpora.AUTO
+    eval_input: str | None = None
+    eval_pick: str = "first"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what cannot be prepared."""
+        if self.eval_pick not in PICKS:
+            raise UserError(f"--eval-pick {self.eval_pick}: give {' or '.join(PICKS)}")
+        if self.eval_pick != "first" and not self.eval_max_samples:
+            raise UserError(f"--eval-pick {self.eval_pick} needs --eval-max-samples, the number of samples to pick")
+        if self.eval_input is not None and self.corpus == "pydocs":
+            raise UserError("--eval-input: corpus pydocs has no text but that of packages; choose another --corpus")
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9-]+)?|auto", self.language):
+            raise UserError(f"--language {self.language}: give a code such as en, de or zh, or auto")
 
     def text_key(self) -> dict[str, Any]:
         """What the text stage depends on."""
@@ -57,7 +80,11 @@ class Recipe:
             "corpus": self.corpus, "input": self.input, "packages": packages, "eval_fraction": self.eval_fraction,
             "seed": self.params.seed,
         }  # fmt: skip
-        return {**key, "column": self.column} if self.corpus == "parquet" else key
+        if self.corpus in ("parquet", "jsonl"):
+            key["column"] = self.column
+        if self.corpus != "pydocs":
+            key["language"] = self.language
+        return {**key, "eval_input": self.eval_input} if self.eval_input else key
 
 
 Log = Callable[[str], None]
@@ -73,6 +100,7 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
     if recipe.vocab is not None:
         load_vocabulary(recipe.vocab)  # a bad one is found before the long part
     out = Path(out)
+    claim_preparation(out, recipe.vocab)
     workers = num_workers or os.cpu_count() or 1
     with Pool(workers) as pool:
         text = _text_stage(recipe, out, pool, log)
@@ -91,56 +119,48 @@ def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, Any]:
-    """Write the corpus as sentences, a line each. Returns the stamp: files, hashes and counts by split."""
+    """Write the corpus as sentences, a line each. Returns the stamp: files, hashes, counts by split, what was left out."""
     key, stamp_path = recipe.text_key(), out / "text" / "stamp.json"
-    sources = corpora.list_sources(recipe.corpus, recipe.input, recipe.packages)
+    found = _sources(recipe)
+    sources = [*found.sources, *found.evaluation]
     key["sources"] = hashlib.sha256(
         "\n".join(f"{s.name} {(stat := os.stat(s.path)).st_size} {stat.st_mtime_ns}" for s in sources).encode()
     ).hexdigest()
     done = _stamp_matches(stamp_path, key)
     if done:
         log(f"text: {done['train']['documents']:,} + {done['eval']['documents']:,} documents, already there")
+        _say_left_out(done, log)
         return done
     start = time.perf_counter()
-    shutil.rmtree(out / "text", ignore_errors=True)
-    size = sum(os.path.getsize(source.path) for source in sources)
-    check_space(out, int(_SPACE[recipe.corpus] * size), "the preparation")
-    tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    remove_files(out / "text", TEXT_FILES)
+    check_space(out, int(_SPACE[recipe.corpus] * sum(map(corpora.num_bytes, sources))), "the preparation")
+    tag = hashlib.sha256(json.dumps(["stretches", key], sort_keys=True).encode()).hexdigest()[:12]
     pieces_folder = out / f"pieces-{tag}"
     for stale in out.glob("pieces-*"):
         if stale != pieces_folder:
-            shutil.rmtree(stale)
-    writers = {split: _TextWriter(out / "text", split) for split in SPLITS}
-    seen: set[bytes] = set()
-    pieces = corpora.list_pieces(recipe.corpus, sources, recipe.column)
-    jobs = ((str(pieces_folder / f"{n:06d}.pickle"), recipe.corpus, piece) for n, piece in enumerate(pieces))
-    last_line, documents_read = start, 0
-    for documents in pool.map(_read_piece, jobs):
-        documents_read += len(documents)
-        if time.perf_counter() - last_line > 5:
-            last_line = time.perf_counter()
-            log(f"text: {documents_read:,} documents, {documents_read / (last_line - start):,.0f} a second")
-        for origin, blocks in documents:
-            kept = []
-            for digest, sentences in blocks:
-                if recipe.corpus == "pydocs":  # generated documentation repeats itself
-                    if digest in seen:
-                        continue
-                    seen.add(digest)
-                kept.extend(sentences)
-            if kept:
-                # A text that occurs twice goes to one side. Modules stay whole, so pydocs goes by the module's name.
-                identity = origin if recipe.corpus == "pydocs" else blocks[0][0].hex()
-                held_out = corpora.is_held_out(identity, recipe.eval_fraction, recipe.params.seed)
-                writers["eval" if held_out else "train"].add(kept)
-    stamp = {"key": key, **{split: writer.close() for split, writer in writers.items()}}
+            remove_files(stale, PIECE_FILES)
+    splitter = _Splitter(recipe, out / "text", found)
+    number, last_line = 0, start
+    for is_evaluation, part in ((False, found.sources), (True, found.evaluation)):
+        pieces = enumerate(corpora.list_pieces(recipe.corpus, part, recipe.column), number)
+        jobs = ((str(pieces_folder / f"{n:06d}.pickle"), recipe.corpus, piece, recipe.language) for n, piece in pieces)
+        for documents in pool.map(_read_piece, jobs):
+            number += 1
+            for document in documents:
+                splitter.add(*document, is_evaluation)
+            if time.perf_counter() - last_line > 5:
+                last_line = time.perf_counter()
+                count = splitter.num_documents
+                log(f"text: {count:,} documents, {count / (last_line - start):,.0f} a second")
+    stamp = {"key": key, **splitter.close()}
+    _say_left_out(stamp, log)
     for split in SPLITS:
         if not stamp[split]["documents"]:
             where = f" (in {recipe.input})" if recipe.input else ""
             hint = "raise --eval-fraction" if split == "eval" and stamp["train"]["documents"] else "is the text empty?"
             raise UserError(f"corpus {recipe.corpus}: no document for the {split} split; {hint}{where}")
     write_json(stamp_path, stamp)
-    shutil.rmtree(pieces_folder, ignore_errors=True)
+    remove_files(pieces_folder, PIECE_FILES)
     megabytes, seconds = sum(stamp[s]["bytes"] for s in SPLITS) / 1e6, time.perf_counter() - start
     log(
         f"text: {len(sources):,} files -> {stamp['train']['documents']:,} + {stamp['eval']['documents']:,} documents, "
@@ -149,10 +169,48 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     return stamp
 
 
+def _sources(recipe: Recipe) -> corpora.Found:
+    """Sources of both splits: a given evaluation text takes the place of one that lies beside the text."""
+    found = corpora.find_sources(recipe.corpus, recipe.input, recipe.packages)
+    if recipe.eval_input is None:
+        return found
+    given = corpora.find_sources(recipe.corpus, recipe.eval_input)
+    evaluation = [*given.sources, *given.evaluation]
+    same = {os.path.realpath(source.path) for source in evaluation}
+    sources = [
+        source for source in found.sources if os.path.realpath(source.path) not in same
+    ]  # it may lie in the folder
+    if not sources:
+        raise UserError(f"--eval-input {recipe.eval_input} is all the text there is in {recipe.input}; give other text")
+    left_out = dict(found.left_out)
+    for why, names in given.left_out.items():
+        left_out[why] = sorted({*left_out.get(why, []), *names})
+    beside = [source.name for source in found.evaluation if os.path.realpath(source.path) not in same]
+    if beside:
+        left_out["evaluation texts other than that of --eval-input"] = beside
+    return corpora.Found(sources, evaluation, left_out)
+
+
+def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
+    """One line for all that is not in the text, and one for documents on both sides, where there are such."""
+    left_out = stamp.get("left_out", {"files": {}, "documents": {}})
+    files, documents = left_out["files"], left_out["documents"]
+    if files or documents:
+        counts = [sum(len(names) for names in files.values()), sum(entry["count"] for entry in documents.values())]
+        why = [corpora.describe(files)] if files else []
+        for reason, entry in documents.items():
+            more = ", ..." if entry["count"] > len(entry["first"]) else ""
+            why.append(f"{entry['count']:,} {reason} ({', '.join(name[:60] for name in entry['first'])}{more})")
+        log(f"text: {counts[0]:,} files and {counts[1]:,} documents left out: {'; '.join(why)}")
+    if stamp.get("on_both_sides"):
+        log(f"text: {stamp['on_both_sides']:,} documents of the evaluation text are in the training text too")
+
+
 _Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences
+_Read = tuple[str, _Blocks, bool, str]  # origin, blocks, whether the next one is its rest, why there are no blocks
 
 
-def _read_piece(path: str, kind: str, piece: corpora.Piece) -> list[tuple[str, _Blocks]]:
+def _read_piece(path: str, kind: str, piece: corpora.Piece, language: str) -> list[_Read]:
     """Documents of a piece, kept in `path` until the stage is over: cleaning a whole Wikipedia is hours of work."""
     if Path(path).is_file():
         with open(path, "rb") as file:
@@ -161,11 +219,74 @@ def _read_piece(path: str, kind: str, piece: corpora.Piece) -> list[tuple[str, _
         (
             document.origin,
             [(hashlib.blake2b("\n".join(b).encode(), digest_size=16).digest(), b) for b in document.blocks],
+            document.goes_on,
+            document.left_out,
         )
-        for document in corpora.read_piece(kind, piece)
+        for document in corpora.read_piece(kind, piece, language)
     ]
     write_atomically(path, pickle.dumps(documents))
     return documents
+
+
+class _Splitter:
+    """Documents on their way to the two splits. The stretches of a long one come one after the other, to the same side."""
+
+    _NAMED = 5  # of the documents that are left out for one reason
+
+    def __init__(self, recipe: Recipe, folder: Path, found: corpora.Found) -> None:
+        self._recipe, self._found = recipe, found
+        self._writers = {split: _TextWriter(folder, split) for split in SPLITS}
+        self._seen: set[bytes] = set()
+        self._left_out: dict[str, dict[str, Any]] = {}
+        self._side = ""  # of the document whose rest is to come, once something of it was kept
+        self._train: set[bytes] = set()  # hashes, where the evaluation text was given and may repeat it
+        self._both = 0
+        self.num_documents = 0
+
+    def add(self, origin: str, blocks: _Blocks, goes_on: bool, left_out: str, is_evaluation: bool) -> None:
+        """The next document, or stretch of one."""
+        kept = self._new_sentences(blocks)
+        if kept and not self._side:
+            self._side = self._choose_side(origin, blocks[0][0], is_evaluation)
+        if self._side and (kept or not goes_on):
+            self._writers[self._side].add(kept, goes_on)
+        if not goes_on:
+            if not self._side and left_out:
+                entry = self._left_out.setdefault(left_out, {"count": 0, "first": []})
+                entry["count"] += 1
+                entry["first"] += [origin] if len(entry["first"]) < self._NAMED else []
+            self.num_documents += 1
+            self._side = ""
+
+    def _new_sentences(self, blocks: _Blocks) -> list[str]:
+        kept: list[str] = []
+        for digest, sentences in blocks:
+            if self._recipe.corpus == "pydocs":  # generated documentation repeats itself
+                if digest in self._seen:
+                    continue
+                self._seen.add(digest)
+            kept.extend(sentences)
+        return kept
+
+    def _choose_side(self, origin: str, digest: bytes, is_evaluation: bool) -> str:
+        if self._found.evaluation:
+            if is_evaluation:
+                self._both += digest in self._train
+                return "eval"
+            self._train.add(digest)
+            return "train"
+        # A text that occurs twice goes to one side. Modules stay whole, so pydocs goes by the module's name.
+        identity = origin if self._recipe.corpus == "pydocs" else digest.hex()
+        held_out = corpora.is_held_out(identity, self._recipe.eval_fraction, self._recipe.params.seed)
+        return "eval" if held_out else "train"
+
+    def close(self) -> dict[str, Any]:
+        """What a stamp says of the text."""
+        return {
+            **{split: writer.close() for split, writer in self._writers.items()},
+            "left_out": {"files": self._found.left_out, "documents": self._left_out},
+            "on_both_sides": self._both,
+        }
 
 
 class _TextWriter:
@@ -179,11 +300,11 @@ class _TextWriter:
         self._digest = hashlib.sha256()
         self._documents = self._sentences = self._bytes = 0
 
-    def add(self, sentences: list[str]) -> None:
-        text = "\n".join(sentences) + "\n\n"
+    def add(self, sentences: list[str], goes_on: bool = False) -> None:
+        text = "".join(f"{sentence}\n" for sentence in sentences) + ("" if goes_on else "\n")
         self._lines.append(text)
         self._size += len(text)
-        self._documents += 1
+        self._documents += not goes_on
         self._sentences += len(sentences)
         if self._size >= _TEXT_FILE_BYTES:
             self._flush()
@@ -231,6 +352,8 @@ def _sample_stage(
     key = {"text": text[split]["sha256"], "vocab": vocabulary.sha256, **recipe.params.as_dict()}
     if split == "eval":
         key["eval_max_samples"] = recipe.eval_max_samples
+        if recipe.eval_pick != "first":
+            key["eval_pick"] = recipe.eval_pick
     folder = out / split
     done = _stamp_matches(folder / "manifest.json", key)
     if done:
@@ -239,6 +362,9 @@ def _sample_stage(
     start = time.perf_counter()
     tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     parts_folder = out / f"parts-{split}-{tag}"
+    for stale in out.glob(f"parts-{split}-*"):
+        if stale != parts_folder:
+            remove_files(stale, PART_FILES)
     jobs = (
         (str(out / "text" / name), str(vocab_path), recipe.params, chunk, str(parts_folder / f"{chunk:05d}.bin"))
         for chunk, name in enumerate(text[split]["files"])
@@ -254,7 +380,8 @@ def _sample_stage(
             last_line = now
             log(f"{split}: {len(parts)}/{len(text[split]['files'])} files, {samples / (now - start):,.0f} samples/s")
     if split == "eval" and recipe.eval_max_samples:
-        parts = take_first(parts, recipe.eval_max_samples, parts_folder)
+        take = take_first if recipe.eval_pick == "first" else take_evenly
+        parts = take(parts, recipe.eval_max_samples, parts_folder)
     manifest = merge_parts(
         folder, parts,
         {
@@ -264,7 +391,7 @@ def _sample_stage(
             "params": asdict(recipe.params),
         },
     )  # fmt: skip
-    shutil.rmtree(parts_folder, ignore_errors=True)
+    remove_files(parts_folder, PART_FILES)
     seconds = time.perf_counter() - start
     log(
         f"{split}: {manifest['num_samples']:,} samples, {manifest['num_tokens']:,} tokens, mean length "

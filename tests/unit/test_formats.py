@@ -95,7 +95,8 @@ def test_a_stopped_import_goes_on(tmp_path: Path, store: Path, vocab: Path, monk
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "back.parts").glob("*.bin")}
     assert {name.rsplit("-", 1)[0] for name in before} >= {Path(files[0]).name, Path(files[1]).name}
     Path(files[2]).write_bytes(good)
-    (tmp_path / "back.parts" / "a-file-of-another-import.bin").write_bytes(b"x")
+    (tmp_path / "back.parts" / "another-import-0123456789ab.bin").write_bytes(b"x")
+    (tmp_path / "back.parts" / "a-note-of-the-user.bin").write_bytes(b"x")
     seen: dict[str, int] = {}
 
     def merging(folder: Path, parts: list[Any], manifest: dict[str, Any]) -> dict[str, Any]:
@@ -105,9 +106,9 @@ def test_a_stopped_import_goes_on(tmp_path: Path, store: Path, vocab: Path, monk
     monkeypatch.setattr(importer, "merge_parts", merging)
     import_store(files, tmp_path / "back", vocab, num_workers=1, log=lambda _line: None)
     assert {name: seen[name] for name in before} == before, "finished parts are taken as they are"
-    assert "a-file-of-another-import.bin" not in seen
+    assert "another-import-0123456789ab.bin" not in seen
     assert (tmp_path / "back/samples.bin").read_bytes() == (store / "samples.bin").read_bytes()
-    assert not (tmp_path / "back.parts").exists()
+    assert [path.name for path in (tmp_path / "back.parts").iterdir()] == ["a-note-of-the-user.bin"]
 
 
 @given(st.lists(st.integers(0, 2**21 - 1)))
@@ -281,7 +282,7 @@ def test_too_small_a_disk_and_too_small_rows(
 ) -> None:
     files = export(store, tmp_path / "out", "tfrecord")
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr(importer.shutil, "disk_usage", lambda _place: usage)
+    monkeypatch.setattr("bert_fast.files.shutil.disk_usage", lambda _place: usage)
     with pytest.raises(UserError, match="GiB free and the import may take"):
         import_store(files, tmp_path / "back", vocab, num_workers=1, log=lambda _line: None)
     with pytest.raises(UserError, match="rows of 32 and 10 do not hold them"):

@@ -50,7 +50,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads for processes: quick, and monkeypatches reach the workers. None is left running after an error."""
 
     class Threads(concurrent.futures.ThreadPoolExecutor):
-        def __init__(self, workers: int, mp_context: Any) -> None:
+        def __init__(self, workers: int, mp_context: Any, initializer: Any) -> None:
             super().__init__(workers)
 
         def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_fast.data import corpus as corpora
-from bert_fast.data.columns import num_blocks, read_texts
+from bert_fast.data.columns import read_rows
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.wikitext import Page, clean, is_dump, read_pages
@@ -155,19 +155,17 @@ def test_texts_of_a_table_come_block_by_block(tmp_path: Path, form: str) -> None
         write_parquet(path)
     else:
         write_arrow(path, form == "stream")
-    assert num_blocks(path) == 3
-    assert [text for block in range(3) for text in read_texts(path, block)] == TEXTS
-    assert list(read_texts(path, 1)) == TEXTS[4:8]
+    assert list(read_rows(path)) == [(n // 4, n % 4, text) for n, text in enumerate(TEXTS)]
 
 
 def test_a_table_without_the_column_says_which_it_has(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, "content")
     with pytest.raises(UserError, match=r"a.parquet: no column text; it has id, content \(--column names another\)"):
-        list(read_texts(path, 0))
-    assert len(list(read_texts(path, 0, "content"))) == 4
+        list(read_rows(path))
+    assert len(list(read_rows(path, "content"))) == 10
     with pytest.raises(UserError, match="column id holds int64, not strings"):
-        list(read_texts(path, 0, "id"))
+        list(read_rows(path, "id"))
 
 
 @pytest.mark.parametrize("name", ["cut.parquet", "cut.arrow"])
@@ -176,7 +174,7 @@ def test_a_damaged_table(tmp_path: Path, name: str) -> None:
     write_parquet(path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match=f"{name}: damaged, or no "):
-        num_blocks(path)
+        list(read_rows(path))
 
 
 def test_from_a_dump_to_stores_with_a_stop_in_the_middle(
@@ -209,10 +207,10 @@ def test_a_stopped_text_stage_reads_its_pieces_back(tmp_path: Path, monkeypatch:
 
     piece: Any = [Page("A", "A sentence is here. Another one follows it.", frozenset())]
     path = tmp_path / "pieces" / "000000.pickle"
-    first = module._read_piece(str(path), "mediawiki", piece)
+    first = module._read_piece(str(path), "mediawiki", piece, "auto")
     assert first[0][0] == "A"
     monkeypatch.setattr(corpora, "read_piece", lambda *_: pytest.fail("cleaned again"))
-    assert module._read_piece(str(path), "mediawiki", piece) == first
+    assert module._read_piece(str(path), "mediawiki", piece, "auto") == first
 
 
 def test_a_table_as_a_corpus(tmp_path: Path, vocab_file: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bert_fast.allocator import keep_freed_memory
+from bert_fast.data.folders import PART_FILES, check_one_set, claim_export, is_exported, remove_files
 from bert_fast.data.formats.mlperf import is_hdf5, read_blocks, write_hdf5, write_tfrecord
 from bert_fast.data.formats.table import SampleTable, from_records, to_records
 from bert_fast.data.pool import Pool
@@ -51,6 +51,9 @@ def import_store(
     """
     start = time.perf_counter()
     out, vocabulary = Path(out), load_vocabulary(vocab)
+    inside = [path for path in sources if Path(path).resolve().parent == out.resolve()]
+    if inside:
+        raise UserError(f"--out {out} is the folder of {Path(inside[0]).name}; give the store a folder of its own")
     key = {
         "sources": [[Path(path).name, os.path.getsize(path), int(os.path.getmtime(path))] for path in sources],
         "vocab": vocabulary.sha256, "max_samples": max_samples,
@@ -60,7 +63,10 @@ def import_store(
         return Store(out).manifest
     parts_folder = out.with_name(f"{out.name}.parts")
     part_paths = [_part_path(parts_folder, path, vocabulary.sha256) for path in sources]
-    _remove_strangers(parts_folder, part_paths)
+    wanted = [name for path in part_paths for name in (Path(path).name, f"{Path(path).name}.npz")]
+    remove_files(
+        parts_folder, PART_FILES, but=wanted
+    )  # parts of sources that are no longer there, or no longer the same
     _check_space(sources, part_paths, parts_folder, max_samples)
     parts, samples, last_line = [], 0, start
     jobs = ((path, part, len(vocabulary)) for path, part in zip(sources, part_paths, strict=True))
@@ -83,7 +89,7 @@ def import_store(
             "mask_id": vocabulary.mask_id,
         },
     )  # fmt: skip
-    shutil.rmtree(parts_folder, ignore_errors=True)
+    remove_files(parts_folder, PART_FILES)
     seconds = time.perf_counter() - start
     log(
         f"{out}: {manifest['num_samples']:,} samples from {len(sources):,} files in {seconds:.1f} s "
@@ -104,14 +110,6 @@ def _part_path(folder: Path, source: str, vocab_sha256: str) -> str:
     stat = os.stat(source)
     tag = hashlib.sha256(f"{source} {stat.st_size} {stat.st_mtime_ns} {vocab_sha256}".encode()).hexdigest()[:12]
     return str(folder / f"{Path(source).name}-{tag}.bin")
-
-
-def _remove_strangers(folder: Path, wanted: list[str]) -> None:
-    """Parts of sources that are no longer there, or no longer the same."""
-    keep = {*wanted, *(f"{path}.npz" for path in wanted)}
-    for path in folder.glob("*") if folder.is_dir() else ():
-        if str(path) not in keep:
-            path.unlink(missing_ok=True)
 
 
 def _check_space(sources: list[str], parts: list[str], folder: Path, max_samples: int | None) -> None:
@@ -142,7 +140,7 @@ def find_sources(pattern: str | Path) -> list[str]:
     """Files of a folder in the order of their names (part-00002-of-00500 before part-00010), or one file.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, parts of two sets, or an export that did not end.
     """
     path = Path(pattern)
     if path.is_file():
@@ -154,14 +152,23 @@ def find_sources(pattern: str | Path) -> list[str]:
     )
     if not files:
         raise UserError(f"{pattern}: no such file, or a folder without files")
+    check_one_set(files)
+    if not is_exported(path, files):
+        raise UserError(f"{pattern}: an export into it was stopped; run that again")
     return files
 
 
 def export_store(
     folder: str | Path, out: str | Path, form: str, *, width: int, most_masked: int, per_file: int, log: Log
 ) -> int:
-    """Write a store as foreign files part-00000-of-00010 and so on in `out`. Returns the number of files."""
+    """Write a store as foreign files part-00000-of-00010 and so on in `out`. Returns the number of files.
+
+    Files of an earlier export into `out` are replaced or removed. Raises UserError if another file lies there, if rows do not
+    hold the samples, or if the disk is too small.
+    """
     store = Store(folder)
+    if per_file < 1:
+        raise UserError(f"--per-file {per_file}: give at least 1")
     if store.manifest["max_length"] > width or int(store.num_masked.max()) > most_masked:
         raise UserError(
             f"{folder} has samples of {store.manifest['max_length']} tokens and {int(store.num_masked.max())} masks; rows of "
@@ -170,9 +177,11 @@ def export_store(
     check_space(Path(out), len(store) * _EXPORTED_BYTES[form](width, most_masked), "the export")
     number = -(-len(store) // per_file)
     suffix = "tfrecord" if form == "tfrecord" else "hdf5"
-    for index in range(number):
+    names = [f"part-{index:05d}-of-{number:05d}.{suffix}" for index in range(number)]
+    claim_export(Path(out), names)
+    for index, name in enumerate(names):
         blocks = tables_of(store, index * per_file, min(len(store), (index + 1) * per_file))
-        path = Path(out) / f"part-{index:05d}-of-{number:05d}.{suffix}"
+        path = Path(out) / name
         if form == "tfrecord":
             write_tfrecord(path, blocks, width, most_masked)
         else:
