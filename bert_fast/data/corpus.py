@@ -175,10 +175,16 @@ def _why_not(kind: str, path: Path, has_shards: bool, datasets: dict[Path, set[s
 
 def describe(left_out: dict[str, list[str]]) -> str:
     """What was left out, as part of a sentence: each reason with its number and a few names."""
-    return "; ".join(
-        f"{len(names):,} {why} ({', '.join(name[:60] for name in names[:3])}{', ...' if len(names) > 3 else ''})"
-        for why, names in left_out.items()
-    )
+    return "; ".join(counted(len(names), why, names[:3]) for why, names in left_out.items())
+
+
+def counted(count: int, what: str, names: list[str] | None = None) -> str:
+    """`2 files of another kind (a, b)`, in the singular where there is one. `names` may be fewer than there are."""
+    if count == 1:
+        what = re.sub(r"\b(file|document|link|page|text)s\b", r"\1", what, count=1)
+    if names is None:
+        return f"{count:,} {what}"
+    return f"{count:,} {what} ({', '.join(name[:60] for name in names)}{', ...' if count > len(names) else ''})"
 
 
 def num_bytes(source: Source) -> int:

@@ -198,12 +198,12 @@ def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
     if files or documents:
         counts = [sum(len(names) for names in files.values()), sum(entry["count"] for entry in documents.values())]
         why = [corpora.describe(files)] if files else []
-        for reason, entry in documents.items():
-            more = ", ..." if entry["count"] > len(entry["first"]) else ""
-            why.append(f"{entry['count']:,} {reason} ({', '.join(name[:60] for name in entry['first'])}{more})")
-        log(f"text: {counts[0]:,} files and {counts[1]:,} documents left out: {'; '.join(why)}")
+        why += [corpora.counted(entry["count"], reason, entry["first"]) for reason, entry in documents.items()]
+        first, second = corpora.counted(counts[0], "files"), corpora.counted(counts[1], "documents")
+        log(f"text: {first} and {second} left out: {'; '.join(why)}")
     if stamp.get("on_both_sides"):
-        log(f"text: {stamp['on_both_sides']:,} documents of the evaluation text are in the training text too")
+        both = corpora.counted(stamp["on_both_sides"], "documents of the evaluation text")
+        log(f"text: {both} also in the training text")
 
 
 _Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences

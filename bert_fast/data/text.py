@@ -17,8 +17,11 @@ _UNSPACED = re.compile(
 )
 # A break after these needs no blank behind it; a point inside a word (torch.nn.Linear) is none.
 _ENDS_ANYWHERE = re.compile("[。．！？｡।॥။༎።៕។][\"'”’」』）)》〉】]*$")
-_BLANK_ENDS_SENTENCE = re.compile("(?<=[\u0e00-\u0eff])\\s+(?=[\u0e00-\u0eff])")  # Thai and Lao have no full stop
+# Thai and Lao have no full stop, and `sentencex` does not know Khmer's.
+_BLANK_ENDS_SENTENCE = re.compile("(?<=[\u0e00-\u0eff])\\s+(?=[\u0e00-\u0eff])|(?<=[\u17d4\u17d5])\\s+")
 _SHORTEST_PARAGRAPH = 12
+# Characters of a paragraph that are split at once: `sentencex` takes time that grows with the square where no blanks are.
+_UNSPACED_PORTION, _PORTION = 1 << 12, 1 << 15
 _LOOKED_AT = 4000  # characters that tell a text's language
 
 
@@ -74,16 +77,33 @@ def split_sentences(text: str, language: str = DEFAULT_LANGUAGE) -> list[str]:
         joined = " ".join(paragraph.split())
         if len(joined) < _SHORTEST_PARAGRAPH and not _UNSPACED.search(joined):
             continue
-        pending = ""
-        for piece in sentencex.segment(language, joined):
-            pending += piece
-            if piece[-1].isspace() or _ENDS_ANYWHERE.search(piece):
+        for portion in _portions(joined):
+            pending = ""
+            for piece in sentencex.segment(language, portion):
+                pending += piece
+                if piece[-1].isspace() or _ENDS_ANYWHERE.search(piece):
+                    sentences.append(pending.strip())
+                    pending = ""
+            if pending.strip():
                 sentences.append(pending.strip())
-                pending = ""
-        if pending.strip():
-            sentences.append(pending.strip())
     phrases = (phrase for sentence in sentences for phrase in _BLANK_ENDS_SENTENCE.split(sentence))
     return [phrase for phrase in phrases if num_words(phrase) > 1]
+
+
+def _portions(paragraph: str) -> Iterator[str]:
+    """A long paragraph in portions that end where a sentence does, where there is such a place."""
+    begin = 0
+    while len(paragraph) - begin > _UNSPACED_PORTION:
+        end = max(paragraph.rfind(stop, begin, begin + _UNSPACED_PORTION) for stop in "。！？｡។။།") + 1
+        if end <= begin:
+            window = begin + (_PORTION if " " in paragraph[begin : begin + _UNSPACED_PORTION] else _UNSPACED_PORTION)
+            if len(paragraph) <= window:
+                break
+            end = (paragraph.rfind(". ", begin, window) + 1 or paragraph.rfind(" ", begin, window)) + 1
+            end = end if end > begin + 1 else window
+        yield paragraph[begin:end]
+        begin = end
+    yield paragraph[begin:]
 
 
 class _Script(NamedTuple):
