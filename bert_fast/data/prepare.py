@@ -202,8 +202,9 @@ def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
         first, second = corpora.counted(counts[0], "files"), corpora.counted(counts[1], "documents")
         log(f"text: {first} and {second} left out: {'; '.join(why)}")
     if stamp.get("on_both_sides"):
-        both = corpora.counted(stamp["on_both_sides"], "documents of the evaluation text")
-        log(f"text: {both} also in the training text")
+        log(
+            f"text: {corpora.counted(stamp['on_both_sides'], 'documents')} both in the training and in the evaluation text"
+        )
 
 
 _Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences

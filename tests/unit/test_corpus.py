@@ -342,7 +342,7 @@ def test_evaluation_text_can_be_given(tmp_path: Path, inside: bool) -> None:
     lines: list[str] = []
     stamp = stamp_of(recipe, tmp_path / "out", lines)
     assert (stamp["train"]["documents"], stamp["eval"]["documents"]) == (10, 5)
-    assert "text: 1 document of the evaluation text also in the training text" in lines
+    assert "text: 1 document both in the training and in the evaluation text" in lines
     single = stamp_of(prepare_module.Recipe("prose", str(folder), eval_input=str(given / "0.txt")), tmp_path / "single")
     assert (single["train"]["documents"], single["eval"]["documents"]) == (14 if inside else 10, 1)
 

@@ -330,16 +330,16 @@ def test_a_table_with_the_column_twice_or_text_that_is_not_utf8(tmp_path: Path) 
 def test_a_row_group_is_not_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     random = np.random.default_rng(0)
-    texts = [random.bytes(2000).hex() for _ in range(4000)]  # 16 MB that do not compress to little
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=4000)
+    texts = [random.bytes(2000).hex() for _ in range(8000)]  # 32 MB that do not compress to little
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=8000, compression="none")
     del texts
     read = "import sys, pyarrow; from bert_fast.data.columns import read_rows; count = sum(1 for _ in read_rows(sys.argv[1]))"
     told = "print(count, pyarrow.default_memory_pool().max_memory())"  # the highest of a process
     command = [sys.executable, "-c", f"{read}; {told}", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     count, most = map(int, done.stdout.split())
-    assert count == 4000
-    assert most < 12e6
+    assert count == 8000
+    assert most < 24e6
 
 
 @pytest.mark.parametrize("name", ["cut.parquet", "cut.arrow"])
