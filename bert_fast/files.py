@@ -88,9 +88,11 @@ def _sweep_once(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files in `folder` whose processes were killed while they wrote them."""
-    if not folder.is_dir():
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:  # not there, or not ours to list
         return
-    for entry in list(os.scandir(folder)):
+    for entry in entries:
         found = _TEMPORARY.fullmatch(entry.name)
         if not found or not entry.is_file(follow_symlinks=False):
             continue

@@ -29,18 +29,28 @@ PART_FILES = re.compile(r"(\d{5,}|head|picked|.+-[0-9a-f]{12})\.bin(\.npz)?")
 _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-(?P<set>\d+(\..+)?)")
 
 
-def claim_preparation(out: Path, vocab: str | None) -> None:
+def claim_preparation(out: Path, vocab: str | None = None, inputs: Iterable[str | None] = ()) -> None:
     """Mark `out` as a folder that a preparation writes to, before it does.
 
     Raises:
-        UserError: names that it would write are there, and no preparation wrote them.
+        UserError: names that it would write are there, and no preparation wrote them; or its input lies in one of them.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    for given in filter(None, inputs):
+        inside = Path(given).resolve()
+        if out.resolve() in inside.parents:
+            name = inside.relative_to(out.resolve()).parts[0]
+            if _OF_PREPARATION.fullmatch(name):
+                raise UserError(
+                    f"the input {given} lies in {out / name}, which a preparation into {out} writes; give another --out"
+                )
     if _is_prepared(out):
         return
     for path in sorted(out.iterdir()) if out.is_dir() else ():
-        given = vocab is not None and path.name == "vocab.txt" and os.path.exists(vocab) and path.samefile(vocab)
-        empty = path.is_dir() and not any(path.iterdir())
-        if _OF_PREPARATION.fullmatch(path.name) and not given and not empty:
+        is_vocab = vocab is not None and path.name == "vocab.txt" and os.path.exists(vocab) and path.samefile(vocab)
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if _OF_PREPARATION.fullmatch(path.name) and not is_vocab and not is_empty:
             raise UserError(
                 f"{path} is there and no preparation wrote it, but this one would write there; give another --out, "
                 "or move it away"
@@ -110,6 +120,8 @@ def _own_names(folder: Path, names: list[str]) -> set[str]:
     own: set[str] = set()
     if _is_prepared(folder):
         own |= {name for name in names if _OF_PREPARATION.fullmatch(name)} | {_PREPARED}
+    if folder.name == "text" and _is_prepared(folder.parent):
+        own.add("stamp.json")  # a preparation's text may be read on purpose
     if {"manifest.json", "samples.bin"} <= set(names):
         own |= _OF_STORE
     if _EXPORTED in names:

@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
     if recipe.vocab is not None:
         load_vocabulary(recipe.vocab)  # a bad one is found before the long part
     out = Path(out)
-    claim_preparation(out, recipe.vocab)
+    claim_preparation(out, recipe.vocab, (recipe.input, recipe.eval_input))
     workers = num_workers or os.cpu_count() or 1
     with Pool(workers) as pool:
         text = _text_stage(recipe, out, pool, log)

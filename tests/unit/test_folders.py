@@ -82,6 +82,24 @@ def test_a_name_that_a_preparation_would_write_may_be_the_users(tmp_path: Path, 
     assert sorted(path.name for path in out.iterdir()) == [name.split("/")[0]]
 
 
+def test_a_preparation_does_not_remove_its_input(tmp_path: Path, vocab_file: Path) -> None:
+    write_texts(tmp_path / "in")
+    recipe = Recipe("prose", str(tmp_path / "in"), vocab=str(vocab_file), eval_fraction=0.3, params=PARAMS)
+    prepare(recipe, tmp_path / "out", 1, log=lambda _line: None)
+    text = tmp_path / "out/text"
+    before = {path: path.read_bytes() for path in text.iterdir()}
+    for given in ({"input": str(text)}, {"input": str(tmp_path / "in"), "eval_input": str(text / "eval-00000.txt")}):
+        again = Recipe("mlcommons", **given, vocab=str(vocab_file), params=PARAMS)
+        with pytest.raises(
+            UserError, match=r"the input .* lies in .*/out/text, which a preparation into .*/out writes"
+        ):
+            prepare(again, tmp_path / "out", 1, log=lambda _line: None)
+    assert {path: path.read_bytes() for path in text.iterdir()} == before
+    assert all(name.endswith(".txt") for name in names_below(text))  # elsewhere it may be read, without the stamp
+    with pytest.raises(UserError, match=r"--out .* is a file; give a folder"):
+        claim_preparation(vocab_file)
+
+
 def test_a_vocabulary_that_lies_in_out_may_be_used(tmp_path: Path, vocab_file: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
