@@ -194,13 +194,17 @@ def _sources(recipe: Recipe) -> corpora.Found:
 def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
     """One line for all that is not in the text, and one for documents on both sides, where there are such."""
     left_out = stamp.get("left_out", {"files": {}, "documents": {}})
-    files, documents = left_out["files"], left_out["documents"]
-    if files or documents:
-        counts = [sum(len(names) for names in files.values()), sum(entry["count"] for entry in documents.values())]
-        why = [corpora.describe(files)] if files else []
-        why += [corpora.counted(entry["count"], reason, entry["first"]) for reason, entry in documents.items()]
-        first, second = corpora.counted(counts[0], "files"), corpora.counted(counts[1], "documents")
-        log(f"text: {first} and {second} left out: {'; '.join(why)}")
+    if any(left_out.values()):
+        numbers = [
+            corpora.counted(sum(entry["count"] for entry in entries.values()), what)
+            for what, entries in left_out.items()
+        ]
+        why = [
+            corpora.counted(entry["count"], reason, entry["first"])
+            for entries in left_out.values()
+            for reason, entry in entries.items()
+        ]
+        log(f"text: {' and '.join(numbers)} left out: {'; '.join(why)}")
     if stamp.get("on_both_sides"):
         log(
             f"text: {corpora.counted(stamp['on_both_sides'], 'documents')} both in the training and in the evaluation text"
@@ -232,7 +236,7 @@ def _read_piece(path: str, kind: str, piece: corpora.Piece, language: str) -> li
 class _Splitter:
     """Documents on their way to the two splits. The stretches of a long one come one after the other, to the same side."""
 
-    _NAMED = 5  # of the documents that are left out for one reason
+    _NAMED = 5  # of what is left out for one reason
 
     def __init__(self, recipe: Recipe, folder: Path, found: corpora.Found) -> None:
         self._recipe, self._found = recipe, found
@@ -283,9 +287,12 @@ class _Splitter:
 
     def close(self) -> dict[str, Any]:
         """What a stamp says of the text."""
+        files = {
+            why: {"count": len(names), "first": names[: self._NAMED]} for why, names in self._found.left_out.items()
+        }
         return {
             **{split: writer.close() for split, writer in self._writers.items()},
-            "left_out": {"files": self._found.left_out, "documents": self._left_out},
+            "left_out": {"files": files, "documents": self._left_out},
             "on_both_sides": self._both,
         }
 
