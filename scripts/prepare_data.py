@@ -105,10 +105,15 @@ def import_samples(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the store")
     parser.add_argument("--vocab", required=True, metavar="FILE", help="the vocab.txt that the samples were made with")
     parser.add_argument("--max-samples", type=int, help="only the first n (MLPerf's evaluation set: 10000)")
+    parser.add_argument("--pick", choices=PICKS, default="first", help="which: the first, or evenly spread ones")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     args = parser.parse_args(arguments)
+    if args.pick != "first" and not args.max_samples:
+        raise UserError(f"--pick {args.pick} needs --max-samples, the number of samples to pick")
     sources = find_sources(args.input)
-    import_store(sources, args.out, args.vocab, max_samples=args.max_samples, num_workers=args.workers, log=say)
+    import_store(
+        sources, args.out, args.vocab, max_samples=args.max_samples, pick=args.pick, num_workers=args.workers, log=say
+    )
 
 
 def export_samples(arguments: list[str]) -> None:

@@ -401,11 +401,11 @@ def test_memory_does_not_grow_with_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(streams, "_STRETCH", 1 << 14)
     monkeypatch.setattr(corpora, "_PIECE_BYTES", 1 << 14)
     line = "A sentence of some words stands in this line of the text."
-    count = 40_000
+    count = 20_000
     if kind == "jsonl":
         text = "".join(f'{{"text": "{line}"}}\n' for _ in range(count))
     elif kind == "wikiextractor":
-        text = "".join(f'<doc id="{n}" title="T">\n{line}\n</doc>\n' for n in range(count // 4))
+        text = "".join(f'<doc id="{n}" title="T">\n{line}\n</doc>\n' for n in range(count // 2))
     else:
         text = "".join(f"{line}\n" for _ in range(count))
     path = tmp_path / ("a.jsonl" if kind == "jsonl" else "a.txt")
@@ -418,7 +418,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path: Path, monkeypatch: pytest.Mo
         total += sum(len(text.text) for text in piece)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert total > 10_000 * len(line) - 1
+    assert total >= 10_000 * len(line)
     assert peak < size / 4
 
 

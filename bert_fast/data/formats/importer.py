@@ -20,7 +20,7 @@ from bert_fast.data.folders import PART_FILES, check_one_set, claim_export, is_e
 from bert_fast.data.formats.mlperf import is_hdf5, read_blocks, write_hdf5, write_tfrecord
 from bert_fast.data.formats.table import SampleTable, from_records, to_records
 from bert_fast.data.pool import Pool
-from bert_fast.data.store import Part, Store, merge_parts, read_part, take_first, write_part_of_records
+from bert_fast.data.store import Part, Store, merge_parts, read_part, take_evenly, take_first, write_part_of_records
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of
@@ -42,9 +42,11 @@ Log = Callable[[str], None]
 
 def import_store(
     sources: list[str], out: str | Path, vocab: str | Path, *, max_samples: int | None = None,
-    num_workers: int | None = None, log: Log = print,
+    pick: str = "first", num_workers: int | None = None, log: Log = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the store `out` from files in the given order, which is the order of samples. Returns the manifest.
+
+    `max_samples` keeps the first ones, or with pick="evenly" those that MLPerf's reference picks of its candidates.
 
     Raises:
         UserError: a file is damaged or no sample file; the disk is too small or full. Finished parts are kept for a restart.
@@ -57,6 +59,7 @@ def import_store(
     key = {
         "sources": [[Path(path).name, os.path.getsize(path), int(os.path.getmtime(path))] for path in sources],
         "vocab": vocabulary.sha256, "max_samples": max_samples,
+        **({"pick": pick} if pick != "first" else {}),
     }  # fmt: skip
     if _is_done(out, key):
         log(f"{out}: already there")
@@ -67,7 +70,7 @@ def import_store(
     remove_files(
         parts_folder, PART_FILES, but=wanted
     )  # parts of sources that are no longer there, or no longer the same
-    _check_space(sources, part_paths, parts_folder, max_samples)
+    _check_space(sources, part_paths, parts_folder, max_samples if pick == "first" else None)
     parts, samples, last_line = [], 0, start
     jobs = ((path, part, len(vocabulary)) for path, part in zip(sources, part_paths, strict=True))
     with Pool(num_workers or os.cpu_count() or 1) as pool:
@@ -78,10 +81,10 @@ def import_store(
             if now - last_line > 5:
                 last_line = now
                 log(f"{len(parts)}/{len(sources)} files, {samples:,} samples, {samples / (now - start):,.0f} samples/s")
-            if max_samples and samples >= max_samples:
+            if max_samples and pick == "first" and samples >= max_samples:
                 break
     if max_samples:
-        parts = take_first(parts, max_samples, parts_folder)
+        parts = (take_first if pick == "first" else take_evenly)(parts, max_samples, parts_folder)
     manifest = merge_parts(
         out, parts,
         {
