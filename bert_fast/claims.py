@@ -31,7 +31,8 @@ from bert_fast.files import create_atomically
 MARK, LOCK = ".bert_fast.json", ".running.json"  # hidden: nobody takes them for data
 FORMAT = "bert_fast folder 1"
 CLAIM = "BERT_FAST_CLAIM"  # variable: names the launcher's claim to the ranks that it starts; no secret
-_TEMPORARY = re.compile(r"\.(?P<of>.+)\.[0-9a-f-]+\.tmp")  # how files.atomic_file names what is not whole yet
+# How files.create_atomically and files.atomic_file name what is not whole yet
+_TEMPORARY = re.compile(r"\.(?P<of>.+)\.([0-9a-f-]+|[A-Za-z0-9]*-\d+\.bert_fast)\.tmp")
 _RIVAL_S, _WRITTEN_S = 0.02, 0.2
 _BEAT_S = 5.0  # between two touches of a claim, which show another host that its process lives
 _SILENT_S = 3 * _BEAT_S  # without one: it does not

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +22,10 @@ from bert_fast.errors import UserError
 CHECKPOINT_MANIFEST = "complete.json"
 STEP_FOLDER = "step-" + 8 * "[0-9]"  # a checkpoint's name
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)  # of a file system that has no hard links
+_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
+_TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9]*)-\d+\.bert_fast\.tmp")
+_FOREIGN_IDLE_S = 3600  # another host's file that nobody wrote to for so long has no writer
+_swept: set[tuple[int, str]] = set()  # (process, folder): each process looks once for what killed ones left in a folder
 
 
 @contextmanager
@@ -28,10 +36,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         UserError: the disk is full or the folder cannot be written; nothing half-written stays behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.bert_fast.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        _sweep_once(path.parent)
+        with _held(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -68,6 +77,60 @@ def create_atomically(path: str | Path, content: str) -> None:
                 file.write(content.encode())
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(temporary: Path) -> Iterator[BinaryIO]:
+    """The temporary file, locked: the lock goes with its process, so that an unlocked one is nobody's."""
+    while True:
+        with open(temporary, "wb") as file:
+            if _lock(file, wait=True) and not _is_at(temporary, file):
+                continue  # removed between being made and being locked
+            yield file
+        return
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool:
+    """Whether the file is locked now. Some file systems have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _sweep_once(folder: Path) -> None:
+    key = (os.getpid(), os.path.abspath(folder))
+    if key not in _swept:
+        _swept.add(key)
+        remove_temporaries(folder)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files in `folder` whose processes were killed while they wrote them."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:  # not there, or not ours to list
+        return
+    for entry in entries:
+        found = _TEMPORARY.fullmatch(entry.name)
+        if not found or not entry.is_file(follow_symlinks=False):
+            continue
+        try:
+            if found[1] != _HOST and time.time() - entry.stat().st_mtime < _FOREIGN_IDLE_S:
+                continue  # locks need not reach from host to host
+            with open(entry.path, "rb") as file:
+                if _lock(file, wait=False):
+                    os.unlink(entry.path)
+        except OSError:  # gone meanwhile, or not ours to remove
+            continue
 
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:

@@ -4,6 +4,8 @@
 python scripts/prepare_data.py --out data/pydocs                      # embedded corpus, new vocabulary
 python scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out data/pydocs-mini
 python scripts/prepare_data.py --corpus prose --input books/ --out data/books --vocab vocab.txt
+python scripts/prepare_data.py --corpus mlcommons --input results/ --out data/wiki --vocab vocab.txt --eval-max-samples 10000 \\
+    --eval-pick evenly                                                # MLCommons' text, its eval.txt for evaluation
 python scripts/prepare_data.py --corpus mediawiki --input enwiki-pages-articles.xml.bz2 --out data/wiki --vocab vocab.txt
 python scripts/prepare_data.py import --input tfrecords/ --out data/mlperf/train --vocab vocab.txt   # or HDF5 files
 python scripts/prepare_data.py export --input data/mlperf/eval --out eval_tfrecords/ --form tfrecord
@@ -23,14 +25,15 @@ from bert_fast.command import guard_imports, guarded, whole
 guard_imports()
 
 from bert_fast.cli import validate
-from bert_fast.data.corpus import KINDS, PYDOCS_PACKAGES
+from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
 from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
-from bert_fast.data.prepare import SPLITS, Recipe, prepare
+from bert_fast.data.prepare import PICKS, SPLITS, Recipe, prepare
 from bert_fast.data.recipe import RecipeFile, read_recipe
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
 from bert_fast.data.verify import check_hashes, verify_store
 from bert_fast.data.wordpiece import load_vocabulary
+from bert_fast.errors import UserError
 from bert_fast.report.bench import markdown_table
 
 
@@ -41,8 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="YAML file that sets any of these options; flags go before it")
     add("--corpus", choices=KINDS, default="pydocs", help="kind of text (docs/data.md)")
-    add("--input", metavar="FOLDER", help="folder of text files, or one dump or table")
-    add("--column", default="text", help="column of text in a parquet corpus (default %(default)s)")
+    add("--input", metavar="FOLDER", help="folder of text files, or one file")
+    add(
+        "--eval-input",
+        metavar="FOLDER",
+        help="text of the evaluation split, in place of --eval-fraction of the documents",
+    )
+    add("--column", default="text", help="column of text in parquet, field in jsonl (default %(default)s)")
+    add(
+        "--language",
+        default=AUTO,
+        help="code (en, de, zh) of the rules that end sentences (default: told by each text)",
+    )
     add("--packages", nargs="+", default=list(PYDOCS_PACKAGES), help="packages whose documentation pydocs reads")
     add("--out", metavar="FOLDER", default="data/pydocs", help="gets vocab.txt, train/ and eval/ (default %(default)s)")
     add("--vocab", metavar="FILE", help="a BERT vocab.txt; one is trained if not given")
@@ -59,6 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-max-samples", type=int, help="keep only the first n evaluation samples")
     add("--cased", action=argparse.BooleanOptionalAction, help="keep case (default: as the vocabulary has it)")
     add("--max-unknown", type=float, default=0.05, help="most unknown words, a share (default %(default)s)")
+    add(
+        "--eval-pick",
+        choices=PICKS,
+        default="first",
+        help="which: the first, or evenly spread ones as MLPerf's reference",
+    )
     add("--workers", type=int, help="processes (default: all cores)")
     return parser
 
@@ -90,10 +109,15 @@ def import_samples(arguments: list[str]) -> None:
     parser.add_argument(
         "--max-samples", type=whole(1, 10**12), help="only the first n (MLPerf's evaluation set: 10000)"
     )
+    parser.add_argument("--pick", choices=PICKS, default="first", help="which: the first, or evenly spread ones")
     parser.add_argument("--workers", type=whole(1, 1024), help="processes (default: all cores)")
     args = parser.parse_args(arguments)
+    if args.pick != "first" and not args.max_samples:
+        raise UserError(f"--pick {args.pick} needs --max-samples, the number of samples to pick")
     sources = find_sources(args.input)
-    import_store(sources, args.out, args.vocab, max_samples=args.max_samples, num_workers=args.workers, log=say)
+    import_store(
+        sources, args.out, args.vocab, max_samples=args.max_samples, pick=args.pick, num_workers=args.workers, log=say
+    )
 
 
 def export_samples(arguments: list[str]) -> None:
@@ -170,7 +194,8 @@ def main() -> int:
     )
     recipe = Recipe(
         args.corpus, args.input, args.column, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
-        args.eval_max_samples, params, cased=args.cased, max_unknown=args.max_unknown,
+        args.eval_max_samples, params, cased=args.cased, max_unknown=args.max_unknown, language=args.language,
+        eval_input=args.eval_input, eval_pick=args.eval_pick,
     )  # fmt: skip
     prepare(recipe, args.out, args.workers, log=say)
     return 0

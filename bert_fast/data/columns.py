@@ -1,4 +1,7 @@
-"""Text out of Parquet files and of folders that Hugging Face `datasets` saved (Arrow), without `datasets`."""
+"""Text out of Parquet files and of folders that Hugging Face `datasets` saved (Arrow), without `datasets`.
+
+Rows come in batches of about a MiB, so memory does not grow with a file or its row groups.
+"""
 
 from __future__ import annotations
 
@@ -9,77 +12,72 @@ from typing import Any
 from bert_fast.errors import UserError
 
 COLUMN_SUFFIXES = (".parquet", ".arrow")
+_BATCH_BYTES = 1 << 20
+_MOST_ROWS = 4096
 
 
-def num_blocks(path: str | Path) -> int:
-    """Row groups (Parquet) or record batches (Arrow) of a file: what workers share out. Raises UserError if damaged."""
-    with _Table(path) as table:
-        return table.num_blocks
-
-
-def read_texts(path: str | Path, block: int, column: str = "text") -> Iterator[str]:
-    """Texts of one block of a file; missing values are left out.
+def read_rows(path: str | Path, column: str = "text") -> Iterator[tuple[int, int, str | None]]:
+    """(row group or record batch, row in it, text or None) of every row of a file, in its order.
 
     Raises:
-        UserError: the file is damaged, or has no such column of strings (it says which it has).
+        UserError: the file is damaged, has no such column of strings (it says which it has) or has it twice, or a text is not
+            UTF-8 (it says in which row).
     """
-    with _Table(path) as table:
-        yield from table.texts(block, column)
+    arrow = _pyarrow()
+    is_parquet = str(path).endswith(".parquet")
+    try:
+        batches = _parquet_batches(arrow, path, column) if is_parquet else _arrow_batches(arrow, path, column)
+        for block, first_row, values in batches:
+            for row, value in enumerate(values, first_row):
+                try:
+                    yield block, row, value.as_py()
+                except UnicodeDecodeError as error:
+                    what = "row group" if is_parquet else "record batch"
+                    raise UserError(
+                        f"{path}: {what} {block}, row {row}: column {column} is not UTF-8 (byte {error.start}); write the file "
+                        "again from decoded text"
+                    ) from None
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged, or no {Path(path).suffix[1:]} file ({str(error)[:120]})") from None
 
 
-class _Table:
-    """A Parquet file, or an Arrow stream or file, as numbered blocks of rows."""
+def _check_column(path: str | Path, schema: Any, column: str) -> None:
+    count = schema.names.count(column)
+    if not count:
+        raise UserError(f"{path}: no column {column}; it has {', '.join(schema.names)[:200]} (--column names another)")
+    if count > 1:
+        raise UserError(f"{path}: {count} columns are called {column}; rename all but the one that is meant")
+    kind = str(schema.field(column).type)
+    if kind not in ("string", "large_string", "string_view"):
+        raise UserError(f"{path}: column {column} holds {kind}, not strings")
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
-        self._arrow = _pyarrow()
+
+def _parquet_batches(arrow: Any, path: str | Path, column: str) -> Iterator[tuple[int, int, Any]]:
+    # Read through a buffer: a column of a row group is otherwise taken in whole before its first row
+    with arrow.parquet.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
+        _check_column(path, file.schema_arrow, column)
+        for group in range(file.num_row_groups):
+            about = file.metadata.row_group(group)
+            rows = max(1, min(_MOST_ROWS, _BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
+            first = 0
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
+                yield group, first, batch.column(0)
+                first += batch.num_rows
+
+
+def _arrow_batches(arrow: Any, path: str | Path, column: str) -> Iterator[tuple[int, int, Any]]:
+    """`datasets` saves streams; other tools save files. Batches are views into the memory map."""
+    with arrow.memory_map(str(path)) as file:
         try:
-            if str(path).endswith(".parquet"):
-                self._file = self._arrow.parquet.ParquetFile(path)
-                self.num_blocks, self._schema = self._file.num_row_groups, self._file.schema_arrow
-            else:
-                self._file = self._arrow.memory_map(str(path))
-                self._batches = self._read_arrow()
-                self.num_blocks, self._schema = len(self._batches), self._arrow_schema
-        except (self._arrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged, or no {Path(path).suffix[1:]} file ({str(error)[:120]})") from None
-
-    def _read_arrow(self) -> list[Any]:
-        """`datasets` saves streams; other tools save files. Batches are views into the memory map."""
-        try:
-            reader = self._arrow.ipc.open_stream(self._file)
-            self._arrow_schema = reader.schema
-            return list(reader)
-        except self._arrow.ArrowInvalid:
-            self._file.seek(0)
-            reader = self._arrow.ipc.open_file(self._file)
-            self._arrow_schema = reader.schema
-            return [reader.get_batch(index) for index in range(reader.num_record_batches)]
-
-    def __enter__(self) -> _Table:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def texts(self, block: int, column: str) -> Iterator[str]:
-        if column not in self._schema.names:
-            raise UserError(
-                f"{self._path}: no column {column}; it has {', '.join(self._schema.names)} (--column names another)"
-            )
-        kind = str(self._schema.field(column).type)
-        if kind not in ("string", "large_string", "string_view"):
-            raise UserError(f"{self._path}: column {column} holds {kind}, not strings")
-        try:
-            if str(self._path).endswith(".parquet"):
-                values = self._file.read_row_group(block, columns=[column]).column(0)
-            else:
-                values = self._batches[block].column(self._schema.names.index(column))
-        except (self._arrow.ArrowException, OSError) as error:
-            raise UserError(f"{self._path}: block {block} is damaged ({str(error)[:120]})") from None
-        for value in values.to_pylist():
-            if value:
-                yield value
+            reader = arrow.ipc.open_stream(file)
+            batches = iter(reader)
+        except arrow.ArrowInvalid:
+            file.seek(0)
+            reader = arrow.ipc.open_file(file)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        _check_column(path, reader.schema, column)
+        for block, batch in enumerate(batches):
+            yield block, 0, batch.column(reader.schema.names.index(column))
 
 
 def _pyarrow() -> Any:

@@ -1,55 +1,56 @@
 """Corpora: where text comes from. Each kind lists its source files and reads one into documents of sentences.
 
 Kinds:
-    mlcommons  folder of text files, one sentence a line, a blank line between documents (MLPerf's cleaned shards)
-    prose      folder of .txt, .md, .rst files, one document a file; sentences are split by `sentencex`
-    pydocs     documentation strings of the Python standard library and of installed packages, one document a module
-    mediawiki  a dump of Wikipedia (.xml.bz2), one document an article
-    parquet    Parquet files, or a folder that Hugging Face `datasets` saved, one document a row of a text column
+    mlcommons      folder of text files, one sentence a line, a blank line between documents (MLPerf's cleaned shards)
+    prose          folder of .txt, .md, .rst files, one document a file; sentences are split by `sentencex`
+    jsonl          files of JSON lines, one document a line
+    wikiextractor  folder of what WikiExtractor wrote: <doc> lines, or JSON lines
+    pydocs         documentation strings of the Python standard library and of installed packages, one document a module
+    mediawiki      a dump of Wikipedia (.xml.bz2), one document an article
+    parquet        Parquet files, or a folder that Hugging Face `datasets` saved, one document a row of a text column
 
-A document's text comes in blocks (a paragraph run, a documentation string) so that repeated blocks can be dropped.
+A document's text comes in blocks (a paragraph run, a documentation string) so that repeated blocks can be dropped. One process
+reads the sources as a stream, many make sentences of it; a document of more than a MiB travels in stretches.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.util
-import inspect
 import os
 import re
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import sentencex
-
-from bert_fast.data.columns import COLUMN_SUFFIXES, num_blocks, read_texts
-from bert_fast.data.wikitext import Page, clean, is_dump, read_pages
+from bert_fast.data.columns import COLUMN_SUFFIXES
+from bert_fast.data.docstrings import clean_docstring, documentation
+from bert_fast.data.folders import files_below, is_part_of_dataset
+from bert_fast.data.streams import COMPRESSED, Source, Text, bare_name, read_texts
+from bert_fast.data.text import detect_language, num_words, split_sentences, strip_marks
+from bert_fast.data.wikitext import Page, TooCostlyError, clean, is_dump, read_pages
 from bert_fast.errors import UserError
 
-KINDS = ("pydocs", "prose", "mlcommons", "mediawiki", "parquet")
+KINDS = ("pydocs", "prose", "mlcommons", "jsonl", "wikiextractor", "mediawiki", "parquet")
 
+AUTO = "auto"  # a language that each text's script and words tell
 PYDOCS_PACKAGES = ("torch", "numpy", "transformers")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "idlelib", "lib2to3"}
 _SUFFIXES = {
     "prose": (".txt", ".md", ".rst"),
-    "mediawiki": (".xml", ".xml.bz2"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "mediawiki": (".xml", ".xml.bz2", ".xml.gz"),
     "parquet": COLUMN_SUFFIXES,
     "mlcommons": ("",),
+    "wikiextractor": ("",),
 }
+_PACKED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".zst", ".7z", ".rar", ".lz4", ".z")
+_SHARD = re.compile(r"part-\d+-of-\d+(\.(gz|bz2|xz))?")  # of MLCommons' text, beside which eval.txt and eval.md5 lie
+_EVAL_TEXT = re.compile(r"eval\.txt(\.(gz|bz2|xz))?")
+_CHECKSUMS = re.compile(r".*\.(md5|md5sum|sha1|sha256|sha512)|(md5|sha256)sums?(\.txt)?", re.I)
 _PIECE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of a corpus. `name` is stable across machines and decides the split; `path` is where it lies."""
-
-    name: str
-    path: str
 
 
 @dataclass(frozen=True)
@@ -57,68 +58,158 @@ class Document:
     """Sentences in reading order, grouped in blocks.
 
     All documents of one `origin` (a document of its own, or the module that several came from) go to the same split.
+    `goes_on`: the next one is the rest of this one. `left_out`: why there are no blocks, or empty.
     """
 
     origin: str
     blocks: list[list[str]]
+    goes_on: bool = False
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Source files in a fixed order, those of a given evaluation text, and the names that are left out by the reason."""
+
+    sources: list[Source]
+    evaluation: list[Source] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 def list_sources(kind: str, folder: str | None = None, packages: tuple[str, ...] = PYDOCS_PACKAGES) -> list[Source]:
     """Source files of a corpus in a fixed order. Raises UserError if there are none."""
+    return find_sources(kind, folder, packages).sources
+
+
+def find_sources(kind: str, folder: str | None = None, packages: tuple[str, ...] = PYDOCS_PACKAGES) -> Found:
+    """What of a folder, or of one file, a kind of corpus reads. Nothing that a preparation or an export wrote is text.
+
+    Raises:
+        UserError: no such folder, nothing in it to read (it says what lies there instead), or a folder that cannot be listed.
+    """
     if kind == "pydocs":
-        roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
-        for package in packages:
-            try:
-                spec = importlib.util.find_spec(package)
-            except (ImportError, ValueError, AttributeError):  # its parent is missing, broken or no package
-                spec = None
-            if spec is None:
-                raise UserError(f"corpus pydocs: package {package} is not installed; pip install {package}")
-            if not spec.submodule_search_locations:
-                raise UserError(f"corpus pydocs: {package} is a single module; name a package, which is a folder")
-            roots.append((package, Path(next(iter(spec.submodule_search_locations)))))
-        return [
-            Source(f"{label}/{file.relative_to(root).as_posix()}", str(file))
-            for label, root in roots
-            for file in sorted(root.rglob("*.py"))
-            if not _SKIPPED_FOLDERS.intersection(file.relative_to(root).parts)
-        ]
-    if folder is not None and kind in ("mediawiki", "parquet") and Path(folder).is_file():
-        return [Source(Path(folder).name, str(folder))]
+        return Found(_modules(packages))
+    _check_kind(kind)
+    if folder is not None and Path(folder).is_file():
+        return Found([Source(Path(folder).name, str(folder))])
     if folder is None or not Path(folder).is_dir():
         raise UserError(f"corpus {kind}: folder {folder} does not exist; pass --input FOLDER with text files in it")
     root = Path(folder)
-    suffixes = _SUFFIXES[kind]
-    files = sorted(p for p in root.rglob("*") if p.is_file() and _is_text(kind, p.name))
-    if not files:
-        what = "no files" if suffixes == ("",) else f"no {' or '.join(suffixes)} files"
-        raise UserError(f"corpus {kind}: folder {folder} holds {what}")
-    return [Source(p.relative_to(root).as_posix(), str(p)) for p in files]
+    files, unreadable = files_below(root)
+    left_out: dict[str, list[str]] = {}
+    for path, why in sorted(unreadable.items()):
+        left_out.setdefault(why, []).append(path.relative_to(root).as_posix())
+    sources: list[Source] = []
+    evaluation: list[Source] = []
+    has_shards = kind == "mlcommons" and any(_SHARD.fullmatch(path.name) for path in files)
+    datasets: dict[Path, set[str] | None] = {}
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        why = _why_not(kind, path, has_shards, datasets)
+        if why:
+            left_out.setdefault(why, []).append(name)
+        elif path.name[0] != ".":
+            is_eval = kind == "mlcommons" and _EVAL_TEXT.fullmatch(path.name)
+            (evaluation if is_eval else sources).append(Source(name, str(path)))
+    if not sources:  # a lone eval.txt is a text like another
+        sources, evaluation = evaluation, []
+    if not sources:
+        what = "no files" if _SUFFIXES[kind] == ("",) else f"no {' or '.join(_SUFFIXES[kind])} files"
+        there = f"; there are {describe(left_out)}" if left_out else ""
+        raise UserError(f"corpus {kind}: folder {folder} holds {what}{there}")
+    return Found(sources, evaluation, left_out)
 
 
-def _is_text(kind: str, name: str) -> bool:
-    if kind == "mediawiki":
-        return is_dump(name)
-    return name[0] != "." and name.lower().endswith(_SUFFIXES[kind])
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise UserError(f"unknown corpus kind {kind}; known: {', '.join(KINDS)}")
 
 
-# What one worker reads at a time: whole files, articles of a dump, or a block of a table file.
-Piece = list[Source] | list[Page] | tuple[Source, int, str]
+def _modules(packages: tuple[str, ...]) -> list[Source]:
+    roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
+    for package in packages:
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError, AttributeError):  # its parent is missing, broken or no package
+            spec = None
+        if spec is None:
+            raise UserError(f"corpus pydocs: package {package} is not installed; pip install {package}")
+        if not spec.submodule_search_locations:
+            raise UserError(f"corpus pydocs: {package} is a single module; name a package, which is a folder")
+        roots.append((package, Path(next(iter(spec.submodule_search_locations)))))
+    return [
+        Source(f"{label}/{file.relative_to(root).as_posix()}", str(file))
+        for label, root in roots
+        for file in sorted(root.rglob("*.py"))
+        if not _SKIPPED_FOLDERS.intersection(file.relative_to(root).parts)
+    ]
+
+
+def _why_not(kind: str, path: Path, has_shards: bool, datasets: dict[Path, set[str] | None]) -> str:
+    """Why a file is no source of a kind; empty if it is one (or hidden, which goes without saying)."""
+    name = path.name.lower()
+    if name[0] == ".":
+        return ""
+    if kind in ("mlcommons", "wikiextractor"):
+        if has_shards and not (_SHARD.fullmatch(path.name) or _EVAL_TEXT.fullmatch(path.name)):
+            return "files beside part-*-of-* and eval.txt, which are the text"
+        if _CHECKSUMS.fullmatch(name):
+            return "files of checksums"
+    elif kind == "mediawiki":
+        if is_dump(name):
+            return ""
+    elif kind == "parquet":
+        if name.endswith(COLUMN_SUFFIXES):
+            return "" if is_part_of_dataset(path, datasets) else "files that `datasets` does not count (caches)"
+    elif bare_name(name).endswith(_SUFFIXES[kind]):
+        return ""
+    if name.endswith(_PACKED):
+        return "packed files (unpack them)"
+    if kind in ("mlcommons", "wikiextractor"):
+        return ""
+    for other, reads in (("jsonl", bare_name(name)), ("parquet", name), ("prose", bare_name(name))):
+        if other != kind and reads.endswith(_SUFFIXES[other]):
+            return f"files that --corpus {other} reads"
+    return "files that --corpus mediawiki reads" if is_dump(name) else "files of another kind"
+
+
+def describe(left_out: dict[str, list[str]]) -> str:
+    """What was left out, as part of a sentence: each reason with its number and a few names."""
+    return "; ".join(counted(len(names), why, names[:3]) for why, names in left_out.items())
+
+
+def counted(count: int, what: str, names: list[str] | None = None) -> str:
+    """`2 files of another kind (a, b)`, in the singular where there is one. `names` may be fewer than there are."""
+    if count == 1:
+        what = re.sub(r"\b(file|document|link|page|text)s\b", r"\1", what, count=1)
+    if names is None:
+        return f"{count:,} {what}"
+    return f"{count:,} {what} ({', '.join(name[:60] for name in names)}{', ...' if count > len(names) else ''})"
+
+
+def num_bytes(source: Source) -> int:
+    """About the bytes of text in a source: a compressed file is taken to be a quarter of it."""
+    compressed = os.path.splitext(source.name.lower())[1] in COMPRESSED and not is_dump(source.name)
+    return os.path.getsize(source.path) * (4 if compressed else 1)
+
+
+# What one worker reads at a time: modules, articles of a dump, or texts.
+Piece = list[Source] | list[Page] | list[Text]
 
 
 def list_pieces(kind: str, sources: list[Source], column: str = "text") -> Iterator[Piece]:
-    """The corpus in pieces of about a MiB, in a fixed order. Streams: a dump is read as its pieces are taken."""
-    if kind == "parquet":
-        for source in sources:
-            yield from ((source, block, column) for block in range(num_blocks(source.path)))
-    elif kind == "mediawiki":
-        for source in sources:
-            yield from _by_size(read_pages(source.path), lambda page: len(page.wikitext))
-    else:
+    """The corpus in pieces of about a MiB, in a fixed order. Streams: a source is read as its pieces are taken."""
+    if kind == "pydocs":
         yield from _by_size(sources, lambda source: os.path.getsize(source.path))
+    elif kind == "mediawiki":
+        pages = (page for source in sources for page in read_pages(source.path))
+        yield from _by_size(pages, lambda page: len(page.wikitext))
+    else:
+        texts = (text for source in sources for text in read_texts(kind, source, column))
+        yield from _by_size(texts, lambda text: len(text.text) + 50)
 
 
-_Item = TypeVar("_Item", Source, Page)
+_Item = TypeVar("_Item", Source, Page, Text)
 
 
 def _by_size(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterator[list[_Item]]:
@@ -134,158 +225,61 @@ def _by_size(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterato
         yield chunk
 
 
-def read_piece(kind: str, piece: Piece) -> Iterator[Document]:
-    """Documents of a piece."""
-    if isinstance(piece, tuple):
-        source, block, column = piece
-        for row, text in enumerate(read_texts(source.path, block, column)):
-            sentences = _split_prose(text)
-            if sentences:
-                yield Document(f"{source.name}#{block}.{row}", [sentences])
-        return
+def read_piece(kind: str, piece: Piece, language: str = AUTO) -> Iterator[Document]:
+    """Documents of a piece. One without sentences says why."""
     for item in piece:
         if isinstance(item, Page):
-            sentences = _split_prose(clean(item))
-            if sentences:
-                yield Document(item.title, [sentences])
+            yield _article(item, language)
+        elif isinstance(item, Text):
+            yield _document(kind, item, language)
         else:
-            yield from read_documents(kind, item)
+            for texts in documentation(item.path):
+                blocks = [sentences for text in texts if (sentences := split_sentences(clean_docstring(text)))]
+                if blocks:
+                    yield Document(item.name, blocks)
 
 
-def read_documents(kind: str, source: Source) -> Iterator[Document]:
-    """Documents of one source file. Raises UserError for text that is not UTF-8."""
-    if kind == "pydocs":
-        for texts in _documentation(source.path):
-            blocks = [sentences for text in texts if (sentences := _split_prose(_clean_docstring(text)))]
-            if blocks:
-                yield Document(source.name, blocks)
-    elif kind == "prose":
-        paragraphs = _split_prose(_strip_markup(_read_utf8(source.path)))
-        if paragraphs:
-            yield Document(source.name, [paragraphs])
-    elif kind == "mlcommons":
-        yield from _read_mlcommons(source)
+def read_documents(kind: str, source: Source, column: str = "text", language: str = AUTO) -> Iterator[Document]:
+    """Documents of one source file that have sentences. Raises UserError for what cannot be read."""
+    _check_kind(kind)
+    for piece in list_pieces(kind, [source], column):
+        yield from (document for document in read_piece(kind, piece, language) if document.blocks)
+
+
+def _article(page: Page, language: str) -> Document:
+    try:
+        why, text = page.left_out, clean(page)
+    except TooCostlyError as error:
+        why, text = str(error), ""
+    sentences = split_sentences(text, _language(language, text, page.language))
+    return Document(page.title, [sentences] if sentences else [], left_out=why or _why_empty(sentences, text))
+
+
+def _document(kind: str, item: Text, language: str) -> Document:
+    if item.left_out:
+        return Document(item.origin, [], item.goes_on, item.left_out)
+    if kind == "mlcommons":
+        sentences = item.text.split("\n")
     else:
-        raise UserError(f"unknown corpus kind {kind}; known: {', '.join(KINDS)}")
+        text = strip_marks(item.text) if kind == "prose" else item.text
+        sentences = split_sentences(text, _language(language, text))
+    return Document(item.origin, [sentences] if sentences else [], item.goes_on, _why_empty(sentences, item.text))
+
+
+def _language(wanted: str, text: str, of_source: str = "") -> str:
+    return wanted if wanted != AUTO else of_source.partition("-")[0] or detect_language(text)
+
+
+def _why_empty(sentences: list[str], text: str) -> str:
+    if sentences:
+        return ""
+    return "documents without a sentence of two words" if num_words(text) else "documents without text"
+
+
+# ---- what is held out -----------------------------------------------------------------------------------------------
 
 
 def is_held_out(origin: str, fraction: float, seed: int) -> bool:
     """Whether documents of `origin` belong to the evaluation split: a hash of its name, so that it never moves."""
     digest = hashlib.blake2b(f"{seed}:{origin}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def _read_utf8(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
-
-
-def _read_mlcommons(source: Source) -> Iterator[Document]:
-    sentences: list[str] = []
-    index = 0
-    line_number = 0
-    try:
-        with open(source.path, encoding="utf-8") as lines:
-            for line_number, line in enumerate(lines, 1):  # noqa: B007
-                line = line.strip()
-                if line:
-                    sentences.append(line)
-                elif sentences:
-                    yield Document(f"{source.name}#{index}", [sentences])
-                    index, sentences = index + 1, []
-    except UnicodeDecodeError:
-        raise UserError(f"{source.path} is not UTF-8 text (after line {line_number}); convert it with iconv") from None
-    if sentences:
-        yield Document(f"{source.name}#{index}", [sentences])
-
-
-_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def _documentation(path: str) -> Iterator[list[str]]:
-    """Documentation strings of a module in file order, a list for each top-level definition or documenting call."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError):  # templates and deliberately broken files inside packages
-        return
-    own_text = ast.get_docstring(tree, clean=False)
-    if own_text:
-        yield [own_text]
-    stack: list[ast.stmt] = list(reversed(tree.body))
-    while stack:
-        node = stack.pop()
-        if isinstance(node, _Definition):
-            yield list(_docstrings(node))
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            function = node.value.func
-            called = getattr(function, "id", None) or getattr(function, "attr", "")
-            if "doc" in called:  # add_docstr(torch.abs, "..."), add_newdoc("numpy", "abs", "...")
-                yield [text for argument in node.value.args for text in _long_strings(argument)]
-        elif isinstance(node, ast.If | ast.Try | ast.With):
-            stack.extend(reversed(node.body))
-
-
-def _docstrings(definition: _Definition) -> Iterator[str]:
-    """The documentation string of a class or function and of the definitions inside it, in file order."""
-    text = ast.get_docstring(definition, clean=False)
-    if text:
-        yield text
-    for node in definition.body:
-        if isinstance(node, _Definition):
-            yield from _docstrings(node)
-
-
-def _long_strings(argument: ast.AST) -> Iterator[str]:
-    for node in ast.walk(argument):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 80:
-            yield node.value
-
-
-def _clean_docstring(text: str) -> str:
-    """Drop what is not prose: doctests, underlines, directives, literal blocks."""
-    kept: list[str] = []
-    in_example = False
-    for line in inspect.cleandoc(text).splitlines():
-        stripped = line.strip()
-        if stripped.startswith((">>>", "```")):
-            in_example = True
-            continue
-        if not stripped:
-            in_example = False
-            kept.append("")
-        elif in_example or stripped.startswith(("..", "+-", "|")) or not re.search(r"[A-Za-z]{2}", stripped):
-            continue
-        else:
-            kept.append(stripped)
-    return "\n".join(kept)
-
-
-def _strip_markup(text: str) -> str:
-    text = re.sub(r"^(```|~~~).*?^\1[^\n]*$", "", text, flags=re.M | re.S)
-    kept = []
-    for line in text.splitlines():
-        stripped = line.strip().lstrip("#>*-").strip()
-        kept.append("" if not re.search(r"\w", stripped) else stripped)
-    return "\n".join(kept)
-
-
-def _split_prose(text: str) -> list[str]:
-    """Sentences of paragraphs that are separated by blank lines. A sentence keeps at least two words."""
-    sentences: list[str] = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        joined = " ".join(paragraph.split())
-        if len(joined) < 12:
-            continue
-        pending = ""
-        for piece in sentencex.segment("en", joined):
-            pending += piece
-            if piece[-1].isspace():  # a break inside a word (torch.nn.Linear) is none
-                sentences.append(pending.strip())
-                pending = ""
-        if pending.strip():
-            sentences.append(pending.strip())
-    return [s for s in sentences if " " in s]

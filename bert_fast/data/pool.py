@@ -1,12 +1,16 @@
-"""A map over processes whose results come in order and never pile up in memory."""
+"""A map over processes whose results come in order and never pile up in memory. The processes end with their parent."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import select
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 from bert_fast.errors import UserError
@@ -17,7 +21,9 @@ class Pool:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._executor = ProcessPoolExecutor(workers, mp_context=get_context("forkserver"))
+        self._executor = ProcessPoolExecutor(
+            workers, mp_context=get_context("forkserver"), initializer=_end_with_parent
+        )
 
     def __enter__(self) -> Pool:
         return self
@@ -36,3 +42,20 @@ class Pool:
                 yield result
         except BrokenProcessPool:
             raise UserError("a worker process died (out of memory?); run again with fewer --workers") from None
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this worker when its parent is gone, even one that is deep in foreign code.
+
+    The parent holds the other end of a pipe. When that closes, the pipe raises SIGIO, which ends a process. (The usual request,
+    PR_SET_PDEATHSIG, would follow the fork server, which outlives the parent as long as there are workers.)
+    """
+    parent = parent_process()
+    if parent is None:  # a thread of the parent, in tests
+        return
+    pipe = parent.sentinel
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:  # it was gone before we asked
+        os._exit(1)

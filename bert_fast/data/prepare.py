@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -21,11 +22,21 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from bert_fast.claims import Kind, claimed, digits, owner_of, remove_own
+from bert_fast.claims import claimed, owner_of, remove_own
 from bert_fast.data import corpus as corpora
+from bert_fast.data.folders import (
+    PART_FILES,
+    PARTS_FOLDER,
+    PIECE_FILES,
+    PIECES_FOLDER,
+    PREPARATION,
+    SPLITS,
+    TEXT_FILES,
+    check_inputs,
+)
 from bert_fast.data.pool import Pool
 from bert_fast.data.samples import SampleParams, make_samples
-from bert_fast.data.store import FILES, Part, merge_parts, read_part, take_first, write_part
+from bert_fast.data.store import Part, merge_parts, read_part, take_evenly, take_first, write_part
 from bert_fast.data.tokens import TokenizedText, TokenPart, merge_token_parts, read_token_part, tokenize_file
 from bert_fast.data.wordpiece import (
     Vocabulary,
@@ -42,37 +53,11 @@ from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 _TEXT_FILE_BYTES = 1 << 19
 # Bytes of text, pieces and stores together over those of the sources, at ten passes. A compressed dump becomes five times as
 # much text; a byte of text becomes about half a byte a pass, twice for a while.
-_SPACE = {"pydocs": 3, "prose": 12, "mlcommons": 12, "mediawiki": 20, "parquet": 20}
-SPLITS = ("train", "eval")
+_SPACE = {
+    "pydocs": 3, "prose": 12, "mlcommons": 12, "jsonl": 12, "wikiextractor": 12, "mediawiki": 20, "parquet": 20,
+}  # fmt: skip
 _ALGORITHM = 2  # of samples: a store that an older one made is made anew
-_HEX = 12 * "[0-9a-f]"
-_PIECES, _PARTS = f"pieces-{_HEX}", f"parts-*-{_HEX}"
-_TEXT = (*(f"text/{split}-{digits(n)}.txt" for split in SPLITS for n in (5, 6, 7)), "text/stamp.json")
-_PIECE = f"{digits(6)}.json"
-_PART_FILES = (
-    f"{digits(5)}.bin", f"{digits(5)}.bin.npz", "head.bin", "head.bin.npz", f"tokens/{digits(5)}.npz",
-    f"tokens/{digits(5)}.npz.json", *(f"tokens/{name}.bin" for name in ("tokens", "sentences", "documents")),
-)  # fmt: skip
-
-
-def _is_older(folder: Path) -> bool:
-    """Whether a version that left no mark has prepared this folder: its stamp of the text says what is in it."""
-    try:
-        stamp = json.loads((folder / "text" / "stamp.json").read_text(encoding="utf-8"))
-        return all(set(stamp[split]) >= {"files", "documents", "sha256"} for split in SPLITS)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-PREPARATION = Kind(
-    "a preparation",
-    (
-        *_TEXT, "vocab.txt", "vocab.stamp.json", *(f"{split}/{name}" for split in SPLITS for name in FILES),
-        f"{_PIECES}/{_PIECE}", *(f"{_PARTS}/{name}" for name in _PART_FILES),
-    ),
-    "choose another --out",
-    is_older=_is_older,
-)  # fmt: skip
+PICKS = ("first", "evenly")
 
 
 @dataclass(frozen=True)
@@ -90,6 +75,11 @@ class Recipe:
     params: SampleParams = field(default_factory=SampleParams)
     cased: bool | None = None  # None: as the vocabulary is; a trained one is then uncased
     max_unknown: float = 0.05  # share of the words
+    language: str = corpora.AUTO  # whose rules end sentences; `auto` tells it from each text
+    eval_input: str | None = None  # text of the evaluation split alone, in place of a held-out share
+    eval_pick: str = (
+        "first"  # which candidates `eval_max_samples` keeps: the first, or evenly spread as MLPerf's reference
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError for values outside of their range."""
@@ -101,6 +91,14 @@ class Recipe:
             raise UserError(f"--eval-max-samples {self.eval_max_samples}: at least 1, or leave it out to keep all")
         if not 6 <= self.vocab_size <= 65536:
             raise UserError(f"--vocab-size {self.vocab_size}: between 6 and 65536, as ids of tokens have 16 bits")
+        if self.eval_pick not in PICKS:
+            raise UserError(f"--eval-pick {self.eval_pick}: give {' or '.join(PICKS)}")
+        if self.eval_pick != "first" and not self.eval_max_samples:
+            raise UserError(f"--eval-pick {self.eval_pick} needs --eval-max-samples, the number of samples to pick")
+        if self.eval_input is not None and self.corpus == "pydocs":
+            raise UserError("--eval-input: corpus pydocs has no text but that of packages; choose another --corpus")
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9-]+)?|auto", self.language):
+            raise UserError(f"--language {self.language}: give a code such as en, de or zh, or auto")
 
     def text_key(self) -> dict[str, Any]:
         """What the text stage depends on."""
@@ -109,7 +107,11 @@ class Recipe:
             "corpus": self.corpus, "input": self.input, "packages": packages, "eval_fraction": self.eval_fraction,
             "seed": self.params.seed,
         }  # fmt: skip
-        return {**key, "column": self.column} if self.corpus == "parquet" else key
+        if self.corpus in ("parquet", "jsonl"):
+            key["column"] = self.column
+        if self.corpus != "pydocs":
+            key["language"] = self.language
+        return {**key, "eval_input": self.eval_input} if self.eval_input else key
 
 
 Log = Callable[[str], None]
@@ -127,6 +129,7 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
         load_vocabulary(recipe.vocab)  # a bad one is found before the long part
     out = Path(out)
     workers = num_workers or os.cpu_count() or 1
+    check_inputs(out, (recipe.input, recipe.eval_input))
     with _claimed(out, recipe), Pool(workers) as pool:
         text = _text_stage(recipe, out, pool, log)
         vocab_path = _vocab_stage(recipe, out, text, log)
@@ -159,41 +162,58 @@ def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, Any]:
-    """Write the corpus as sentences, a line each. Returns the stamp: files, hashes and counts by split."""
+    """Write the corpus as sentences, a line each. Returns the stamp: files, hashes, counts by split, what was left out."""
     key, stamp_path = recipe.text_key(), out / "text" / "stamp.json"
-    sources = corpora.list_sources(recipe.corpus, recipe.input, recipe.packages)
+    found = _sources(recipe)
+    sources = [*found.sources, *found.evaluation]
     key["sources"] = hashlib.sha256(
         "\n".join(f"{s.name} {(stat := os.stat(s.path)).st_size} {stat.st_mtime_ns}" for s in sources).encode()
     ).hexdigest()
     done = _stamp_matches(stamp_path, key)
     if done:
         log(f"text: {done['train']['documents']:,} + {done['eval']['documents']:,} documents, already there")
+        _say_left_out(done, log)
         return done
     start = time.perf_counter()
-    remove_own(out, _TEXT)
-    size = sum(os.path.getsize(source.path) for source in sources)
-    check_space(out, int(_SPACE[recipe.corpus] * size), "the preparation")
-    tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    remove_own(out, TEXT_FILES)
+    check_space(out, int(_SPACE[recipe.corpus] * sum(map(corpora.num_bytes, sources))), "the preparation")
+    tag = hashlib.sha256(json.dumps(["stretches", key], sort_keys=True).encode()).hexdigest()[:12]
     pieces_folder = out / f"pieces-{tag}"
-    for stale in out.glob(_PIECES):
+    for stale in out.glob(PIECES_FOLDER):
         if stale != pieces_folder:
-            remove_own(out, [f"{stale.name}/{_PIECE}"])
+            remove_own(out, [f"{stale.name}/{name}" for name in PIECE_FILES])
 
-    def documents() -> Iterator[tuple[str, list[str]]]:
-        return _documents(recipe, sources, pieces_folder, pool, log)
+    def documents() -> Iterator[tuple[_Read, bool]]:
+        """Every document, or stretch of one, and whether it is of the evaluation text. Read once; then from its pieces."""
+        number, last_line, count, began = 0, time.perf_counter(), 0, time.perf_counter()
+        for is_evaluation, part in ((False, found.sources), (True, found.evaluation)):
+            pieces = enumerate(corpora.list_pieces(recipe.corpus, part, recipe.column), number)
+            jobs = (
+                (str(pieces_folder / f"{n:06d}.json"), recipe.corpus, piece, recipe.language) for n, piece in pieces
+            )
+            for read in pool.map(_read_piece, jobs):
+                number += 1
+                for document in read:
+                    count += not document[2]
+                    yield document, is_evaluation
+                if time.perf_counter() - last_line > 5:
+                    last_line = time.perf_counter()
+                    log(f"text: {count:,} documents, {count / (last_line - began):,.0f} a second")
 
-    def by_hash() -> Iterator[tuple[str, list[str]]]:
-        for identity, sentences in documents():
-            held_out = corpora.is_held_out(identity, recipe.eval_fraction, recipe.params.seed)
-            yield "eval" if held_out else "train", sentences
-
-    counts = _write_splits(out, by_hash())
-    missing = next((split for split in SPLITS if not counts[split]["documents"]), None)
+    splitter = _Splitter(recipe, out / "text", found)
+    for document, is_evaluation in documents():
+        splitter.add(*document, is_evaluation)
+    stamp = {"key": key, **splitter.close()}
+    _say_left_out(stamp, log)
+    missing = next((split for split in SPLITS if not stamp[split]["documents"]), None)
+    if missing and found.evaluation:
+        where = recipe.eval_input if missing == "eval" and recipe.eval_input else recipe.input
+        raise UserError(f"corpus {recipe.corpus}: no document for the {missing} split; is the text empty? (in {where})")
     if missing:
-        counts = _write_splits(out, _by_the_end(documents, missing, recipe, log))
-    stamp = {"key": key, **counts}
+        remove_own(out, TEXT_FILES)
+        stamp |= _split_at_the_end(documents, missing, recipe, out / "text", log)
     write_json(stamp_path, stamp)
-    remove_own(out, [f"{pieces_folder.name}/{_PIECE}"])
+    remove_own(out, [f"{pieces_folder.name}/{name}" for name in PIECE_FILES])
     megabytes, seconds = sum(stamp[s]["bytes"] for s in SPLITS) / 1e6, time.perf_counter() - start
     log(
         f"text: {len(sources):,} files -> {stamp['train']['documents']:,} + {stamp['eval']['documents']:,} documents, "
@@ -202,62 +222,160 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     return stamp
 
 
-def _documents(
-    recipe: Recipe, sources: list[corpora.Source], pieces_folder: Path, pool: Pool, log: Log
-) -> Iterator[tuple[str, list[str]]]:
-    """Every document in order: what decides its split, and its sentences. What was read once is read from its pieces."""
-    seen: set[bytes] = set()
-    pieces = corpora.list_pieces(recipe.corpus, sources, recipe.column)
-    jobs = ((str(pieces_folder / f"{n:06d}.json"), recipe.corpus, piece) for n, piece in enumerate(pieces))
-    start = last_line = time.perf_counter()
-    documents_read = 0
-    for documents in pool.map(_read_piece, jobs):
-        documents_read += len(documents)
-        if time.perf_counter() - last_line > 5:
-            last_line = time.perf_counter()
-            log(f"text: {documents_read:,} documents, {documents_read / (last_line - start):,.0f} a second")
-        for origin, blocks in documents:
-            kept = []
-            for digest, sentences in blocks:
-                if recipe.corpus == "pydocs":  # generated documentation repeats itself
-                    if digest in seen:
-                        continue
-                    seen.add(digest)
-                kept.extend(sentences)
-            if kept:
-                # A text that occurs twice goes to one side. Modules stay whole, so pydocs goes by the module's name.
-                yield (origin if recipe.corpus == "pydocs" else blocks[0][0].hex()), kept
+def _sources(recipe: Recipe) -> corpora.Found:
+    """Sources of both splits: a given evaluation text takes the place of one that lies beside the text."""
+    found = corpora.find_sources(recipe.corpus, recipe.input, recipe.packages)
+    if recipe.eval_input is None:
+        return found
+    given = corpora.find_sources(recipe.corpus, recipe.eval_input)
+    evaluation = [*given.sources, *given.evaluation]
+    same = {os.path.realpath(source.path) for source in evaluation}
+    sources = [
+        source for source in found.sources if os.path.realpath(source.path) not in same
+    ]  # it may lie in the folder
+    if not sources:
+        raise UserError(f"--eval-input {recipe.eval_input} is all the text there is in {recipe.input}; give other text")
+    left_out = dict(found.left_out)
+    for why, names in given.left_out.items():
+        left_out[why] = sorted({*left_out.get(why, []), *names})
+    beside = [source.name for source in found.evaluation if os.path.realpath(source.path) not in same]
+    if beside:
+        left_out["evaluation texts other than that of --eval-input"] = beside
+    return corpora.Found(sources, evaluation, left_out)
 
 
-def _write_splits(out: Path, documents: Iterator[tuple[str, list[str]]]) -> dict[str, Any]:
-    """Write documents, each with the name of its split. Returns each split's files, hash and counts."""
-    writers = {split: _TextWriter(out / "text", split) for split in SPLITS}
-    for split, sentences in documents:
-        writers[split].add(sentences)
-    return {split: writer.close() for split, writer in writers.items()}
+def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
+    """One line for all that is not in the text, and one for documents on both sides, where there are such."""
+    left_out = stamp.get("left_out", {"files": {}, "documents": {}})
+    if any(left_out.values()):
+        numbers = [
+            corpora.counted(sum(entry["count"] for entry in entries.values()), what)
+            for what, entries in left_out.items()
+        ]
+        why = [
+            corpora.counted(entry["count"], reason, entry["first"])
+            for entries in left_out.values()
+            for reason, entry in entries.items()
+        ]
+        log(f"text: {' and '.join(numbers)} left out: {'; '.join(why)}")
+    if stamp.get("on_both_sides"):
+        log(
+            f"text: {corpora.counted(stamp['on_both_sides'], 'documents')} both in the training and in the evaluation text"
+        )
+
+
+_Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences
+_Read = tuple[str, _Blocks, bool, str]  # origin, blocks, whether the next one is its rest, why there are no blocks
+
+
+def _read_piece(path: str, kind: str, piece: corpora.Piece, language: str) -> list[_Read]:
+    """Documents of a piece, kept in `path` until the stage is over: cleaning a whole Wikipedia is hours of work."""
+    finished = _stored_piece(path)
+    if finished is not None:
+        return finished
+    documents = [
+        (
+            document.origin,
+            [(hashlib.blake2b("\n".join(b).encode(), digest_size=16).digest(), b) for b in document.blocks],
+            document.goes_on,
+            document.left_out,
+        )
+        for document in corpora.read_piece(kind, piece, language)
+    ]
+    stored = [
+        [origin, [[digest.hex(), sentences] for digest, sentences in blocks], goes_on, left_out]
+        for origin, blocks, goes_on, left_out in documents
+    ]
+    write_atomically(path, json.dumps(stored, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return documents
+
+
+def _stored_piece(path: str) -> list[_Read] | None:
+    """A piece as it was kept, as JSON, which runs nothing. None where there is none; one that is damaged is made again."""
+    try:
+        stored = json.loads(Path(path).read_bytes().decode("utf-8", "surrogatepass"))
+        return [
+            (
+                str(origin),
+                [(bytes.fromhex(digest), [str(line) for line in sentences]) for digest, sentences in blocks],
+                bool(goes_on),
+                str(left_out),
+            )
+            for origin, blocks, goes_on, left_out in stored
+        ]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class _Splitter:
+    """Documents on their way to the two splits. The stretches of a long one come one after the other, to the same side."""
+
+    _NAMED = 5  # of what is left out for one reason
+
+    def __init__(self, recipe: Recipe, folder: Path, found: corpora.Found) -> None:
+        self._recipe, self._found = recipe, found
+        self._writers = {split: _TextWriter(folder, split) for split in SPLITS}
+        self._keep = _Unrepeated(recipe)
+        self._left_out: dict[str, dict[str, Any]] = {}
+        self._side = ""  # of the document whose rest is to come, once something of it was kept
+        self._train: set[bytes] = set()  # hashes, where the evaluation text was given and may repeat it
+        self._both = 0
+        self.num_documents = 0
+
+    def add(self, origin: str, blocks: _Blocks, goes_on: bool, left_out: str, is_evaluation: bool) -> None:
+        """The next document, or stretch of one."""
+        kept = self._keep.of(blocks)
+        if kept and not self._side:
+            self._side = self._choose_side(origin, blocks[0][0], is_evaluation)
+        if self._side and (kept or not goes_on):
+            self._writers[self._side].add(kept, goes_on)
+        if not goes_on:
+            if not self._side and left_out:
+                entry = self._left_out.setdefault(left_out, {"count": 0, "first": []})
+                entry["count"] += 1
+                entry["first"] += [origin] if len(entry["first"]) < self._NAMED else []
+            self.num_documents += 1
+            self._side = ""
+
+    def _choose_side(self, origin: str, digest: bytes, is_evaluation: bool) -> str:
+        if self._found.evaluation:
+            if is_evaluation:
+                self._both += digest in self._train
+                return "eval"
+            self._train.add(digest)
+            return "train"
+        # A text that occurs twice goes to one side. Modules stay whole, so pydocs goes by the module's name.
+        identity = origin if self._recipe.corpus == "pydocs" else digest.hex()
+        held_out = corpora.is_held_out(identity, self._recipe.eval_fraction, self._recipe.params.seed)
+        return "eval" if held_out else "train"
+
+    def close(self) -> dict[str, Any]:
+        """What a stamp says of the text."""
+        files = {
+            why: {"count": len(names), "first": names[: self._NAMED]} for why, names in self._found.left_out.items()
+        }
+        return {
+            **{split: writer.close() for split, writer in self._writers.items()},
+            "left_out": {"files": files, "documents": self._left_out},
+            "on_both_sides": self._both,
+        }
 
 
 _FEWEST_SENTENCES = 2  # of a split: a sample is a pair
+_Documents = Callable[[], Iterator[tuple[_Read, bool]]]
 
 
-def _by_the_end(
-    documents: Callable[[], Iterator[tuple[str, list[str]]]], missing: str, recipe: Recipe, log: Log
-) -> Iterator[tuple[str, list[str]]]:
+def _split_at_the_end(documents: _Documents, missing: str, recipe: Recipe, folder: Path, log: Log) -> dict[str, Any]:
     """Hold out the end of the text, where documents are so few that their hashes leave the split `missing` without any.
 
     The share is of sentences, so that a single document can be cut. A document that occurs again is left out: its end may
     be held out.
+
+    Returns:
+        Files, hash and counts of each split.
     """
-
-    def once() -> Iterator[list[str]]:
-        seen: set[bytes] = set()
-        for _, sentences in documents():
-            digest = hashlib.blake2b("\n".join(sentences).encode(), digest_size=16).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield sentences
-
-    total = sum(len(sentences) for sentences in once())
+    sizes = _sizes_of_new(documents, recipe)
+    total = sum(sizes)
     if total < 2 * _FEWEST_SENTENCES:
         where = f" (in {recipe.input})" if recipe.input else ""
         fix = (
@@ -271,44 +389,57 @@ def _by_the_end(
         f"text: no document's hash is in the {missing} split, as there are few; the last {held_out:,} of {total:,} "
         "sentences are held out instead"
     )
-    left = total - held_out
-    for sentences in once():
-        for split, part in (("train", sentences[:left]), ("eval", sentences[left:])):
+    writers = {split: _TextWriter(folder, split) for split in SPLITS}
+    number, left, open_side = 0, total - held_out, ""
+    keep = _Unrepeated(recipe)
+    for (_, blocks, goes_on, _), _ in documents():
+        sentences = keep.of(blocks) if sizes[number] else []
+        for side, part in (("train", sentences[:left]), ("eval", sentences[left:])):
             if part:
-                yield split, part
+                if open_side and open_side != side:
+                    writers[open_side].add([])  # the document ends here, and its rest is another one
+                writers[side].add(part, goes_on=True)
+                open_side = side
         left = max(0, left - len(sentences))
+        if not goes_on:
+            if open_side:
+                writers[open_side].add([])
+            number, open_side = number + 1, ""
+    return {split: writer.close() for split, writer in writers.items()}
 
 
-_Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences
+def _sizes_of_new(documents: _Documents, recipe: Recipe) -> list[int]:
+    """Sentences of every document; 0 for one whose text an earlier one had."""
+    sizes: list[int] = []
+    seen: set[bytes] = set()
+    keep = _Unrepeated(recipe)
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    for (_, blocks, goes_on, _), _ in documents():
+        for sentence in keep.of(blocks):
+            digest.update(sentence.encode("utf-8", "surrogatepass") + b"\n")
+            size += 1
+        if not goes_on:
+            sizes.append(0 if digest.digest() in seen else size)
+            seen.add(digest.digest())
+            digest, size = hashlib.blake2b(digest_size=16), 0
+    return sizes
 
 
-def _read_piece(path: str, kind: str, piece: corpora.Piece) -> list[tuple[str, _Blocks]]:
-    """Documents of a piece, kept in `path` until the stage is over: cleaning a whole Wikipedia is hours of work."""
-    finished = _stored_piece(path)
-    if finished is not None:
-        return finished
-    documents = [
-        (
-            document.origin,
-            [(hashlib.blake2b("\n".join(b).encode(), digest_size=16).digest(), b) for b in document.blocks],
-        )
-        for document in corpora.read_piece(kind, piece)
-    ]
-    stored = [[origin, [[digest.hex(), sentences] for digest, sentences in blocks]] for origin, blocks in documents]
-    write_atomically(path, json.dumps(stored, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    return documents
+class _Unrepeated:
+    """The sentences of blocks; of generated documentation, which repeats itself, every block once."""
 
+    def __init__(self, recipe: Recipe) -> None:
+        self._seen: set[bytes] | None = set() if recipe.corpus == "pydocs" else None
 
-def _stored_piece(path: str) -> list[tuple[str, _Blocks]] | None:
-    """A piece as it was kept, as JSON, which runs nothing. None where there is none; one that is damaged is made again."""
-    try:
-        stored = json.loads(Path(path).read_bytes().decode("utf-8", "surrogatepass"))
-        return [
-            (str(origin), [(bytes.fromhex(digest), [str(line) for line in sentences]) for digest, sentences in blocks])
-            for origin, blocks in stored
-        ]
-    except (OSError, ValueError, TypeError):
-        return None
+    def of(self, blocks: _Blocks) -> list[str]:
+        kept: list[str] = []
+        for digest, sentences in blocks:
+            if self._seen is not None:
+                if digest in self._seen:
+                    continue
+                self._seen.add(digest)
+            kept.extend(sentences)
+        return kept
 
 
 class _TextWriter:
@@ -322,14 +453,14 @@ class _TextWriter:
         self._digest = hashlib.sha256()
         self._documents = self._sentences = self._bytes = 0
 
-    def add(self, sentences: list[str]) -> None:
-        text = "\n".join(sentences) + "\n\n"
+    def add(self, sentences: list[str], goes_on: bool = False) -> None:
+        if sentences and self._size >= _TEXT_FILE_BYTES:  # before and not after: the end of a document stays with it
+            self._flush()
+        text = "".join(f"{sentence}\n" for sentence in sentences) + ("" if goes_on else "\n")
         self._lines.append(text)
         self._size += len(text)
-        self._documents += 1
+        self._documents += not goes_on
         self._sentences += len(sentences)
-        if self._size >= _TEXT_FILE_BYTES:
-            self._flush()
 
     def _flush(self) -> None:
         content = "".join(self._lines).encode()
@@ -404,6 +535,8 @@ def _sample_stage(
     }  # fmt: skip
     if split == "eval":
         key["eval_max_samples"] = recipe.eval_max_samples
+        if recipe.eval_pick != "first":
+            key["eval_pick"] = recipe.eval_pick
     folder = out / split
     done = _stamp_matches(folder / "manifest.json", key)
     if done:
@@ -413,6 +546,9 @@ def _sample_stage(
     start = time.perf_counter()
     tag = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     parts_folder = out / f"parts-{split}-{tag}"
+    for stale in out.glob(PARTS_FOLDER.format(split)):
+        if stale != parts_folder:
+            remove_own(out, [f"{stale.name}/{name}" for name in PART_FILES])
     token_parts = _tokenize(recipe, out, text[split]["files"], vocab_path, parts_folder / "tokens", pool)
     words = sum((part.words for part in token_parts), WordCount())
     _check_words(words, recipe, split, vocab_path)
@@ -436,7 +572,8 @@ def _sample_stage(
             last_line = now
             log(f"{split}: {len(parts)}/{len(text[split]['files'])} files, {samples / (now - start):,.0f} samples/s")
     if split == "eval" and recipe.eval_max_samples:
-        parts = take_first(parts, recipe.eval_max_samples, parts_folder)
+        take = take_first if recipe.eval_pick == "first" else take_evenly
+        parts = take(parts, recipe.eval_max_samples, parts_folder)
     manifest = merge_parts(
         folder, parts,
         {
@@ -447,7 +584,7 @@ def _sample_stage(
             "params": asdict(recipe.params),
         },
     )  # fmt: skip
-    remove_own(out, [f"{parts_folder.name}/{name}" for name in _PART_FILES])
+    remove_own(out, [f"{parts_folder.name}/{name}" for name in PART_FILES])
     seconds = time.perf_counter() - start
     log(
         f"{split}: {manifest['num_samples']:,} samples, {manifest['num_tokens']:,} tokens, mean length "

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from bert_fast.cli import read_yaml, validate
 from bert_fast.config import Section, Seed, Tokens
-from bert_fast.data.corpus import KINDS, PYDOCS_PACKAGES
+from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
 from bert_fast.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -35,6 +35,9 @@ class RecipeFile(Section):
     seed: Seed = 12345
     eval_fraction: Share = 0.02
     eval_max_samples: Annotated[int, Field(ge=1, le=10**12)] | None = None
+    eval_input: Text | None = None
+    eval_pick: Literal["first", "evenly"] = "first"
+    language: Annotated[str, Field(pattern=r"^([a-z]{2,3}(-[A-Za-z0-9-]+)?|auto)$")] = AUTO
     cased: bool | None = None
     max_unknown: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.05
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -117,6 +117,33 @@ def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
     return kept
 
 
+def take_evenly(parts: list[Part], count: int, folder: Path) -> list[Part]:
+    """`count` samples spread evenly over the parts, written anew in `folder`; all of them if there are no more.
+
+    MLPerf's reference picks its evaluation set so: sample int(i * candidates / count) for i = 0 ... count - 1.
+    """
+    total = sum(part.num_samples for part in parts)
+    if total <= count:
+        return parts
+    wanted = (np.arange(count) * (total / count)).astype(np.int64)
+    return [write_part_of_records(folder / "picked.bin", _picked(parts, wanted))]
+
+
+def _picked(parts: list[Part], wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """Blocks of `write_part_of_records` with the samples of these numbers, a part at a time."""
+    first = 0
+    for part in parts:
+        ids = wanted[(wanted >= first) & (wanted < first + part.num_samples)] - first
+        first += part.num_samples
+        if len(ids):
+            lengths, num_masked = part.tables()
+            ends = np.cumsum(_record_sizes(lengths, num_masked))
+            starts = ends - _record_sizes(lengths, num_masked)
+            data = np.fromfile(part.path, dtype=np.uint16)
+            records = np.concatenate([data[starts[i] : ends[i]] for i in ids])
+            yield records, lengths[ids], num_masked[ids], int(data[starts[ids] + 2].sum())
+
+
 def read_part(path: str | Path) -> Part | None:
     """The part at `path` if it was finished, else None."""
     tables = Path(f"{path}.npz")

@@ -35,7 +35,10 @@ class TokenPart:
 
 
 def tokenize_file(text_path: str, wordpiece: WordPiece, part_path: str) -> TokenPart:
-    """Write the token ids of a text file (a sentence a line, a blank line after each document) to `part_path`."""
+    """Write the token ids of a text file (a sentence a line, a blank line after each document) to `part_path`.
+
+    A document that has no blank line at the end of the file goes on in the next one, where it counts.
+    """
     tokens, sentences, documents = array("H"), array("q"), array("q")  # ids; ends of sentences; ends of documents
     words = WordCount()
     with open(text_path, encoding="utf-8") as lines:
@@ -48,7 +51,6 @@ def tokenize_file(text_path: str, wordpiece: WordPiece, part_path: str) -> Token
                     sentences.append(len(tokens))
                 elif not line:
                     _end_document(sentences, documents)
-    _end_document(sentences, documents)
     with atomic_file(part_path) as file:
         np.savez(file, tokens=tokens, sentences=sentences, documents=documents)
     write_json(_count_path(part_path), [len(documents), words.words, words.unknown, words.examples])

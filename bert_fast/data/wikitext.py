@@ -8,12 +8,14 @@ from __future__ import annotations
 import bz2
 import gzip
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.etree import ElementTree
+from xml.parsers import expat
 
+from bert_fast.data.text import num_words, whole_characters
 from bert_fast.errors import UserError
 
 _DUMP_NAME = re.compile(r"\.xml(-p\d+p\d+)?(\.bz2|\.gz)?$")  # a dump in parts says its range of pages
@@ -23,6 +25,20 @@ _DROPPED_TAGS = {
     "ref", "references", "table", "gallery", "math", "chem", "timeline", "score", "syntaxhighlight", "source", "pre", "code",
     "graph", "imagemap", "mapframe", "templatedata", "hiero", "inputbox",
 }  # fmt: skip
+_MEDIA_NAME = re.compile(
+    r":.*\.(jpe?g|png|gif|svg|webp|tiff?|bmp|xcf|djvu|pdf|og[agv]|webm|mp[34g]|mpeg|wav|flac|opus|mid|midi|stl)$",
+    re.I | re.S,
+)
+_MEDIA_PARAMETER = re.compile(
+    r"\s*(thumb(nail)?|mini(atur)?|frame(d|less)?|border|upright(\s*=?\s*[\d.]+)?|(alt|link|lang|page|class)\s*=.*|"
+    r"\d*(x\d+)?\s*px|thumb(nail)?\s*=.*)\s*", re.I | re.S,
+)  # fmt: skip
+_READ_BYTES = 1 << 16
+_LONGEST_TEXT = 1 << 22  # characters; MediaWiki itself takes 2 MiB a page
+# Where markup is opened and never closed, the parser reads to the end of the page and comes back, for every such place:
+# microseconds per character and place, twice what was measured of templates, tables and tags, and of tags without an end.
+_COST_US = {"open": 0.06, "cut tag": 0.5}
+_MOST_SECONDS = 5.0
 
 
 def is_dump(name: str) -> bool:
@@ -32,43 +48,41 @@ def is_dump(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Page:
-    """One article as it lies in the dump. `spaces` are the dump's namespace names (File, Category, ...), in lower case."""
+    """One article as it lies in the dump. `spaces` are the dump's namespace names (File, Category, ...), in lower case.
+
+    language: the dump's, or empty. left_out: why the article is not read, or empty.
+    """
 
     title: str
     wikitext: str
     spaces: frozenset[str]
+    language: str = ""
+    left_out: str = ""
 
 
 def read_pages(path: str | Path) -> Iterator[Page]:
-    """Articles of a dump in its order, one in memory at a time.
+    """Articles of a dump in its order; memory holds one, and no more of it than `_LONGEST_TEXT`.
 
     Raises:
         UserError: no dump, damaged, or cut: after which article, and how many were whole.
     """
-    count, last, started = 0, "none", False
-    spaces: set[str] = set()
+    count, last = 0, "none"
+    reader = _DumpReader()
     try:
         with _opened(path) as file:
-            levels: list[ElementTree.Element] = []
-            for event, element in ElementTree.iterparse(file, events=("start", "end")):
-                if event == "start":
-                    started = True
-                    levels.append(element)
-                    continue
-                levels.pop()
-                name = _local(element.tag)
-                if name == "namespace" and element.get("key") != "0" and element.text:
-                    spaces.add(element.text.lower())
-                elif name == "page":
-                    page = _article(element, frozenset(spaces))
-                    levels[-1].clear()  # the root keeps its children otherwise
-                    if page:
-                        count, last = count + 1, page.title
-                        yield page
-    except (EOFError, ElementTree.ParseError, OSError, ValueError) as error:
+            while True:
+                block = file.read(_READ_BYTES)
+                reader.feed(block)
+                while reader.pages:
+                    page = reader.pages.popleft()
+                    count, last = count + 1, page.title
+                    yield page
+                if not block:
+                    break
+    except (EOFError, expat.ExpatError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: {error.strerror}") from None
-        what = "is cut or damaged" if started or isinstance(error, EOFError) else "is no MediaWiki dump"
+        what = "is cut or damaged" if reader.started or isinstance(error, EOFError) else "is no MediaWiki dump"
         raise UserError(
             f"{path} {what} ({str(error)[:100]}): {count:,} articles before it were whole, the last is '{last}'; "
             "fetch the file again"
@@ -84,33 +98,134 @@ def _opened(path: str | Path) -> BinaryIO:
     return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")  # type: ignore[return-value]
 
 
+class _DumpReader:
+    """Articles out of the XML of a dump, as it comes. Of a page, title, namespace and the last revision's text are kept."""
+
+    _KEPT = ("title", "ns", "text", "namespace")
+
+    def __init__(self) -> None:
+        self.pages: deque[Page] = deque()
+        self.started = False
+        self._language = ""
+        self._spaces: set[str] = set()
+        self._page: dict[str, str] = {}
+        self._is_redirect = False
+        self._is_space = False
+        self._kept: list[str] | None = None  # characters of the element that is open, if it is one to keep
+        self._size = 0
+        self._parser = expat.ParserCreate()
+        self._parser.buffer_text = True
+        self._parser.StartElementHandler = self._start
+        self._parser.EndElementHandler = self._end
+        self._parser.CharacterDataHandler = self._characters
+
+    def feed(self, block: bytes) -> None:
+        """Take the next bytes; none end the dump. Raises ExpatError."""
+        self._parser.Parse(block, not block)
+
+    def _start(self, tag: str, attributes: dict[str, str]) -> None:
+        name = _local(tag)
+        if not self.started:
+            self.started, self._language = True, attributes.get("xml:lang", "")
+        if name == "page":
+            self._page, self._is_redirect = {}, False
+        elif name == "redirect":
+            self._is_redirect = True
+        elif name in self._KEPT:
+            self._kept, self._size = [], 0
+            self._is_space = attributes.get("key") != "0"
+
+    def _characters(self, characters: str) -> None:
+        if self._kept is not None:
+            self._size += len(characters)
+            if self._size <= _LONGEST_TEXT:
+                self._kept.append(characters)
+
+    def _end(self, tag: str) -> None:
+        name = _local(tag)
+        if name == "page":
+            self._finish()
+        elif name in self._KEPT and self._kept is not None:
+            content, self._kept = "".join(self._kept), None
+            if name == "namespace":
+                if self._is_space and content:
+                    self._spaces.add(content.lower())
+                return
+            self._page[name] = content
+            if name == "text":
+                long = self._size > _LONGEST_TEXT
+                self._page["left out"] = f"pages of more than {_LONGEST_TEXT >> 20} MiB" if long else ""
+
+    def _finish(self) -> None:
+        page = self._page
+        if self._is_redirect or page.get("ns", "0") != "0" or not page.get("text"):
+            return
+        why = page.get("left out", "")
+        text = "" if why else page["text"]
+        self.pages.append(Page(page.get("title", ""), text, frozenset(self._spaces), self._language, why))
+
+
 def _local(tag: str) -> str:
-    return tag.rpartition("}")[2]
+    return tag.rpartition(":")[2]
 
 
-def _article(element: ElementTree.Element, spaces: frozenset[str]) -> Page | None:
-    found: dict[str, str] = {}
-    for child in element:
-        name = _local(child.tag)
-        if name == "redirect":
-            return None
-        if name in ("title", "ns"):
-            found[name] = child.text or ""
-        elif name == "revision":
-            found["text"] = next((each.text or "" for each in child if _local(each.tag) == "text"), "")
-    if found.get("ns", "0") != "0" or not found.get("text"):
-        return None
-    return Page(found.get("title", ""), found["text"], spaces)
+def seconds_to_parse(wikitext: str) -> float:
+    """About the most seconds that markup which is opened and never closed may cost the parser. Linear in the text."""
+    depth = dict.fromkeys(("{{", "{|", "[", "<"), 0)
+    cut_tags = 0
+    for found in _MARKUP.finditer(wikitext):
+        token = found[0]
+        if token[0] == "<":
+            if token[-1] != ">" or token.count('"') % 2:
+                cut_tags += 1
+            elif token[1] == "/":
+                depth["<"] = max(0, depth["<"] - 1)
+            elif token[-2] != "/" and found["tag"].lower() not in _SINGLE_TAGS:
+                depth["<"] += 1
+        elif token in ("{{", "{|"):
+            depth[token] += 1
+        elif token[0] == "[":
+            depth["["] += 1
+        else:
+            kind = {"}}": "{{", "|}": "{|"}.get(token, "[")
+            depth[kind] = max(0, depth[kind] - 1)
+    cost = _COST_US["open"] * sum(depth.values()) + _COST_US["cut tag"] * cut_tags
+    return cost * len(wikitext) / 1e6
+
+
+_MARKUP = re.compile(r"\{\{|\}\}|\{\||\|\}|\[\[|\[(?=\w+:|//)|\]\]?|</?(?P<tag>[A-Za-z]+)[^<>]*>?")
+_SINGLE_TAGS = {"br", "wbr", "hr", "meta", "link", "img", "li", "dt", "dd", "th", "td", "tr"}
+
+
+def _without_comments(wikitext: str) -> str:
+    """Text without comments; the mark of one that never ends goes alone."""
+    kept: list[str] = []
+    end = 0
+    while (begin := wikitext.find("<!--", end)) >= 0:
+        kept.append(wikitext[end:begin])
+        close = wikitext.find("-->", begin + 4)
+        if close < 0:
+            return "".join(kept) + wikitext[begin:].replace("<!--", " ")
+        end = close + 3
+    return "".join(kept) + wikitext[end:]
 
 
 def clean(page: Page) -> str:
-    """The running text of an article: paragraphs apart by blank lines; no templates, tables, notes, headings, captions."""
+    """The running text of an article: paragraphs apart by blank lines; no templates, tables, notes, headings, captions.
+
+    Raises:
+        TooCostlyError: so much markup is never closed that parsing it has no bound.
+    """
     parser = _parser()
-    text = "".join(_rendered(parser.parse(re.sub(r"__[A-Z]+__", "", page.wikitext)), parser.nodes, page.spaces))
+    wikitext = _without_comments(page.wikitext)
+    if seconds_to_parse(wikitext) > _MOST_SECONDS:
+        raise TooCostlyError("pages with markup that is never closed")
+    text = "".join(_rendered(parser.parse(re.sub(r"__[A-Z]+__", "", wikitext)), parser.nodes, page.spaces))
+    text = whole_characters(text)
     lines = (line.strip().lstrip("*#:;").strip() for line in text.splitlines())
     # What templates leave behind: empty brackets, and spaces before a point.
     tidy = (re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\(\s*[,;]?\s*\)", "", " ".join(line.split()))) for line in lines)
-    return "\n\n".join(line for line in tidy if len(line.split()) > 2)
+    return "\n\n".join(line for line in tidy if num_words(line) > 2)
 
 
 def _rendered(code: Any, nodes: Any, spaces: frozenset[str]) -> Iterator[str]:
@@ -121,8 +236,11 @@ def _rendered(code: Any, nodes: Any, spaces: frozenset[str]) -> Iterator[str]:
         elif isinstance(node, nodes.HTMLEntity):
             yield node.normalize()
         elif isinstance(node, nodes.Wikilink):
-            space, colon, _ = str(node.title).partition(":")
-            if not (colon and space.strip().lower() in spaces | _ALWAYS_DROPPED):
+            if (
+                str(node.title).startswith(":") and node.text is None
+            ):  # a link to a page that is otherwise shown or listed
+                yield str(node.title)[1:]
+            elif not _is_dropped(node, spaces):
                 yield from _rendered(node.title if node.text is None else node.text, nodes, spaces)
         elif isinstance(node, nodes.ExternalLink):
             yield from _rendered(node.title, nodes, spaces)
@@ -130,6 +248,22 @@ def _rendered(code: Any, nodes: Any, spaces: frozenset[str]) -> Iterator[str]:
             yield " "
         elif isinstance(node, nodes.Tag) and str(node.tag).strip().lower() not in _DROPPED_TAGS:
             yield from _rendered(node.contents, nodes, spaces)
+
+
+def _is_dropped(link: Any, spaces: frozenset[str]) -> bool:
+    """Whether a link shows no text: categories, and pictures, which an alias that the dump does not name may hide."""
+    title = str(link.title).strip()
+    space, colon, _ = title.partition(":")
+    if colon and space.strip().lower() in spaces | _ALWAYS_DROPPED:
+        return True
+    if title.startswith(":"):
+        return False
+    parameters = str(link.text).split("|")[:-1] if link.text is not None else []
+    return bool(_MEDIA_NAME.search(title)) or any(_MEDIA_PARAMETER.fullmatch(each) for each in parameters)
+
+
+class TooCostlyError(ValueError):
+    """A page whose parsing would not end in time. Its text says what such pages are called."""
 
 
 def _parser() -> Any:

@@ -71,6 +71,15 @@ def test_a_round_trip_loses_nothing(tmp_path: Path, store: Path, vocab: Path, fo
     assert manifest["num_random_next"] == Store(store).manifest["num_random_next"]
 
 
+def test_samples_are_picked_evenly_as_the_reference_does(tmp_path: Path, store: Path, vocab: Path) -> None:
+    files = export(store, tmp_path / "out", "tfrecord")
+    import_store(files, tmp_path / "picked", vocab, max_samples=7, pick="evenly", num_workers=1, log=lambda _line: None)
+    picked, whole = Store(tmp_path / "picked"), Store(store)
+    assert len(picked) == 7
+    for index in range(7):
+        np.testing.assert_array_equal(picked[index].input_ids, whole[int(index * (2500 / 7))].input_ids)
+
+
 def test_the_first_samples_and_their_hash(tmp_path: Path, store: Path, vocab: Path) -> None:
     files = export(store, tmp_path / "out", "tfrecord")
     manifest = import_store(files, tmp_path / "first", vocab, max_samples=1000, num_workers=1, log=lambda _line: None)

@@ -50,7 +50,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads for processes: quick, and monkeypatches reach the workers. None is left running after an error."""
 
     class Threads(concurrent.futures.ThreadPoolExecutor):
-        def __init__(self, workers: int, mp_context: Any) -> None:
+        def __init__(self, workers: int, mp_context: Any, initializer: Any) -> None:
             super().__init__(workers)
 
         def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -201,6 +201,24 @@ def test_evaluation_can_be_cut_to_its_first_samples(recipe: Recipe, tmp_path: Pa
         cut.verify()
 
 
+def test_evaluation_can_be_picked_evenly_as_the_reference_does(
+    recipe: Recipe, tmp_path: Path, in_process: None
+) -> None:
+    run(recipe, tmp_path / "all")
+    whole = Store(tmp_path / "all" / "eval")
+    for count in (1, 7, len(whole) - 1, len(whole), len(whole) + 5):
+        run(replace(recipe, eval_max_samples=count, eval_pick="evenly"), tmp_path / str(count))
+        picked = Store(tmp_path / str(count) / "eval")
+        expected = [int(i * (len(whole) / count)) for i in range(count)] if count < len(whole) else range(len(whole))
+        assert len(picked) == len(expected)
+        for ours, theirs in zip((picked[i] for i in range(len(picked))), (whole[i] for i in expected), strict=True):
+            assert (ours.input_ids == theirs.input_ids).all()
+            assert (ours.masked_labels == theirs.masked_labels).all()
+            assert ours.is_random_next == theirs.is_random_next
+        picked.verify()
+        assert picked.manifest["num_random_next"] == sum(picked[i].is_random_next for i in range(len(picked)))
+
+
 def test_vocabulary_is_trained_if_none_is_given_and_kept(
     recipe: Recipe, tmp_path: Path, in_process: None, lines: list[str]
 ) -> None:
@@ -234,6 +252,23 @@ def test_text_too_short_for_a_sample(recipe: Recipe, tmp_path: Path, in_process:
 def test_samples_too_short_to_hold_a_pair_are_refused(recipe: Recipe, tmp_path: Path, in_process: None) -> None:
     with pytest.raises(UserError):
         run(replace(recipe, params=replace(recipe.params, max_seq_len=4)), tmp_path / "out")
+
+
+def test_remains_of_other_preparations_go(recipe: Recipe, tmp_path: Path, in_process: None) -> None:
+    out = tmp_path / "out"
+    first = run(recipe, out)
+    for name in (
+        "pieces-0123456789ab/000003.pickle",
+        "parts-train-0123456789ab/00003.bin",
+        "parts-eval-0123456789ab/00000.bin.npz",
+    ):
+        (out / name).parent.mkdir()
+        (out / name).write_bytes(b"x")
+    (out / "pieces-0123456789ab/mine").write_bytes(b"x")
+    (out / "text/notes.txt").write_bytes(b"x")
+    again = replace(recipe, params=replace(recipe.params, seed=10))
+    run(again, out)
+    assert run(recipe, out) == {**first, "pieces-0123456789ab/mine": b"x", "text/notes.txt": b"x"}
 
 
 @pytest.mark.parametrize("room", [500, 6000, 20_000, 40_000])

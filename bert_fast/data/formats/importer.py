@@ -16,20 +16,12 @@ from typing import Any
 import numpy as np
 
 from bert_fast.allocator import keep_freed_memory
-from bert_fast.claims import Kind, claimed, digits, dissolve, owner_of, remove_own
+from bert_fast.claims import claimed, dissolve, owner_of, remove_own
+from bert_fast.data.folders import EXPORT, IMPORT_PARTS, STORE, check_one_set
 from bert_fast.data.formats.mlperf import is_hdf5, read_blocks, write_hdf5, write_tfrecord
 from bert_fast.data.formats.table import SampleTable, from_records, to_records
 from bert_fast.data.pool import Pool
-from bert_fast.data.store import (
-    FILES,
-    Part,
-    Store,
-    is_store,
-    merge_parts,
-    read_part,
-    take_first,
-    write_part_of_records,
-)
+from bert_fast.data.store import Part, Store, merge_parts, read_part, take_evenly, take_first, write_part_of_records
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of
@@ -48,58 +40,49 @@ _BYTES_OF_SAMPLE = 2 * (3 + 2 * 76 + 512)  # the longest of MLPerf's
 
 Log = Callable[[str], None]
 
-STORE = Kind("a store", FILES, "choose another --out", is_older=is_store)
-_HEX = 12 * "[0-9a-f]"
-PARTS = Kind(
-    "an unfinished import",
-    (f"*-{_HEX}.bin", f"*-{_HEX}.bin.npz", "head.bin", "head.bin.npz"),
-    "move it, or choose another --out",
-)
-EXPORT = Kind(
-    "an export",
-    tuple(f"part-{digits(n)}-of-{digits(n)}.{suffix}" for n in (5, 6) for suffix in ("tfrecord", "hdf5")),
-    "choose another --out",
-)
-
 
 def import_store(
     sources: list[str], out: str | Path, vocab: str | Path, *, max_samples: int | None = None,
-    num_workers: int | None = None, log: Log = print,
+    pick: str = "first", num_workers: int | None = None, log: Log = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Make the store `out` from files in the given order, which is the order of samples. Returns the manifest.
+
+    `max_samples` keeps the first ones, or with pick="evenly" those that MLPerf's reference picks of its candidates.
 
     Raises:
         UserError: a file is damaged or no sample file; the disk is too small or full (finished parts are kept for a restart);
             another process is writing `out`, or it holds files of others where the store would go.
     """
     out = Path(out)
+    inside = [path for path in sources if Path(path).resolve().parent == out.resolve()]
+    if inside:
+        raise UserError(f"--out {out} is the folder of {Path(inside[0]).name}; give the store a folder of its own")
     owner = owner_of(out.absolute().parent)  # a preparation that writes its stores
     if owner:
         raise UserError(f"{out.absolute().parent} is in use by {owner}; wait for it, stop it, or choose another --out")
     with claimed(out, STORE):
-        return _import(sources, out, vocab, max_samples, num_workers, log)
+        return _import(sources, out, vocab, max_samples, pick, num_workers, log)
 
 
 def _import(
-    sources: list[str], out: Path, vocab: str | Path, max_samples: int | None, num_workers: int | None, log: Log
-) -> dict[str, Any]:
+    sources: list[str], out: Path, vocab: str | Path, max_samples: int | None, pick: str, num_workers: int | None, log: Log
+) -> dict[str, Any]:  # fmt: skip
     start = time.perf_counter()
     vocabulary = load_vocabulary(vocab)
     key = {
         "sources": [[Path(path).name, os.path.getsize(path), int(os.path.getmtime(path))] for path in sources],
         "vocab": vocabulary.sha256, "max_samples": max_samples,
+        **({"pick": pick} if pick != "first" else {}),
     }  # fmt: skip
     if _is_done(out, key):
         log(f"{out}: already there")
         return Store(out).manifest
     parts_folder = out.with_name(f"{out.name}.parts")
     part_paths = [_part_path(parts_folder, path, vocabulary.sha256) for path in sources]
-    with claimed(parts_folder, PARTS):
+    with claimed(parts_folder, IMPORT_PARTS):
         wanted = [Path(name).name for path in part_paths for name in (path, f"{path}.npz")]
-        remove_own(
-            parts_folder, PARTS.writes, wanted
-        )  # parts of sources that are no longer there, or no longer the same
-        _check_space(sources, part_paths, parts_folder, max_samples)
+        remove_own(parts_folder, IMPORT_PARTS.writes, wanted)  # parts of sources that are gone, or no longer the same
+        _check_space(sources, part_paths, parts_folder, max_samples if pick == "first" else None)
         parts, samples, last_line = [], 0, start
         jobs = ((path, part, len(vocabulary)) for path, part in zip(sources, part_paths, strict=True))
         with Pool(num_workers or os.cpu_count() or 1) as pool:
@@ -112,10 +95,10 @@ def _import(
                     log(
                         f"{len(parts)}/{len(sources)} files, {samples:,} samples, {samples / (now - start):,.0f} samples/s"
                     )
-                if max_samples and samples >= max_samples:
+                if max_samples and pick == "first" and samples >= max_samples:
                     break
         if max_samples:
-            parts = take_first(parts, max_samples, parts_folder)
+            parts = (take_first if pick == "first" else take_evenly)(parts, max_samples, parts_folder)
         manifest = merge_parts(
             out, parts,
             {
@@ -123,7 +106,7 @@ def _import(
                 "mask_id": vocabulary.mask_id,
             },
         )  # fmt: skip
-    dissolve(parts_folder, PARTS)
+    dissolve(parts_folder, IMPORT_PARTS)
     seconds = time.perf_counter() - start
     log(
         f"{out}: {manifest['num_samples']:,} samples from {len(sources):,} files in {seconds:.1f} s "
@@ -174,7 +157,7 @@ def find_sources(pattern: str | Path) -> list[str]:
     """Files of a folder in the order of their names (part-00002-of-00500 before part-00010), or one file.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, parts of two sets, or an export that did not end.
     """
     path = Path(pattern)
     if path.is_file():
@@ -186,6 +169,7 @@ def find_sources(pattern: str | Path) -> list[str]:
     )
     if not files:
         raise UserError(f"{pattern}: no such file, or a folder without files")
+    check_one_set(path, files)
     return files
 
 
@@ -198,10 +182,12 @@ def export_store(
         The number of files.
 
     Raises:
-        UserError: the rows are too short for the store's samples; another process is writing `out`, or it holds files of
-            others with such names.
+        UserError: the rows are too short for the store's samples; the disk is too small; another process is writing `out`, or
+            it holds files of others, which whoever reads the folder would take for samples.
     """
     store = Store(folder)
+    if per_file < 1:
+        raise UserError(f"--per-file {per_file}: give at least 1")
     if store.manifest["max_length"] > width or int(store.num_masked.max()) > most_masked:
         raise UserError(
             f"{folder} has samples of {store.manifest['max_length']} tokens and {int(store.num_masked.max())} masks; rows of "
@@ -212,9 +198,9 @@ def export_store(
     suffix = "tfrecord" if form == "tfrecord" else "hdf5"
     with claimed(Path(out), EXPORT):
         names = [f"part-{index:05d}-of-{number:05d}.{suffix}" for index in range(number)]
-        for index in range(number):
+        for index, name in enumerate(names):
             blocks = tables_of(store, index * per_file, min(len(store), (index + 1) * per_file))
-            path = Path(out) / names[index]
+            path = Path(out) / name
             if form == "tfrecord":
                 write_tfrecord(path, blocks, width, most_masked)
             else:
