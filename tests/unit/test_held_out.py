@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_lowercase
@@ -16,10 +17,10 @@ from bert_fast.data import prepare as module
 from bert_fast.data import tokens as tokens_module
 from bert_fast.data.corpus import is_held_out
 from bert_fast.data.prepare import SPLITS, Recipe, prepare
-from bert_fast.data.samples import SampleParams
+from bert_fast.data.samples import Sample, SampleParams
 from bert_fast.data.store import Store
 from bert_fast.data.verify import verify_store
-from bert_fast.data.wordpiece import load_vocabulary
+from bert_fast.data.wordpiece import Vocabulary, load_vocabulary
 from bert_fast.errors import UserError
 
 
@@ -150,6 +151,21 @@ def test_long_documents_get_random_next_sentences(
         share = store.manifest["num_random_next"] / len(store)
         assert 0.40 < share < 0.65, split
         assert {f.name: f.found for f in verify_store(store, vocabulary) if not f.passed} == {}
+        if store.manifest["documents"] > 1:
+            ids = range(0, len(store), 5)
+            pairs = [(*books_of(store[index], vocabulary, books), store[index].is_random_next) for index in ids]
+            assert all((of_a != of_b) == random_next for of_a, of_b, random_next in pairs)
+
+
+def books_of(sample: Sample, vocabulary: Vocabulary, count: int) -> tuple[int, int]:
+    """Which of `write_books` each segment is from: from the words before masking."""
+    words = [word for word in vocabulary.tokens[5:] if word.isalpha()]
+    book = {word: n % (count + 1) for n, word in enumerate(words)}
+    ids = sample.input_ids.copy()
+    ids[sample.masked_positions] = sample.masked_labels
+    segments = ids[1 : sample.len_a - 1], ids[sample.len_a : -1]
+    of_a, of_b = (Counter(book[vocabulary.tokens[token]] for token in s).most_common(1)[0][0] for s in segments)
+    return of_a, of_b
 
 
 def test_text_of_the_other_split_is_never_the_next_sentence(
