@@ -51,10 +51,10 @@ from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 
 _TEXT_FILE_BYTES = 1 << 19
-# Bytes of text, pieces and stores together over those of the sources, at ten passes. A compressed dump becomes five times as
-# much text; a byte of text becomes about half a byte a pass, twice for a while.
+# Bytes of text, pieces, token ids and stores together over those of the sources, at ten passes. A compressed dump becomes
+# five times as much text; a byte of text becomes about half a byte a pass, twice for a while, and a byte of token ids.
 _SPACE = {
-    "pydocs": 3, "prose": 12, "mlcommons": 12, "jsonl": 12, "wikiextractor": 12, "mediawiki": 20, "parquet": 20,
+    "pydocs": 3, "prose": 13, "mlcommons": 13, "jsonl": 13, "wikiextractor": 13, "mediawiki": 22, "parquet": 22,
 }  # fmt: skip
 _ALGORITHM = 2  # of samples: a store that an older one made is made anew
 PICKS = ("first", "evenly")

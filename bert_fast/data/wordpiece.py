@@ -142,8 +142,9 @@ def _num_letters(paths: list[str], normalization: Normalization) -> int:
     """Different characters of the normalized text that are not too rare for a token of their own."""
     counts = np.zeros(0x110000, np.int64)
     for path in paths:
-        text = Path(path).read_text(encoding="utf-8")
-        counts += np.bincount(np.frombuffer(text.encode("utf-32-le"), np.uint32), minlength=len(counts))
+        with open(path, encoding="utf-8") as file:
+            while text := file.read(1 << 20):
+                counts += np.bincount(np.frombuffer(text.encode("utf-32-le"), np.uint32), minlength=len(counts))
     normalizer = _normalizer(normalization)
     letters: Counter[str] = Counter()
     for code in np.flatnonzero(counts).tolist():

@@ -731,9 +731,11 @@ def test_the_error_for_empty_text_names_the_folder(tmp_path: Path) -> None:
     assert str(folder) in str(caught.value)
 
 
-def test_text_too_short_to_hold_out_its_end_is_refused(tmp_path: Path) -> None:
+def test_text_too_short_for_two_splits_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.txt").write_text("This is a sentence of some length. And another one.")
-    with pytest.raises(UserError, match=r"no document for the eval split; 2 sentences in all, .* add text"):
+    with pytest.raises(
+        UserError, match=r"no document for the eval split; 2 sentences in all, and each split takes 2; add"
+    ):
         split_texts(prepare_module.Recipe("prose", str(folder), eval_fraction=1e-9), tmp_path / "out")

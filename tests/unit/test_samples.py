@@ -247,7 +247,7 @@ def test_a_lone_document_is_its_own_other_document() -> None:
 def test_the_other_document_comes_from_the_whole_split() -> None:
     """Of a chunk of the documents samples are made; their random B comes from all, as often from each."""
     chunk = range(10, 20)
-    made = list(make_samples(DOCUMENTS, VOCABULARY, replace(PARAMS, dupe_factor=40), 0, chunk))
+    made = list(make_samples(DOCUMENTS, VOCABULARY, replace(PARAMS, dupe_factor=100), 0, chunk))
     ids = [original(sample).astype(np.int64) for sample in made]
     assert {DOCUMENT_OF[int(i[1])] for i in ids} == set(chunk)
     others = Counter(DOCUMENT_OF[int(i[-2])] for i, s in zip(ids, made, strict=True) if s.is_random_next)

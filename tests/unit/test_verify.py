@@ -121,6 +121,22 @@ def test_a_wrong_store_is_found_out(tmp_path: Path, good: list[Sample], vocabula
     assert len(found - expected) <= 3, "one fault shows in few other figures"
 
 
+def test_one_long_document_fills_its_samples(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    """A stretch of samples of the full length is right where the order is known to be the text's, and only of this length."""
+    rng = random.Random(2)
+    low = vocabulary.mask_id + 1
+    document = [[rng.randrange(low, len(vocabulary)) for _ in range(rng.randint(4, 14))] for _ in range(14_000)]
+    params = replace(PARAMS, dupe_factor=1, short_seq_prob=0.0)
+    samples = list(make_samples([document], vocabulary, params, 0))
+    assert {len(sample.input_ids) for sample in samples[:-1]} == {64}
+    store = store_of(samples, vocabulary, tmp_path)
+    assert "stretches that are constant" in wrong(store, vocabulary)
+    store.manifest["documents"] = 1
+    assert wrong(store, vocabulary) == []
+    store.manifest["params"]["max_seq_len"] = 70
+    assert "stretches that are constant" in wrong(store, vocabulary)
+
+
 def test_another_vocabulary(tmp_path: Path, good: list[Sample], vocabulary: Vocabulary) -> None:
     store = store_of(good, vocabulary, tmp_path)
     shifted = replace(vocabulary, sha256="0" * 64, cls_id=vocabulary.cls_id + 20, sep_id=vocabulary.sep_id + 20)

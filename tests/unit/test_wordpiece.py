@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bert_fast.data.wordpiece import SPECIAL_TOKENS, WordPiece, load_vocabulary, train_vocabulary
+from bert_fast.data import wordpiece
+from bert_fast.data.wordpiece import (
+    SPECIAL_TOKENS,
+    Normalization,
+    WordCount,
+    WordPiece,
+    load_vocabulary,
+    normalization_of,
+    train_vocabulary,
+)  # fmt: skip
 from bert_fast.errors import UserError
+from bert_fast.train.folder import checkpoint_vocabulary
 
 TEXT = "\n".join(
     [
@@ -130,6 +141,133 @@ def test_training_reads_all_files(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("ccc ddd " * 50)
     train_vocabulary([tmp_path / "a.txt", tmp_path / "b.txt"], 40, tmp_path / "vocab.txt")
     assert {"aaa", "bbb", "ccc", "ddd"} <= set(load_vocabulary(tmp_path / "vocab.txt").tokens)
+
+
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+
+
+def test_words_of_up_to_200_characters_are_looked_up(tmp_path: Path) -> None:
+    path = write(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "##a"])
+    short, longest, too_long = WordPiece(path).encode(["a" * 101, "a" * 200, "a" * 201])
+    assert short == [5] + [6] * 100
+    assert longest == [5] + [6] * 199
+    assert too_long == [1]
+
+
+# ---- identity -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda data: data.replace(b"\n", b"\r\n"),
+        lambda data: data.removesuffix(b"\n"),
+        lambda data: b"\xef\xbb\xbf" + data,
+    ],
+    ids=["line ends", "last newline", "byte order mark"],
+)
+def test_a_vocabulary_is_its_tokens_not_its_bytes(tmp_path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path, other = write(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "b"]), tmp_path / "other.txt"
+    other.write_bytes(edit(path.read_bytes()))
+    assert other.read_bytes() != path.read_bytes()
+    assert load_vocabulary(other) == load_vocabulary(path)
+
+
+def test_the_vocabulary_beside_a_checkpoint_is_compared_by_its_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "b"])
+    expected = load_vocabulary(path).sha256
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert checkpoint_vocabulary(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("tokens", [["b", "a"], ["a"], ["a", "b", "c"], ["a", "b "]])
+def test_other_tokens_are_another_vocabulary(tmp_path: Path, tokens: list[str]) -> None:
+    first = load_vocabulary(write(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "a", "b"]))
+    assert load_vocabulary(write(tmp_path / "other.txt", [*SPECIAL_TOKENS, *tokens])).sha256 != first.sha256
+
+
+# ---- case, accents, alphabet ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lowercase", "strip_accents"),
+    [
+        (["the", "cat", *LETTERS], True, True),
+        (["The", "cat", *LETTERS], False, False),
+        (["##A", *LETTERS], False, False),
+        (["Ж", "ж"], False, False),
+        (["für", "über", *LETTERS], True, False),
+        (["한", "국"], True, False),
+        (["が", "か"], True, False),
+        (["[NAME]", "<URL>", *LETTERS], True, True),
+        (["URL", "café", *(f"word{n}" for n in range(5000))], True, True),
+        (["ℝ", "中", "→", "5", *LETTERS], True, True),
+    ],
+    ids=["lower", "capital", "piece", "cyrillic", "umlauts", "hangul", "kana", "special", "an added token", "no case"],
+)
+def test_normalization_is_what_the_vocabulary_was_made_for(
+    tokens: list[str], lowercase: bool, strip_accents: bool
+) -> None:
+    assert normalization_of([*SPECIAL_TOKENS, *tokens]) == Normalization(lowercase, strip_accents)
+
+
+@pytest.mark.parametrize("cased", [True, False])
+def test_case_can_be_set(cased: bool) -> None:
+    for tokens in (("The", "the"), ("the", "cat")):
+        assert normalization_of([*SPECIAL_TOKENS, *tokens], cased).lowercase is not cased
+
+
+def test_case_is_kept_where_the_vocabulary_has_it(tmp_path: Path) -> None:
+    cased = write(tmp_path / "cased.txt", [*SPECIAL_TOKENS, "Straße", "straße", "Café", "cafe"])
+    assert WordPiece(cased).encode(["Straße straße Café cafe"]) == [[5, 6, 7, 8]]
+    assert WordPiece(cased, cased=False).encode(["Straße cafe"]) == [[6, 8]]
+    uncased = write(tmp_path / "uncased.txt", [*SPECIAL_TOKENS, "straße", "cafe", "tag"])
+    assert WordPiece(uncased).encode(["Straße Café TAG"]) == [[5, 6, 7]]
+    assert WordPiece(uncased, cased=True).encode(["Straße tag"]) == [[1, 7]]
+
+
+def test_unknown_words_are_counted_and_named(tmp_path: Path) -> None:
+    """Neither punctuation nor a sign is a word; a word of many pieces is one."""
+    path = write(tmp_path / "vocab.txt", [*SPECIAL_TOKENS, "the", "un", "##known", "."])
+    ids, count = WordPiece(path).encode_and_count(["The unknown Löwe.", "→ Löwe, 7!", "", "the"])
+    assert ids == WordPiece(path).encode(["The unknown Löwe.", "→ Löwe, 7!", "", "the"])
+    assert (count.words, count.unknown, count.examples) == (6, 3, ("Löwe", "7"))
+
+
+def test_counts_add_up() -> None:
+    total = WordCount(10, 2, ("a", "b")) + WordCount(5, 4, tuple("bcdefg"))
+    assert total == WordCount(15, 6, tuple("abcde"))
+
+
+def test_a_trained_vocabulary_has_every_letter_of_its_text(tmp_path: Path) -> None:
+    """A Chinese text of 3,000 characters: none is unknown."""
+    characters = [chr(0x4E00 + n) for n in range(3000)]
+    (tmp_path / "text.txt").write_text("\n".join("".join(characters[n : n + 20]) for n in range(0, 3000, 10)))
+    train_vocabulary([tmp_path / "text.txt"], 3100, tmp_path / "vocab.txt")
+    assert set(characters) <= set(load_vocabulary(tmp_path / "vocab.txt").tokens)
+
+
+def test_a_letter_too_rare_for_a_token_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wordpiece, "_RARE", 0.001)
+    (tmp_path / "text.txt").write_text("abc def\n" * 200 + "中\n")
+    train_vocabulary([tmp_path / "text.txt"], 40, tmp_path / "vocab.txt")
+    assert "中" not in load_vocabulary(tmp_path / "vocab.txt").tokens
+
+
+def test_a_size_too_small_for_the_letters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(chr(0x4E00 + n) for n in range(100)))
+    with pytest.raises(UserError, match=r"--vocab-size 60: the letters of this text alone take 105 tokens; give at"):
+        train_vocabulary([tmp_path / "text.txt"], 60, tmp_path / "vocab.txt")
+    assert not (tmp_path / "vocab.txt").exists()
+    train_vocabulary([tmp_path / "text.txt"], 105, tmp_path / "vocab.txt")
+
+
+def test_a_cased_vocabulary_can_be_trained(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Der Löwe und die Lüge.\n" * 20)
+    train_vocabulary([tmp_path / "text.txt"], 80, tmp_path / "vocab.txt", cased=True)
+    tokens = load_vocabulary(tmp_path / "vocab.txt").tokens
+    assert {"Der", "Löwe"} <= set(tokens)
+    assert normalization_of(tokens) == Normalization(lowercase=False, strip_accents=False)
 
 
 @pytest.mark.xfail(
