@@ -60,6 +60,7 @@ from bert_fast.train.heartbeat import (
     LOGGING,
     Heartbeat,
 )
+from bert_fast.train.held_out import find_shared_text, shared_text_note
 from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.interval import Interval
 from bert_fast.train.preflight import preflight, say_preflight
@@ -122,6 +123,9 @@ class Run:
             if self.environment.is_main:
                 say_preflight(report)
                 write_json(self.folder / "preflight.json", report)
+        self.shared = find_shared_text(config, self.environment)
+        if self.shared.found and not self.shared.is_held_out:
+            self.line.say(f"warning: {shared_text_note(config, self.shared)} (data.allow_shared_text=true)")
         if not self.resume:
             cleared = config.mlperf.clear_caches and clear_caches(self.environment, self.line.say)
             self.mllog.submission(config)
@@ -254,6 +258,7 @@ class Run:
             )
             self.mllog.event("train_dataset_sha256", self.store.manifest["sha256"])
             self.mllog.event("eval_dataset_sha256", self.eval_store.manifest["sha256"])
+            self.mllog.event("eval_samples_of_training_text", [self.shared.found, self.shared.compared])
 
     def _make_batches(self, step: int) -> tuple[Plan, list[Batch], int, int, int]:
         """This rank's batches of a step, with the global counts that normalise the loss (background thread)."""
