@@ -110,6 +110,11 @@ class DataConfig(Section):
         False,
         description="predict other tokens of a sample each time it is used, not those chosen offline (open division)",
     )
+    allow_shared_text: bool = Field(
+        False,
+        description="evaluate although the evaluation store is of text that the training store has, and name it in the log and "
+        "the report; else such a run is refused before it starts",
+    )
     verify_mb_s: NonNegativeFloat = Field(
         8.0,
         description="MB a second that every rank reads of the training store in the background, to notice that it has "

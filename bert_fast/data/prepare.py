@@ -34,9 +34,10 @@ from bert_fast.data.folders import (
     TEXT_FILES,
     check_inputs,
 )
+from bert_fast.data.overlap import note_shared_text
 from bert_fast.data.pool import Pool
 from bert_fast.data.samples import SampleParams, make_samples
-from bert_fast.data.store import Part, merge_parts, read_part, take_evenly, take_first, write_part
+from bert_fast.data.store import Part, Store, merge_parts, read_part, take_evenly, take_first, write_part
 from bert_fast.data.tokens import TokenizedText, TokenPart, merge_token_parts, read_token_part, tokenize_file
 from bert_fast.data.wordpiece import (
     Vocabulary,
@@ -134,6 +135,9 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
         text = _text_stage(recipe, out, pool, log)
         vocab_path = _vocab_stage(recipe, out, text, log)
         manifests = {split: _sample_stage(recipe, out, split, text, vocab_path, pool, log) for split in SPLITS}
+        shared = note_shared_text(Store(out / "train"), Store(out / "eval"))
+    if shared.found:
+        log(f"eval: {shared.found:,} of {shared.compared:,} samples are of text that the training store has as well")
     seconds = time.perf_counter() - start
     log(f"prepared {out} in {seconds:.1f} s")
     return {**manifests, "seconds": seconds}

@@ -81,6 +81,7 @@ def open_because(config: Config) -> list[str]:
         "every sample is as likely in every batch; strata fix how many of each length",
     )  # fmt: skip
     must(not train.eval_at_start, "train.eval_at_start=true", "evaluations are at the interval, none before the first")
+    must(not data.allow_shared_text, "data.allow_shared_text=true", "the evaluation set is held out of training")
     must(not data.dynamic_masking, "data.dynamic_masking=true", "masks are those of the given samples")
     must(
         communication.clip in _CLIPS, f"communication.clip={communication.clip}",

@@ -84,6 +84,7 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("time to train", f"{metrics['time_to_train_s']:.1f} s ({record['status']})"),
         ("target", _target_text(record)),
+        *_shared_rows(record.get("shared_text")),
         ("samples", f"{metrics['samples_to_target']:,} in {metrics['steps']:,} steps"),
         ("throughput", f"{metrics['samples_per_s']:,.0f} samples/s, {metrics['tokens_per_s']:,.0f} real tokens/s"),
         ("model-FLOPs utilisation", _mfu_text(metrics)),
@@ -96,6 +97,13 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         *_energy_rows(record.get("energy")),
         ("MLPerf compliance", verdict["summary"]),
     ]
+
+
+def _shared_rows(shared: list[int] | None) -> list[tuple[str, str]]:
+    """A row if the run was evaluated on text that it was trained on."""
+    if not shared:
+        return []
+    return [("evaluated on", f"TRAINING TEXT: {shared[0]:,} of {shared[1]:,} evaluation samples that were compared")]
 
 
 def _energy_rows(energy: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -80,7 +80,11 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "checkpoints": run.saver.records,
         "hosts": sorted(set(run.heartbeat.hosts)),
         "energy": energy_record(run),
-        "data": {"train": _data_entry(run.store.manifest), "eval": _data_entry(run.eval_store.manifest)},
+        "data": {
+            "train": _data_entry(run.store.manifest),
+            "eval": {**_data_entry(run.eval_store.manifest), "samples of training text": _shared_entry(run)},
+        },
+        "shared_text": None if run.shared.is_held_out else [run.shared.found, run.shared.compared],
         "compliance": {"summary": "not checked (mlperf.enabled=false)"},
     }  # fmt: skip
 
@@ -93,6 +97,13 @@ def energy_record(run: Run) -> dict[str, Any]:
     sessions = "all, each before the last up to its last checkpoint" if run.progress.sessions > 1 else "all"
     found = {"gpu_kwh": gpu, "cpu_kwh": cpu, "source": run.energy.source, "sessions": sessions}
     return {**found, "kwh": kwh, **cost(kwh, run.config.run.price_per_kwh, run.config.run.gco2_per_kwh)}
+
+
+def _shared_entry(run: Run) -> str:
+    shared = run.shared
+    return (
+        f"{shared.found:,} of {shared.compared:,}, compared with {100 * shared.looked_at:.0f} % of the training store"
+    )
 
 
 def _data_entry(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from bert_fast.train.heartbeat import (
     LOGGING,
     Heartbeat,
 )
+from bert_fast.train.held_out import find_shared_text, shared_text_note
 from bert_fast.train.inputs import planned_batches, to_device
 from bert_fast.train.interval import Interval
 from bert_fast.train.preflight import preflight, say_preflight
@@ -237,6 +238,9 @@ class Run:
             )
         if data.eval_sha256 and self.environment.is_main:
             self.eval_store.check_bytes(data.eval_sha256)
+        self.shared = find_shared_text(self.store, self.eval_store, config, self.environment)
+        if self.shared.found and not self.shared.is_held_out:
+            self.line.say(f"warning: {shared_text_note(config, self.shared)} (data.allow_shared_text=true)")
         ranks = config.system.node_size
         self._blocks = BlockWatch(self.store, self.environment.local_rank, ranks, data.verify_mb_s)
         self._blocks.start()
@@ -255,6 +259,7 @@ class Run:
             )
             self.mllog.event("train_dataset_sha256", self.store.manifest["sha256"])
             self.mllog.event("eval_dataset_sha256", self.eval_store.manifest["sha256"])
+            self.mllog.event("eval_samples_of_training_text", [self.shared.found, self.shared.compared])
 
     def _make_batches(self, step: int) -> tuple[Plan, list[Batch], int, int, int]:
         """This rank's batches of a step, with the global counts that normalise the loss (background thread)."""

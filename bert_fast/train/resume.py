@@ -23,6 +23,7 @@ from bert_fast.train.graphs import tensor_rates
 MAY_CHANGE = (
     "run.*", "system.*", "recovery.*", "mlperf.clear_caches", "model.attention_backend",
     "data.train", "data.eval",  # where they lie; what is in them is compared by hash
+    "data.allow_shared_text",
     "batch.local_batch", "batch.accumulation", "batch.shape_multiple", "batch.eval_batch", "balance.prefetch",
     "communication.engine", "communication.bucket_mb", "communication.min_bucket_mb", "communication.max_bucket_mb",
     "communication.shard_optimizer", "communication.backend", "communication.timeout_s",

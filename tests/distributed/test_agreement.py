@@ -215,6 +215,26 @@ def test_a_rank_that_strays_from_the_plan_stops_the_run(
     assert ends[0]["saved"] == max(0, done // 2 - 1), "the steps that went wrong are not in a checkpoint"
 
 
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_evaluation_on_the_training_store_is_refused_or_named(
+    pool: Pools, tiny_store: Path, tmp_path: Path, is_wanted: bool
+) -> None:
+    trees = trees_of(tiny_store, tmp_path / "run")
+    for tree in trees:
+        tree["data"] |= {"eval": tree["data"]["train"], "allow_shared_text": is_wanted}
+    ends = pool(2).call(start, trees)
+    if is_wanted:
+        assert [(end["error"], end["steps"]) for end in ends] == [(None, 4)] * 2
+        total = len(Store(tiny_store / "train"))
+        log = (tmp_path / "run/result_0.txt").read_text(encoding="utf-8")
+        assert f'"eval_samples_of_training_text", "value": [{total}, {total}]' in log
+        assert "data.allow_shared_text=true: the evaluation set is held out of training" in log
+    else:
+        assert ends[0] == ends[1]
+        assert "samples of the evaluation store" in str(ends[0]["error"])
+        assert str(ends[0]["error"]).endswith("or set data.allow_shared_text=true")
+
+
 def test_what_may_differ_may_also_change() -> None:
     assert set(MAY_DIFFER) <= {name for name in every_setting() if any(fnmatch(name, p) for p in MAY_CHANGE)} | {
         "balance.cost_file"  # what it says is compared

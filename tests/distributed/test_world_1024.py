@@ -286,7 +286,7 @@ def test_a_planned_step(engine: str, when: str, strategy: str) -> None:
 
 def write_large_store(folder: Path, samples: int) -> None:
     """Random sentence pairs of Wikipedia-like lengths up to 32 tokens."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(samples)
     lengths = np.maximum(5, wikipedia_like(samples) // 16)
 
     def made() -> Iterator[Sample]:

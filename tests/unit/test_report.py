@@ -118,6 +118,13 @@ def test_report_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
         assert text in page.text
 
 
+def test_evaluation_on_training_text_is_named(tmp_path: Path) -> None:
+    record, lines = usual_run()
+    assert "TRAINING TEXT" not in report(tmp_path, record, lines)
+    record["shared_text"] = [412, 500]
+    assert "TRAINING TEXT: 412 of 500 evaluation samples" in report(tmp_path, record, lines)
+
+
 def test_run_name_and_texts_are_escaped(tmp_path: Path) -> None:
     record, lines = usual_run()
     record["config"]["run"]["name"] = "<b>&"

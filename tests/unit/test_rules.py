@@ -65,6 +65,7 @@ def test_a_closed_config_is_let_through() -> None:
         ({"model__hidden_dropout": 0.0}, "model.hidden_dropout=0.0"),
         ({"data__max_seq_len": 128}, "data.max_seq_len=128"),
         ({"data__dynamic_masking": True}, "data.dynamic_masking=true"),
+        ({"data__allow_shared_text": True}, "data.allow_shared_text=true"),
         ({"train__eval_at_start": True}, "train.eval_at_start=true"),
         ({"model__layer_norm_eps": 1e-3}, "model.layer_norm_eps=0.001"),
         ({"balance__strategy": "stratified_presort"}, "balance.strategy=stratified_presort"),
