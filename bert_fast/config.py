@@ -31,6 +31,7 @@ Cost = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # in any uni
 Seconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
 Mebibytes = Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+_MOST_PER_RANK = 2**15  # samples of a rank in a step: planning more takes minutes
 _LONGEST_TEXT = 4096  # characters, as a path may have
 
 
@@ -127,8 +128,12 @@ class DataConfig(Section):
 
 class BatchConfig(Section):
     global_batch: BatchSize = Field(description="samples in one optimizer step over all ranks")
-    local_batch: BatchSize = Field(description="samples of one rank in one forward pass")
-    accumulation: Count = Field(1, description="micro-batches a rank runs before one optimizer step")
+    local_batch: Annotated[int, Field(gt=0, le=_MOST_PER_RANK)] = Field(
+        description="samples of one rank in one forward pass"
+    )
+    accumulation: Annotated[int, Field(gt=0, le=4096)] = Field(
+        1, description="micro-batches a rank runs before one optimizer step"
+    )
     shape_multiple: Count = Field(
         64,
         description="pad a micro-batch's tokens to a multiple of this with a dummy sequence, and its masked positions to a "
@@ -497,6 +502,11 @@ class Config(Section):
                 f"model.max_positions={self.model.max_positions}; raise model.max_positions or shorten the samples"
             )
         per_rank = batch.local_batch * batch.accumulation
+        if per_rank > _MOST_PER_RANK:
+            raise ValueError(
+                f"batch.local_batch x batch.accumulation = {per_rank:,} samples of a rank in a step; "
+                f"at most {_MOST_PER_RANK:,}"
+            )
         balance = self.balance
         if balance.strata_counts is not None and sum(balance.strata_counts) != per_rank:
             raise ValueError(
@@ -512,6 +522,11 @@ class Config(Section):
             raise ValueError(
                 f"balance.max_tokens={balance.max_tokens} is less than one sample of data.max_seq_len="
                 f"{self.data.max_seq_len} tokens; raise it"
+            )
+        if balance.pack_rows is not None and balance.pack_rows > batch.local_batch:
+            raise ValueError(
+                f"balance.pack_rows={balance.pack_rows} is more than the batch.local_batch={batch.local_batch} samples that "
+                "are packed; at most one row a sample"
             )
         if world % self.system.node_size:
             raise ValueError(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,10 +23,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from bert_fast.command import one_line
 from bert_fast.data.batch import Batch, assemble
 from bert_fast.data.samples import Sample
 from bert_fast.errors import UserError
-from bert_fast.files import atomic_file, sha256_of, write_json
+from bert_fast.files import atomic_file, read_json, sha256_of, write_json
 
 FORMAT = "bert_fast store 1"
 _TABLES = ("offsets.npy", "lengths.npy", "num_masked.npy")
@@ -32,6 +35,24 @@ _BLOCKS = "blocks.npy"
 FILES = ("samples.bin", *_TABLES, _BLOCKS, "manifest.json")  # of a store
 BLOCK_BYTES = 1 << 22  # of samples.bin that share a checksum
 _HEADER = 3
+# What np.load raises for a damaged header of a .npy file: it evaluates it as a Python literal
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    SyntaxError,
+    tokenize.TokenError,
+)
+_NEEDED = ("num_samples", "max_length", "vocab_size", "vocab_sha256", "sha256")
+_MANIFEST: dict[str, type] = {
+    "num_samples": int, "num_tokens": int, "num_masked": int, "num_random_next": int, "max_length": int, "vocab_size": int,
+    "mask_id": int, "vocab_sha256": str, "sha256": str, "tables_sha256": dict, "length_histogram": dict,
+}  # fmt: skip
+_BLOCK_SAMPLES = 4096
 _BYTES = np.dtype(np.uint16).itemsize
 
 
@@ -107,11 +128,7 @@ def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
         if part.num_samples > limit:
             lengths, num_masked = part.tables()
             ends = np.cumsum(_record_sizes(lengths, num_masked))
-            data = np.fromfile(part.path, dtype=np.uint16, count=int(ends[limit - 1]))
-            starts = np.concatenate([[0], ends[: limit - 1]])
-            random_next = int(data[starts + 2].sum())
-            head = (data, lengths[:limit], num_masked[:limit], random_next)
-            part = write_part_of_records(folder / "head.bin", [head])
+            part = write_part_of_records(folder / "head.bin", _head(part.path, ends[:limit], lengths, num_masked))
         kept.append(part)
         limit -= part.num_samples
     return kept
@@ -144,6 +161,18 @@ def _picked(parts: list[Part], wanted: np.ndarray) -> Iterator[tuple[np.ndarray,
             yield records, lengths[ids], num_masked[ids], int(data[starts[ids] + 2].sum())
 
 
+def _head(
+    path: str, ends: np.ndarray, lengths: np.ndarray, num_masked: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """The first samples of a part's records, those that end at `ends` (uint16 units), some thousands at a time."""
+    data = np.memmap(path, dtype=np.uint16, mode="r").view(np.ndarray)
+    for first in range(0, len(ends), _BLOCK_SAMPLES):
+        rows = slice(first, min(first + _BLOCK_SAMPLES, len(ends)))
+        starts = np.concatenate([[ends[first - 1] if first else 0], ends[rows][:-1]])
+        records = data[int(starts[0]) : int(ends[rows][-1])]
+        yield records, lengths[rows], num_masked[rows], int(data[starts + 2].sum())
+
+
 def read_part(path: str | Path) -> Part | None:
     """The part at `path` if it was finished, else None."""
     tables = Path(f"{path}.npz")
@@ -153,7 +182,7 @@ def read_part(path: str | Path) -> Part | None:
         with np.load(tables, allow_pickle=False) as loaded:
             part = Part(str(path), len(loaded["lengths"]), int(loaded["num_random"]))
             expected = _record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # not what we write: made again
+    except (*_DAMAGED, zipfile.BadZipFile, zlib.error):  # not what we write: it is made again
         return None
     return part if Path(path).stat().st_size == expected else None
 
@@ -243,6 +272,20 @@ def is_store(folder: Path) -> bool:
         return False
 
 
+def _table(path: Path) -> np.ndarray:
+    """A memory-mapped list of whole numbers. Raises one of `_DAMAGED`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that are parsed in another way
+        table: np.ndarray = np.load(path, mmap_mode="r")
+    if not isinstance(table, np.ndarray) or table.ndim != 1 or table.dtype.kind not in "iu" or table.dtype.itemsize > 8:
+        raise ValueError(f"{path.name} is no list of whole numbers")
+    return table
+
+
+def _shown(value: Any) -> str:
+    return one_line(repr(value), 100)
+
+
 class Store:
     """Read access to a prepared store. Opening is O(1) in the number of samples; tables are memory-mapped."""
 
@@ -256,23 +299,25 @@ class Store:
                 f"python scripts/prepare_data.py --out {self.folder.parent}"
             )
         try:
-            self.manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
-            form, promised = self.manifest.get("format"), self.manifest.get("num_samples")
-        except ValueError:
-            raise UserError(f"{manifest_path} is not JSON; prepare the data again") from None
-        except AttributeError:
-            raise UserError(f"{manifest_path} is no manifest; prepare the data again") from None
+            self.manifest: dict[str, Any] = read_json(manifest_path, "manifest")
+        except UserError as error:
+            raise UserError(f"{error}; prepare the data again") from None
+        form = self.manifest.get("format")
         if form != FORMAT:
-            raise UserError(f"{manifest_path} is of format {form!r}, this code reads {FORMAT!r}")
+            raise UserError(f"{manifest_path} is of format {_shown(form)}, this code reads {FORMAT!r}")
+        for name, kind in _MANIFEST.items():
+            value = self.manifest.get(name, None if name in _NEEDED else kind())
+            if not isinstance(value, kind):
+                raise UserError(f"{manifest_path}: {name} is {_shown(value)}; prepare the data again")
+        promised = self.manifest.get("num_samples")
         try:
             self._tokens = np.memmap(self.folder / "samples.bin", dtype=np.uint16, mode="r").view(np.ndarray)
-            self._offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
-            self.lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
-            self.num_masked = np.load(self.folder / "num_masked.npy", mmap_mode="r")
+            self._offsets, self.lengths, self.num_masked = (_table(self.folder / name) for name in _TABLES)
             blocks = self.folder / _BLOCKS
-            self.block_crcs: np.ndarray | None = np.load(blocks) if blocks.is_file() else None  # older stores have none
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"store {self.folder} is damaged ({error}); prepare the data again") from None
+            self.block_crcs = _table(blocks) if blocks.is_file() else None  # older stores have none
+        except _DAMAGED as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"store {self.folder} is damaged ({reason}); prepare the data again") from None
         tables = (len(self._offsets) - 1, len(self.lengths), len(self.num_masked))
         if any(n != promised for n in tables) or self._offsets[-1] != len(self._tokens):
             raise UserError(
@@ -285,15 +330,31 @@ class Store:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Sample:
+        self._check_records(np.array([index]))
         return unpack_record(self._tokens[self._offsets[index] : self._offsets[index + 1]])
+
+    def _check_records(self, ids: np.ndarray, headers: bool = True) -> None:
+        """Refuse samples that the tables and the tokens do not agree about: a damaged store would be read elsewhere."""
+        starts, ends = self._offsets[ids], self._offsets[ids + 1]
+        sizes = _record_sizes(self.lengths[ids], self.num_masked[ids])
+        wrong = (starts < 0) | (ends > len(self._tokens)) | (ends - starts != sizes)
+        if headers and not wrong.any():
+            wrong = self._tokens[starts + 1] != self.num_masked[ids]
+        if wrong.any():
+            raise UserError(
+                f"store {self.folder} is damaged: the tables and the record of sample {int(ids[np.flatnonzero(wrong)[0]])} do "
+                "not agree; prepare the data again"
+            )
 
     def records(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Records of samples begin ... end - 1 end to end, and where each starts in them."""
+        self._check_records(np.arange(begin, end), headers=False)  # `verify` says which are wrong
         offsets = np.asarray(self._offsets[begin : end + 1])
         return self._tokens[offsets[0] : offsets[-1]], offsets[:-1] - offsets[0]
 
     def batch(self, ids: np.ndarray, keep_order: bool = False) -> Batch:
         """Samples `ids` (int64 [B]) as one batch, longest first unless `keep_order`."""
+        self._check_records(np.asarray(ids))
         return assemble(self._tokens, self._offsets[ids], self._offsets[ids + 1], ids, keep_order)
 
     def byte_ranges(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

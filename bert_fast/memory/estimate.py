@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from bert_fast.config import ModelConfig
+from bert_fast.config import Config, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -92,3 +94,29 @@ def estimate(
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
     return MemoryEstimate(4 * parameters, 4 * parameters, -(-8 * parameters // shards), activations)
+
+
+def least_bytes(config: Config, element_bytes: int = 2) -> int:
+    """Bytes that a rank needs whatever else it does: weights, gradients, optimizer state, and each layer's input of one batch.
+
+    Below `estimate` on purpose: what is more than a machine's memory by this count cannot run there.
+    """
+    shards = config.system.world_size if config.communication.shard_optimizer else 1
+    tokens = config.batch.local_batch * config.data.max_seq_len
+    tokens += -tokens % config.batch.shape_multiple
+    inputs = 3 * 8 * tokens * config.batch.accumulation  # tokens, types and positions of the synthetic step
+    kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
+    return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + inputs + kept
+
+
+def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this machine, or the container around us, has."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (groups / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            there = min(there, int(text))
+    return there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.memory.estimate import least_bytes, machine_memory
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
@@ -88,7 +90,12 @@ def build(config: Config, environment: Environment) -> Machinery:
 
 
 def build_model(config: Config, environment: Environment) -> BertForPretraining:
-    """The model on its device, with the config's starting weights; the same on every rank."""
+    """The model on its device, with the config's starting weights; the same on every rank.
+
+    Raises:
+        UserError: it cannot fit the device's memory, or its checkpoint does not fit it.
+    """
+    check_memory(config, environment.device)
     shape = config.model
     backend = choose_backend(shape.attention_backend, environment.device, environment.dtype, shape.attention_dropout)
     torch.manual_seed(config.train.seed)
@@ -100,6 +107,23 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
         check_fp8(environment.device, config.batch.shape_multiple)
         use_fp8(model)
     return model
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """Refuse what cannot fit before an allocator does, or the system kills what it likes. Raises UserError."""
+    if device.type == "cuda":
+        there, ranks, what = torch.cuda.get_device_properties(device).total_memory, 1, str(device)
+    else:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        there, what = machine_memory(), "this machine"
+    needed = ranks * least_bytes(config)
+    if needed > there:
+        shape = config.model
+        raise UserError(
+            f"model.vocab_size={shape.vocab_size}, hidden_size={shape.hidden_size}, num_layers={shape.num_layers}, "
+            f"intermediate_size={shape.intermediate_size} with batch.local_batch={config.batch.local_batch} need at least "
+            f"{needed / 2**30:,.1f} GiB for {ranks} rank(s), and {what} has {there / 2**30:,.1f}; make one of them smaller"
+        )
 
 
 def make_engine(config: Config, environment: Environment, model: torch.nn.Module, layout: Layout) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.inputs import synthetic_batch, to_device
 from bert_fast.train.sharded import ShardedOptimizer
 
-_PLANNED_STEPS = 20
+_PLANNED_STEPS, _PLANNING_S = 20, 3.0
 
 
 def dry_run(config: Config) -> None:
@@ -183,7 +184,10 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
 
 
 def _plan_text(config: Config, planner: Planner) -> str:
-    plans = [planner.plan(step) for step in range(min(_PLANNED_STEPS, config.train.max_steps))]
+    plans = [planner.plan(0)]
+    end = time.monotonic() + _PLANNING_S
+    while len(plans) < min(_PLANNED_STEPS, config.train.max_steps) and time.monotonic() < end:
+        plans.append(planner.plan(len(plans)))
     values = [plan.imbalance for plan in plans]
     source = "fitted before the clock (here: FLOPs)" if config.balance.fit_cost else make_cost(config)[1]
     bounds = [planner.bound(plan) for plan in plans]

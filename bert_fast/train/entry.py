@@ -31,6 +31,7 @@ from bert_fast.files import write_json
 from bert_fast.launch import local as launch
 from bert_fast.launch.mpi import adopt_mpi
 from bert_fast.launch.slurm import adopt_slurm, is_launched
+from bert_fast.memory.estimate import machine_memory
 from bert_fast.mlperf.rules import check_division
 from bert_fast.train.complete import EXIT_TARGET_MISSED, exit_code_of, finished_again, is_over
 from bert_fast.train.flight import flight_record, record_flight
@@ -51,6 +52,7 @@ _LOST_RANK = (
     "Timed out",
     "timed out",
 )
+_PROCESS_BYTES = 150 << 20  # of a rank that has imported torch and does nothing
 _LEAVE_S = 5.0  # for the last words of a rank that leaves
 
 
@@ -137,6 +139,8 @@ def run(args: argparse.Namespace, process_start: float) -> int:
             return code
         check_inputs(config)
         take_folder(config, args.resume)
+        if not launched and config.system.device != "cuda":
+            _check_room(config)
         if not launched and (config.system.world_size > 1 or config.recovery.max_restarts > 0):
             return launch.run_local(config, sys.argv, lambda: _finished(folder))
         return _be_a_rank(config, args.resume, process_start)
@@ -147,6 +151,16 @@ def run(args: argparse.Namespace, process_start: float) -> int:
 def _finished(folder: Path) -> int | None:
     code = finished_again(folder)
     return exit_code_of(folder) if code is None else code
+
+
+def _check_room(config: Config) -> None:
+    """Refuse to start more processes here than this machine's memory can hold. Raises UserError."""
+    needed, there = config.system.world_size * _PROCESS_BYTES, machine_memory()
+    if needed > there:
+        raise UserError(
+            f"system.world_size={config.system.world_size} processes here need at least {needed / 2**30:,.0f} GiB and "
+            f"this machine has {there / 2**30:,.0f}; start fewer, or start them on several machines (docs/running.md)"
+        )
 
 
 def _preflight(config: Config) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -393,3 +395,65 @@ def test_updates_by_bucket_need_an_update_that_is_known(
     make_config("optimizer.when=bucket")
     with pytest.raises(UserError, match=message):
         make_config("optimizer.when=bucket", *overrides)
+
+
+def numeric_fields() -> list[str]:
+    """Every field of the config that takes a number."""
+    found = []
+    for section, model in sections().items():
+        for name, field in model.model_fields.items():
+            if re.search(r"\b(int|float)\b", str(field.annotation)):
+                found.append(f"{section}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("field", numeric_fields())
+@pytest.mark.parametrize("value", ["1e31", "100000000000000000000000000000001", ".inf", ".nan", "-1e31"])
+def test_every_number_has_bounds(config_file: Path, field: str, value: str) -> None:
+    value = f"[{value}]" if field in ("balance.strata", "balance.strata_counts") else value
+    with pytest.raises(UserError, match=rf": .*{field}") as caught:
+        load_config(config_file, [f"{field}={value}"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["model.hidden_size=100000000001", "model.vocab_size=10000000000"])
+def test_a_slip_of_the_keyboard_is_refused_at_once(config_file: Path, override: str) -> None:
+    with pytest.raises(UserError, match=f"{override.partition('=')[0]}: .*less than or equal to"):
+        load_config(config_file, [override])
+
+
+def nested_aliases(first: str, form: str) -> str:
+    """Ten lines that stand for 10^10 values."""
+    names = ["a", *(f"k{index}" for index in range(9))]
+    lines = [f"{name}: &{name} " + form.format(", ".join([f"*{before}"] * 10)) for before, name in pairwise(names)]
+    return "\n".join([first, *lines])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("run: &a {name: *a}", "contains itself|undefined alias"),
+        ("run: &a [*a]", "contains itself"),
+        ("run: " + "[" * 5000, "nests more than"),
+        (nested_aliases("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]", "[{}]"), "stands for more than"),
+        (nested_aliases("a: &a {x: 1}", "{{<<: [{}]}}"), "entries"),
+        ("run: {name: 2026-13-45}", "a value is not what it looks like"),
+        ("run: {name: 2026-11-26}", r"run\.name is .*put the value in quotes"),
+        ("run: {name: 12}", r"run\.name is 12; put the value in quotes"),
+        ('run: {name: "a\\0b"}', r"run\.name: a text holds the character"),
+        ('run: {name: "\\ud800"}', r"run\.name: .*unicode string"),
+        (f"run: {{name: {'x' * 5000}}}", "5,000 characters"),
+        ("run: {name: x}" + " " * (1 << 18), "larger than"),
+        ("1: 2", "keys that are not words"),
+        ("train: {seed: 0x" + "f" * 9000 + "}", r"train\.seed: .*a number of about 2\^36000"),
+        ("train: {seed: " + "9" * 9000 + "}", r"is not valid YAML|train\.seed"),
+    ],
+)  # fmt: skip
+def test_yaml_that_stands_for_more_than_it_is(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "hostile.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 4000

@@ -1,0 +1,190 @@
+"""Seeded damage to everything that is read: one line (UserError) or success, no traceback, no hang, no memory.
+
+20 mutations of each kind of file in the ordinary tests, 200 in those marked slow.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bert_fast.balance.cost import read_cost
+from bert_fast.cli import config_from_tree, load_config
+from bert_fast.config import Config
+from bert_fast.data.formats.importer import export_store
+from bert_fast.data.formats.mlperf import read_blocks
+from bert_fast.data.recipe import read_recipe
+from bert_fast.data.store import Store
+from bert_fast.errors import UserError
+from bert_fast.launch.settings import load_settings
+from bert_fast.mlperf.score import score_folder
+from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.checkpoints import load_pretrained, save_pretrained
+from bert_fast.model.tensorflow_bundle import TensorBundle
+
+ROOT = Path(__file__).resolve().parents[2]
+ODD = (
+    b"",
+    b"\0",
+    b"\xff" * 8,
+    b"[/]",
+    b"1e999",
+    b"-1",
+    b"NaN",
+    b"null",
+    b"[[[[",
+    b"{",
+    b"99999999999999999999",
+    b"\x1b[2J",
+)
+LOG = [
+    ("global_batch_size", 64), ("submission_division", "closed"), ("target_accuracy", 0.7), ("seed", 3), ("run_start", None),
+    ("eval_accuracy", 0.5), ("eval_accuracy", 0.71), ("run_stop", None),
+]  # fmt: skip
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """The bytes after one to four changes: flips, cuts, repeats, odd words."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(out) + 1)
+        size = rng.choice((1, 1, 4, 8, rng.randrange(64)))
+        kind = rng.randrange(5)
+        if kind == 0 and out:
+            out[at % len(out)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del out[at : at + size]
+        elif kind == 2:
+            out[at:at] = out[at : at + size] * rng.randrange(4)
+        elif kind == 3:
+            out[at : at + size] = rng.choice(ODD)
+        elif rng.random() < 0.3:
+            del out[at:]
+    return bytes(out)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+    """A folder with one sound file or folder of every kind."""
+    folder = tmp_path_factory.mktemp("originals")
+    shutil.copytree(stores / "train", folder / "store")
+    for form in ("tfrecord", "hdf5", "hdf5-variable"):
+        export_store(stores / "train", folder / form, form, width=64, most_masked=20, per_file=50, log=lambda _: None)
+    shutil.copy(ROOT / "configs/mini_cpu.yaml", folder / "config.yaml")
+    shutil.copy(ROOT / "configs/data/pydocs_mini.yaml", folder / "recipe.yaml")
+    shutil.copy(ROOT / "configs/systems/loopback.yaml", folder / "system.yaml")
+    (folder / "cost.json").write_text(json.dumps({"planned_with": {"linear": 2.0, "quadratic": 0.5}, "fitted": None}))
+    lines = [
+        ":::MLLOG "
+        + json.dumps(
+            {"key": key, "value": value, "time_ms": 1000 * n, "metadata": {"epoch_num": 64 * n, "status": "success"}}
+        )
+        for n, (key, value) in enumerate(LOG)
+    ]
+    (folder / "result_0.txt").write_text("\n".join(lines) + "\n")
+    config = checkpoint_config()
+    save_pretrained(BertForPretraining(config.model), config.model, folder / "checkpoint")
+    shutil.copytree(ROOT / "tests/golden/tensorflow", folder / "bundle")
+    return folder
+
+
+def checkpoint_config() -> Config:
+    return config_from_tree({
+        "model": {
+            "vocab_size": 40, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_positions": 16,
+        },
+        "data": {"max_seq_len": 16}, "batch": {"global_batch": 2, "local_batch": 2}, "schedule": {"total_steps": 2},
+        "train": {"max_steps": 2, "eval_every_samples": 2},
+    })  # fmt: skip
+
+
+def read_store(path: Path) -> None:
+    store = Store(path.parent)
+    store.check(vocab_size=30_000, max_seq_len=512, vocab_sha256=None, sha256=None)
+    ids = np.arange(min(len(store), 16))
+    store.batch(ids)
+    for index in ids.tolist():
+        store[index]
+
+
+def read_checkpoint(path: Path) -> None:
+    config = checkpoint_config()
+    with torch.no_grad():
+        load_pretrained(BertForPretraining(config.model), config.model, path.parent)
+
+
+def read_bundle(path: Path) -> None:
+    bundle = TensorBundle(str(path).partition(".index")[0].partition(".data")[0])
+    for name in list(bundle.entries)[:20]:
+        bundle[name]
+
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "config": ("config.yaml", load_config),
+    "recipe": ("recipe.yaml", read_recipe),
+    "system file": ("system.yaml", load_settings),
+    "cost file": ("cost.json", read_cost),
+    "TFRecord": ("tfrecord/*", lambda path: list(read_blocks(path, 30_000))),
+    "HDF5, rows of one length": ("hdf5/*", lambda path: list(read_blocks(path, 30_000))),
+    "HDF5, rows of their own length": ("hdf5-variable/*", lambda path: list(read_blocks(path, 30_000))),
+    "manifest": ("store/manifest.json", read_store),
+    "offsets": ("store/offsets.npy", read_store),
+    "lengths": ("store/lengths.npy", read_store),
+    "tokens": ("store/samples.bin", read_store),
+    "log": ("result_0.txt", score_folder),
+    "safetensors": ("checkpoint/model.safetensors", read_checkpoint),
+    "description": ("checkpoint/config.json", read_checkpoint),
+    "TensorFlow index": ("bundle/*.index", read_bundle),
+}
+
+
+def attack(kind: str, originals: Path, tmp_path: Path, count: int) -> None:
+    pattern, read = READERS[kind]
+    source = sorted(originals.glob(pattern))[0]
+    target = source
+    if source.parent != originals:  # its neighbours belong to it
+        shutil.copytree(source.parent, tmp_path / "copy")
+        target = tmp_path / "copy" / source.name
+    else:
+        target = tmp_path / source.name
+    data = source.read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    failures = []
+    for seed in range(count):
+        target.unlink(missing_ok=True)
+        target.write_bytes(mutated(data, random.Random(f"{kind}:{seed}")))
+        start = time.monotonic()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                read(target)
+        except UserError as error:
+            if "\n" in str(error) or len(str(error)) > 4000:
+                failures.append(f"seed {seed}: not one line: {str(error)[:200]!r}")
+        except Exception as error:
+            failures.append(f"seed {seed}: {type(error).__name__}: {str(error)[:200]}")
+        if time.monotonic() - start > 10:
+            failures.append(f"seed {seed}: {time.monotonic() - start:.0f} s")
+    assert not failures, f"{kind}: " + "\n".join(failures)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_damage_is_one_line(kind: str, originals: Path, tmp_path: Path) -> None:
+    attack(kind, originals, tmp_path, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", READERS)
+def test_much_damage_is_one_line(kind: str, originals: Path, tmp_path: Path) -> None:
+    attack(kind, originals, tmp_path, 200)

@@ -1,0 +1,155 @@
+"""Every program ends in one line: missing packages, files, Ctrl-C, closed pipes, options and recipes out of bounds."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bert_fast.command import explain, guarded, one_line, whole
+from bert_fast.data.formats.tfrecord import read_records
+from bert_fast.data.recipe import RecipeFile, read_recipe
+from bert_fast.errors import UserError
+from bert_fast.protobuf import varint
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+BLOCK = """
+import runpy, sys
+package, script = sys.argv[1:3]
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, script.rpartition("/")[0])
+del sys.argv[:2]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_guards_its_imports_and_its_main(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert re.search(r"^guard_imports\(\)$", text, re.MULTILINE)
+    assert "@guarded\ndef main()" in text
+    third_party = re.search(
+        r"^(import|from) (numpy|torch|yaml|rich|transformers|matplotlib|pydantic)\b", text, re.MULTILINE
+    )
+    assert third_party is None or text.index("guard_imports()") < third_party.start()
+
+
+@pytest.mark.parametrize(
+    ("package", "script", "shown"),
+    [
+        ("pydantic", "run_pretraining.py", "pydantic"),
+        ("yaml", "scripts/prepare_data.py", "pyyaml"),
+        ("numpy", "scripts/fit_cost.py", "numpy"),
+    ],
+)
+def test_a_missing_package_is_one_line(package: str, script: str, shown: str) -> None:
+    command = [sys.executable, "-c", BLOCK, package, str(ROOT / script), "--config", "configs/mini_cpu.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        f"error: the package {shown} is missing; install it with: python -m pip install -c constraints.txt {shown}"
+    ]
+
+
+def test_a_closed_pipe_is_silent() -> None:
+    command = f"{sys.executable} {ROOT / 'run_pretraining.py'} --help | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert ended.stderr == ""
+    assert ended.returncode in (0, 141)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("bad\x1b[2J\nnext"), 2, r"error: bad\x1b[2J next"),
+        (KeyboardInterrupt(), 130, "error: interrupted; the same command goes on, or starts again"),
+        (FileNotFoundError(2, "No such file", "x.json"), 2, "error: x.json: No such file; check the path"),
+        (MemoryError(), 2, "error: there is not enough memory"),
+        (ModuleNotFoundError("no", name="_bz2"), 2, "error: this Python has no module _bz2"),
+    ],
+)
+def test_main_returns_the_code(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    @guarded
+    def main() -> int:
+        raise error
+
+    assert main() == code
+    written = capsys.readouterr().err
+    assert written.startswith(line)
+    assert written.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain(ZeroDivisionError()) is None
+    assert explain(ModuleNotFoundError(name="bert_fast.nothing")) is None
+    assert guarded(lambda: 1 // 0)() == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_long_text_is_cut() -> None:
+    assert len(one_line("x" * 10**7)) < 2100
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "x", "9" * 30])
+def test_whole_numbers_of_options(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="between|no whole number"):
+        whole(1)(text)
+
+
+def test_a_varint_without_end() -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="longer than 10 bytes"):
+        varint(b"\x80" * 2_000_000 + b"\x01", 0)
+    assert time.monotonic() - start < 1
+    assert varint(b"\xff" * 9 + b"\x01", 0) == (2**64 - 1, 10)
+
+
+def test_a_record_of_a_claimed_gigabyte(tmp_path: Path) -> None:
+    from bert_fast.data.formats.tfrecord import _CRC, _LENGTH, masked_crc
+
+    head = _LENGTH.pack(1 << 29)
+    (tmp_path / "x").write_bytes(head + _CRC.pack(masked_crc(head)) + bytes(100))
+    with pytest.raises(UserError, match=r"record 0 claims 536,870,912 bytes, and no sample takes more than 16,777,216"):
+        list(read_records(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("- corpus: prose", "must hold fields .*, not a list"),
+        ("corpus: [", "is not valid YAML"),
+        ("corpus: txt", r"corpus: Input should be 'pydocs'.*got 'txt'"),
+        ("packages: numpy", "packages: Input should be a valid list"),
+        ("packages: ['../x']", r"packages\.0: "),
+        ("recipe: recipe.yaml", "unknown field recipe; the fields are corpus"),
+        ("packages: &a [*a]", "contains itself"),
+        ("mask_prob: 1.5", "mask_prob: .*less than 1"),
+        ("eval_fraction: 0", "eval_fraction: .*greater than 0"),
+        ("dupe_factor: -1", "dupe_factor: "),
+        ("seed: -1", "seed: "),
+        ("vocab_size: 1000000000000", "vocab_size: "),
+        ("max_seq_len: 64\nmax_predictions: 65", "max_predictions=65 is more than"),
+    ],
+)
+def test_recipes_are_validated(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"recipe {path}.*{message}"):
+        read_recipe(path)
+
+
+def test_every_flag_is_a_field_of_the_recipe() -> None:
+    text = (ROOT / "scripts/prepare_data.py").read_text(encoding="utf-8")
+    flags = {flag.replace("-", "_") for flag in re.findall(r'^    add\("--([a-z-]+)"', text, re.MULTILINE)}
+    assert flags - {"recipe"} == set(RecipeFile.model_fields)
