@@ -73,11 +73,18 @@ def import_store(
             another process is writing `out`, or it holds files of others where the store would go.
     """
     out = Path(out)
-    owner = owner_of(out.absolute().parent)  # a preparation that writes its stores
-    if owner:
-        raise UserError(f"{out.absolute().parent} is in use by {owner}; wait for it, stop it, or choose another --out")
+    _check_parent_is_free(out)
     with claimed(out, STORE):
+        _check_parent_is_free(out)  # of a preparation that began meanwhile one of us has seen the other
         return _import(sources, out, vocab, max_samples, num_workers, log)
+
+
+def _check_parent_is_free(out: Path) -> None:
+    """A preparation writes stores below its folder."""
+    parent = out.absolute().parent
+    owner = owner_of(parent)
+    if owner:
+        raise UserError(f"{parent} is in use by {owner}; wait for it, stop it, or choose another --out")
 
 
 def _import(
