@@ -150,12 +150,17 @@ def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
     kind = replace(
         PREPARATION, writes=tuple(name for name in PREPARATION.writes if not (given and name == "vocab.txt"))
     )
+    _check_stores_are_free(out)
     with claimed(out, kind):
-        for split in SPLITS:  # an import may be writing one of them
-            owner = owner_of(out / split)
-            if owner:
-                raise UserError(f"{out / split} is in use by {owner}; wait for it, stop it, or choose another --out")
+        _check_stores_are_free(out)  # of an import that began meanwhile one of us has seen the other
         yield
+
+
+def _check_stores_are_free(out: Path) -> None:
+    for split in SPLITS:
+        owner = owner_of(out / split)
+        if owner:
+            raise UserError(f"{out / split} is in use by {owner}; wait for it, stop it, or choose another --out")
 
 
 def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -149,6 +150,27 @@ def test_a_rank_of_a_thousand_sends_a_handful_of_messages(monkeypatch: pytest.Mo
 )
 def test_whether_a_run_is_on_one_machine(variables: dict[str, str], expected: bool) -> None:
     assert on_one_machine(variables) is expected
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_sockets_of_a_run_on_one_machine_are_loopbacks(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    """What is set already stays."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")  # so that it is put back
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    if world == 1:
+        assert isinstance(meeting.meet(0, 1, 1.0, print), dist.HashStore)
+    else:
+        with pytest.raises(UserError, match="this is rank 2 of 4, and MASTER_ADDR and MASTER_PORT not set"):
+            meeting.meet(2, 4, 1.0, print)
+    assert meeting.os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert meeting.os.environ["NCCL_SOCKET_IFNAME"] in [
+        name for _, name in socket.if_nameindex() if name.startswith("lo")
+    ]
 
 
 # ---- nothing that is sent or read is run ------------------------------------------------------------------------------

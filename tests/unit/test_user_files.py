@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -361,3 +364,35 @@ def test_an_export_or_an_import_over_files_of_those_names_is_refused(
     with pytest.raises(UserError, match=r"not an unfinished import's and that one would write over"):
         import_store(sources, tmp_path / "other", vocab_file, num_workers=1, log=quiet)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["prepare", "prepare beside an import", "import", "import in a preparation", "export"])
+def test_a_folder_that_another_process_writes_is_refused_by_its_name(
+    texts: Path, stores: Path, exported: Path, vocab_file: Path, tmp_path: Path, what: str
+) -> None:
+    out = tmp_path / "data"
+    claimed = out / "eval" if what == "prepare beside an import" else exported if what == "export" else out
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        note = {"host": socket.gethostname(), "pid": other.pid, "started": claims._started(other.pid), "job": None}
+        claimed.mkdir(parents=True, exist_ok=True)
+        kind = {"prepare": "a preparation", "import": "a store"}.get(what)
+        if kind:
+            (claimed / MARK).write_text(json.dumps({"format": claims.FORMAT, "kind": kind}), encoding="utf-8")
+        (claimed / claims.LOCK).write_text(json.dumps(note), encoding="utf-8")
+        before = contents(tmp_path)
+
+        def write() -> None:
+            if what.startswith("prepare"):
+                prepare(recipe(texts), out, 1, quiet)
+            elif what == "export":
+                export_store(stores / "train", exported, "tfrecord", width=32, most_masked=8, per_file=9, log=quiet)
+            else:
+                target = out / "train" if what == "import in a preparation" else out
+                import_store(find_sources(exported), target, vocab_file, num_workers=1, log=quiet)
+
+        refused = f"is in use by process {other.pid} on this host; wait for it, stop it, or choose another --out"
+        with pytest.raises(UserError, match=refused):
+            write()
+        assert contents(tmp_path) == before
+        assert other.stdin is not None
+        other.stdin.close()

@@ -57,11 +57,18 @@ def import_store(
     inside = [path for path in sources if Path(path).resolve().parent == out.resolve()]
     if inside:
         raise UserError(f"--out {out} is the folder of {Path(inside[0]).name}; give the store a folder of its own")
-    owner = owner_of(out.absolute().parent)  # a preparation that writes its stores
-    if owner:
-        raise UserError(f"{out.absolute().parent} is in use by {owner}; wait for it, stop it, or choose another --out")
+    _check_parent_is_free(out)
     with claimed(out, STORE):
+        _check_parent_is_free(out)  # of a preparation that began meanwhile one of us has seen the other
         return _import(sources, out, vocab, max_samples, pick, num_workers, log)
+
+
+def _check_parent_is_free(out: Path) -> None:
+    """A preparation writes stores below its folder."""
+    parent = out.absolute().parent
+    owner = owner_of(parent)
+    if owner:
+        raise UserError(f"{parent} is in use by {owner}; wait for it, stop it, or choose another --out")
 
 
 def _import(
