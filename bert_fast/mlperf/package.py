@@ -53,7 +53,7 @@ def check_names(organization: str, system: str) -> None:
     """Refuse names that are no folder's. Raises UserError."""
     for what, name in (("organization", organization), ("system", system)):
         if not _NAME.fullmatch(name):
-            raise UserError(f"{what} '{name}' must begin with a letter or digit and hold these and . _ + - only")
+            raise UserError(f"{what} '{shown(name)}' must begin with a letter or digit and hold these and . _ + - only")
 
 
 def lay_out(
@@ -177,7 +177,7 @@ def _check_files(package: Path) -> None:
 
 
 def _first(reasons: list[str], passed: bool = False) -> str:
-    return "" if passed else (reasons[0][:200] if reasons else "no reason given")
+    return "" if passed else (shown(reasons[0]) if reasons else "no reason given")
 
 
 def _score_row(folder: Path, scale: float, figures: dict[str, Any]) -> Row:
@@ -292,7 +292,7 @@ def _unlike(events: dict[str, list[dict[str, Any]]]) -> list[str]:
                 values.setdefault(value, []).append(name)
         if len(values) > 1:
             odd = min(values.items(), key=lambda item: len(item[1]))
-            faults.append(f"{key} is {odd[0]} in {', '.join(odd[1])} and not in the others")
+            faults.append(f"{key} is {shown(odd[0], 60)} in {', '.join(odd[1])} and not in the others")
     return faults
 
 

@@ -81,20 +81,21 @@ def check_inputs(config: Config) -> None:
         read_cost(config.balance.cost_file)
     checkpoint = config.train.init_checkpoint
     if checkpoint and not is_bundle(checkpoint) and not (Path(checkpoint) / "model.safetensors").is_file():
-        found = _checkpoint_below(Path(checkpoint))
         raise UserError(
             f"train.init_checkpoint={checkpoint} is neither a folder with model.safetensors nor the prefix of a TensorFlow "
-            "checkpoint (PREFIX.index)" + (f"; there is one: set train.init_checkpoint={found}" if found else "")
+            f"checkpoint (PREFIX.index){_hint(Path(checkpoint))}"
         )
 
 
-def _checkpoint_below(folder: Path) -> Path | None:
-    """A starting checkpoint inside a folder that is none itself: a run's final model, or TensorFlow's files."""
-    if (folder / "model" / "model.safetensors").is_file():
-        return folder / "model"
-    return next(
-        (path.with_suffix("") for path in sorted(folder.glob("*.index")) if is_bundle(path.with_suffix(""))), None
-    )
+def _hint(folder: Path) -> str:
+    """What is in a folder that is no starting checkpoint: a run's final model, TensorFlow's files, a pickle."""
+    bundles = [path.with_suffix("") for path in sorted(folder.glob("*.index")) if is_bundle(path.with_suffix(""))]
+    inner = folder / "model"
+    if bundles or (inner / "model.safetensors").is_file():
+        return f"; there is one: set train.init_checkpoint={bundles[0] if bundles else inner}"
+    if (folder / "pytorch_model.bin").is_file():
+        return "; its pytorch_model.bin is not read, as it can run code: load it elsewhere and save_pretrained() it"
+    return ""
 
 
 def create_folder(config: Config, resume: bool) -> Path:

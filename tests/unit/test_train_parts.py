@@ -337,6 +337,13 @@ def test_a_folder_above_the_one_that_is_meant_is_answered_with_it(
             check_inputs(make_config(f"train.init_checkpoint={tmp_path / folder}"))
 
 
+def test_a_pickle_is_not_taken_for_a_checkpoint(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is not read"):
+        check_inputs(make_config(f"train.init_checkpoint={tmp_path}/old"))
+
+
 @pytest.mark.parametrize("seed", [0, 179_999_999_999_999, 1_795_651_200_123_456_789, 2**63 - 1])
 def test_every_seed_of_the_config_seeds_ranks_apart(seed: int) -> None:
     ranks = [SimpleNamespace(rank=rank) for rank in (0, 1)]
