@@ -11,7 +11,7 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.data import overlap
-from bert_fast.data.overlap import shared_text
+from bert_fast.data.overlap import known_shared_text, note_shared_text, shared_text
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.errors import UserError
@@ -83,21 +83,24 @@ def test_one_token_file_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest
     assert shared_text(store, store, 10) == overlap.Shared(10, 10)
 
 
-def config_over(make_config: Callable[..., Config], tmp_path: Path, *overrides: str) -> Config:
-    make_store(tmp_path / "a", documents(0), 1)
-    make_store(tmp_path / "b", documents(0), 2)
-    return make_config(f"data.train={tmp_path / 'a'}", f"data.eval={tmp_path / 'b'}", *overrides)
-
-
 def test_it_is_refused_or_named_where_it_is_wanted(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    config = config_over(make_config, tmp_path)
+    stores = make_store(tmp_path / "a", documents(0), 1), make_store(tmp_path / "b", documents(0), 2)
+    config = make_config(f"data.train={tmp_path / 'a'}", f"data.eval={tmp_path / 'b'}")
     with pytest.raises(
         UserError, match=r"\d+ of \d+ samples of the evaluation store .*or set data\.allow_shared_text=true"
     ):
-        find_shared_text(config, CPU)
+        find_shared_text(*stores, config, CPU)
     wanted = config.model_copy(update={"data": config.data.model_copy(update={"allow_shared_text": True})})
-    assert not find_shared_text(wanted, CPU).is_held_out
+    assert not find_shared_text(*stores, wanted, CPU).is_held_out
 
 
-def test_a_store_that_cannot_be_read_is_left_to_where_it_is_opened(make_config: Callable[..., Config]) -> None:
-    assert find_shared_text(make_config("data.train=nowhere/train"), CPU).is_held_out
+def test_what_a_preparation_noted_is_believed_of_its_own_training_store_alone(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, evaluation = make_store(tmp_path / "a", documents(0), 1), make_store(tmp_path / "b", documents(1), 2)
+    noted = note_shared_text(train, evaluation)
+    again = Store(tmp_path / "b")
+    assert known_shared_text(train, again) == noted == shared_text(train, evaluation)
+    assert known_shared_text(make_store(tmp_path / "c", documents(1), 3), again) is None
+    monkeypatch.setattr("bert_fast.train.held_out.shared_text", lambda *_: pytest.fail("compared again"))
+    assert find_shared_text(train, again, make_config(), CPU) == noted
