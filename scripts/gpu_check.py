@@ -29,6 +29,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bert_fast.command import guard_imports, guarded  # noqa: E402
+
+guard_imports()
+
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically, write_json  # noqa: E402
 from bert_fast.report.bench import environment, markdown_table  # noqa: E402
@@ -322,15 +326,9 @@ def check(args: argparse.Namespace) -> int:
     return int(any(records[name]["status"] == FAILED for name in names if name in records))
 
 
+@guarded
 def main() -> int:
-    try:
-        return check(build_parser().parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; go on with --resume", file=sys.stderr)
-        return 130
+    return check(build_parser().parse_args())
 
 
 if __name__ == "__main__":

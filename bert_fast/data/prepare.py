@@ -136,6 +136,7 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
         vocab_path = _vocab_stage(recipe, out, text, log)
         manifests = {split: _sample_stage(recipe, out, split, text, vocab_path, pool, log) for split in SPLITS}
         shared = note_shared_text(Store(out / "train"), Store(out / "eval"))
+        manifests["eval"] = Store(out / "eval").manifest
     if shared.found:
         log(f"eval: {shared.found:,} of {shared.compared:,} samples are of text that the training store has as well")
     seconds = time.perf_counter() - start

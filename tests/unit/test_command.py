@@ -151,5 +151,5 @@ def test_recipes_are_validated(tmp_path: Path, text: str, message: str) -> None:
 
 def test_every_flag_is_a_field_of_the_recipe() -> None:
     text = (ROOT / "scripts/prepare_data.py").read_text(encoding="utf-8")
-    flags = {flag.replace("-", "_") for flag in re.findall(r'^    add\("--([a-z-]+)"', text, re.MULTILINE)}
+    flags = {flag.replace("-", "_") for flag in re.findall(r'\badd\(\s*"--([a-z-]+)"', text)}
     assert flags - {"recipe"} == set(RecipeFile.model_fields)

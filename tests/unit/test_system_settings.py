@@ -35,7 +35,7 @@ def test_defaults(tmp_path: Path) -> None:
     [
         (GOOD + "bind_cpu: true\n", "unknown field bind_cpu; the fields are name, description, source,"),
         ("name: box\nsource: a page\n", "field description is missing; add it"),
-        (GOOD + "environment: {NCCL_NVLS_ENABLE: 1}\n", "environment.NCCL_NVLS_ENABLE is 1; put the value in quotes"),
+        (GOOD + "environment: {NCCL_NVLS_ENABLE: 1}\n", "environment.NCCL_NVLS_ENABLE: 1 is read as a number"),
         (GOOD + "environment: {'NCCL-X': '1'}\n", "environment.NCCL-X: String should match"),
         (GOOD + "ranks_per_node: 0\n", "ranks_per_node: Input should be greater than 0"),
         (GOOD + "bind_nics: perhaps\n", "bind_nics: "),

@@ -390,7 +390,7 @@ def test_a_folder_that_another_process_writes_is_refused_by_its_name(
                 target = out / "train" if what == "import in a preparation" else out
                 import_store(find_sources(exported), target, vocab_file, num_workers=1, log=quiet)
 
-        refused = f"is in use by process {other.pid} on this host; wait for it, stop it, or choose another --out"
+        refused = f"is in use by process {other.pid} on this host; wait for it, stop it, or choose "
         with pytest.raises(UserError, match=refused):
             write()
         assert contents(tmp_path) == before
