@@ -33,6 +33,7 @@ from bert_fast.command import guard_imports, guarded  # noqa: E402
 
 guard_imports()
 
+from bert_fast.claims import Kind, claimed  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically, write_json  # noqa: E402
 from bert_fast.report.bench import environment, markdown_table  # noqa: E402
@@ -74,6 +75,14 @@ STAGES: dict[str, Stage] = {
     "checkpoint": Stage("scripts.gpu.checkpoints", 35, "a checkpoint beside training: stall and slow-down"),
     "energy": Stage("scripts.gpu.energy", 15, "joules per 1,000 sequences by NVML"),
 }
+FOLDER = Kind(
+    "a GPU check",
+    (
+        *(f"{name}.{suffix}" for name in STAGES for suffix in ("json", "log")), "gpu_check.json", "trace.json", "top.md",
+        "tests.xml", "run/*",
+    ),
+    "choose another --out",
+)  # fmt: skip
 GOALS = {  # of a run on a GPU
     "mfu/large/ours_best": ("at least", 0.55),
     "ratio/large/ours_over_hf_default": ("at least", 3.0),
@@ -279,7 +288,12 @@ def check(args: argparse.Namespace) -> int:
         write_markdown(Path(args.markdown), section)
         return 0
     check_device(args.device)
-    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out, FOLDER):
+        return run_stages(args, names, out, target)
+
+
+def run_stages(args: argparse.Namespace, names: list[str], out: Path, target: Path) -> int:
+    """Run the stages one after the other into a folder that is ours. The exit code."""
     records = read_records(out)
     others = sorted({r.get("device", "?") for r in records.values()} - {args.device})
     if args.resume and others:

@@ -18,6 +18,11 @@ from scripts.gpu.stage import ROOT, CheckFailed, Context
 
 _CONFIG = "configs/mini_cpu.yaml"
 _MORE_STEPS = 20  # after the stop, with the same losses
+# Of the run's folder, in the record
+KEPT = (
+    "config.yaml", "result_0.txt", "metrics.json", "metrics.jsonl", "preflight.json", "report.html", "trace.json",
+    "profiler-0.json",
+)  # fmt: skip
 
 
 def run(context: Context) -> None:
@@ -101,8 +106,7 @@ def _tiny_store(scratch: Path) -> Path:
 
 
 def _to_the_target(context: Context, settings: list[str]) -> None:
-    folder = context.out / "run"
-    _remove_run(folder)
+    folder = context.scratch / "run"
     extra = ["system.preflight=true", "run.profile=true", "train.save_final_model=true"]
     _checked(_command(*settings, *extra, f"run.folder={folder}"), "the run")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
@@ -114,13 +118,10 @@ def _to_the_target(context: Context, settings: list[str]) -> None:
     _checked(
         [*checker, "--log_output", str(folder / "checker.log"), str(folder / "result_0.txt")], "the compliance checker"
     )
-    for name in ("model", "checkpoints"):  # large, and of no use in the record
-        _remove_run(folder / name)
-
-
-def _remove_run(folder: Path) -> None:
-    """Remove a folder that this stage has written, in a folder of its own name."""
-    shutil.rmtree(folder, ignore_errors=True)
+    (context.out / "run").mkdir(exist_ok=True)
+    for name in KEPT:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, context.out / "run" / name)
 
 
 def _losses(folder: Path) -> dict[int, float]:

@@ -123,6 +123,14 @@ def test_names_and_devices_that_are_none_are_one_line(tmp_path: Path, capsys: An
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "environment.json").write_text("mine", encoding="utf-8")
+    with pytest.raises(gpu_check.UserError, match=r"not a GPU check's .*\(environment\.json\)"):
+        check(arguments(tmp_path))
+    assert (tmp_path / "out" / "environment.json").read_text(encoding="utf-8") == "mine"
+
+
 def test_the_list_names_every_stage(capsys: Any) -> None:
     assert check(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(gpu_check.STAGES)
