@@ -131,6 +131,8 @@ SETTINGS: list[tuple[str, object, str]] = [
     ("communication.clip", "none", 'communication.clip is "none" there and "bucket_before_reduce" on rank 0'),
     ("communication.bucket_mb", 5.0, "communication.bucket_mb is 5.0 there and 0.02 on rank 0"),
     ("model.num_layers", 3, "model.num_layers is 3 there and 2 on rank 0"),
+    ("communication.max_norm", 2.0, "communication.max_norm is 2.0 there and 1.0 on rank 0"),
+    ("optimizer.name", "lamb", 'optimizer.name is "lamb" there and "adamw" on rank 0'),
     ("optimizer.when", "bucket", 'optimizer.when is "bucket" there and "end" on rank 0'),
 ]
 

@@ -296,7 +296,7 @@ def write_large_store(folder: Path, samples: int) -> None:
             yield Sample(ids, int(length) // 2, masked, labels, int(rng.integers(2)))
 
     part = write_part(folder / "part", made())
-    merge_parts(folder, [part], {"vocab_size": 120, "vocab_sha256": None})
+    merge_parts(folder, [part], {"vocab_size": 120, "vocab_sha256": "0" * 64})
 
 
 def start_up(config: Config, rank: int) -> dict[str, Any]:
