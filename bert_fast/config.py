@@ -25,8 +25,8 @@ Samples = Annotated[int, Field(gt=0, le=10**12)]
 BatchSize = Annotated[int, Field(gt=0, le=2**18)]
 Ranks = Annotated[int, Field(gt=0, le=2**17)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # of torch's generators; a clock in nanoseconds fits
-PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Cost = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]  # in any unit
 Seconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
 Mebibytes = Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)]

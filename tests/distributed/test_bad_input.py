@@ -192,8 +192,8 @@ def test_sigterm_before_the_first_step_is_no_killed_rank(workspace: Workspace) -
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace) -> None:
-    """The first update by 1e9 ruins the weights: of steps 1 to 4 (from 0) three may be skipped."""
-    blow_up = ("optimizer.lr=1e9", "schedule.warmup_steps=0", "communication.clip=none")
+    """The first update by 1e30 ruins the weights: of steps 1 to 4 (from 0) three may be skipped."""
+    blow_up = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "communication.clip=none")
     line = refused(workspace, "run.folder=blown_up", "train.checkpoint_every_steps=1", *blow_up, code=3)
     assert re.search(r"step [1-4]: loss or gradient is not finite, from rank 0, 1 on \S+; 4 steps in a row", line)
     assert "train.max_skipped_steps=3" in line
