@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertForPreTraining, pipeline
 
 from bert_fast.config import Config
@@ -118,3 +119,10 @@ def test_words_as_long_as_the_store_takes(vocab: Path) -> None:
     files = tokenizer_files(vocab, 512, {})
     assert set(files) == {"vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     assert files["vocab.txt"] == vocab.read_text(encoding="utf-8")
+
+
+def test_the_tokenizers_file_knows_the_special_tokens_by_itself(vocab: Path) -> None:
+    """For programs that read tokenizer.json alone."""
+    tokenizer = Tokenizer.from_str(tokenizer_files(vocab, 512, {})["tokenizer.json"])
+    assert tokenizer.encode("[MASK]").ids == [2, 4, 3]
+    assert tokenizer.decode([2, 4, 3]) == ""
