@@ -252,3 +252,13 @@ def test_damage_is_one_line(kind: str, originals: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", READERS)
 def test_much_damage_is_one_line(kind: str, originals: Path, tmp_path: Path) -> None:
     attack(kind, originals, tmp_path, 200)
+
+
+@pytest.mark.parametrize("name", ["key", "state", "world_size"])
+@pytest.mark.parametrize("value", [None, [], "x"])
+def test_a_checkpoint_of_another_form_is_one_line(name: str, value: object, originals: Path, tmp_path: Path) -> None:
+    shutil.copytree(originals / "checkpoints", tmp_path / "checkpoints")
+    manifest = tmp_path / "checkpoints/step-00000001/complete.json"
+    write_json(manifest, {**json.loads(manifest.read_text(encoding="utf-8")), name: value})
+    with pytest.raises(UserError, match=r"damaged \(complete\.json has no"):
+        read_matching_run_checkpoint(manifest)
