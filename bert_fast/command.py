@@ -163,10 +163,26 @@ def whole(least: int, most: int = 2**31) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """The type of an argparse option: a positive number that is not absurdly large."""
+    value = not_negative(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not positive")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """The type of an argparse option: zero, or a positive number that is not absurdly large."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is no number") from None
-    if not 0 < value < 1e12:
+    if not 0 <= value < 1e12:
         raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not positive, or far too large")
+    return value
+
+
+def share(text: str) -> float:
+    """The type of an argparse option: a part of a whole, from 0 to 1."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not between 0 and 1")
     return value

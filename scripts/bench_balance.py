@@ -26,7 +26,7 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, share, whole  # noqa: E402
 
 guard_imports()
 
@@ -257,11 +257,15 @@ def bars(metrics: dict[str, float]) -> str:
 @guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="default %(default)s")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="local batches, default %(default)s")
-    parser.add_argument("--steps", type=int, default=200, help="global batches planned (default %(default)s)")
+    parser.add_argument("--ranks", type=whole(1, 10**6), nargs="+", default=RANKS, help="default %(default)s")
     parser.add_argument(
-        "--share-at-maximum", type=float, metavar="S", help="lengths uniform up to 512, but this share of them 512"
+        "--batches", type=whole(1, 10**6), nargs="+", default=BATCHES, help="local batches, default %(default)s"
+    )
+    parser.add_argument(
+        "--steps", type=whole(2, 10**6), default=200, help="global batches planned (default %(default)s)"
+    )
+    parser.add_argument(
+        "--share-at-maximum", type=share, metavar="S", help="lengths uniform up to 512, but this share of them 512"
     )
     parser.add_argument(
         "--budget", action="store_true", help="only measure what refining with a budget of 20 ms takes here"

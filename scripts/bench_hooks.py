@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -180,7 +180,9 @@ def memory_of(engine: str) -> None:
 @guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=200, help="steps of each engine (default %(default)s)")
+    parser.add_argument(
+        "--repeats", type=whole(1, 10**6), default=200, help="steps of each engine (default %(default)s)"
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     add_arguments(parser)
     args = parser.parse_args()

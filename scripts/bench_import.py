@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -119,8 +119,8 @@ def main() -> int:
     from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=40_000, help="of the file (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--samples", type=whole(1, 10**9), default=40_000, help="of the file (default %(default)s)")
+    parser.add_argument("--repeats", type=whole(1, 10**6), default=5, help="default %(default)s")
     parser.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter that has TensorFlow")
     parser.add_argument("--read-ours", nargs=2, help=argparse.SUPPRESS)
     add_arguments(parser)

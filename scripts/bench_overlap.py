@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, positive, whole  # noqa: E402
 
 guard_imports()
 
@@ -100,11 +100,13 @@ def title_of(model: str, hosts: int, link: str, ratio: float, found: dict[str, A
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["layers"], choices=MODELS, help="default layers")
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2], choices=(2, 4), help="default 2")
+    parser.add_argument("--hosts", type=whole(1, 4), nargs="+", default=[2], choices=(2, 4), help="default 2")
     parser.add_argument("--links", nargs="+", default=["200mbit", "1gbit"], choices=LINKS, help="default 200mbit 1gbit")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1, 2], help="communication over backward")
+    parser.add_argument("--ratios", type=positive, nargs="+", default=[0.5, 1, 2], help="communication over backward")
     parser.add_argument("--variants", nargs="+", default=list(NAMES), choices=NAMES, help="default all")
-    parser.add_argument("--repeats", type=int, default=5, help="measured cycles of each variant (default %(default)s)")
+    parser.add_argument(
+        "--repeats", type=whole(1, 10**6), default=5, help="measured cycles of each variant (default %(default)s)"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="write NAME.md and timeline-NAME.svg there")
     parser.add_argument("--name", default="overlap", help="NAME of these files (default %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

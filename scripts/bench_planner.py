@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -65,7 +65,7 @@ def plan_times(repeats: int) -> list[float]:
 @guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timelines", type=int, default=2000, help="default %(default)s")
+    parser.add_argument("--timelines", type=whole(1, 10**9), default=2000, help="default %(default)s")
     add_arguments(parser)
     args = parser.parse_args()
     count = 200 if args.quick else args.timelines

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -42,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], help="default both")
     add("--variants", nargs="+", default=list(PEERS), metavar="NAME", help=f"of {', '.join(VARIANTS)}; or all")
-    add("--rounds", type=int, default=3, help="default %(default)s")
-    add("--warmup", type=int, default=1, help="steps before those that count (default %(default)s)")
-    add("--steps", type=int, default=2, help="steps of a variant in a round (default %(default)s)")
+    add("--rounds", type=whole(1, 10**6), default=3, help="default %(default)s")
+    add("--warmup", type=whole(0, 10**6), default=1, help="steps before those that count (default %(default)s)")
+    add("--steps", type=whole(1, 10**6), default=2, help="steps of a variant in a round (default %(default)s)")
     add("--out", metavar="FOLDER", help="write the table and the picture there")
     add("--child", nargs=2, metavar=("WHAT", "PRECISION"), help=argparse.SUPPRESS)
     add_arguments(parser)

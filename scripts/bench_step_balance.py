@@ -22,7 +22,7 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -114,14 +114,20 @@ def planner_of(lengths: np.ndarray, strategy: str, cost: CostModel, ranks: int, 
 @guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=1024, help="default %(default)s")
-    parser.add_argument("--local-batch", type=int, default=16, help="default %(default)s")
-    parser.add_argument("--global-batches", type=int, default=4, help="planned and measured (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="timings of a batch (default %(default)s)")
-    parser.add_argument("--random-ranks", type=int, default=12, help="ranks drawn and timed (default %(default)s)")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=2, help="default %(default)s")
-    parser.add_argument("--shape-multiple", type=int, default=64, help="as batch.shape_multiple (default %(default)s)")
+    parser.add_argument("--ranks", type=whole(1, 10**6), default=1024, help="default %(default)s")
+    parser.add_argument("--local-batch", type=whole(1, 10**6), default=16, help="default %(default)s")
+    parser.add_argument(
+        "--global-batches", type=whole(1, 10**6), default=4, help="planned and measured (default %(default)s)"
+    )
+    parser.add_argument("--repeats", type=whole(1, 10**6), default=7, help="timings of a batch (default %(default)s)")
+    parser.add_argument(
+        "--random-ranks", type=whole(1, 10**6), default=12, help="ranks drawn and timed (default %(default)s)"
+    )
+    parser.add_argument("--hidden", type=whole(1, 10**5), default=256, help="width of the model (default %(default)s)")
+    parser.add_argument("--layers", type=whole(1, 1000), default=2, help="default %(default)s")
+    parser.add_argument(
+        "--shape-multiple", type=whole(1, 10**5), default=64, help="as batch.shape_multiple (default %(default)s)"
+    )
     add_arguments(parser)
     args = parser.parse_args()
     if args.quick:

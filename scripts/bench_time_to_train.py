@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -223,7 +223,9 @@ def main() -> int:
         "--config", metavar="FILE", default="configs/mini_cpu.yaml", help="config of both sides (%(default)s)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
-    parser.add_argument("--pairs", type=int, metavar="N", help=f"pairs of runs (default {_PAIRS}; 1 with --quick)")
+    parser.add_argument(
+        "--pairs", type=whole(1, 10**6), metavar="N", help=f"pairs of runs (default {_PAIRS}; 1 with --quick)"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="also keep the record of every run there")
     parser.add_argument("--resume", action="store_true", help="take runs whose records are in --out already as done")
     parser.add_argument(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -78,8 +78,8 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=750, help="of every run (default %(default)s)")
+    parser.add_argument("--seeds", type=whole(1, 10**6), default=5, help="default %(default)s")
+    parser.add_argument("--steps", type=whole(1, 10**9), default=750, help="of every run (default %(default)s)")
     default = ["bucket_before_reduce", "global_before_reduce"]
     parser.add_argument("--modes", nargs="+", default=default, choices=MODES, help="default: both that clip before")
     parser.add_argument("--out", required=True, metavar="FOLDER")

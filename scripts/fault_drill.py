@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -195,10 +195,10 @@ def main() -> int:
     parser.add_argument(
         "--config", type=Path, default=ROOT / "configs" / "mini_cpu.yaml", help="config over the store to use"
     )
-    parser.add_argument("--kills", type=int, default=50, help="how many times a random rank is killed (50)")
+    parser.add_argument("--kills", type=whole(0, 10**6), default=50, help="how many times a random rank is killed (50)")
     parser.add_argument("--only", default="", help="names of the other drills, comma-separated; all of them if unset")
-    parser.add_argument("--steps", type=int, default=40, help="steps of a run (40)")
-    parser.add_argument("--seed", type=int, default=0, help="of ranks, steps and moments")
+    parser.add_argument("--steps", type=whole(1, 10**9), default=40, help="steps of a run (40)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of ranks, steps and moments")
     parser.add_argument("--no-stall", action="store_true", help="do not measure what a checkpoint costs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and all rows")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write README.md, a table")

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, positive  # noqa: E402
 
 guard_imports()
 
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--only", metavar="A,B", help="run these stages alone, in the order of --list")
     add("--skip", metavar="A,B", help="leave these stages out")
-    add("--budget-s", type=float, default=540.0, metavar="S", help="seconds for all stages (default %(default)g)")
+    add("--budget-s", type=positive, default=540.0, metavar="S", help="seconds for all stages (default %(default)g)")
     add("--list", action="store_true", help="name the stages and exit")
     add("--out", metavar="FOLDER", help="where records, logs and traces go (default results/gpu/last)")
     add("--json", metavar="FILE", help="where the whole record goes (default FOLDER/gpu_check.json)")

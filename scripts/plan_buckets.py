@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, not_negative, positive, whole  # noqa: E402
 
 guard_imports()
 
@@ -111,14 +111,14 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", metavar="FILE", help="units with ready_s and bytes, as buckets.json of a run")
     source.add_argument("--model", choices=SHAPES, help="a made-up timeline of BERT-base or BERT-large")
-    parser.add_argument("--backward-ms", type=float, default=36.0, help="with --model (default %(default)s)")
+    parser.add_argument("--backward-ms", type=positive, default=36.0, help="with --model (default %(default)s)")
     parser.add_argument(
-        "--wire-bytes", type=int, default=2, choices=(2, 4), help="an element, with --model (default 2)"
+        "--wire-bytes", type=whole(1, 8), default=2, choices=(2, 4), help="an element, with --model (default 2)"
     )
     parser.add_argument("--tensors", action="store_true", help="with --model: tensors may part, not only clip groups")
     parser.add_argument("--link", metavar="FILE|MS,MB/S", help="latency and bandwidth; that of the trace if it has one")
-    parser.add_argument("--min-mb", type=float, default=0.0, help="MiB on the wire, of all buckets but the last")
-    parser.add_argument("--max-mb", type=float, default=4096.0, help="MiB on the wire, of buckets of several units")
+    parser.add_argument("--min-mb", type=not_negative, default=0.0, help="MiB on the wire, of all buckets but the last")
+    parser.add_argument("--max-mb", type=positive, default=4096.0, help="MiB on the wire, of buckets of several units")
     parser.add_argument("--out", metavar="FOLDER", help="write timeline.svg and buckets.yaml there")
     add_arguments(parser)
     args = parser.parse_args()

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -31,7 +31,9 @@ def main() -> int:
     parser.add_argument(
         "--out", metavar="FOLDER", default="profile", help="gets trace.json and top.md (default %(default)s)"
     )
-    parser.add_argument("--rows", type=int, default=25, help="operations of the table (default %(default)s)")
+    parser.add_argument(
+        "--rows", type=whole(1, 10**6), default=25, help="operations of the table (default %(default)s)"
+    )
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -82,8 +82,10 @@ def summary(records: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/mini_cpu.yaml", help="default %(default)s")
-    parser.add_argument("--seeds", type=int, default=10, help="how many (default %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default %(default)s)")
+    parser.add_argument("--seeds", type=whole(1, 10**6), default=10, help="how many (default %(default)s)")
+    parser.add_argument(
+        "--first-seed", type=whole(0, 2**63 - 1), default=0, help="the first of them (default %(default)s)"
+    )
     parser.add_argument("--with", dest="known", metavar="FOLDER", help="count the records of pairs there as seeds run")
     parser.add_argument("--out", metavar="FOLDER", help="keep raw logs and seeds.json there")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")

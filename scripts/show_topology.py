@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -48,7 +48,7 @@ def describe(topology: Topology) -> list[str]:
 @guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, help="local ranks (default: one a GPU, or one)")
+    parser.add_argument("--ranks", type=whole(1, 10**6), help="local ranks (default: one a GPU, or one)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--root", type=Path, default=SYSFS, metavar="DIR", help="sysfs tree (default %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write topology and bindings there")

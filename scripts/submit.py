@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", metavar="section.field=value", help="of the config (--config)")
     add("--system", metavar="FILE", help="the system description's YAML")
     add("--out", metavar="FOLDER", default="submission", help="gets the organization's folder (default %(default)s)")
-    add("--runs", type=int, default=NUM_RUNS, help="how many seeds (default %(default)s)")
-    add("--first-seed", type=int, default=0, help="default %(default)s")
+    add("--runs", type=whole(1, 10**6), default=NUM_RUNS, help="how many seeds (default %(default)s)")
+    add("--first-seed", type=whole(0, 2**63 - 1), default=0, help="default %(default)s")
     add("--ruleset", default=RULESET, help="default %(default)s, the last that admits BERT")
     add("--name", help="name of the system's folder (default: from system_name)")
     add("--json", metavar="FILE", help="write the figures and the table there")

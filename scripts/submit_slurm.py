@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
@@ -177,9 +177,13 @@ def follow(job_id: int, log: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", required=True)
-    parser.add_argument("--nodes", type=int, help="checked against the config, which gives the number by itself")
+    parser.add_argument(
+        "--nodes", type=whole(1, 10**6), help="checked against the config, which gives the number by itself"
+    )
     parser.add_argument("--style", choices=STYLES, default="srun", help="what starts ranks (default %(default)s)")
-    parser.add_argument("--runs", type=int, default=1, help="runs in the job, seeds counting up (default %(default)s)")
+    parser.add_argument(
+        "--runs", type=whole(1, 10**6), default=1, help="runs in the job, seeds counting up (default %(default)s)"
+    )
     parser.add_argument("--time", help="time limit as sbatch takes it")
     parser.add_argument("--partition")
     parser.add_argument("--account")

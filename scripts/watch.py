@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+from bert_fast.command import guard_imports, guarded, positive  # noqa: E402
 
 guard_imports()
 
@@ -199,18 +199,11 @@ def look(args: argparse.Namespace) -> None:
         watch(run, args.interval)
 
 
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
 @guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="the run's folder; it need not be there yet")
-    parser.add_argument("--interval", type=seconds, default=2.0, metavar="S", help="seconds between looks (default 2)")
+    parser.add_argument("--interval", type=positive, default=2.0, metavar="S", help="seconds between looks (default 2)")
     parser.add_argument("--once", action="store_true", help="print one table and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object and end")
     args = parser.parse_args()

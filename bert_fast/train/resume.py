@@ -115,8 +115,15 @@ def take_up(
         UserError: it is of another model, data set or setting.
     """
     description = read_description(path)
-    check_key(path, description["key"], key)
-    state, wrote = description["state"], description["world_size"]
+    key_then, state, wrote = (description.get(name) for name in ("key", "state", "world_size"))
+    if not isinstance(key_then, dict) or not isinstance(state, dict) or type(wrote) is not int:
+        raise UserError(
+            f"checkpoint {path} is damaged (complete.json has no key, state and world_size of a run); remove it"
+        )
+    for name, kind in (("progress", dict), ("clock", dict), ("optimizer", dict), ("cost", list)):
+        if not isinstance(state.get(name), kind):
+            raise UserError(f"checkpoint {path} is damaged (complete.json has no {name} of a run); remove it")
+    check_key(path, key_then, key)
     same_ranks = wrote == environment.world_size
     if not same_ranks:  # random state and error feedback begin anew
         seed_ranks(config.train.seed + state["progress"]["step"], environment)

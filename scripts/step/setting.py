@@ -10,6 +10,7 @@ import torch
 
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.cli import config_from_tree
+from bert_fast.command import share, whole
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch
 from bert_fast.train.inputs import batch_of_lengths
@@ -29,10 +30,10 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--size", choices=SIZES, default="base", help="default %(default)s")
     add("--mix", choices=MIXES, default="wikipedia", help="lengths of the samples (default %(default)s)")
-    add("--batch", type=int, help="samples of a step (default: by size and device)")
-    add("--layers", type=int, help="encoder layers (default: the size's)")
-    add("--dropout", type=float, default=0.1, help="hidden and attention dropout (default %(default)s)")
-    add("--threads", type=int, help="CPU threads (default: all cores)")
+    add("--batch", type=whole(1, 10**6), help="samples of a step (default: by size and device)")
+    add("--layers", type=whole(1, 1000), help="encoder layers (default: the size's)")
+    add("--dropout", type=share, default=0.1, help="hidden and attention dropout (default %(default)s)")
+    add("--threads", type=whole(1, 10**6), help="CPU threads (default: all cores)")
     add(
         "--device",
         choices=("cpu", "cuda"),

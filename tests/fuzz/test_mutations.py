@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import random
 import resource
@@ -26,11 +28,18 @@ from bert_fast.data.formats.mlperf import read_blocks
 from bert_fast.data.recipe import read_recipe
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
+from bert_fast.files import write_json
 from bert_fast.launch.settings import load_settings
 from bert_fast.mlperf.score import score_folder
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained, save_pretrained
 from bert_fast.model.tensorflow_bundle import TensorBundle
+from bert_fast.train.build import Machinery, build, synthetic_input
+from bert_fast.train.capture import captured, optimizer_counts, rank_state
+from bert_fast.train.checkpoint import as_bytes, write_checkpoint
+from bert_fast.train.environment import Environment
+from bert_fast.train.resume import resume_key, sound_checkpoint, take_up
+from bert_fast.train.state import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 ODD = (
@@ -95,7 +104,30 @@ def originals(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     config = checkpoint_config()
     save_pretrained(BertForPretraining(config.model), config.model, folder / "checkpoint")
     shutil.copytree(ROOT / "tests/golden/tensorflow", folder / "bundle")
+    write_run_checkpoint(folder / "checkpoints")
     return folder
+
+
+RANK = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def machinery_of_one_step(config: Config) -> Machinery:
+    machinery = build(config, RANK)
+    machinery.step(synthetic_input(config, RANK, seed=0), lr=0.01)
+    return machinery
+
+
+def write_run_checkpoint(folder: Path) -> None:
+    """What a run of one rank leaves after its first step."""
+    config = checkpoint_config()
+    machinery = machinery_of_one_step(config)
+    state = {
+        "progress": Progress(step=1, samples=2).state_dict(), "clock": {"elapsed": 1.0, "paused": {"checkpoint": 0.5}},
+        "loss_scale": None, "optimizer": optimizer_counts(machinery), "cost": [2.0, 0.5],
+    }  # fmt: skip
+    description = {"step": 1, "world_size": 1, "key": resume_key(config, "a" * 64, "b" * 64), "state": state}
+    own = as_bytes("rank.0", rank_state(machinery, RANK))
+    write_checkpoint(folder, [*captured(machinery, RANK), own], description, 0, 2, None)
 
 
 def checkpoint_config() -> Config:
@@ -129,6 +161,31 @@ def read_bundle(path: Path) -> None:
         bundle[name]
 
 
+def read_run_checkpoint(path: Path) -> None:
+    config, folder = checkpoint_config(), path.parent.parent
+    random_state = torch.get_rng_state()
+    try:
+        found = sound_checkpoint(folder, RANK, lambda _: None)
+        take_up(found, resume_key(config, "a" * 64, "b" * 64), config, build(config, RANK), RANK, lambda _: None)
+    finally:
+        torch.set_rng_state(random_state)
+
+
+def read_matching_run_checkpoint(path: Path) -> None:
+    """With sizes and hashes of what is there now, so that the readers see the damage and not only the hash check."""
+    manifest = path.parent / "complete.json"
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        body = json.loads(manifest.read_text(encoding="utf-8"))
+        if path != manifest:
+            data = path.read_bytes()
+            body["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        body.pop("sha256", None)
+        body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        write_json(manifest, body)
+    read_run_checkpoint(path)
+
+
+RUN_CHECKPOINT = {"manifest": "complete.json", "list of tensors": "tensors.json", "tensors": "__0_0.distcp"}
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "config": ("config.yaml", load_config),
     "recipe": ("recipe.yaml", read_recipe),
@@ -145,6 +202,13 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "safetensors": ("checkpoint/model.safetensors", read_checkpoint),
     "description": ("checkpoint/config.json", read_checkpoint),
     "TensorFlow index": ("bundle/*.index", read_bundle),
+    "TensorFlow data": ("bundle/*.data-00000-of-00001", read_bundle),
+    "checksums of blocks": ("store/blocks.npy", read_store),
+    **{
+        f"checkpoint, {what}{hashes}": (f"checkpoints/step-00000001/{name}", reader)
+        for what, name in RUN_CHECKPOINT.items()
+        for hashes, reader in (("", read_run_checkpoint), (" with its hash", read_matching_run_checkpoint))
+    },
 }
 
 
@@ -153,8 +217,8 @@ def attack(kind: str, originals: Path, tmp_path: Path, count: int) -> None:
     source = sorted(originals.glob(pattern))[0]
     target = source
     if source.parent != originals:  # its neighbours belong to it
-        shutil.copytree(source.parent, tmp_path / "copy")
-        target = tmp_path / "copy" / source.name
+        shutil.copytree(source.parent, tmp_path / "copy" / source.parent.name)
+        target = tmp_path / "copy" / source.parent.name / source.name
     else:
         target = tmp_path / source.name
     data = source.read_bytes()
@@ -188,3 +252,13 @@ def test_damage_is_one_line(kind: str, originals: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", READERS)
 def test_much_damage_is_one_line(kind: str, originals: Path, tmp_path: Path) -> None:
     attack(kind, originals, tmp_path, 200)
+
+
+@pytest.mark.parametrize("name", ["key", "state", "world_size"])
+@pytest.mark.parametrize("value", [None, [], "x"])
+def test_a_checkpoint_of_another_form_is_one_line(name: str, value: object, originals: Path, tmp_path: Path) -> None:
+    shutil.copytree(originals / "checkpoints", tmp_path / "checkpoints")
+    manifest = tmp_path / "checkpoints/step-00000001/complete.json"
+    write_json(manifest, {**json.loads(manifest.read_text(encoding="utf-8")), name: value})
+    with pytest.raises(UserError, match=r"damaged \(complete\.json has no"):
+        read_matching_run_checkpoint(manifest)

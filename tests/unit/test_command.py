@@ -106,6 +106,38 @@ def test_whole_numbers_of_options(text: str) -> None:
         whole(1)(text)
 
 
+PARSER_OF = """
+import argparse, runpy, sys
+def taken(parser, *_):
+    for action in parser._actions:
+        kind = action.type
+        if not callable(kind) or kind is str or getattr(kind, "__name__", "") in ("Path", "FileType"):
+            continue
+        for text in ("-5", "nan", "1e400", "9" * 40):
+            try:
+                kind(text)
+            except (argparse.ArgumentTypeError, ValueError, TypeError):  # argparse ends in one line for these
+                continue
+            print("/".join(action.option_strings), text)
+    raise SystemExit(0)
+argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_intermixed_args = taken
+script = sys.argv[1]
+sys.path.insert(0, script.rpartition("/")[0])
+sys.argv = [script]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [path for path in SCRIPTS if path.name != "prepare_data.py"], ids=lambda path: path.name
+)
+def test_numbers_of_scripts_are_bounded(path: Path) -> None:
+    """Not of prepare_data.py: its options and its recipes are checked by the same typed model, in other tests."""
+    ended = subprocess.run([sys.executable, "-c", PARSER_OF, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
+
+
 def test_a_varint_without_end() -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match="longer than 10 bytes"):
