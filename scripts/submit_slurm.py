@@ -182,7 +182,7 @@ def main() -> int:
     )
     parser.add_argument("--style", choices=STYLES, default="srun", help="what starts ranks (default %(default)s)")
     parser.add_argument(
-        "--runs", type=whole(1, 10**6), default=1, help="runs in the job, seeds counting up (default %(default)s)"
+        "--runs", type=whole(0, 10**6), default=1, help="runs in the job, seeds counting up (default %(default)s)"
     )
     parser.add_argument("--time", help="time limit as sbatch takes it")
     parser.add_argument("--partition")
@@ -196,7 +196,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     args = parser.parse_intermixed_args()
     try:
-        if args.runs < 1:
+        if args.runs < 1:  # without argparse's usage, as the other checks of a submission
             raise UserError(f"--runs {args.runs} must be at least 1")
         config = load_config(args.config, args.overrides)
         folder = Path(args.out).absolute() / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
