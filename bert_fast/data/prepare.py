@@ -330,7 +330,6 @@ class _Splitter:
         self._side = ""  # of the document whose rest is to come, once something of it was kept
         self._train: set[bytes] = set()  # hashes, where the evaluation text was given and may repeat it
         self._both = 0
-        self.num_documents = 0
 
     def add(self, origin: str, blocks: _Blocks, goes_on: bool, left_out: str, is_evaluation: bool) -> None:
         """The next document, or stretch of one."""
@@ -344,7 +343,6 @@ class _Splitter:
                 entry = self._left_out.setdefault(left_out, {"count": 0, "first": []})
                 entry["count"] += 1
                 entry["first"] += [origin] if len(entry["first"]) < self._NAMED else []
-            self.num_documents += 1
             self._side = ""
 
     def _choose_side(self, origin: str, digest: bytes, is_evaluation: bool) -> str:
