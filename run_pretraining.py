@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="check devices, data, clocks and network of all ranks, print a table, exit",
     )
     if "-h" in arguments or "--help" in arguments:
-        from bert_fast.cli import describe_fields
+        from bert_fast.config.load import describe_fields
 
         parser.epilog = "config fields:\n" + describe_fields()
     return parser.parse_intermixed_args(arguments)
@@ -46,7 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 @guarded
 def train() -> int:
     args = parse(sys.argv[1:])
-    from bert_fast.train import entry
+    from bert_fast.train import main as entry
 
     return entry.guarded(lambda: entry.run(args, PROCESS_START))
 

@@ -19,8 +19,6 @@ from typing import Any, BinaryIO
 
 from bert_fast.errors import UserError
 
-CHECKPOINT_MANIFEST = "complete.json"
-STEP_FOLDER = "step-" + 8 * "[0-9]"  # a checkpoint's name
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)  # of a file system that has no hard links
 _HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
 _TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9]*)-\d+\.bert_fast\.tmp")
@@ -204,11 +202,6 @@ def cut_last_line(path: str | Path) -> None:
                 break
             end = begin
         file.truncate(end)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's folder of checkpoints, oldest first: those whose manifest is there."""
-    return sorted(path.parent for path in folder.glob(f"{STEP_FOLDER}/{CHECKPOINT_MANIFEST}"))
 
 
 def sha256_of(path: str | Path) -> str:

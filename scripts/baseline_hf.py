@@ -40,21 +40,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import BertConfig, BertForPreTraining
 
-from bert_fast.cli import load_config
 from bert_fast.config import Config, ModelConfig, as_plain
+from bert_fast.config.load import load_config
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
 from bert_fast.launch.local import run_local
+from bert_fast.launch.provenance import commit
 from bert_fast.launch.slurm import is_launched
 from bert_fast.optim.build import has_decay
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.bench import write_result
 from bert_fast.report.console import ProgressLine
-from bert_fast.train import entry
+from bert_fast.train import main as entry
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, describe, join, pick_device, pick_dtype
-from bert_fast.train.folder import check_inputs, commit
+from bert_fast.train.setup.inputs import check_inputs
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 _IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -70,7 +71,7 @@ Inputs = dict[str, torch.Tensor]
 def make_model(config: Config) -> BertForPreTraining:
     """BertForPreTraining of the config's shape and dropout, from its checkpoint or initialised from its seed."""
     description = _description(config.model)
-    folder = config.train.init_checkpoint
+    folder = config.checkpoint.init_from
     torch.manual_seed(config.train.seed)
     if folder is None:
         return BertForPreTraining(description)
@@ -134,12 +135,12 @@ def training_batches(store: Store, config: Config, environment: Environment) -> 
         store, environment.world_size, environment.rank, shuffle=True, seed=config.train.seed, drop_last=True
     )  # type: ignore[arg-type]
     loader = DataLoader(
-        store, config.batch.local_batch, sampler=sampler, collate_fn=collate, drop_last=True,
+        store, config.batch.micro_batch_size, sampler=sampler, collate_fn=collate, drop_last=True,
         pin_memory=environment.device.type == "cuda",
     )  # type: ignore[arg-type]  # fmt: skip
     if not len(loader):
         raise UserError(
-            f"batch.global_batch={config.batch.global_batch} is more than the {len(store)} samples of the training "
+            f"batch.global_batch_size={config.batch.global_batch_size} is more than the {len(store)} samples of the training "
             "store; prepare more data or lower the batch"
         )
     for epoch in itertools.count():
@@ -187,7 +188,7 @@ class Trainer:
         """Synthetic steps before the clock, as run_pretraining.py has them; a rate of zero leaves the weights alone."""
         config = self._config
         for index in range(max(config.train.warmup_batches, _REBUILD_STEPS)):
-            self.step([synthetic_batch(config, index) for _ in range(config.batch.accumulation)], lr=0.0)
+            self.step([synthetic_batch(config, index) for _ in range(config.batch.gradient_accumulation_steps)], lr=0.0)
         self.optimizer.state.clear()
         torch.manual_seed(config.train.seed * 100_003 + self._environment.rank)  # each rank its own dropout
 
@@ -198,7 +199,7 @@ def synthetic_batch(config: Config, seed: int) -> Inputs:
     length = config.data.max_seq_len
     num_masked = max(1, int(_FULL_MASKS * length))
     samples = []
-    for _ in range(config.batch.local_batch):
+    for _ in range(config.batch.micro_batch_size):
         ids, labels = rng.integers(0, config.model.vocab_size, (2, length))
         positions = np.sort(rng.permutation(length)[:num_masked])
         samples.append(Sample(ids, length // 2, positions, labels[:num_masked], int(rng.integers(2))))
@@ -210,9 +211,9 @@ class Evaluator:
 
     def __init__(self, store: Store, config: Config, environment: Environment) -> None:
         self._environment = environment
-        total = min(len(store), config.data.eval_samples or len(store))
+        total = min(len(store), config.evaluation.num_samples or len(store))
         order = np.argsort(-np.asarray(store.lengths[:total]).astype(np.int64), kind="stable")
-        mine, size = order[environment.rank :: environment.world_size].tolist(), config.batch.eval_batch
+        mine, size = order[environment.rank :: environment.world_size].tolist(), config.evaluation.batch_size
         self._batches = [
             _to_device(collate([store[i] for i in mine[start : start + size]]), environment.device)
             for start in range(0, len(mine), size)
@@ -266,7 +267,7 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
     """Warm up, start the clock, open the data, train to the target or the last step. Returns the record."""
     trainer = Trainer(config, environment)
     clock, line = Clock(), ProgressLine(enabled=environment.is_main)
-    settings, target = config.train, config.train.target_accuracy
+    settings, target = config.train, config.evaluation.target_accuracy
     evaluations: list[tuple[int, float]] = []
     step = samples = tokens = 0
     if dist.is_initialized():
@@ -286,13 +287,13 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
         line.say(f"evaluation at {samples:,} samples, {clock.elapsed:.1f} s: masked-LM accuracy {accuracy:.4f}")
         return target is not None and accuracy >= target
 
-    next_evaluation = settings.eval_start_samples or settings.eval_every_samples
-    reached = settings.eval_at_start and evaluate()
+    next_evaluation = config.evaluation.start_samples or config.evaluation.every_samples
+    reached = config.evaluation.at_start and evaluate()
     while not reached and step < max_steps:
-        micro_batches = [next(batches) for _ in range(config.batch.accumulation)]
+        micro_batches = [next(batches) for _ in range(config.batch.gradient_accumulation_steps)]
         loss = trainer.step(micro_batches, learning_rate(step, config.optimizer.lr, config.schedule))
         step += 1
-        samples += config.batch.global_batch
+        samples += config.batch.global_batch_size
         tokens += sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
         if environment.is_main and step % settings.log_every_steps == 0:
             accuracy = evaluations[-1][1] if evaluations else None
@@ -301,7 +302,7 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
         if samples >= next_evaluation or (step == max_steps and target is not None):
             reached = evaluate()
             while next_evaluation <= samples:
-                next_evaluation += settings.eval_every_samples
+                next_evaluation += config.evaluation.every_samples
     if environment.device.type == "cuda":
         torch.cuda.synchronize()
     seconds, training_seconds = clock.elapsed, clock.training
@@ -325,8 +326,8 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
 
 def _open_stores(config: Config) -> tuple[Store, Store]:
     data = config.data
-    stores = Store(data.train), Store(data.eval)
-    for store, sha256 in zip(stores, (None, data.eval_sha256), strict=True):
+    stores = Store(data.train), Store(config.evaluation.data)
+    for store, sha256 in zip(stores, (None, config.evaluation.sha256), strict=True):
         store.check(
             vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len,
             vocab_sha256=data.vocab_sha256, sha256=sha256,
@@ -351,7 +352,7 @@ def be_a_rank(config: Config, args: argparse.Namespace) -> int:
     record["config"]["our_allocator"] = args.our_allocator
     if dist.is_initialized():
         dist.destroy_process_group()
-    metrics, target = record["metrics"], config.train.target_accuracy
+    metrics, target = record["metrics"], config.evaluation.target_accuracy
     if environment.is_main:
         if args.json:
             write_result(args.json, **record)

@@ -72,7 +72,7 @@ def make_planner(lengths: np.ndarray, case: Case) -> Planner:
     longest = int(lengths.max())
     return Planner(
         lengths, BalanceConfig(strategy=case.strategy), BERT_LARGE, world_size=case.ranks, accumulation=1,
-        local_batch=case.batch, node_size=min(NODE, case.ranks), max_seq_len=longest, seed=0, longest=longest,
+        micro_batch_size=case.batch, node_size=min(NODE, case.ranks), max_seq_len=longest, seed=0, longest=longest,
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def start_child(strategy: str, path: str) -> None:
     start = time.perf_counter()
     lengths = np.load(path, mmap_mode="r")
     planner = Planner(
-        lengths, BalanceConfig(strategy=strategy), BERT_LARGE, world_size=1024, accumulation=1, local_batch=16,
+        lengths, BalanceConfig(strategy=strategy), BERT_LARGE, world_size=1024, gradient_accumulation_steps=1, micro_batch_size=16,
         node_size=NODE, max_seq_len=512, seed=0,
     )  # fmt: skip
     planner.plan(0)

@@ -89,9 +89,9 @@ def make_step(engine_name: str, shapes: list[tuple[str, int]], scale: int) -> Ca
     from torch.nn.parallel import DistributedDataParallel
 
     from bert_fast.communication.buckets import plan_layout
-    from bert_fast.communication.compress import WireFormat
     from bert_fast.communication.ddp import DdpEngine
     from bert_fast.communication.reducer import BucketReducer
+    from bert_fast.communication.wire_format import WireFormat
 
     model = make_model(shapes)
     x = torch.zeros(1, requires_grad=True)
@@ -162,7 +162,7 @@ def host_times(repeats: int) -> dict[str, list[float]]:
 
 def memory_of(engine: str) -> None:
     """Print this process's peak resident MiB above what it had before the model was made."""
-    from bert_fast.train.model_trace import model_trace
+    from bert_fast.cluster.backward_trace import model_trace
 
     join_fake_group()
     _, sizes, names = model_trace("base", 1.0, 4, whole_groups=False)

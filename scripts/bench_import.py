@@ -76,7 +76,7 @@ print(count / (time.perf_counter() - start))
 
 def read_ours(path: str, part: str) -> None:
     """Print samples/s and peak resident MiB of one import of a file, in this process."""
-    from bert_fast.data.formats.importer import import_part
+    from bert_fast.data.formats.convert import import_part
 
     start = time.perf_counter()
     found = import_part(path, part, VOCABULARY)

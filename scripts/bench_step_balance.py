@@ -38,9 +38,9 @@ from bert_fast.data.batch import Batch  # noqa: E402
 from bert_fast.model.bert import BertForPretraining, BertInput  # noqa: E402
 from bert_fast.model.flops import cost_coefficients  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
-from bert_fast.train.calibrate import probe_lengths  # noqa: E402
+from bert_fast.train.batches import batch_of_lengths, lay_out, to_device  # noqa: E402
 from bert_fast.train.environment import pick_dtype  # noqa: E402
-from bert_fast.train.inputs import batch_of_lengths, lay_out, to_device  # noqa: E402
+from bert_fast.train.setup.cost_model import probe_lengths  # noqa: E402
 
 STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
 CPU = torch.device("cpu")
@@ -91,10 +91,10 @@ class Bench:
                     times[name].append(seconds)
         return {name: statistics.median(values) for name, values in times.items()}
 
-    def fit(self, local_batch: int, repeats: int) -> Any:
+    def fit(self, micro_batch_size: int, repeats: int) -> Any:
         """The cost model of this machine, as a run's warm-up would fit it."""
         rows = []
-        probes = probe_lengths(local_batch, MAX_LEN)
+        probes = probe_lengths(micro_batch_size, MAX_LEN)
         batches = [self.inputs(probe) for probe in probes]
         for number in range(repeats + 1):
             for probe, batch in zip(probes, batches, strict=True):
@@ -104,9 +104,9 @@ class Bench:
         return fit_cost(np.array(rows, np.float64))
 
 
-def planner_of(lengths: np.ndarray, strategy: str, cost: CostModel, ranks: int, local_batch: int) -> Planner:
+def planner_of(lengths: np.ndarray, strategy: str, cost: CostModel, ranks: int, micro_batch_size: int) -> Planner:
     return Planner(
-        lengths, BalanceConfig(strategy=strategy), cost, world_size=ranks, accumulation=1, local_batch=local_batch,
+        lengths, BalanceConfig(strategy=strategy), cost, world_size=ranks, gradient_accumulation_steps=1, micro_batch_size=micro_batch_size,
         node_size=8, max_seq_len=MAX_LEN, seed=0, longest=MAX_LEN,
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def main() -> int:
     )  # fmt: skip
     dtype = pick_dtype("auto", CPU)
     bench = Bench(shape, dtype, args.shape_multiple)
-    fit = bench.fit(args.local_batch, args.repeats)
+    fit = bench.fit(args.micro_batch_size, args.repeats)
     flops = CostModel(*cost_coefficients(shape))
     print(
         f"cost fitted to this machine: {1e3 * fit.linear:.3f} us a token, {1e6 * fit.quadratic:.2f} ns a squared token, "
@@ -161,9 +161,9 @@ def main() -> int:
     def note(name: str, value: float) -> None:
         samples.setdefault(name, []).append(float(value))
 
-    ideal = planner_of(lengths, "balanced", fit.model, args.ranks, args.local_batch)
+    ideal = planner_of(lengths, "balanced", fit.model, args.ranks, args.micro_batch_size)
     for strategy in STRATEGIES:
-        planner = planner_of(lengths, strategy, fit.model, args.ranks, args.local_batch)
+        planner = planner_of(lengths, strategy, fit.model, args.ranks, args.micro_batch_size)
         for step in range(args.global_batches):
             plan, even = planner.plan(step), ideal.plan(step)
             mean = int(np.abs(plan.costs - plan.costs.mean()).argmin())

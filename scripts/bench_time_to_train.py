@@ -29,21 +29,22 @@ from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
-from bert_fast.cli import load_config  # noqa: E402
 from bert_fast.config import Config, as_plain  # noqa: E402
+from bert_fast.config.load import load_config  # noqa: E402
 from bert_fast.errors import TrainingError, UserError  # noqa: E402
 from bert_fast.files import write_json  # noqa: E402
+from bert_fast.launch.provenance import commit  # noqa: E402
 from bert_fast.report import bench  # noqa: E402
-from bert_fast.train import entry  # noqa: E402
-from bert_fast.train.folder import check_inputs, commit  # noqa: E402
+from bert_fast.train import main as entry  # noqa: E402
+from bert_fast.train.setup.inputs import check_inputs  # noqa: E402
 
 SIDES = ("ours", "hf")
 _FIGURES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "tokens_per_s")
 _PAIRS = 5
 _QUICK_STEPS = 40
 _QUICK = (
-    f"train.max_steps={_QUICK_STEPS}", "train.target_accuracy=0.999", "train.eval_every_samples=1000000000",
-    "train.eval_start_samples=null", "train.eval_at_start=false",
+    f"train.max_steps={_QUICK_STEPS}", "evaluation.target_accuracy=0.999", "evaluation.every_samples=1000000000",
+    "evaluation.start_samples=null", "evaluation.at_start=false",
 )  # fmt: skip
 _TAIL = 15  # lines of a failed run that are shown
 
@@ -210,8 +211,10 @@ def _checked_config(args: argparse.Namespace) -> Config:
         args.pairs = 1 if args.quick else _PAIRS
     if args.pairs < 1:
         raise UserError(f"--pairs {args.pairs} must be at least 1")
-    if config.train.target_accuracy is None:
-        raise UserError(f"{args.config} has no train.target_accuracy, so no time to train; set one, or use --quick")
+    if config.evaluation.target_accuracy is None:
+        raise UserError(
+            f"{args.config} has no evaluation.target_accuracy, so no time to train; set one, or use --quick"
+        )
     check_inputs(config)
     return config
 

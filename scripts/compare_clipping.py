@@ -90,7 +90,7 @@ def main() -> int:
         args.seeds, args.steps = 1, 60
     facts = environment()
     common = [
-        f"train.max_steps={args.steps}", "train.target_accuracy=null", "mlperf.enabled=false", "run.tensorboard=false",
+        f"train.max_steps={args.steps}", "evaluation.target_accuracy=null", "mlperf.enabled=false", "run.tensorboard=false",
         *args.overrides,
     ]  # fmt: skip
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in args.modes}

@@ -29,7 +29,7 @@ from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
 from bert_fast.balance.planner import Plan, Planner  # noqa: E402
 from bert_fast.config import BalanceConfig  # noqa: E402
 
-RANKS, LOCAL_BATCH, NODE, MAX_LEN = 8, 6, 4, 512
+RANKS, MICRO_BATCH_SIZE, NODE, MAX_LEN = 8, 6, 4, 512
 STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
 
 
@@ -49,10 +49,10 @@ def segments(plan: Plan, lengths: np.ndarray, rank: int, strategy: str) -> list[
 
 def draw(strategy: str, path: Path) -> None:
     """One bar a rank, as long as the tokens it computes."""
-    config = BalanceConfig(strategy=strategy, pack_rows=3 if strategy == "packed" else None)
+    config = BalanceConfig(strategy=strategy, num_packs=3 if strategy == "packed" else None)
     planner = Planner(
         wikipedia_like(10_000), config, CostModel(613.7e6, 98304), world_size=RANKS,
-        accumulation=1, local_batch=LOCAL_BATCH, node_size=NODE, max_seq_len=MAX_LEN, seed=3,
+        gradient_accumulation_steps=1, micro_batch_size=MICRO_BATCH_SIZE, node_size=NODE, max_seq_len=MAX_LEN, seed=3,
     )  # fmt: skip
     plan = planner.plan(0)
     lengths = planner.lengths_of(plan)
@@ -68,7 +68,7 @@ def draw(strategy: str, path: Path) -> None:
             left += tokens
     axis.axvline(lengths.sum() / RANKS, color="black", linestyle="--", linewidth=1)
     axis.set_yticks(range(RANKS), [f"rank {r}" for r in range(RANKS)])
-    axis.set_xlim(0, LOCAL_BATCH * MAX_LEN)
+    axis.set_xlim(0, MICRO_BATCH_SIZE * MAX_LEN)
     axis.invert_yaxis()
     axis.set_xlabel("tokens computed (darker: longer sample; hatched: padding; dashed: even share)")
     axis.set_title(f"{strategy}: imbalance {plan.imbalance:.3f}", fontsize=10)

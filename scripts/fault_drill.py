@@ -39,15 +39,15 @@ from bert_fast.report.bench import cpu_name, environment  # noqa: E402
 from bert_fast.report.metrics import read_metrics  # noqa: E402
 
 SMALL = (
-    "train.init_checkpoint=null", "train.target_accuracy=null", "train.eval_every_samples=1600", "data.eval_samples=256",
+    "checkpoint.init_from=null", "evaluation.target_accuracy=null", "evaluation.every_samples=1600", "evaluation.num_samples=256",
     "model.hidden_size=64", "model.num_layers=2", "model.num_heads=2", "model.intermediate_size=128",
-    "batch.global_batch=16", "batch.local_batch=8", "run.matmul_ceiling=false", "run.tensorboard=false",
+    "batch.global_batch_size=16", "batch.micro_batch_size=8", "run.measure_peak_flops=false", "run.tensorboard=false",
     "mlperf.enabled=true", "train.warmup_batches=1",
 )  # fmt: skip
 BIG = (
-    "train.init_checkpoint=null", "train.target_accuracy=null", "train.eval_every_samples=100000000",
+    "checkpoint.init_from=null", "evaluation.target_accuracy=null", "evaluation.every_samples=100000000",
     "model.hidden_size=512", "model.num_layers=6", "model.num_heads=8", "model.intermediate_size=2048",
-    "batch.global_batch=8", "batch.local_batch=4", "run.matmul_ceiling=false", "run.tensorboard=false",
+    "batch.global_batch_size=8", "batch.micro_batch_size=4", "run.measure_peak_flops=false", "run.tensorboard=false",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 24, every: i
     """
     drill = Drill(config, folder, BIG, steps=every * checkpoints + 1, every=every, timeout_s=120)
     run = drill.new_folder("stall")
-    ended = drill.run(run, "train.keep_checkpoints=1", fault={"action": "alternate", "rank": -1})
+    ended = drill.run(run, "checkpoint.keep_last=1", fault={"action": "alternate", "rank": -1})
     if ended.code != 0:
         raise UserError(f"the run that measures checkpoints ended with {ended.code}: {ended.output[-300:]}")
     record = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
@@ -203,7 +203,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and all rows")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write README.md, a table")
     args = parser.parse_args()
-    from bert_fast.cli import load_config
+    from bert_fast.config.load import load_config
 
     try:
         config = load_config(str(args.config), [])

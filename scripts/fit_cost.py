@@ -2,7 +2,7 @@
 """Fit the cost of a sample, cost(L) = a L + b L^2, to the step times in the logs of one or more runs.
 
     python scripts/fit_cost.py runs/mini_cpu-seed0 --out cost.json
-    python run_pretraining.py --config ... balance.cost_file=cost.json
+    python run_pretraining.py --config ... balance.cost=cost.json
 
 Runs with balance.strategy=random tell most: their ranks differ most.
 """
@@ -32,7 +32,7 @@ from bert_fast.report.metrics import cost_rows  # noqa: E402
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="RUN", help="folders of runs (with metrics.jsonl)")
-    parser.add_argument("--out", metavar="FILE", help="write the cost model there, for balance.cost_file")
+    parser.add_argument("--out", metavar="FILE", help="write the cost model there, for balance.cost")
     args = parser.parse_args()
     try:
         rows = [row for folder in args.folders for row in cost_rows(folder)]

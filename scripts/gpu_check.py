@@ -307,7 +307,9 @@ def run_stages(args: argparse.Namespace, names: list[str], out: Path, target: Pa
     scratch = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # The server imports once what every stage needs, and each stage's process is forked from it. It never touches CUDA.
-    multiprocessing.set_forkserver_preload(["bert_fast.train.build", "scripts.gpu.stage", "scripts.step.variants"])
+    multiprocessing.set_forkserver_preload(
+        ["bert_fast.train.setup.build", "scripts.gpu.stage", "scripts.step.variants"]
+    )
     try:
         for name in names:
             if args.resume and records.get(name, {}).get("status") in (PASSED, UNAVAILABLE):

@@ -25,7 +25,7 @@ guard_imports()
 
 import numpy as np  # noqa: E402
 
-from bert_fast.cli import to_yaml  # noqa: E402
+from bert_fast.cluster.backward_trace import SHAPES, model_trace  # noqa: E402
 from bert_fast.communication.plan import (  # noqa: E402
     BucketPlan,
     Link,
@@ -36,9 +36,9 @@ from bert_fast.communication.plan import (  # noqa: E402
     timeline,
     uniform_ends,
 )
+from bert_fast.config.load import to_yaml  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
-from bert_fast.train.model_trace import SHAPES, model_trace  # noqa: E402
 
 
 def read_trace(path: str) -> tuple[np.ndarray, np.ndarray, list[str], Link | None]:

@@ -24,9 +24,9 @@ from bert_fast.command import guard_imports, guarded, whole
 
 guard_imports()
 
-from bert_fast.cli import validate
+from bert_fast.config.load import validate
 from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
-from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
+from bert_fast.data.formats.convert import FORMS, export_store, find_sources, import_store
 from bert_fast.data.prepare import PICKS, SPLITS, Recipe, prepare
 from bert_fast.data.recipe import RecipeFile, read_recipe
 from bert_fast.data.samples import SampleParams

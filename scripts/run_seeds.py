@@ -26,8 +26,8 @@ from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
-from bert_fast.cli import load_config  # noqa: E402
 from bert_fast.config import Config, as_plain  # noqa: E402
+from bert_fast.config.load import load_config  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 
@@ -94,7 +94,7 @@ def main() -> int:
     overrides = list(args.overrides)
     if args.quick:
         args.seeds = 2
-        overrides += ["train.max_steps=40", "train.eval_every_samples=1280"]
+        overrides += ["train.max_steps=40", "evaluation.every_samples=1280"]
     try:
         config = load_config(args.config, overrides)
         known = records_in(args.known, config) if args.known else {}

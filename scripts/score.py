@@ -43,7 +43,7 @@ def row_of(score: SystemScore, ruleset: str) -> list[str]:
 
     first, step = score.runs[0], score.mean("step_s")
     return [
-        score.name, first.division, number(score.accelerators, ","), number(score.global_batch, ","), str(len(score.runs)),
+        score.name, first.division, number(score.accelerators, ","), number(score.global_batch_size, ","), str(len(score.runs)),
         str(sum(run.converged for run in score.runs)), number(score.scaled_minutes, ".4f"),
         number(score.mean("samples"), ",.0f"),
         number(score.mean("steps"), ",.0f"), number(None if step is None else 1e3 * step, ",.1f"), number(score.rate, ",.1f"),
@@ -68,7 +68,7 @@ def with_unique_names(scores: list[SystemScore], folders: list[str]) -> list[Sys
 
 def convergence(score: SystemScore, ruleset: str) -> str:
     """Verdict of the reference convergence points: for open runs in brackets, as it does not bind them."""
-    first, samples, batch = score.runs[0], score.samples_to_converge, score.global_batch
+    first, samples, batch = score.runs[0], score.samples_to_converge, score.global_batch_size
     if samples is None or batch is None:
         return "-"
     verdict = judge(samples, batch, ruleset)

@@ -29,17 +29,17 @@ from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 guard_imports()
 
 from bert_fast.claims import claimed  # noqa: E402
-from bert_fast.cli import load_config, to_yaml  # noqa: E402
 from bert_fast.config import as_plain  # noqa: E402
+from bert_fast.config.load import load_config, to_yaml  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import create_atomically, write_json  # noqa: E402
 from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402
-from bert_fast.mlperf.package import SUBMISSION, check_names, lay_out, verdict_of  # noqa: E402
 from bert_fast.mlperf.rules import RULESET  # noqa: E402
 from bert_fast.mlperf.score import read_events  # noqa: E402
+from bert_fast.mlperf.submission import SUBMISSION, check_names, lay_out, verdict_of  # noqa: E402
 from bert_fast.mlperf.system import collect_system, complete_system, read_person, template  # noqa: E402
 from bert_fast.report.bench import markdown_table  # noqa: E402
-from bert_fast.train.folder import FINISHING, RUN, clear_run  # noqa: E402
+from bert_fast.run_folder import PENDING_RECORD, RUN, clear_run  # noqa: E402
 
 _SOURCES = (
     "bert_fast",
@@ -85,7 +85,7 @@ def run_seeds(args: argparse.Namespace, out: Path) -> list[Path]:
                 raise UserError(f"{folder} holds a run of another config; choose another --out, or remove it")
         else:
             print(f"seed {seed}: running", flush=True)
-            if not (folder / FINISHING).is_file():  # of a run that was stopped: its time would be none
+            if not (folder / PENDING_RECORD).is_file():  # of a run that was stopped: its time would be none
                 with claimed(folder, RUN):
                     clear_run(folder)
             _run_one([sys.executable, str(ROOT / "run_pretraining.py"), "--config", args.config, *overrides], seed)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,21 +29,21 @@ from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 
 guard_imports()
 
-from bert_fast.cli import load_config, to_yaml  # noqa: E402
 from bert_fast.config import Config, as_plain  # noqa: E402
+from bert_fast.config.load import load_config, to_yaml  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.launch.code import COMMIT, commit  # noqa: E402
+from bert_fast.launch.provenance import COMMIT, commit  # noqa: E402
 from bert_fast.launch.slurm import STYLES, job_fields, nodes_needed  # noqa: E402
 
 COPIED = ("bert_fast", "slurm", "run_pretraining.py")  # what a job runs; no data, no history, no tests
 PATHS = (
     ("data", "train"),
-    ("data", "eval"),
-    ("train", "init_checkpoint"),
-    ("balance", "cost_file"),
+    ("evaluation", "data"),
+    ("checkpoint", "init_from"),
+    ("balance", "cost"),
 )
-SETTINGS = "system.yaml"  # the copy of system.settings
+SETTINGS = "system.yaml"  # the copy of system.machine_file
 ENDED = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -72,13 +73,21 @@ def node_range(config: Config, asked: int | None) -> str:
 def frozen(config: Config, folder: Path) -> str:
     """The whole config as YAML for a job that runs in `folder`: input paths absolute, output inside."""
     plain = as_plain(config)
-    for section, name in PATHS:
-        if plain[section][name] is not None:
-            plain[section][name] = os.path.abspath(plain[section][name])
+    for section, name in _paths_in(plain):
+        plain[section][name] = os.path.abspath(plain[section][name])
     plain["run"]["folder"] = str(folder / "run")
-    if config.system.settings is not None:
-        plain["system"]["settings"] = str(folder / SETTINGS)  # a copy: see `submit`
+    if config.system.machine_file is not None:
+        plain["system"]["machine_file"] = str(folder / SETTINGS)  # a copy: see `submit`
     return to_yaml(plain)
+
+
+def _paths_in(plain: dict[str, Any]) -> list[tuple[str, str]]:
+    """The settings that hold a path; `balance.cost` may also be a word or numbers."""
+    return [
+        (section, name)
+        for section, name in PATHS
+        if isinstance(plain[section][name], str) and plain[section][name] not in ("flops", "measure")
+    ]
 
 
 def render(config: Config, folder: Path, args: argparse.Namespace) -> str:
@@ -108,7 +117,7 @@ def render(config: Config, folder: Path, args: argparse.Namespace) -> str:
 
 def _input_paths(config: Config) -> list[str]:
     plain = as_plain(config)
-    return [os.path.abspath(plain[section][name]) for section, name in PATHS if plain[section][name] is not None]
+    return [os.path.abspath(plain[section][name]) for section, name in _paths_in(plain)]
 
 
 def copy_code(folder: Path) -> None:
@@ -139,8 +148,8 @@ def submit(config: Config, folder: Path, script: str) -> int:
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
     copy_code(folder)
-    if config.system.settings is not None:
-        shutil.copyfile(config.system.settings, folder / SETTINGS)
+    if config.system.machine_file is not None:
+        shutil.copyfile(config.system.machine_file, folder / SETTINGS)
     write_atomically(folder / "config.yaml", frozen(config, folder))
     write_atomically(folder / COMMIT, commit() + "\n")
     write_atomically(folder / "job.sbatch", script)

@@ -1,6 +1,6 @@
 """Shared fixtures: a tiny vocabulary, tiny stores of made-up samples, a tiny config. No network, no installed corpus.
 
-`make_config("batch.accumulation=2", ...)`  a small valid Config with dotted overrides
+`make_config("batch.gradient_accumulation_steps=2", ...)`  a small valid Config with dotted overrides
 `stores`                                    folder with train/ and eval/ stores, written once a session
 `vocab_file`, `vocabulary`                  64 tokens: special tokens, letters, a few words
 `environment`                               rank 0 of 1 on the CPU in fp32
@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 
-from bert_fast.cli import config_from_tree
 from bert_fast.config import Config
+from bert_fast.config.load import config_from_tree
 from bert_fast.data.samples import SampleParams, make_samples
 from bert_fast.data.store import merge_parts, write_part
 from bert_fast.data.wordpiece import SPECIAL_TOKENS, Vocabulary, load_vocabulary
@@ -119,16 +119,17 @@ def make_config(stores: Path, tmp_path: Path) -> Callable[..., Config]:
 
     def make(*overrides: str) -> Config:
         tree: dict[str, dict[str, Any]] = {
-            "run": {"folder": str(tmp_path / "run"), "tensorboard": False, "matmul_ceiling": False},
+            "run": {"folder": str(tmp_path / "run"), "tensorboard": False, "measure_peak_flops": False},
             "model": {
                 "vocab_size": len(TOKENS), "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32,
                 "max_positions": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0, "initializer_range": 0.1,
             },
-            "data": {"train": str(stores / "train"), "eval": str(stores / "eval"), "max_seq_len": 32},
-            "batch": {"global_batch": 8, "local_batch": 8, "eval_batch": 16},
+            "data": {"train": str(stores / "train"), "max_seq_len": 32},
+            "batch": {"global_batch_size": 8, "micro_batch_size": 8},
             "optimizer": {"name": "adamw", "lr": 0.001},
             "schedule": {"warmup_steps": 2, "total_steps": 100},
-            "train": {"max_steps": 6, "eval_every_samples": 32, "precision": "fp32", "warmup_batches": 1},
+            "train": {"max_steps": 6, "precision": "fp32", "warmup_batches": 1},
+            "evaluation": {"data": str(stores / "eval"), "every_samples": 32, "batch_size": 16},
             "system": {"device": "cpu", "bind_cores": False},
             "mlperf": {"enabled": False},
         }  # fmt: skip

@@ -22,11 +22,11 @@ REFINE_MS = 20.0  # the default budget of `refine`
 _PAIRS_PER_MS, _PAIRS_PER_SWEEP, _PAIRS_PER_SLOT = 500_000, 50_000, 25
 _PARTNERS = 2  # cheap slots that a dear one is compared with in a sweep, or as many as make up for its fixed cost
 _PATIENCE = 12  # sweeps without a swap, each with other partners, after which there is none
-_WORTH = 2e-5  # of the mean that a millisecond must take from the dearest slot: 1 us in a step of 50 ms
+_WORTH = 2e-5  # of the mean that a millisecond must take from the costliest slot: 1 us in a step of 50 ms
 
 
 def falling(costs: np.ndarray) -> np.ndarray:
-    """Indices of `costs`, dearest first, equals in their order; int64 [N]."""
+    """Indices of `costs`, costliest first, equals in their order; int64 [N]."""
     return np.argsort(-costs, kind="stable")
 
 
@@ -36,16 +36,16 @@ def in_order(costs: np.ndarray, num_ranks: int) -> np.ndarray:
 
 
 def round_robin(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
-    """Sort all samples, dearest first, and deal one a rank, round after round (NVIDIA's exchange padding, as a plan).
+    """Sort all samples, costliest first, and deal one a rank, round after round (NVIDIA's exchange padding, as a plan).
 
-    The first rank gets the dearest sample of every round.
+    The first rank gets the costliest sample of every round.
     """
     order = falling(costs) if order is None else order
     return np.ascontiguousarray(order.reshape(-1, num_ranks).T)
 
 
 def snake(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
-    """Sort by cost, dearest first, and deal over the ranks, every second row in reverse."""
+    """Sort by cost, costliest first, and deal over the ranks, every second row in reverse."""
     order = falling(costs) if order is None else order
     rows = order.reshape(-1, num_ranks).copy()
     rows[1::2] = rows[1::2, ::-1]
@@ -73,7 +73,7 @@ def karmarkar_karp(costs: np.ndarray, num_ranks: int, order: np.ndarray | None =
     """Largest differencing with equal counts (Karmarkar and Karp 1982; equal-size form of Michiels et al. 2003).
 
     The sorted samples are cut into rows of one sample a rank. A row is a partial solution, its spread the difference
-    between its dearest and cheapest rank. The two rows of largest spread are merged, dearest on cheapest, until one is
+    between its costliest and cheapest rank. The two rows of largest spread are merged, costliest on cheapest, until one is
     left. O(n log n) with every merge vectorised over ranks; exact for two samples a rank.
     """
     rows = (falling(costs) if order is None else order).reshape(-1, num_ranks)
@@ -95,7 +95,7 @@ def karmarkar_karp(costs: np.ndarray, num_ranks: int, order: np.ndarray | None =
 
 
 def longest_first(costs: np.ndarray, num_slots: int, order: np.ndarray | None = None) -> np.ndarray:
-    """Greedy with free counts (Graham 1969, LPT): the dearest sample left goes to the slot with the least cost so far.
+    """Greedy with free counts (Graham 1969, LPT): the costliest sample left goes to the slot with the least cost so far.
 
     Vectorised: as many samples at once as go to different slots in the sequential algorithm, too, whose result this is.
 
@@ -133,10 +133,10 @@ def refine(
     costs: np.ndarray, grid: np.ndarray, budget_ms: float = REFINE_MS, *, weights: np.ndarray | None = None,
     cap: int | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Lower the dearest slots by swapping one place with one of a cheap slot, many slots at a time, until it no longer pays.
+    """Lower the costliest slots by swapping one place with one of a cheap slot, many slots at a time, until it no longer pays.
 
     A swap with an EMPTY place moves a sample. Slots keep their counts where the grid has no EMPTY places. It ends at the
-    bound (the mean, or the dearest sample), where no swap is left, where a tenth of the budget has lowered the dearest slot
+    bound (the mean, or the costliest sample), where no swap is left, where a tenth of the budget has lowered the costliest slot
     by less than `_WORTH` a millisecond, or with the budget. Milliseconds are not measured but counted, as steps of known
     cost: every rank stops at the same swap.
 
@@ -167,7 +167,7 @@ def refine(
         above = num_slots - int(np.searchsorted(sums[rising], level, side="right"))
         if work >= check:
             worth = _WORTH * mean * (work - last[0]) / _PAIRS_PER_MS
-            # Many slots may be as dear as the dearest: then fewer of them are progress, if there is enough to gain
+            # Many slots may be as dear as the costliest: then fewer of them are progress, if there is enough to gain
             if last[1] - top < worth and (above > 0.9 * last[2] or level - floor < 4 * worth):
                 break
             check, last = work + budget / 10, (work, top, above)
@@ -215,9 +215,9 @@ def balanced(
 
 
 def lower_bound(costs: np.ndarray, num_ranks: int, equal_counts: bool = True) -> float:
-    """What the dearest rank costs at least, however the samples are dealt.
+    """What the costliest rank costs at least, however the samples are dealt.
 
-    It is the mean, or the dearest sample, or, of the (k - 1) ranks + 1 dearest samples, k that one rank must have, the
+    It is the mean, or the costliest sample, or, of the (k - 1) ranks + 1 costliest samples, k that one rank must have, the
     cheapest such, with the cheapest others to fill up an equal count.
     """
     mean, dearest_first = costs.sum() / num_ranks, np.sort(costs)[::-1]
@@ -229,7 +229,7 @@ def lower_bound(costs: np.ndarray, num_ranks: int, equal_counts: bool = True) ->
     bounds = running[ends] - running[ends - counts]
     if equal_counts:
         bounds = bounds + cheapest[per_rank - counts]
-        if per_rank == 2:  # the dearest samples lie apart, each with one at least as dear as the next cheapest
+        if per_rank == 2:  # the costliest samples lie apart, each with one at least as dear as the next cheapest
             bounds = np.append(bounds, dearest_first[:num_ranks] + dearest_first[::-1][:num_ranks])
     return float(max(mean, bounds.max()))
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bert_fast.cli import validate
-from bert_fast.config import Cost
+from bert_fast.config.load import validate
+from bert_fast.config.section import Cost
 from bert_fast.errors import UserError
 from bert_fast.files import read_json
 
 _FILE_BYTES = 1 << 20
-_RESOLUTION = 2**30  # the dearest sample in whole numbers: sums of 2^32 samples fit 64 bits
+_RESOLUTION = 2**30  # the costliest sample in whole numbers: sums of 2^32 samples fit 64 bits
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def fit_cost(rows: np.ndarray, most_doubt: float = 0.1) -> CostFit:
     if not doubt <= most_doubt:
         raise ValueError(
             "the measured batches are too much alike to tell the cost of a token from that of attention; measure batches "
-            "of different lengths (balance.fit_cost=true)"
+            "of different lengths (balance.cost=measure)"
         )
     errors = rows[:, 2] - _columns(rows) @ coefficients
     return CostFit(linear, quadratic, fixed, float(np.median(np.abs(errors)) / np.median(rows[:, 2])), doubt, len(rows))
@@ -166,7 +166,7 @@ def read_cost(path: str | Path) -> CostModel:
     Raises:
         UserError: no such file, or it holds no cost model.
     """
-    what = "balance.cost_file"
+    what = "balance.cost"
     try:
         record = validate(_CostFile, read_json(path, what, _FILE_BYTES), f"{what} {path}")
     except UserError as error:

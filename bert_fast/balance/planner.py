@@ -14,10 +14,12 @@ from bert_fast.balance.cost import CostModel, imbalance
 from bert_fast.balance.packing import pack
 from bert_fast.balance.permutation import EpochOrder
 from bert_fast.balance.strata import Strata
-from bert_fast.config import EQUAL_COUNT_STRATEGIES, BalanceConfig
+from bert_fast.config import BalanceConfig
 from bert_fast.errors import UserError
 
 _LOOK_AHEAD = 16  # steps that are packed to find out how many rows a micro-batch needs
+
+EQUAL_COUNT_STRATEGIES = ("random", "pad_to_longest", "exchange", "exchange_snake", "stratified_presort", "balanced")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Planner:
 
     def __init__(
         self, lengths: np.ndarray, config: BalanceConfig, cost: CostModel, *,
-        world_size: int, accumulation: int, local_batch: int, node_size: int, max_seq_len: int, seed: int,
+        world_size: int, gradient_accumulation_steps: int, micro_batch_size: int, node_size: int, max_seq_len: int, seed: int,
         num_steps: int | None = None, longest: int | None = None,
     ) -> None:  # fmt: skip
         """
@@ -96,16 +98,23 @@ class Planner:
                 for it, or a token cap that a step cannot keep.
         """
         self._lengths, self._config, self._seed, self._num_steps = lengths, config, seed, num_steps
-        self._world, self._accumulation, self._local, self._node = world_size, accumulation, local_batch, node_size
+        self._world, self._accumulation, self._local, self._node = (
+            world_size,
+            gradient_accumulation_steps,
+            micro_batch_size,
+            node_size,
+        )
         self._max_seq_len = max_seq_len
-        self.global_batch = world_size * accumulation * local_batch
-        self.cap = config.max_tokens or local_batch * max_seq_len
+        self.global_batch_size = world_size * gradient_accumulation_steps * micro_batch_size
+        self.cap = config.max_tokens or micro_batch_size * max_seq_len
         self._check(longest)
         self._table, self._unit = cost.table(max_seq_len)
         if config.strategy == "stratified_presort":
             bounds = _bounds(config, max_seq_len)
             counts = None if config.strata_counts is None else np.array(config.strata_counts)
-            self._strata = Strata(lengths, bounds, counts, accumulation * local_batch, world_size, seed)
+            self._strata = Strata(
+                lengths, bounds, counts, gradient_accumulation_steps * micro_batch_size, world_size, seed
+            )
         else:
             self._order = EpochOrder(len(lengths), (seed, 0))
         self._num_rows = self._rows_needed() if config.strategy == "packed" else 0
@@ -122,7 +131,7 @@ class Planner:
             raise UserError(f"no plan for step {step}: the run has steps 0 to {self._num_steps - 1} (train.max_steps)")
         ids = self.draw(step)
         lengths = self._lengths[ids]
-        labels = np.random.default_rng([self._seed, 1, step])  # no rank always gets the dearest samples
+        labels = np.random.default_rng([self._seed, 1, step])  # no rank always gets the costliest samples
         if self._config.strategy == "packed":
             return self._packed(step, ids, lengths, labels)
         if self._config.strategy == "balanced_free":
@@ -165,7 +174,7 @@ class Planner:
             split = assign.snake_rows(costs[ranks], self._accumulation).reshape(world, -1)
             ranks = np.take_along_axis(ranks, split, axis=1)
         place = ranks.reshape(-1)
-        starts = np.arange(0, self.global_batch + 1, self._local)
+        starts = np.arange(0, self.global_batch_size + 1, self._local)
         return self._finish(step, ids[place], starts, lengths[place])
 
     def _free(self, step: int, ids: np.ndarray, lengths: np.ndarray, labels: np.random.Generator) -> Plan:
@@ -208,7 +217,7 @@ class Planner:
 
     def _pack(self, lengths: np.ndarray) -> tuple[np.ndarray, int]:
         config = self._config
-        return pack(lengths, self._max_seq_len, config.pack_depth, config.pack_first, _longest_first(lengths))
+        return pack(lengths, self._max_seq_len, config.max_samples_per_pack, config.pack_order, _longest_first(lengths))
 
     def _slots_to_ranks(self, sums: np.ndarray, labels: np.random.Generator) -> np.ndarray:
         """Deal micro-batches to ranks evenly: int64 [ranks * accumulation], rank by rank, with mixed rank labels."""
@@ -243,7 +252,7 @@ class Planner:
         """Ids of the samples of a step as they are drawn, before dealing, int64 [global batch]."""
         if self._config.strategy == "stratified_presort":
             return self._strata.draw(step)
-        return self._order.take(step * self.global_batch, self.global_batch)
+        return self._order.take(step * self.global_batch_size, self.global_batch_size)
 
     def _check(self, longest: int | None) -> None:
         if not len(self._lengths):
@@ -254,9 +263,9 @@ class Planner:
                 f"the length table holds a sample of {longest} tokens and data.max_seq_len={self._max_seq_len}; raise it "
                 "or prepare shorter samples"
             )
-        if len(self._lengths) < self.global_batch:
+        if len(self._lengths) < self.global_batch_size:
             raise UserError(
-                f"batch.global_batch={self.global_batch} is more than the {len(self._lengths)} samples of the training "
+                f"batch.global_batch_size={self.global_batch_size} is more than the {len(self._lengths)} samples of the training "
                 "store; prepare more data or lower the batch"
             )
 
@@ -281,8 +290,8 @@ class Planner:
 
     def _rows_needed(self) -> int:
         """Rows of a micro-batch that hold the first steps and, most likely, all."""
-        if self._config.pack_rows is not None:
-            return self._config.pack_rows
+        if self._config.num_packs is not None:
+            return self._config.num_packs
         needed = [self._pack(self._lengths[self.draw(step)])[1] for step in range(self._steps_ahead())]
         most = max(needed) + (max(needed) - min(needed))
         return -(-most // (self._world * self._accumulation))

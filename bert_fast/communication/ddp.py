@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast.communication.buckets import Layout
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
-from bert_fast.communication.compress import WireFormat
+from bert_fast.communication.wire_format import WireFormat
 from bert_fast.errors import UserError
 from bert_fast.trace import Trace
 
@@ -79,7 +79,7 @@ class DdpEngine:
         self.exposed_s = time.perf_counter() - start  # DDP waits inside backward; its wait cannot be told apart
         return norm
 
-    def settle(self) -> None:
+    def wait_pending(self) -> None:
         """Nothing goes on beyond `finish`."""
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -19,8 +19,8 @@ from torch import nn
 
 from bert_fast.communication.buckets import FlatGradients, Layout, Span
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
-from bert_fast.communication.compress import WireFormat, Work
-from bert_fast.communication.exchange import call_when_done
+from bert_fast.communication.p2p import call_when_done
+from bert_fast.communication.wire_format import WireFormat, Work
 from bert_fast.trace import Trace, span_or_nothing
 
 
@@ -85,7 +85,7 @@ class BucketReducer:
         finally:
             self._armed = False
 
-    def watch_finite(self) -> None:
+    def enable_nonfinite_flag(self) -> None:
         """From now on tell, at the end of backward, whether any rank's gradient is not finite. A collective.
 
         `finish` with `update` needs it: no weight may change in a step that is skipped. The flag travels in a group of its
@@ -100,7 +100,7 @@ class BucketReducer:
 
         Args:
             update: called with the number of a bucket as soon as that is reduced, while later ones are on the wire, and with
-                a 0-dim tensor that is 1 where a rank's gradient was not finite. Needs `watch_finite`.
+                a 0-dim tensor that is 1 where a rank's gradient was not finite. Needs `enable_nonfinite_flag`.
         """
         start = time.perf_counter()
         with self._beside(after_backward=True):
@@ -139,7 +139,7 @@ class BucketReducer:
         """Where the averaged gradient of a bucket is after `finish`, flat."""
         return self.gradients.of(self.layout.buckets[number])
 
-    def settle(self) -> None:
+    def wait_pending(self) -> None:
         """Wait for what goes on beyond `finish` (nothing, in this engine): afterwards weights may be read."""
 
     def _norm(self) -> torch.Tensor:
@@ -149,7 +149,7 @@ class BucketReducer:
         self.gradients.buffer.mul_(value)
 
     def _share_flag(self) -> torch.Tensor:
-        assert self._watch is not None, "watch_finite() first"
+        assert self._watch is not None, "enable_nonfinite_flag() first"
         flag = torch.isfinite(self._watch).logical_not().to(torch.float32)
         self._watch.zero_()
         if self._sends:

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bert_fast.communication import exchange
+from bert_fast.communication import p2p as exchange
 from bert_fast.communication.buckets import Layout
-from bert_fast.communication.compress import WireFormat, Work
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import WireFormat, Work
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new and the old name
 
@@ -90,8 +90,8 @@ class ShardedReducer(BucketReducer):
             own = {layout.bucket_of[index_of[id(p)]] for p in module.parameters(recurse=False)}
             if own:
                 module.register_forward_pre_hook(self._before_forward(sorted(own, reverse=True)))
-        model.register_state_dict_pre_hook(lambda *_: self.settle())
-        model.register_load_state_dict_pre_hook(lambda *_: self.settle())
+        model.register_state_dict_pre_hook(lambda *_: self.wait_pending())
+        model.register_load_state_dict_pre_hook(lambda *_: self.wait_pending())
 
     def zero_grad(self) -> None:
         super().zero_grad()
@@ -112,7 +112,7 @@ class ShardedReducer(BucketReducer):
 
     def gather_weights(self) -> None:
         """Start to send updated shards to all ranks, in the order in which forward needs them."""
-        self.settle()  # of buckets that no module has asked for
+        self.wait_pending()  # of buckets that no module has asked for
         with self._beside(after_backward=True):
             for number in reversed(range(len(self.layout.buckets))):
                 bucket = self.layout.buckets[number]
@@ -123,7 +123,7 @@ class ShardedReducer(BucketReducer):
                 if self.trace and self._stream is None:
                     exchange.call_when_done(work, self.trace.begin("weights", bucket.name))
 
-    def settle(self) -> None:
+    def wait_pending(self) -> None:
         """Wait until all weights are those of the last update."""
         for number in list(self._gathering):
             self._wait_for(number)

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from bert_fast.data.columns import COLUMN_SUFFIXES
 from bert_fast.data.docstrings import clean_docstring, documentation
 from bert_fast.data.folders import files_below, is_part_of_dataset
+from bert_fast.data.parquet import COLUMN_SUFFIXES
 from bert_fast.data.streams import COMPRESSED, Source, Text, bare_name, read_texts
 from bert_fast.data.text import detect_language, num_words, split_sentences, strip_marks
 from bert_fast.data.wikitext import Page, TooCostlyError, clean, is_dump, read_pages

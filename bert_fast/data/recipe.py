@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bert_fast.cli import read_yaml, validate
-from bert_fast.config import Section, Seed, Tokens
+from bert_fast.config import Section
+from bert_fast.config.load import read_yaml, validate
+from bert_fast.config.section import Seed, Tokens
 from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
 from bert_fast.errors import UserError
 

@@ -382,7 +382,7 @@ class Store:
             )
         for what, expected, found in (
             ("was made with another vocabulary", vocab_sha256, manifest["vocab_sha256"]),
-            ("is not the one the config pins (data.eval_sha256)", sha256, manifest["sha256"]),
+            ("is not the one the config pins (evaluation.sha256)", sha256, manifest["sha256"]),
         ):
             if expected is not None and expected != found:
                 raise UserError(
@@ -395,7 +395,7 @@ class Store:
         found = sha256_of(self.folder / "samples.bin")
         if found != sha256:
             raise UserError(
-                f"store {self.folder}: samples.bin has the hash {found[:16]}..., expected {sha256[:16]}... (data.eval_sha256); "
+                f"store {self.folder}: samples.bin has the hash {found[:16]}..., expected {sha256[:16]}... (evaluation.sha256); "
                 "prepare the data again"
             )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from bert_fast.data.columns import read_rows
+from bert_fast.data.parquet import read_rows
 from bert_fast.data.text import without_fences
 from bert_fast.errors import UserError
 

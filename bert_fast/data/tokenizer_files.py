@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.data.wordpiece import SPECIAL_TOKENS, WordPiece, as_text, load_vocabulary
+from bert_fast.run_folder import TOKENIZER_FILES
 
-TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _ROLES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
 
 

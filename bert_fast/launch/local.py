@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType
 
 from bert_fast.claims import CLAIM, claim_name
-from bert_fast.config import Config, run_folder
+from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.files import checkpoints_in
-from bert_fast.launch.head import SECRET, new_secret
+from bert_fast.launch.rendezvous_check import SECRET, new_secret
+from bert_fast.run_folder import checkpoints_in, run_folder
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_LOST_RANK = 4

@@ -14,7 +14,7 @@ from typing import Literal
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.launch.head import addresses_of
+from bert_fast.launch.rendezvous_check import addresses_of
 
 Style = Literal["srun", "torchrun"]
 STYLES: tuple[Style, ...] = ("srun", "torchrun")
@@ -182,20 +182,20 @@ def fit_to_nodes(config: Config, available: int) -> tuple[int, list[str]]:
     batch = config.batch
     for nodes in range(available, least - 1, -1):
         world = nodes * config.system.node_size
-        if nodes == 0 or batch.global_batch % world:
+        if nodes == 0 or batch.global_batch_size % world:
             continue
-        of_a_rank = batch.global_batch // world
-        local = max(size for size in range(1, batch.local_batch + 1) if of_a_rank % size == 0)
+        of_a_rank = batch.global_batch_size // world
+        local = max(size for size in range(1, batch.micro_batch_size + 1) if of_a_rank % size == 0)
         return nodes, [
             f"system.world_size={world}", f"system.ranks_per_node={config.system.node_size}",
-            f"batch.local_batch={local}", f"batch.accumulation={of_a_rank // local}",
+            f"batch.micro_batch_size={local}", f"batch.gradient_accumulation_steps={of_a_rank // local}",
         ]  # fmt: skip
     if available < least:
         raise UserError(
             f"{available} nodes answer and recovery.min_nodes={least}; the config's full number is {needed}"
         )
     raise UserError(
-        f"batch.global_batch={batch.global_batch} cannot be shared by {least} to {available} nodes of "
+        f"batch.global_batch_size={batch.global_batch_size} cannot be shared by {least} to {available} nodes of "
         f"{config.system.node_size} ranks; lower recovery.min_nodes or choose a global batch with more divisors"
     )
 

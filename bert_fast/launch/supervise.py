@@ -23,13 +23,14 @@ from types import FrameType
 from typing import Any
 
 from bert_fast.claims import MARK, owner_of, remove_own
-from bert_fast.cli import load_config
-from bert_fast.config import Config, run_folder
+from bert_fast.config import Config
+from bert_fast.config.load import load_config
 from bert_fast.errors import UserError
-from bert_fast.files import checkpoints_in, write_json
+from bert_fast.files import write_json
 from bert_fast.launch import slurm
-from bert_fast.launch.head import HEAD_ADDRESSES, SECRET, new_secret
 from bert_fast.launch.local import ERROR_FOLDER
+from bert_fast.launch.rendezvous_check import HEAD_ADDRESSES, SECRET, new_secret
+from bert_fast.run_folder import checkpoints_in, run_folder
 
 EXIT_TARGET_MISSED, EXIT_USER = 1, 2  # as of run_pretraining.py
 _HANDLED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -170,7 +171,7 @@ class Supervisor:
         if self._is_stuck(run):
             say(
                 f"not requeued: {_FRUITLESS} starts in a row have not got beyond step {run.last_step}; the time limit is too "
-                "short for start-up and a checkpoint, or train.checkpoint_every_steps too long"
+                "short for start-up and a checkpoint, or checkpoint.every_steps too long"
             )
             return 128 + number
         done = subprocess.run(["scontrol", "requeue", str(self._job.id)], capture_output=True, text=True)

@@ -102,9 +102,11 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     Below `estimate` on purpose: what is more than a machine's memory by this count cannot run there.
     """
     shards = config.system.world_size if config.communication.shard_optimizer else 1
-    tokens = config.batch.local_batch * config.data.max_seq_len
+    tokens = config.batch.micro_batch_size * config.data.max_seq_len
     tokens += -tokens % config.batch.shape_multiple
-    inputs = 3 * 8 * tokens * config.batch.accumulation  # tokens, types and positions of the synthetic step
+    inputs = (
+        3 * 8 * tokens * config.batch.gradient_accumulation_steps
+    )  # tokens, types and positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
     return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + inputs + kept
 

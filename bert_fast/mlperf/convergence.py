@@ -24,7 +24,7 @@ NUM_RUNS = 10
 class ConvergencePoint:
     """Samples to the target at a global batch: the reference's mean (without fastest and slowest) and the least that passes."""
 
-    global_batch: int
+    global_batch_size: int
     mean: float
     least: float
     kind: str  # reference | interpolated | of a larger batch
@@ -71,25 +71,25 @@ def reference_points(ruleset: str, *, pruned: bool = True) -> dict[int, Converge
     checker = _checker(ruleset)
     records = checker.pruned_rcp_data if pruned else checker.rcp_data
     points = (_point(record, "reference") for record in records.values())
-    return {point.global_batch: point for point in sorted(points, key=lambda each: each.global_batch)}
+    return {point.global_batch_size: point for point in sorted(points, key=lambda each: each.global_batch_size)}
 
 
-def reference_point(global_batch: int, ruleset: str) -> ConvergencePoint | None:
+def reference_point(global_batch_size: int, ruleset: str) -> ConvergencePoint | None:
     """The pruned point of a global batch: its own, interpolated, the smallest for batches below, None for those above all."""
     points = reference_points(ruleset)
-    if global_batch in points:
-        return points[global_batch]
-    below = [batch for batch in points if batch < global_batch]
-    above = [batch for batch in points if batch > global_batch]
+    if global_batch_size in points:
+        return points[global_batch_size]
+    below = [batch for batch in points if batch < global_batch_size]
+    above = [batch for batch in points if batch > global_batch_size]
     if not above:
         return None
     if not below:
         smallest = points[min(above)]
-        return ConvergencePoint(smallest.global_batch, smallest.mean, smallest.least, "of a larger batch")
+        return ConvergencePoint(smallest.global_batch_size, smallest.mean, smallest.least, "of a larger batch")
     checker = _checker(ruleset)
     low, high = (checker._find_rcp(batch, "pruned_rcps") for batch in (max(below), min(above)))
     with _quiet():
-        _, record = checker._create_interp_rcp(global_batch, low, high)
+        _, record = checker._create_interp_rcp(global_batch_size, low, high)
     return _point(record, "interpolated")
 
 
@@ -97,18 +97,20 @@ def _point(record: dict[str, Any], kind: str) -> ConvergencePoint:
     return ConvergencePoint(int(record["BS"]), float(record["RCP Mean"]), float(record["Min Epochs"]), kind)
 
 
-def judge(samples: Sequence[float | None], global_batch: int, ruleset: str) -> ConvergenceVerdict:
+def judge(samples: Sequence[float | None], global_batch_size: int, ruleset: str) -> ConvergenceVerdict:
     """Compare samples to converge of the runs of one system with the reference (None: a run that did not converge).
 
     One run that did not converge counts as the slowest.
     """
     if len(samples) < 3 or sum(value is None for value in samples) > 1:
         return ConvergenceVerdict(False, "too few runs that converged", None, None)
-    point = reference_point(global_batch, ruleset)
+    point = reference_point(global_batch_size, ruleset)
     kept = sorted(float("inf") if value is None else float(value) for value in samples)[1:-1]
     mean = statistics.fmean(kept)
     if point is None:
-        return ConvergenceVerdict(False, f"no reference at a global batch of {global_batch:,} or above", None, mean)
+        return ConvergenceVerdict(
+            False, f"no reference at a global batch of {global_batch_size:,} or above", None, mean
+        )
     if mean < point.least:
         text = f"{mean:,.0f} samples are fewer than the {point.least:,.0f} that the reference ({point.kind}) allows"
         return ConvergenceVerdict(False, text, point, mean)

@@ -99,8 +99,8 @@ class ResultLog:
         optimizer, schedule = config.optimizer, config.schedule
         for key, value in (
             (constants.SEED, config.train.seed),
-            (constants.GLOBAL_BATCH_SIZE, config.batch.global_batch),
-            (constants.GRADIENT_ACCUMULATION_STEPS, config.batch.accumulation),
+            (constants.GLOBAL_BATCH_SIZE, config.batch.global_batch_size),
+            (constants.GRADIENT_ACCUMULATION_STEPS, config.batch.gradient_accumulation_steps),
             ("max_sequence_length", config.data.max_seq_len),
             (constants.OPT_NAME, optimizer.name),
             (constants.OPT_BASE_LR, optimizer.lr),
@@ -117,7 +117,7 @@ class ResultLog:
             ("opt_lamb_learning_rate_decay_poly_power", schedule.power),
             ("opt_gradient_clip_norm", config.communication.max_norm),
             ("opt_gradient_clip_mode", config.communication.clip),
-            ("target_accuracy", config.train.target_accuracy),
+            ("target_accuracy", config.evaluation.target_accuracy),
             ("number_of_ranks", config.system.world_size),
             ("number_of_nodes", config.system.world_size // config.system.node_size),
         ):

@@ -18,9 +18,9 @@ _VOCABULARIES = (30_522, 30_528)  # as published, and padded to a multiple of 64
 _CLIPS = ("global_before_reduce", "global_after_reduce")
 
 
-def evaluation_interval(global_batch: int) -> int:
+def evaluation_interval(global_batch_size: int) -> int:
     """Samples between evaluations in the closed division: floor(0.05 (230.23 GBS + 3,000,000) / 25,000) 25,000."""
-    return int(0.05 * (230.23 * global_batch + 3_000_000) // 25_000) * 25_000
+    return int(0.05 * (230.23 * global_batch_size + 3_000_000) // 25_000) * 25_000
 
 
 def wants_tensors(ruleset: str) -> bool:
@@ -49,8 +49,8 @@ def open_because(config: Config) -> list[str]:
     Free in the closed division: global batch, learning rate, epsilon, training and warm-up steps, start_warmup_step, betas
     and weight decay; order, sharding and batching of samples that stays random overall.
     """
-    optimizer, schedule, train, data = config.optimizer, config.schedule, config.train, config.data
-    communication, batch = config.communication, config.batch.global_batch
+    optimizer, schedule, data, evaluation = config.optimizer, config.schedule, config.data, config.evaluation
+    communication, batch, checkpoint = config.communication, config.batch.global_batch_size, config.checkpoint
     found = []
 
     def must(holds: bool, what: str, rule: str) -> None:
@@ -69,7 +69,7 @@ def open_because(config: Config) -> list[str]:
     )
     must(data.max_seq_len == 512, f"data.max_seq_len={data.max_seq_len}", "samples have up to 512 tokens")
     must(
-        data.eval_samples == EVALUATION_SAMPLES, f"data.eval_samples={data.eval_samples}",
+        evaluation.num_samples == EVALUATION_SAMPLES, f"evaluation.num_samples={evaluation.num_samples}",
         "the evaluation set has 10,000 samples",
     )  # fmt: skip
     must(
@@ -80,7 +80,7 @@ def open_because(config: Config) -> list[str]:
         config.balance.strategy != "stratified_presort", "balance.strategy=stratified_presort",
         "every sample is as likely in every batch; strata fix how many of each length",
     )  # fmt: skip
-    must(not train.eval_at_start, "train.eval_at_start=true", "evaluations are at the interval, none before the first")
+    must(not evaluation.at_start, "evaluation.at_start=true", "evaluations are at the interval, none before the first")
     must(not data.allow_shared_text, "data.allow_shared_text=true", "the evaluation set is held out of training")
     must(not data.dynamic_masking, "data.dynamic_masking=true", "masks are those of the given samples")
     must(
@@ -95,20 +95,20 @@ def open_because(config: Config) -> list[str]:
     must(schedule.power == 1.0, f"schedule.power={schedule.power}", "the learning rate decays linearly")
     must(schedule.end_lr == 0.0, f"schedule.end_lr={schedule.end_lr}", "the learning rate decays to 0")
     must(
-        train.init_checkpoint is not None,
-        "train.init_checkpoint is not set",
+        checkpoint.init_from is not None,
+        "checkpoint.init_from is not set",
         "training starts from the given checkpoint",
     )
     must(
-        train.target_accuracy == TARGET_ACCURACY, f"train.target_accuracy={train.target_accuracy}",
+        evaluation.target_accuracy == TARGET_ACCURACY, f"evaluation.target_accuracy={evaluation.target_accuracy}",
         f"the target is {TARGET_ACCURACY}",
     )  # fmt: skip
     interval = evaluation_interval(batch)
     whole = -(-interval // batch) * batch
-    for name in ("eval_every_samples", "eval_start_samples"):
-        own = getattr(train, name)
+    for name in ("every_samples", "start_samples"):
+        own = getattr(evaluation, name)
         must(
-            own in (interval, whole) or (own is None and name == "eval_start_samples"), f"train.{name}={own}",
+            own in (interval, whole) or (own is None and name == "start_samples"), f"evaluation.{name}={own}",
             f"with a global batch of {batch:,}, evaluations are every {interval:,} samples, or {whole:,}, whole batches",
         )  # fmt: skip
     return found
@@ -118,7 +118,7 @@ def check_evaluation_set(num_samples: int, config: Config) -> None:
     """Refuse a closed run whose evaluation store is too small. Raises UserError."""
     if config.mlperf.enabled and config.mlperf.division == "closed" and num_samples < EVALUATION_SAMPLES:
         raise UserError(
-            f"mlperf.division=closed: the evaluation store {config.data.eval} has {num_samples:,} samples and the rule is "
+            f"mlperf.division=closed: the evaluation store {config.evaluation.data} has {num_samples:,} samples and the rule is "
             f"{EVALUATION_SAMPLES:,}; import the whole set"
         )
 

@@ -40,7 +40,7 @@ class RunScore:
 
     path: str
     division: str
-    global_batch: int | None
+    global_batch_size: int | None
     seed: int | str | None
     converged: bool
     time_s: float
@@ -145,7 +145,7 @@ def score_run(path: str | Path) -> RunScore:
     evaluations, key, samples = _evaluations(path, events, end if begin is None else begin, batch)
     step_s = _step_s(evaluations, batch, samples)
     return RunScore(
-        path=str(path), division=shown(last.get("submission_division", {}).get("value", "unknown"), 20), global_batch=batch,
+        path=str(path), division=shown(last.get("submission_division", {}).get("value", "unknown"), 20), global_batch_size=batch,
         seed=_seed(last["seed"]["value"]) if "seed" in last else None,
         converged=not cut_off and _metadata(last["run_stop"]).get("status") == "success", time_s=max(0.0, time_s),
         samples=samples, steps=round(samples / batch) if samples is not None and batch else None,
@@ -335,9 +335,9 @@ class SystemScore:
         return samples / seconds / self.accelerators if samples and seconds and self.accelerators else None
 
     @property
-    def global_batch(self) -> int | None:
+    def global_batch_size(self) -> int | None:
         """Of the first run that tells it."""
-        return next((run.global_batch for run in self.runs if run.global_batch is not None), None)
+        return next((run.global_batch_size for run in self.runs if run.global_batch_size is not None), None)
 
     @property
     def samples_to_converge(self) -> list[float | None] | None:

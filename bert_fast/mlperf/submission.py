@@ -1,162 +1,306 @@
-"""MLPerf's own checkers, run on what we wrote, with their verdict read from their output.
+"""A submission package, and one table of verdicts on it: MLPerf's checkers' and our own of the set of runs.
 
-Two of them (package, system description) end with exit code 0 on failure, and the package checker writes `scaling.json` beside
-the results of a closed package. So their text is read, and they are given a copy.
+`<org>/results/<system>/bert/result_0.txt` to 9, `<org>/systems/<system>.json`, `<org>/benchmarks/bert/implementations/`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import logging
+import hashlib
+import itertools
+import json
+import math
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bert_fast.claims import Kind
 from bert_fast.errors import UserError
+from bert_fast.files import sha256_of, write_atomically, write_json
+from bert_fast.foreign import shown
+from bert_fast.mlperf.compliance import check_convergence, check_logs, check_package, check_system
+from bert_fast.mlperf.convergence import NUM_RUNS, judge
+from bert_fast.mlperf.rules import TARGET_ACCURACY
+from bert_fast.mlperf.score import MOST_LOG_BYTES, RunScore, SystemScore, read_events, score_run
 
-_TIMEOUT_S = 600
+IMPLEMENTATION = "bert_fast"
+SUBMISSION = Kind("a submission", (), "choose another --out")
+_LEDGER = ".bert_fast_written.json"
+_SAME_IN_ALL = ("global_batch_size", "submission_division", "submission_benchmark", "opt_name", "opt_base_learning_rate",
+                "train_dataset_sha256", "eval_dataset_sha256")  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a checker said: `text` is its whole output, `reasons` the lines of it that tell why it failed."""
+class Row:
+    """One line of the verdict table. `passed` is None where the check does not apply."""
 
-    passed: bool
-    text: str
+    check: str
+    passed: bool | None
+    detail: str
 
     @property
-    def reasons(self) -> list[str]:
-        marks = ("ERROR", "failed", "Failed", "FAILED", "Error:", "Exception")
-        lines = [line.strip() for line in self.text.splitlines() if any(mark in line for mark in marks)]
-        return list(dict.fromkeys(re.sub(r"^(ERROR|INFO|WARNING)\s*-\s*", "", line) for line in lines))
+    def word(self) -> str:
+        return "-" if self.passed is None else "passed" if self.passed else "FAILED"
 
 
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """The checkers drop log files where they are started."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+# ---- laying out -----------------------------------------------------------------------------------------------------
 
 
-def _run(module: str, arguments: list[str], scratch: Path) -> tuple[int, str]:
+def check_names(organization: str, system: str) -> None:
+    """Refuse names that are no folder's. Raises UserError."""
+    for what, name in (("organization", organization), ("system", system)):
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{what} '{shown(name)}' must begin with a letter or digit and hold these and . _ + - only")
+
+
+def lay_out(
+    logs: list[Path], out: Path, *, organization: str, system: str, description: dict[str, str], sources: Iterable[Path],
+    root: Path, notes: str,
+) -> Path:  # fmt: skip
+    """Write the package into `out/organization`, in place of what an earlier call wrote of this system. Returns that folder.
+
+    Args:
+        logs: result logs in the order of their numbers.
+        sources: files of the implementation, below `root`.
+        notes: README.md of the implementation.
+
+    Raises:
+        UserError: a name that is no folder's; a number of logs other than ten; a file that somebody else wrote, or has
+            changed, where one of the package goes.
+    """
+    check_names(organization, system)
+    if len(logs) != NUM_RUNS:
+        raise UserError(f"a package has {NUM_RUNS} results and {len(logs)} were given; run the missing seeds")
+    package = out / organization
+    code = package / "benchmarks" / "bert" / "implementations" / IMPLEMENTATION
+    files = {package / "results" / system / "bert" / f"result_{n}.txt": log.read_bytes() for n, log in enumerate(logs)}
+    files |= {code / source.relative_to(root): source.read_bytes() for source in sources}
+    files[code / "README.md"] = notes.encode()
+    files[package / "systems" / f"{system}.json"] = (
+        json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    ).encode()
+    _write_files(out, files, (code, package / "results" / system))
+    return package
+
+
+def _write_files(out: Path, files: dict[Path, bytes], whole: Sequence[Path]) -> None:
+    """Write files below `out`, and remove what an earlier call wrote into the folders `whole` and this one does not.
+
+    A list in `out` says what was written, by hash: what it does not name, or what has been changed since, is a person's.
+
+    Raises:
+        UserError: such a file is in the way. Nothing has been changed then.
+    """
+    ledger = out / _LEDGER
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", f"mlperf_logging.{module}", *arguments],
-            cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT_S,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise UserError(f"mlperf_logging.{module} did not end within {_TIMEOUT_S} s") from None
-    return done.returncode, (done.stdout + done.stderr).strip()
+        known: dict[str, list[str]] = json.loads(ledger.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    new = {path.relative_to(out).as_posix(): content for path, content in files.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in new.items()}
+    stale = [n for n in known if n not in new and any((out / n).is_relative_to(folder) for folder in whole)]
+    for name in (*new, *stale):
+        path = out / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(f"{path} is a folder or a link where a file of the package goes; move it away")
+        if path.exists() and sha256_of(path) not in (*known.get(name, ()), hashes.get(name)):
+            raise UserError(f"{path} is not as this command wrote it; move it away or choose another --out")
+    # Before the files, so that one of them can be told for ours whenever this ends
+    write_json(ledger, known | {name: [*known.get(name, ()), hashes[name]] for name in new})
+    for name, content in new.items():
+        write_atomically(out / name, content)
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+        for folder in (out / name).parents:
+            if not any(folder.is_relative_to(each) for each in whole) or any(folder.iterdir()):
+                break
+            folder.rmdir()
+    write_json(ledger, {n: each for n, each in known.items() if n not in stale} | {n: [hashes[n]] for n in new})
 
 
-def check_log(path: str | Path, ruleset: str) -> Verdict:
-    """The compliance checker on one result log."""
-    full = str(Path(path).resolve())
-    with _scratch() as scratch:
-        code, text = _run(
-            "compliance_checker",
-            ["--usage", "training", "--ruleset", ruleset, "--log_output", str(scratch / "checker.log"), full], scratch,
-        )  # fmt: skip
-        text = text.replace(full, Path(path).name).replace(f"{scratch}/", "")
-    return Verdict(code == 0 and "SUCCESS" in text, text)
+# ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def check_logs(paths: list[Path], ruleset: str) -> list[Verdict]:
-    """The compliance checker on many logs, in one process: starting it takes far longer than a log."""
-    from mlperf_logging.compliance_checker import mlp_compliance
+def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, Any]]:
+    """Every check on every system of a package, and figures by name (`package_passed`, `minutes/SYSTEM`).
 
-    verdicts = []
+    Raises:
+        UserError: the folder is no package.
+    """
+    package = Path(package)
+    folders = sorted(path for path in package.glob("results/*/bert") if path.is_dir())
+    if not folders:
+        raise UserError(f"{package}: no results/<system>/bert in it; give the folder of the organization")
+    _check_files(package)
+    rows: list[Row] = []
+    figures: dict[str, Any] = {}
+    for folder in folders:
+        system = folder.parent.name
+        found, division = _check_runs(folder, ruleset)
+        rows += found
+        description = package / "systems" / f"{system}.json"
+        if description.is_file():
+            said = check_system(description, ruleset)
+            rows.append(Row(f"{system}: system description", said.passed, "" if said.passed else _first(said.reasons)))
+        else:
+            rows.append(Row(f"{system}: system description", False, f"systems/{system}.json is missing"))
+        if division == "closed":
+            said = check_convergence(folder, ruleset)
+            detail = "reference convergence" if said.passed else _first(said.reasons)
+            rows.append(Row(f"{system}: RCP checker", said.passed, detail))
+        else:
+            rows.append(Row(f"{system}: RCP checker", None, "for the closed division only"))
+    checked = check_package(package, ruleset)
+    rows.append(Row("package checker", checked.verdict.passed, _first(checked.verdict.reasons, checked.verdict.passed)))
+    times = ", ".join(f"{name} {minutes:.4f} min" for name, minutes in checked.minutes.items())
+    rows.append(Row("result summarizer", checked.summary.passed, times or _first(checked.summary.reasons)))
+    for folder in folders:
+        rows.append(_score_row(folder, checked.scaling.get(folder.parent.name, 1.0), figures))
+    figures["package_passed"] = int(all(row.passed is not False for row in rows))
+    return rows, figures
+
+
+def _check_files(package: Path) -> None:
+    """Refuse what MLPerf's checkers, and the copy made for them, would read without end. Raises UserError."""
+    for path in sorted(package.rglob("*")):
+        if path.is_file():
+            size, most = path.stat().st_size, MOST_LOG_BYTES
+            if size > most:
+                raise UserError(
+                    f"{shown(path)} has {size >> 20:,} MiB, and of a file at most {most >> 20:,} MiB are checked"
+                )
+        elif not path.is_dir():
+            raise UserError(f"{shown(path)} is no regular file; take it out of the package")
+
+
+def _first(reasons: list[str], passed: bool = False) -> str:
+    return "" if passed else (shown(reasons[0]) if reasons else "no reason given")
+
+
+def _score_row(folder: Path, scale: float, figures: dict[str, Any]) -> Row:
+    system = folder.parent.name
+    runs = []
+    for path in sorted(folder.glob("result_*.txt")):
+        try:
+            runs.append(score_run(path))
+        except UserError as error:
+            return Row(f"{system}: score", False, str(error))
+    score = SystemScore(system, None, tuple(runs))
+    if score.minutes is None:
+        return Row(f"{system}: score", False, "more than one run did not converge, or there are fewer than 3")
+    figures[f"minutes/{system}"] = score.minutes * scale
+    scaled = f", x {scale:.5f} by the reference = {score.minutes * scale:.4f}" if scale != 1.0 else ""
+    return Row(f"{system}: score", True, f"{score.minutes:.4f} min, mean without fastest and slowest{scaled}")
+
+
+def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
+    """Our own checks of a system's runs, stricter than the checkers', and the compliance checker on each."""
+    system = folder.parent.name
+    paths = sorted(folder.glob("result_*.txt"))
+    names = {path.name for path in paths}
+    missing = [f"result_{n}.txt" for n in range(NUM_RUNS) if f"result_{n}.txt" not in names]
+    extra = sorted(names - {f"result_{n}.txt" for n in range(NUM_RUNS)})
+    odd = [*(f"{name} is missing" for name in missing), *(f"{name} is one too many" for name in extra)]
+    rows = [Row(f"{system}: {NUM_RUNS} results", not odd, ", ".join(odd) or "result_0.txt to result_9.txt")]
+    verdicts = check_logs(paths, ruleset)
+    bad = [(path.name, v.reasons) for path, v in zip(paths, verdicts, strict=True) if not v.passed]
+    detail = "; ".join(f"{name}: {_first(reasons)}" for name, reasons in bad) or f"all {len(paths)} logs, {ruleset}"
+    rows.append(Row(f"{system}: compliance checker", not bad, detail))
+    runs: dict[str, RunScore] = {}
+    events: dict[str, list[dict[str, Any]]] = {}
+    unreadable = []
     for path in paths:
-        said = io.StringIO()
-        handler = logging.StreamHandler(said)
-        root = logging.getLogger()
-        level, others = root.level, root.handlers[:]
-        root.handlers[:], root.level = [handler], logging.INFO
         try:
-            checker = mlp_compliance.make_checker("training", ruleset, quiet=False, werror=False)
-            passed = mlp_compliance.main(str(path), f"training_{ruleset}/common.yaml", checker)[0]
-        except Exception as error:  # of the rules, which are code that is evaluated over the log
-            passed = False
-            said.write(f"ERROR - {type(error).__name__}: {error}\n")
-        finally:
-            root.handlers[:], root.level = others, level
-        verdicts.append(Verdict(bool(passed), said.getvalue().replace(str(path), path.name)))
-    return verdicts
+            events[path.name], runs[path.name] = read_events(path), score_run(path)
+        except UserError as error:
+            unreadable.append(str(error).replace(f"{path}: ", f"{path.name}: "))
+    unreadable += [f"{name}: has no run_stop" for name, run in runs.items() if run.cut_off]
+    unreadable += [
+        f"{name}: an evaluation has no samples as epoch_num" for name, run in runs.items() if _lacks_samples(run)
+    ]
+    rows.append(Row(f"{system}: readable", not unreadable, "; ".join(unreadable) or "every log has its start and stop"))
+    aborted = [name for name, run in runs.items() if not run.converged]
+    detail = (
+        ", ".join(aborted) + " did not reach the target" + (" (one of ten may: it is the slowest)" if aborted else "")
+    )
+    rows.append(Row(f"{system}: converged", len(aborted) <= 1, detail if aborted else ""))
+    for name, faults in (
+        ("accuracy", _accuracy_faults(runs)), ("never resumed", _resumed(events)), ("seeds", _seeds(runs)),
+        ("one setting", _unlike(events)), ("order", _out_of_order(events)),
+    ):  # fmt: skip
+        rows.append(Row(f"{system}: {name}", not faults, "; ".join(faults)))
+    division = next(iter(runs.values())).division if runs else "unknown"
+    if division == "closed" and runs:
+        score = SystemScore(system, None, tuple(runs.values()))
+        if score.samples_to_converge is None or score.global_batch_size is None:
+            rows.append(
+                Row(f"{system}: samples to converge", False, "a log does not tell the samples of its evaluations")
+            )
+        else:
+            verdict = judge(score.samples_to_converge, score.global_batch_size, ruleset)
+            rows.append(Row(f"{system}: samples to converge", verdict.passed, verdict.text))
+    return rows, division
 
 
-def check_system(path: str | Path, ruleset: str) -> Verdict:
-    """The system description checker."""
-    with _scratch() as scratch:
-        _, text = _run("system_desc_checker", [str(Path(path).resolve()), "training", ruleset], scratch)
-    return Verdict("checker passed" in text and "checker failed" not in text and "Traceback" not in text, text)
+def _lacks_samples(run: RunScore) -> bool:
+    """Whether an evaluation does not say its samples as the rules want it."""
+    told = run.samples_key == "epoch_num" and all(each.samples is not None for each in run.evaluations)
+    return bool(run.evaluations) and not told
 
 
-def check_convergence(results: str | Path, ruleset: str) -> Verdict:
-    """The RCP checker on a folder of result logs (closed division)."""
-    with _scratch() as scratch:
-        copied = _copied(Path(results), scratch / "results")
-        code, text = _run(
-            "rcp_checker", [str(copied), "--rcp_version", ruleset, "--log_output", str(scratch / "rcp.log")], scratch
-        )
-    return Verdict(code == 0 and "PASSED" in text, text.replace(f"{scratch}/", ""))
-
-
-@dataclass(frozen=True)
-class PackageVerdict:
-    """The package checker's verdict, the factor it found for the score, and the minutes of the summarizer, by system."""
-
-    verdict: Verdict
-    scaling: dict[str, float]
-    minutes: dict[str, float]
-    summary: Verdict
-
-
-def check_package(organization: str | Path, ruleset: str) -> PackageVerdict:
-    """The package checker and the result summarizer on `<org>/` (with results/ and systems/), in a copy of it."""
-    with _scratch() as scratch:
-        copied = _copied(Path(organization), scratch / Path(organization).resolve().name)
-        _, text = _run(
-            "package_checker",
-            [str(copied), "training", ruleset, "--log_output", str(scratch / "package.log")], scratch,
-        )  # fmt: skip
-        passed = "PACKAGE CHECKER FOUND NO ERRORS" in text and "Traceback" not in text
-        scaling = {path.parent.parent.name: _scaling(path) for path in copied.glob("results/*/bert/scaling.json")}
-        table = scratch / "summary.csv"
-        code, said = _run("result_summarizer", [str(copied), "training", ruleset, "--csv", str(table)], scratch)
-        minutes = _minutes(table) if table.is_file() else {}
-        summary = Verdict(code == 0 and bool(minutes), said.replace(f"{scratch}/", ""))
-    return PackageVerdict(Verdict(passed, text.replace(f"{scratch}/", "")), scaling, minutes, summary)
-
-
-def _copied(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("scaling.json", "*.log"))
-    return target
-
-
-def _scaling(path: Path) -> float:
-    found = re.search(r"[-+0-9.eE]+", path.read_text(encoding="utf-8").partition(":")[2])
-    return float(found.group()) if found else 1.0
-
-
-def _minutes(table: Path) -> dict[str, float]:
-    """Minutes by system from the summarizer's table, whose first lines may be headings."""
-    rows = list(csv.reader(table.read_text(encoding="utf-8").splitlines()))
-    head = next((n for n, row in enumerate(rows) if any(cell.strip().lower() == "bert" for cell in row)), None)
-    if head is None:
-        return {}
-    names = [cell.strip().lower() for cell in rows[head]]
-    value, system = names.index("bert"), next((n for n, name in enumerate(names) if "system" in name), 0)
-    found = {}
-    for row in rows[head + 1 :]:
-        try:
-            found[row[system]] = float(row[value])
-        except (ValueError, IndexError):
+def _accuracy_faults(runs: dict[str, RunScore]) -> list[str]:
+    """Success that is none: below the target of the division, or of the log itself in the open one."""
+    faults = []
+    for name, run in runs.items():
+        accuracies = [each.accuracy for each in run.evaluations]
+        last = accuracies[-1] if accuracies else math.nan
+        if not all(math.isfinite(accuracy) for accuracy in accuracies):
+            faults.append(f"{name}: an accuracy is not finite")
             continue
-    return found
+        target = TARGET_ACCURACY if run.division == "closed" else run.target
+        if run.converged and target is not None and not last >= target:
+            faults.append(f"{name}: says success at accuracy {last:.4f}, below {target}")
+    return faults
+
+
+def _resumed(events: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [
+        f"{name}: was stopped and resumed, so its time is none"
+        for name, found in events.items()
+        if any(event["key"] == "resumed" for event in found)
+    ]
+
+
+def _seeds(runs: dict[str, RunScore]) -> list[str]:
+    counts = Counter(run.seed for run in runs.values())
+    faults = [f"{name}: no seed" for name, run in runs.items() if run.seed is None]
+    twice = [seed for seed, count in counts.items() if count > 1 and seed is not None]
+    return faults + [
+        f"seed {seed} in {', '.join(name for name, run in runs.items() if run.seed == seed)}" for seed in twice
+    ]
+
+
+def _unlike(events: dict[str, list[dict[str, Any]]]) -> list[str]:
+    faults = []
+    for key in _SAME_IN_ALL:
+        values: dict[str, list[str]] = {}
+        for name, found in events.items():
+            for value in {json.dumps(event["value"]) for event in found if event["key"] == key}:
+                values.setdefault(value, []).append(name)
+        if len(values) > 1:
+            odd = min(values.items(), key=lambda item: len(item[1]))
+            faults.append(f"{key} is {shown(odd[0], 60)} in {', '.join(odd[1])} and not in the others")
+    return faults
+
+
+def _out_of_order(events: dict[str, list[dict[str, Any]]]) -> list[str]:
+    faults = []
+    for name, found in events.items():
+        first = {event["key"]: event["time_ms"] for event in reversed(found)}
+        order = [key for key in ("init_start", "init_stop", "run_start", "run_stop") if key in first]
+        late = [b for a, b in itertools.pairwise(order) if first[a] > first[b]]
+        faults += [f"{name}: {key} comes too early" for key in late]
+    return faults

@@ -181,3 +181,19 @@ def _dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     if p == 0:
         return x
     return fused.dropout(x, p) if fused.fuses(x) else F.dropout(x, p)
+
+
+def expected_ready_order(model: BertForPretraining) -> list[int]:
+    """Indices of the parameters in the order in which backward is expected to finish their gradients.
+
+    Heads first, then layers from last to first, embeddings last. A run measures the real order.
+    """
+    names = [name for name, _ in model.named_parameters()]
+
+    def depth(name: str) -> tuple[int, int]:
+        part = name.split(".")
+        if part[0] == "heads":
+            return (0, 0)
+        return (1, -int(part[1])) if part[0] == "layers" else (2, int(part[1] == "word"))
+
+    return sorted(range(len(names)), key=lambda i: (depth(names[i]), -i))

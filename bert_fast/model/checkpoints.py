@@ -281,7 +281,7 @@ def _read_safetensors(folder: Path, files: contextlib.ExitStack) -> dict[str, St
         if others:
             why = f"; {others[0]} is not read (a .bin can run code): load it elsewhere and save_pretrained() it as one file"
         raise UserError(
-            f"checkpoint {shown(folder)} has no model.safetensors; point train.init_checkpoint at such a folder{why}"
+            f"checkpoint {shown(folder)} has no model.safetensors; point checkpoint.init_from at such a folder{why}"
         )
     try:
         with open(path, "rb") as file:

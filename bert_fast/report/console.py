@@ -137,7 +137,7 @@ def _start_text(record: dict[str, Any]) -> str:
 def _mfu_text(metrics: dict[str, Any]) -> str:
     if not metrics.get("mfu"):
         return "not measured"
-    return f"{100 * metrics['mfu']:.1f} % of a matmul ceiling of {metrics['matmul_ceiling_tflops']:.2f} TFLOP/s"
+    return f"{100 * metrics['mfu']:.1f} % of a matmul ceiling of {metrics['matmul_peak_tflops']:.2f} TFLOP/s"
 
 
 def _memory_text(memory: dict[str, float]) -> str:

@@ -178,7 +178,7 @@ def _figures(record: dict[str, Any], steps: list[dict[str, Any]]) -> list[str]:
             "Training: mean over each log interval, dropout included.",
         ),
         _imbalance_figure(steps),
-        _step_time_figure(steps, record["config"]["batch"]["global_batch"]),
+        _step_time_figure(steps, record["config"]["batch"]["global_batch_size"]),
         _figure(
             "Learning rate",
             charts.line_chart(
@@ -213,13 +213,13 @@ def _imbalance_figure(steps: list[dict[str, Any]]) -> str:
     )
 
 
-def _step_time_figure(steps: list[dict[str, Any]], global_batch: int) -> str:
+def _step_time_figure(steps: list[dict[str, Any]], global_batch_size: int) -> str:
     names = ("exposed_ms", "optimizer_ms", "data_ms", "samples_per_s")
     rows: list[Point] = []
     for line in steps:
         if line.get("compute_ms") and _has(line, *names):
             parts = [fmean(line["compute_ms"]), *(line[name] for name in names[:3])]
-            rows.append((line["step"], *parts, max(0.0, 1e3 * global_batch / line["samples_per_s"] - sum(parts))))
+            rows.append((line["step"], *parts, max(0.0, 1e3 * global_batch_size / line["samples_per_s"] - sum(parts))))
     layers = [
         ("compute", COMPUTE), ("exposed communication", COMMUNICATION), ("optimizer", OPTIMIZER), ("data wait", DATA),
         ("rest", REST),

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from bert_fast.errors import UserError
-from bert_fast.files import CHECKPOINT_MANIFEST, checkpoints_in
 from bert_fast.foreign import number, open_regular, parse_json, parse_yaml, read_bounded, shown, whole_number
 from bert_fast.report import stragglers
 from bert_fast.report.console import seconds_text
 from bert_fast.report.metrics import MOST_LINE_BYTES
+from bert_fast.run_folder import CHECKPOINT_MANIFEST, checkpoints_in
 
 SILENT_S = 30.0  # no run is called silent before, nor before three times its longest gap between lines
 WORST = 3  # ranks shown
@@ -210,11 +210,11 @@ class RunWatch:
         """Everything shown, by name, as plain values: seconds, shares of 1, None where it is not known."""
         record = _read_object(self.folder / "metrics.json")
         state, state_text = self._state(record)
-        train, last = self.config.get("train", {}), self.last or {}
+        train, last, settings = self.config.get("train", {}), self.last or {}, self.config.get("evaluation", {})
         step, time_s, max_steps = last.get("step", 0), self._time_s, train.get("max_steps")
         left = None if not step or max_steps is None else max(0, max_steps - step) * time_s / step
-        target, evaluation = train.get("target_accuracy"), self.evaluations[-1] if self.evaluations else {}
-        expected = forecast(self.evaluations, target, train.get("eval_every_samples"), self._sample_limit())
+        target, evaluation = settings.get("target_accuracy"), self.evaluations[-1] if self.evaluations else {}
+        expected = forecast(self.evaluations, target, settings.get("every_samples"), self._sample_limit())
         imbalance, sums = last.get("compute_imbalance"), self._sums
         worst = self._tally.worst(WORST)
         over = state in ("finished", "ended")
@@ -274,7 +274,9 @@ class RunWatch:
         return None if age is None else {"step": int(found[-1].name.removeprefix("step-")), "age_s": age}
 
     def _sample_limit(self) -> float | None:
-        steps, batch = (self.config.get(s, {}).get(n) for s, n in (("train", "max_steps"), ("batch", "global_batch")))
+        steps, batch = (
+            self.config.get(s, {}).get(n) for s, n in (("train", "max_steps"), ("batch", "global_batch_size"))
+        )
         return None if steps is None or batch is None else steps * batch
 
     def _overall(self, name: str) -> float | None:
@@ -403,7 +405,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
         tree = _object(parse_yaml(read_bounded(path, _MOST_CONFIG_BYTES, "a config").decode("utf-8")))
     except (FileNotFoundError, ValueError):
         return {}
-    run, train, batch = (_object(tree.get(name)) for name in ("run", "train", "batch"))
+    run, train, batch, evaluation = (_object(tree.get(name)) for name in ("run", "train", "batch", "evaluation"))
     if not (run or train or batch):
         return {}
     name = run.get("name")
@@ -411,10 +413,12 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
         "run": {"name": None if name is None else shown(name, 100)},
         "train": {
             "seed": whole_number(train.get("seed"), 1 << 64), "max_steps": whole_number(train.get("max_steps")),
-            "target_accuracy": number(train.get("target_accuracy"), 1),
-            "eval_every_samples": whole_number(train.get("eval_every_samples")),
+            },
+        "evaluation": {
+            "target_accuracy": number(evaluation.get("target_accuracy"), 1),
+            "every_samples": whole_number(evaluation.get("every_samples")),
         },
-        "batch": {"global_batch": whole_number(batch.get("global_batch"))},
+        "batch": {"global_batch_size": whole_number(batch.get("global_batch_size"))},
     }  # fmt: skip
 
 

@@ -16,11 +16,11 @@ import numpy as np
 from bert_fast import claims
 from bert_fast.balance.cost import CostModel, cost_record, fit_cost
 from bert_fast.files import write_json
-from bert_fast.mlperf.submission import check_log
+from bert_fast.mlperf.compliance import check_log
 from bert_fast.report.console import print_table, run_rows
 from bert_fast.report.html import write_report
 from bert_fast.report.metrics import cost_rows
-from bert_fast.train.folder import FINISHING, RUN
+from bert_fast.run_folder import PENDING_RECORD, RUN
 
 TARGET_MISSED = "target not reached"  # status in metrics.json
 EXIT_TARGET_MISSED = 1
@@ -28,7 +28,7 @@ EXIT_TARGET_MISSED = 1
 
 def complete(folder: Path) -> dict[str, Any]:
     """Make the files that follow from `finishing.json`, which goes when they are there. Returns the whole record."""
-    record: dict[str, Any] = json.loads((folder / FINISHING).read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((folder / PENDING_RECORD).read_text(encoding="utf-8"))
     _write_cost(folder, record["cost"])
     mlperf = record["config"]["mlperf"]
     if mlperf["enabled"]:
@@ -42,7 +42,7 @@ def complete(folder: Path) -> dict[str, Any]:
         record["metrics"]["compliance_passed"] = int(verdict.passed)
     report = write_report(folder, record)
     write_json(folder / "metrics.json", record)
-    (folder / FINISHING).unlink()
+    (folder / PENDING_RECORD).unlink()
     config = record["config"]
     print_table(f"{config['run']['name']}, seed {config['train']['seed']}", run_rows(record))
     if record["compliance"].get("passed") is False:
@@ -59,10 +59,10 @@ def finished_again(folder: Path) -> int | None:
     """
     if not claims.is_marked(folder, RUN):
         return None
-    if (folder / FINISHING).is_file():
+    if (folder / PENDING_RECORD).is_file():
         with claims.claimed(folder, RUN):
             if (folder / "metrics.json").is_file():
-                (folder / FINISHING).unlink(missing_ok=True)
+                (folder / PENDING_RECORD).unlink(missing_ok=True)
             else:
                 print(f"{folder}: the run was done; its last files are made now", flush=True)
                 complete(folder)
@@ -76,7 +76,7 @@ def finished_again(folder: Path) -> int | None:
 
 def is_over(folder: Path) -> bool:
     """Whether the run in `folder` has no more steps to do."""
-    return (folder / FINISHING).is_file() or (folder / "metrics.json").is_file()
+    return (folder / PENDING_RECORD).is_file() or (folder / "metrics.json").is_file()
 
 
 def exit_code_of(folder: Path) -> int | None:
@@ -89,7 +89,7 @@ def exit_code_of(folder: Path) -> int | None:
 
 
 def _write_cost(folder: Path, cost: dict[str, Any]) -> None:
-    """The run's cost model, with what its own times say; `balance.cost_file` of a later run may name this file."""
+    """The run's cost model, with what its own times say; `balance.cost` of a later run may name this file."""
     try:
         fitted = fit_cost(np.array(cost_rows(folder)))
     except ValueError:  # too short a run, or batches that are too much alike

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
 from bert_fast.errors import LostRankError, UserError
-from bert_fast.launch.head import bound_by_slurm, check_head
-from bert_fast.launch.settings import SystemSettings, apply, load_settings, nic_variables
+from bert_fast.launch.machine_file import MachineFile, apply, load_machine_file, nic_variables
+from bert_fast.launch.rendezvous_check import bound_by_slurm, check_head
 from bert_fast.launch.topology import bind, format_cpulist, read_topology
 from bert_fast.report.bench import cpu_name
-from bert_fast.train.meeting import meet
+from bert_fast.train.setup.rendezvous import meet
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def join(config: Config) -> Environment:
     if world != config.system.world_size:
         raise UserError(
             f"the launcher started {world} ranks and system.world_size={config.system.world_size}; start as many or set "
-            f"system.world_size={world} (and batch.global_batch to match)"
+            f"system.world_size={world} (and batch.global_batch_size to match)"
         )
     settings = _use_settings(config)
     check_head()
@@ -128,21 +128,21 @@ def _init_process_group(config: Config, device: torch.device, rank: int, world: 
         raise LostRankError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
 
 
-def _use_settings(config: Config) -> SystemSettings | None:
-    """Take the machine's variables from `system.settings`, before CUDA or NCCL read theirs."""
-    if config.system.settings is None:
+def _use_settings(config: Config) -> MachineFile | None:
+    """Take the machine's variables from `system.machine_file`, before CUDA or NCCL read theirs."""
+    if config.system.machine_file is None:
         return None
-    settings = load_settings(config.system.settings)
+    settings = load_machine_file(config.system.machine_file)
     if settings.ranks_per_node is not None and settings.ranks_per_node != config.system.node_size:
         raise UserError(
-            f"system.settings={config.system.settings} is for {settings.ranks_per_node} ranks on a node and "
+            f"system.machine_file={config.system.machine_file} is for {settings.ranks_per_node} ranks on a node and "
             f"system.ranks_per_node is {config.system.node_size}; change one"
         )
     apply(settings, os.environ)
     return settings
 
 
-def _bind(config: Config, settings: SystemSettings | None, device: torch.device, local_rank: int) -> str:
+def _bind(config: Config, settings: MachineFile | None, device: torch.device, local_rank: int) -> str:
     """Pin this rank to its cores (those near its GPU) and set its number of threads. Returns what was done, for the log."""
     if not hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(config.system.threads_per_rank or 1)

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from bert_fast.balance.assign import karmarkar_karp
 from bert_fast.balance.cost import CostModel
-from bert_fast.config import BatchConfig
+from bert_fast.config import EvaluationConfig
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining, BertInput
+from bert_fast.train.batches import to_device
 from bert_fast.train.environment import Environment
-from bert_fast.train.inputs import to_device
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class Evaluator:
     def __init__(
         self,
         store: Store,
-        num_samples: int | None,
-        batch: BatchConfig,
+        config: EvaluationConfig,
+        shape_multiple: int,
         cost: CostModel,
         environment: Environment,
     ) -> None:
         self._environment = environment
-        total = min(len(store), num_samples or len(store))
+        total = min(len(store), config.num_samples or len(store))
         lengths = np.asarray(store.lengths[:total])
         self._num_samples = total
         self._num_masked = int(np.asarray(store.num_masked[:total]).sum(dtype=np.int64))
         mine = _shard(cost(lengths), environment.world_size)[environment.rank]
         mine = mine[np.argsort(-lengths[mine], kind="stable")]  # like lengths together
         self._batches: list[BertInput] = [
-            to_device(store.batch(mine[start : start + batch.eval_batch]), environment.device, batch.shape_multiple)
-            for start in range(0, len(mine), batch.eval_batch)
+            to_device(store.batch(mine[start : start + config.batch_size]), environment.device, shape_multiple)
+            for start in range(0, len(mine), config.batch_size)
         ]
 
     @torch.no_grad()

@@ -22,12 +22,12 @@ from mlperf_logging.mllog import constants
 
 from bert_fast.balance.cost import CostModel, cost_record
 from bert_fast.balance.planner import Plan
-from bert_fast.cli import to_yaml
-from bert_fast.config import Config, run_folder
+from bert_fast.config import Config
+from bert_fast.config.load import to_yaml
 from bert_fast.data.batch import Batch
-from bert_fast.data.blocks import BlockWatch
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.masking import mask_id_of, redraw
+from bert_fast.data.scrub import Scrubber
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import write_atomically, write_json
 from bert_fast.mlperf.log import ResultLog
@@ -36,21 +36,18 @@ from bert_fast.model.checkpoints import google_variables
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
+from bert_fast.run_folder import run_folder
 from bert_fast.trace import span_or_nothing
-from bert_fast.train.agreement import check_config, check_state, open_stores
-from bert_fast.train.build import Machinery, bucket_note, build, from_rank, gather_floats, matmul_ceiling, seed_ranks
-from bert_fast.train.caches import clear_caches
-from bert_fast.train.calibrate import calibrate, make_cost, make_planner
-from bert_fast.train.capture import captured, optimizer_counts, rank_state
+from bert_fast.train.batches import planned_batches, to_device
+from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter, saving_group
+from bert_fast.train.checkpoint.export import export_model
+from bert_fast.train.checkpoint.progress import Progress
+from bert_fast.train.checkpoint.resume import latest_valid_checkpoint, load_checkpoint, resume_key
+from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, rank_state
 from bert_fast.train.clock import Clock
-from bert_fast.train.energy import EnergyTally, summed
 from bert_fast.train.environment import Environment, describe
 from bert_fast.train.evaluate import Evaluation, Evaluator
-from bert_fast.train.export import export_model
-from bert_fast.train.failures import explain, tokens_of
-from bert_fast.train.finite import FiniteWatch
-from bert_fast.train.folder import checkpoint_vocabulary
-from bert_fast.train.heartbeat import (
+from bert_fast.train.health.heartbeat import (
     CHECKPOINT,
     COMPUTE,
     DATA,
@@ -61,16 +58,28 @@ from bert_fast.train.heartbeat import (
     LOGGING,
     Heartbeat,
 )
-from bert_fast.train.held_out import find_shared_text, shared_text_note
-from bert_fast.train.inputs import planned_batches, to_device
-from bert_fast.train.interval import Interval
-from bert_fast.train.preflight import preflight, say_preflight
-from bert_fast.train.profile import StepProfile
-from bert_fast.train.resume import resume_key, sound_checkpoint, take_up
-from bert_fast.train.saver import Saver, saving_group
-from bert_fast.train.state import Progress
+from bert_fast.train.health.nonfinite import NonfiniteWatch
+from bert_fast.train.health.signals import StopFlag
+from bert_fast.train.health.step_errors import explain, tokens_of
+from bert_fast.train.setup.build import (
+    TrainComponents,
+    broadcast_value,
+    bucket_note,
+    build,
+    gather_floats,
+    matmul_peak,
+    seed_ranks,
+)
+from bert_fast.train.setup.consistency import check_config, check_state, open_stores
+from bert_fast.train.setup.cost_model import calibrate, make_cost, make_planner
+from bert_fast.train.setup.held_out import find_shared_text, shared_text_note
+from bert_fast.train.setup.inputs import checkpoint_vocabulary
+from bert_fast.train.setup.page_cache import clear_caches
+from bert_fast.train.setup.preflight import preflight, say_preflight
 from bert_fast.train.step import StepInput
-from bert_fast.train.stop import StopFlag
+from bert_fast.train.telemetry.energy import EnergyTally, summed
+from bert_fast.train.telemetry.profile import StepProfile
+from bert_fast.train.telemetry.step_metrics import IntervalMetrics
 
 
 @dataclass
@@ -105,7 +114,7 @@ class Run:
         self.heartbeat = Heartbeat(
             environment, config.communication.timeout_s, on_lost, lambda: self.stop.number == signal.SIGTERM
         )
-        self._finite = FiniteWatch(environment, config.train.max_skipped_steps)
+        self._finite = NonfiniteWatch(environment, config.train.max_skipped_steps)
         self.ceiling = 0.0
         self.init_s = 0.0
 
@@ -130,26 +139,28 @@ class Run:
             self.mllog.event(constants.CACHE_CLEAR, cleared)
             self.mllog.start(constants.INIT_START)
             self.mllog.hyperparameters(config)
-        self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.train.init_checkpoint)
-        self.machinery: Machinery = build(self._planned_before(config), self.environment)
+        self._vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.checkpoint.init_from)
+        self.machinery: TrainComponents = build(self._planned_before(config), self.environment)
         if not self.resume:
             variables = (name for _, name in google_variables(config.model.num_layers))
             self.mllog.tensors(variables, config.mlperf.ruleset)
-        group = saving_group(self.environment, config.train.checkpoint_timeout_s)
-        self.saver = Saver(self.folder / "checkpoints", self.environment, config.train.keep_checkpoints, group)
-        self.heartbeat.watch_writes(self.saver.own_work.seconds, config.train.checkpoint_timeout_s)
+        group = saving_group(self.environment, config.checkpoint.timeout_s)
+        self.saver = AsyncCheckpointWriter(
+            self.folder / "checkpoints", self.environment, config.checkpoint.keep_last, group
+        )
+        self.heartbeat.watch_writes(self.saver.own_work.seconds, config.checkpoint.timeout_s)
         self.machinery.step.before_update = self._before_update
         self._record_buckets()
         note = bucket_note(config, self.machinery.layout)
         if note:
             self.line.say(note)
         self.cost, self.cost_source = make_cost(config)
-        if config.balance.fit_cost and not self.resume:
+        if config.balance.cost == "measure" and not self.resume:
             fit = calibrate(config, self.environment, self.machinery)
             self.cost, self.cost_source = fit.model, f"warm-up fit, residual {100 * fit.residual:.1f} %"
             seed_ranks(config.train.seed, self.environment)
-        if config.run.matmul_ceiling:
-            self.ceiling = float(gather_floats([matmul_ceiling(self.environment)], self.environment).sum())
+        if config.run.measure_peak_flops:
+            self.ceiling = float(gather_floats([matmul_peak(self.environment)], self.environment).sum())
         if dist.is_initialized():
             dist.barrier()
         self.init_s = time.time() - self._process_start
@@ -232,17 +243,17 @@ class Run:
         data = config.data
         self.store, self.eval_store = open_stores(config, self._vocab_sha256, self.environment)
         vocab = self._vocab_sha256 or self.store.manifest["vocab_sha256"]
-        for store, sha256 in ((self.store, None), (self.eval_store, data.eval_sha256)):
+        for store, sha256 in ((self.store, None), (self.eval_store, config.evaluation.sha256)):
             store.check(
                 vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len, vocab_sha256=vocab, sha256=sha256
             )
-        if data.eval_sha256 and self.environment.is_main:
-            self.eval_store.check_bytes(data.eval_sha256)
+        if config.evaluation.sha256 and self.environment.is_main:
+            self.eval_store.check_bytes(config.evaluation.sha256)
         self.shared = find_shared_text(self.store, self.eval_store, config, self.environment)
         if self.shared.found and not self.shared.is_held_out:
             self.line.say(f"warning: {shared_text_note(config, self.shared)} (data.allow_shared_text=true)")
         ranks = config.system.node_size
-        self._blocks = BlockWatch(self.store, self.environment.local_rank, ranks, data.verify_mb_s)
+        self._blocks = Scrubber(self.store, self.environment.local_rank, ranks, data.scrub_mb_per_s)
         self._blocks.start()
         check_evaluation_set(len(self.eval_store), config)
         self._redraw: Callable[..., Batch] | None = None
@@ -252,10 +263,10 @@ class Run:
         self._evaluator: Evaluator | None = None
         self._key = resume_key(config, self.store.manifest["sha256"], self.eval_store.manifest["sha256"])
         if not self.resume:
-            self.progress.next_evaluation = config.train.eval_start_samples or config.train.eval_every_samples
+            self.progress.next_evaluation = config.evaluation.start_samples or config.evaluation.every_samples
             self.mllog.event(constants.TRAIN_SAMPLES, len(self.store))
             self.mllog.event(
-                constants.EVAL_SAMPLES, min(len(self.eval_store), data.eval_samples or len(self.eval_store))
+                constants.EVAL_SAMPLES, min(len(self.eval_store), config.evaluation.num_samples or len(self.eval_store))
             )
             self.mllog.event("train_dataset_sha256", self.store.manifest["sha256"])
             self.mllog.event("eval_dataset_sha256", self.eval_store.manifest["sha256"])
@@ -282,14 +293,14 @@ class Run:
         train = config.train
         self.profile = StepProfile(config.run, self.environment, self.folder, self.machinery.step, progress.step)
         # A closed run evaluates at its interval alone
-        self._may_evaluate_last = train.target_accuracy is not None and (
+        self._may_evaluate_last = config.evaluation.target_accuracy is not None and (
             config.mlperf.division == "open" or not config.mlperf.enabled
         )
-        self.interval = Interval(
-            self.environment, self.machinery, self.clock, progress, self.cost, config.batch.global_batch
+        self.interval = IntervalMetrics(
+            self.environment, self.machinery, self.clock, progress, self.cost, config.batch.global_batch_size
         )
         self._block_start()
-        if train.eval_at_start and progress.step == 0 and self._evaluate():
+        if config.evaluation.at_start and progress.step == 0 and self._evaluate():
             return Outcome("success", True)
         while progress.step < train.max_steps:
             trace = self.profile.before(progress.step)
@@ -300,7 +311,7 @@ class Run:
             inputs = StepInput(
                 [to_device(b, self.environment.device, config.batch.shape_multiple) for b in batches],
                 masked,
-                config.batch.global_batch,
+                config.batch.global_batch_size,
             )
             data_s = time.perf_counter() - waited
             lr = learning_rate(progress.step, config.optimizer.lr, config.schedule)
@@ -315,7 +326,7 @@ class Run:
             if progress.first_step_s is None:
                 progress.first_step_s = self.clock.elapsed
             progress.step += 1
-            progress.samples += config.batch.global_batch
+            progress.samples += config.batch.global_batch_size
             progress.tokens += tokens
             progress.tokens_squared += tokens_squared
             progress.masked += masked
@@ -325,7 +336,7 @@ class Run:
                 self._check_finite()
             last = progress.step == train.max_steps
             evaluate = progress.samples >= progress.next_evaluation or (last and self._may_evaluate_last)
-            every = train.checkpoint_every_steps
+            every = config.checkpoint.every_steps
             checkpoint = every > 0 and progress.step % every == 0 and not last
             boundary = progress.step % train.log_every_steps == 0 or evaluate or checkpoint or last
             stop = self._log_interval() if boundary else 0
@@ -337,7 +348,7 @@ class Run:
                 return Outcome("stopped", False, signal.Signals(stop).name)
             if checkpoint:
                 self._checkpoint()
-        return Outcome("aborted" if train.target_accuracy is not None else "success", False)
+        return Outcome("aborted" if config.evaluation.target_accuracy is not None else "success", False)
 
     def _before_update(self) -> None:
         """Between backward and the wait for the gradients."""
@@ -386,7 +397,9 @@ class Run:
             accuracy = progress.evaluations[-1]["accuracy"] if progress.evaluations else None
             remaining = (train.max_steps - progress.step) * found.seconds / found.steps
             rate, loss = found.values["samples_per_s"], found.values["loss"]
-            self.line.update(progress.step, progress.samples, rate, loss, accuracy, train.target_accuracy, remaining)
+            self.line.update(
+                progress.step, progress.samples, rate, loss, accuracy, self.config.evaluation.target_accuracy, remaining
+            )
         if found.alarmed is not None:
             self._stop_for(found.alarmed)
         return found.signal
@@ -400,7 +413,7 @@ class Run:
 
     def _stop_for(self, rank: int) -> None:
         """All ranks stop for what `rank` has found, and say the same. What is sound is saved first. A collective."""
-        text, sound = from_rank((self._alarm(), self._blocks.vanished and self.saver.failed is None), rank)
+        text, sound = broadcast_value((self._alarm(), self._blocks.vanished and self.saver.failed is None), rank)
         if sound and self._checkpoint(wait=True):  # a name has gone, and no wrong byte was read
             text = f"{text}, then --resume: step {self.progress.step:,} is saved"
         raise UserError(str(text))
@@ -425,7 +438,7 @@ class Run:
         ):
             if self._evaluator is None:
                 self._evaluator = Evaluator(
-                    self.eval_store, self.config.data.eval_samples, self.config.batch,
+                    self.eval_store, self.config.evaluation, self.config.batch.shape_multiple,
                     self.cost, self.environment,
                 )  # fmt: skip
             result: Evaluation = self._evaluator(
@@ -436,7 +449,7 @@ class Run:
             self.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
         self.mllog.throughput(samples / self.clock.training, progress.step)
         while progress.next_evaluation <= samples:
-            progress.next_evaluation += train.eval_every_samples
+            progress.next_evaluation += self.config.evaluation.every_samples
         record = {
             "samples": samples, "time_s": self.clock.elapsed, "accuracy": result.mlm_accuracy, "mlm_loss": result.mlm_loss,
             "nsp_accuracy": result.nsp_accuracy, "nsp_loss": result.nsp_loss,
@@ -447,7 +460,10 @@ class Run:
             f"evaluation at {samples:,} samples, {self.clock.elapsed:.1f} s: masked-LM accuracy {result.mlm_accuracy:.4f}, "
             f"loss {result.mlm_loss + result.nsp_loss:.4f}"
         )
-        reached = train.target_accuracy is not None and result.mlm_accuracy >= train.target_accuracy
+        reached = (
+            self.config.evaluation.target_accuracy is not None
+            and result.mlm_accuracy >= self.config.evaluation.target_accuracy
+        )
         if not reached and progress.step < train.max_steps:
             self._block_start()
         return reached
@@ -475,13 +491,13 @@ class Run:
             }  # fmt: skip
             own = rank_state(machinery, self.environment)
             self.saver.start(captured(machinery, self.environment), own, description, began)
-            if wait or not self.config.train.async_checkpoints:
+            if wait or not self.config.checkpoint.async_save:
                 self.saver.wait()
         return True
 
     def _restore(self) -> None:
-        path = sound_checkpoint(self.folder / "checkpoints", self.environment, self.line.say)
-        state = take_up(path, self._key, self.config, self.machinery, self.environment, self.line.say)
+        path = latest_valid_checkpoint(self.folder / "checkpoints", self.environment, self.line.say)
+        state = load_checkpoint(path, self._key, self.config, self.machinery, self.environment, self.line.say)
         self.progress.load_state_dict(state["progress"])
         self.progress.sessions += 1
         self.clock.load_state_dict(state["clock"])
@@ -498,7 +514,7 @@ class Run:
         self.mllog.end(constants.RUN_STOP, status=status, resumed=self.progress.sessions > 1)
         self.mllog.close()
         self._add_energy(last=True)
-        if self.config.train.save_final_model and self.environment.is_main:
+        if self.config.checkpoint.save_final_model and self.environment.is_main:
             model, folder = self.machinery.model, self.folder / "model"
             export_model(model, self.config, self.store.manifest, folder, self.line.say)
 

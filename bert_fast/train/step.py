@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from bert_fast.communication.clip import ClipStatistics
-from bert_fast.communication.compress import WireFormat
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.sharded import ShardedReducer
+from bert_fast.communication.wire_format import WireFormat
 from bert_fast.model.bert import BertInput
-from bert_fast.optim.partial import PartialSteps
+from bert_fast.optim.bucketwise import BucketwiseOptimizer
 from bert_fast.trace import Trace, span_or_nothing
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.loss_scale import LossScale
@@ -34,7 +34,7 @@ class Engine(Protocol):
     def zero_grad(self) -> None: ...
     def micro_batch(self, last: bool, scale: torch.Tensor | None = None) -> Any: ...
     def finish(self) -> torch.Tensor: ...
-    def settle(self) -> None: ...
+    def wait_pending(self) -> None: ...
 
 
 @dataclass
@@ -70,7 +70,7 @@ class TrainStep:
         self.engine = self._engine = engine
         self.optimizer, self._device, self._dtype = optimizer, device, dtype
         self._world, self._loss_scale = world_size, loss_scale
-        self._parts: PartialSteps | None = None
+        self._parts: BucketwiseOptimizer | None = None
         self._trace: Trace | None = None
         self.compute_timer = DeviceTimer() if device.type == "cuda" else None
         self.exposed_timer = (
@@ -82,14 +82,14 @@ class TrainStep:
         )
 
     def update_by_bucket(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Update a bucket's weights as soon as it is reduced (config `optimizer.when: bucket`). A collective.
+        """Update a bucket's weights as soon as it is reduced (config `optimizer.step_per_bucket`). A collective.
 
         Args:
             parts: the parameters, or pieces of them, that lie in each bucket.
         """
         assert isinstance(self._engine, BucketReducer), "checked by the config"
-        self._parts = PartialSteps(self.optimizer, parts)
-        self._engine.watch_finite()
+        self._parts = BucketwiseOptimizer(self.optimizer, parts)
+        self._engine.enable_nonfinite_flag()
 
     def set_trace(self, trace: Trace | None) -> None:
         """Keep spans of what happens from now on, or no longer."""
@@ -123,7 +123,7 @@ class TrainStep:
             exposed_s + waited_s, time.perf_counter() - backward_end - exposed_s,
         )  # fmt: skip
 
-    def _finish_by_bucket(self, parts: PartialSteps) -> tuple[torch.Tensor, torch.Tensor]:
+    def _finish_by_bucket(self, parts: BucketwiseOptimizer) -> tuple[torch.Tensor, torch.Tensor]:
         """Reduce and update bucket by bucket: norm, and whether the gradient was finite (else nothing was updated)."""
         flags: list[torch.Tensor] = []
 

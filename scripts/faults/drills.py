@@ -15,8 +15,8 @@ from typing import Any
 
 from overlap.hosts import hosts
 
-from bert_fast.train.checkpoint import damage, latest_checkpoint
-from bert_fast.train.heartbeat import CHECKPOINT, COMPUTE, EXCHANGE
+from bert_fast.train.checkpoint.storage import damage, latest_checkpoint
+from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, EXCHANGE
 from faults.victim import VARIABLE
 from faults.watched import HANG_S, Drill, Ended, losses_of, weights_of
 
@@ -107,7 +107,7 @@ def silent_disk(against: Against) -> Row:
     drill = against.drill
     folder = drill.new_folder("silent-disk")
     fault = {"action": "hang in a write", "rank": 1}
-    ended = drill.run(folder, RESTART, f"train.checkpoint_timeout_s={drill.timeout_s}", fault=fault)
+    ended = drill.run(folder, RESTART, f"checkpoint.timeout_s={drill.timeout_s}", fault=fault)
     named = any("rank 1 (" in line and "writing its part of a checkpoint" in line for line in ended.errors)
     quick = ended.detect_s is not None and ended.detect_s <= drill.timeout_s + drill.slack_s
     kept = named and quick and ended.code == 0 and against.same(folder)
@@ -185,12 +185,12 @@ def full_disk(against: Against, mount: Path) -> Row:
         return {"fault": "disk full", "promise": promise, "kept": None, "says": f"not run: {done.stderr.strip()}"}
     folder = mount / "run"
     try:
-        first = drill.run(folder, "train.keep_checkpoints=9", RESTART, fault=SLOW)
+        first = drill.run(folder, "checkpoint.keep_last=9", RESTART, fault=SLOW)
         latest = latest_checkpoint(folder / "checkpoints")
         clear = first.code == 2 and len(first.errors) == 1 and "disk full" in first.errors[0]
         sound = latest is not None and damage(latest) is None
         subprocess.run(["mount", "-o", "remount,size=256m", str(mount)], check=True)
-        ended = drill.run(folder, "--resume", "train.keep_checkpoints=9")
+        ended = drill.run(folder, "--resume", "checkpoint.keep_last=9")
         kept = clear and sound and ended.code == 0 and against.same(folder)
         return row(
             "disk full", promise, ended, folder, against, kept, (first.errors or [""])[0].removeprefix("error: ")
@@ -207,7 +207,7 @@ def lost_data(against: Against, store: Path, how: str) -> Row:
     """
     drill = against.drill
     folder = drill.new_folder(how)
-    data = (f"data.train={store / 'train'}", f"data.eval={store / 'eval'}", "data.verify_mb_s=1000")
+    data = (f"data.train={store / 'train'}", f"evaluation.data={store / 'eval'}", "data.scrub_mb_per_s=1000")
     victim, aside = store / "train" / "samples.bin", store / "aside.bin"
     shutil.copyfile(victim, aside)
 

@@ -46,7 +46,8 @@ def happen(fault: dict[str, Any], run: Any) -> None:
 
 def arm(fault: dict[str, Any]) -> None:
     """Make the fault happen when this rank says that it is there."""
-    from bert_fast.train import heartbeat, loop
+    from bert_fast.train import loop
+    from bert_fast.train.health import heartbeat
 
     runs: list[Any] = []
     init, at = loop.Run.__init__, heartbeat.Heartbeat.at
@@ -86,7 +87,7 @@ def arm_write(fault: dict[str, Any]) -> None:
 
 def slow(seconds: float) -> None:
     """Make every step last longer: time to break something around the run."""
-    from bert_fast.train import heartbeat
+    from bert_fast.train.health import heartbeat
 
     at = heartbeat.Heartbeat.at
 
@@ -103,9 +104,9 @@ KINDS = ("beside", "none", "waited for", "none")
 
 def alternate() -> None:
     """Checkpoints in turn written beside training, left out, waited for, left out; `kind` is noted in their records."""
-    from bert_fast.train.saver import Saver
+    from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 
-    start, calls = Saver.start, [0]
+    start, calls = AsyncCheckpointWriter.start, [0]
 
     def start_one(self: Any, stretches: Any, own: Any, description: Any, *rest: Any) -> None:
         kind = KINDS[calls[0] % len(KINDS)]
@@ -119,7 +120,7 @@ def alternate() -> None:
                 self.wait()
         self.records[-1]["kind"] = kind
 
-    Saver.start = start_one  # type: ignore[method-assign]
+    AsyncCheckpointWriter.start = start_one  # type: ignore[method-assign]
 
 
 def main() -> None:

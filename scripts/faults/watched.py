@@ -63,7 +63,7 @@ class Drill:
     def command(self, run_folder: Path, *more: str) -> list[str]:
         return [
             sys.executable, str(VICTIM), "--config", str(self.config), f"run.folder={run_folder}",
-            f"train.max_steps={self.steps}", f"train.checkpoint_every_steps={self.every}", "train.save_final_model=true",
+            f"train.max_steps={self.steps}", f"checkpoint.every_steps={self.every}", "checkpoint.save_final_model=true",
             f"communication.timeout_s={self.timeout_s}", "train.log_every_steps=1", "system.threads_per_rank=1",
             *self.settings, *more,
         ]  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 
-from bert_fast.train.build import build, synthetic_input
-from bert_fast.train.capture import captured, rank_state
-from bert_fast.train.saver import Saver
+from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
+from bert_fast.train.checkpoint.snapshot import captured, rank_state
+from bert_fast.train.setup.build import build, synthetic_input
 from scripts.gpu.parts import config_of, environment_of
 from scripts.gpu.stage import CheckFailed, Context
 from scripts.gpu.timing import wait
@@ -20,7 +20,7 @@ def run(context: Context) -> None:
     config = config_of(context, "base", 16)
     environment = environment_of(config)
     machinery = build(config, environment)
-    saver = Saver(context.scratch / "checkpoints", environment, 1, None)
+    saver = AsyncCheckpointWriter(context.scratch / "checkpoints", environment, 1, None)
     machinery.step.before_update = saver.before_update
     inputs = synthetic_input(config, environment, 1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from bert_fast.report.energy import EnergyMeter
+from bert_fast.train.telemetry.energy_meter import EnergyMeter
 from scripts.gpu.parts import arguments, precision_of
 from scripts.gpu.stage import Context, NotAvailable
 from scripts.gpu.timing import wait

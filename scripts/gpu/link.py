@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bert_fast.communication.compress import WireFormat
 from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.plan import Link
+from bert_fast.communication.wire_format import WireFormat
 from scripts.gpu.timing import repeat
 
 _SPIN = 5_000_000  # cycles of the calibrating kernel

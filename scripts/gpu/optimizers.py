@@ -9,14 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from bert_fast.cluster.backward_trace import SHAPES
 from bert_fast.communication.buckets import plan_layout
 from bert_fast.config import ModelConfig, OptimizerConfig
-from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.bert import BertForPretraining, expected_ready_order
+from bert_fast.optim.bucketwise import BucketwiseOptimizer
 from bert_fast.optim.build import build_optimizer
-from bert_fast.optim.partial import PartialSteps
-from bert_fast.train.dry_run import expected_ready_order
-from bert_fast.train.graphs import tensor_rates
-from bert_fast.train.model_trace import SHAPES
+from bert_fast.train.cuda_graphs import tensor_rates
 from scripts.gpu.machine import bandwidth
 from scripts.gpu.stage import Context, NotAvailable
 from scripts.gpu.timing import median_seconds
@@ -67,7 +66,7 @@ def _parameters(shape: ModelConfig, device: str) -> tuple[list[str], list[nn.Par
 
 
 def _by_bucket(optimizer: torch.optim.Optimizer, buckets: list[list[nn.Parameter]]) -> Callable[[], object]:
-    parts = PartialSteps(optimizer, buckets)
+    parts = BucketwiseOptimizer(optimizer, buckets)
 
     def step() -> None:
         for number in range(len(buckets)):

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from bert_fast.communication.buckets import Layout, measure_ready_order
-from bert_fast.communication.compress import WireFormat
 from bert_fast.communication.plan import Link, timeline
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import WireFormat
 from bert_fast.config import Config
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer
-from bert_fast.train.build import build_model, make_layout, synthetic_input
 from bert_fast.train.environment import Environment
-from bert_fast.train.plan_buckets import measure_ready_times, plan_buckets
+from bert_fast.train.setup.bucket_sizes import measure_ready_times, plan_buckets
+from bert_fast.train.setup.build import build_model, make_layout, synthetic_input
 from bert_fast.train.step import TrainStep
 from scripts.gpu.link import LinkDdp, LinkWire, ModelledLink
 from scripts.gpu.parts import config_of, environment_of, process_group

@@ -25,8 +25,8 @@ from bert_fast.errors import UserError
 from bert_fast.memory.estimate import estimate
 from bert_fast.model.flops import train_flops
 from bert_fast.model.loss import chunk_rows
-from bert_fast.train.calibrate import make_planner
-from bert_fast.train.inputs import batch_of_lengths, lay_out
+from bert_fast.train.batches import batch_of_lengths, lay_out
+from bert_fast.train.setup.cost_model import make_planner
 from scripts.gpu.parts import arguments, precision_of
 from scripts.gpu.stage import Context, NotAvailable
 from scripts.gpu.timing import peak_mib, repeat, reset_peak
@@ -180,7 +180,7 @@ def expected_mib(config: Config, batches: Sequence[Batch], device: str) -> float
 
 def batches_of(config: Config, peer: Peer) -> list[Batch]:
     """The same samples for every peer: as drawn, sorted so that a batch holds like lengths, or packed into full rows."""
-    count, longest = config.batch.local_batch, config.data.max_seq_len
+    count, longest = config.batch.micro_batch_size, config.data.max_seq_len
     lengths = np.maximum(8, wikipedia_like(count * _BATCHES, 0).astype(np.int64) * longest // 512)
     if peer.packed:
         return _packed(config, lengths)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bert_fast.train.build import build, synthetic_input
+from bert_fast.train.setup.build import build, synthetic_input
 from scripts.gpu.parts import config_of, environment_of, process_group
 from scripts.gpu.stage import CheckFailed, Context, NotAvailable
 
@@ -19,7 +19,7 @@ ENGINES: dict[str, dict[str, dict[str, Any]]] = {
     "bucketed": {"communication": {"engine": "bucketed", "clip": "bucket_before_reduce"}},
     "bucketed, clip after": {"communication": {"engine": "bucketed", "clip": "global_after_reduce"}},
     "bucketed, updates by bucket": {
-        "communication": {"engine": "bucketed", "clip": "bucket_before_reduce"}, "optimizer": {"when": "bucket"},
+        "communication": {"engine": "bucketed", "clip": "bucket_before_reduce"}, "optimizer": {"step_per_bucket": True},
     },
     "bucketed, bf16 on the wire": {"communication": {"clip": "bucket_before_reduce", "reduce_dtype": "bf16"}},
     "sharded": {"communication": {"clip": "bucket_before_reduce", "shard_optimizer": True}},
@@ -64,6 +64,6 @@ def _step(context: Context, sections: dict[str, dict[str, Any]], optimizer: str,
     finally:
         if context.device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    machinery.engine.settle()
+    machinery.engine.wait_pending()
     if not bool(outcome.is_finite):
         raise CheckFailed("the gradient is not finite")

@@ -29,19 +29,19 @@ def run(context: Context) -> None:
     result = context.result
     data = _tiny_store(context.scratch) if context.tiny else _store(context)
     settings = [
-        f"system.device={context.device}", "system.world_size=1", "batch.local_batch=64", "run.tensorboard=false",
+        f"system.device={context.device}", "system.world_size=1", "batch.micro_batch_size=64", "run.tensorboard=false",
         f"communication.backend={'gloo' if context.tiny else 'nccl'}",  # a group of one rank: every collective is called
-        f"data.train={data / 'train'}", f"data.eval={data / 'eval'}",
+        f"data.train={data / 'train'}", f"evaluation.data={data / 'eval'}",
     ]  # fmt: skip
     if context.tiny:
         settings += [
             "model.hidden_size=16", "model.num_layers=1", "model.intermediate_size=32", "model.max_positions=32",
-            "data.max_seq_len=32", "train.init_checkpoint=null", "train.target_accuracy=0.0001", "data.eval_samples=64",
-            "train.eval_every_samples=320", "run.matmul_ceiling=false", "train.warmup_batches=1",
-            "batch.global_batch=32", "batch.local_batch=32",
+            "data.max_seq_len=32", "checkpoint.init_from=null", "evaluation.target_accuracy=0.0001", "evaluation.num_samples=64",
+            "evaluation.every_samples=320", "run.measure_peak_flops=false", "train.warmup_batches=1",
+            "batch.global_batch_size=32", "batch.micro_batch_size=32",
         ]  # fmt: skip
     else:
-        settings.append("train.checkpoint_every_steps=200")
+        settings.append("checkpoint.every_steps=200")
     context.case("to the target", partial(_to_the_target, context, settings))
     context.case("stop and resume", partial(_stop_and_resume, context, settings))
     if not result.failures:
@@ -107,7 +107,7 @@ def _tiny_store(scratch: Path) -> Path:
 
 def _to_the_target(context: Context, settings: list[str]) -> None:
     folder = context.scratch / "run"
-    extra = ["system.preflight=true", "run.profile=true", "train.save_final_model=true"]
+    extra = ["system.preflight=true", "run.profile=true", "checkpoint.save_final_model=true"]
     _checked(_command(*settings, *extra, f"run.folder={folder}"), "the run")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
     if not metrics["gradient_bytes_per_step"]:
@@ -134,9 +134,9 @@ def _stop_and_resume(context: Context, settings: list[str]) -> None:
     """A deterministic run, stopped by SIGTERM at its first log line and resumed, against one that was not stopped."""
     stopped, straight = context.scratch / "stopped", context.scratch / "straight"
     common = [
-        *settings, "train.deterministic=true", "train.target_accuracy=null", "train.log_every_steps=5",
-        "train.eval_every_samples=100000000", "mlperf.enabled=false", "train.checkpoint_every_steps=0",
-        "run.matmul_ceiling=false",
+        *settings, "train.deterministic=true", "evaluation.target_accuracy=null", "train.log_every_steps=5",
+        "evaluation.every_samples=100000000", "mlperf.enabled=false", "checkpoint.every_steps=0",
+        "run.measure_peak_flops=false",
     ]  # fmt: skip
     begun = _command(*common, f"run.folder={stopped}", "train.max_steps=2000")
     with open(context.scratch / "stopped.log", "w+b") as log:

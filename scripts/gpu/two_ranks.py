@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from bert_fast.config import Config
-from bert_fast.train.build import build
+from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.environment import Environment, pick_dtype
-from bert_fast.train.inputs import synthetic_batch, to_device
+from bert_fast.train.setup.build import build
 from bert_fast.train.step import StepInput
 from scripts.gpu.parts import arguments
 from scripts.gpu.stage import CheckFailed, Context
@@ -87,7 +87,7 @@ def _config(device: str, world: int, communication: dict[str, Any]) -> Config:
     batch = args.batch
     return make_config(
         args, "fp32", communication={**communication, "bucket_mb": 0.25, "backend": "gloo"},
-        batch={"global_batch": 2 * batch, "local_batch": batch, "accumulation": 2 // world},
+        batch={"global_batch_size": 2 * batch, "micro_batch_size": batch, "gradient_accumulation_steps": 2 // world},
         system={"world_size": world}, model={"attention_backend": "grouped"},
     )  # fmt: skip
 
@@ -112,15 +112,15 @@ def _work(device: str, rank: int, world: int, port: int | None, path: Path) -> N
         for number in range(_STEPS):
             shares = [
                 synthetic_batch(
-                    config.batch.local_batch, config.data.max_seq_len, config.model.vocab_size, 10 * number + share
+                    config.batch.micro_batch_size, config.data.max_seq_len, config.model.vocab_size, 10 * number + share
                 )
                 for share in (0, 1)
             ]
             masked = sum(len(share.masked_labels) for share in shares)
             own = shares if port is None else [shares[rank]]
             inputs = [to_device(share, place, config.batch.shape_multiple) for share in own]
-            machinery.step(StepInput(inputs, masked, config.batch.global_batch), _RATE)
-        machinery.engine.settle()
+            machinery.step(StepInput(inputs, masked, config.batch.global_batch_size), _RATE)
+        machinery.engine.wait_pending()
         weights[name] = _flat(parameters)
     if "ddp, no clipping" not in weights and "bucketed, no clipping" in weights:
         weights["ddp, no clipping"] = weights["bucketed, no clipping"]

@@ -61,7 +61,7 @@ def predict(instance: Instance, host: dict, links: Links, forward_s: list[float]
             times.append(done)
         backward = max(host["backward"], host["left"][-1] if variant.clip == "global_before_reduce" else 0.0) + shift
         tail = host["end"] + shift - backward  # updates, norms and whatever else the host does after backward
-        if variant.when == "end":
+        if not variant.step_per_bucket:
             return max(done, backward) + tail
         now = backward
         for end, share in zip(times, shares, strict=True):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bert_fast.cli import config_from_tree
 from bert_fast.config import Config
-from bert_fast.train.build import Machinery, build, synthetic_input
+from bert_fast.config.load import config_from_tree
 from bert_fast.train.environment import Environment
-from bert_fast.train.plan_buckets import all_reduce, measure_link
+from bert_fast.train.setup.bucket_sizes import all_reduce, measure_link
+from bert_fast.train.setup.build import TrainComponents, build, synthetic_input
 from overlap.variants import VARIANTS, SilentWire, Variant
 
 # 6.3 million parameters, 24 MiB of gradients: large enough for several buckets, small enough for a core a rank
@@ -28,17 +28,18 @@ def config_of(variant: Variant, world: int) -> Config:
     """The product's config of a variant."""
     buckets = [1.0, 25.0] if variant.buckets == "default" else variant.buckets
     return config_from_tree({
-        "run": {"matmul_ceiling": False, "tensorboard": False},
+        "run": {"measure_peak_flops": False, "tensorboard": False},
         "model": MODEL,
-        "data": {"train": "none", "eval": "none", "max_seq_len": 128},
-        "batch": {"global_batch": 8 * world, "local_batch": 8},
+        "data": {"train": "none", "max_seq_len": 128},
+        "batch": {"global_batch_size": 8 * world, "micro_batch_size": 8},
         "communication": {
             "engine": variant.engine, "bucket_mb": buckets, "clip": variant.clip, "reduce_dtype": variant.wire,
             "shard_optimizer": variant.shard,
         },
-        "optimizer": {"name": "lamb", "lr": 1e-3, "when": variant.when},
+        "optimizer": {"name": "lamb", "lr": 1e-3, "step_per_bucket": variant.step_per_bucket},
         "schedule": {"total_steps": 1000},
-        "train": {"precision": "fp32", "max_steps": 100, "eval_every_samples": 10_000, "warmup_batches": 2},
+        "train": {"precision": "fp32", "max_steps": 100, "warmup_batches": 2},
+        "evaluation": {"data": "none", "every_samples": 10_000},
         "system": {"world_size": world, "device": "cpu", "threads_per_rank": 1},
         "mlperf": {"enabled": False},
     })  # fmt: skip
@@ -50,7 +51,7 @@ def work(settings: dict[str, Any]) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     cpu = Environment(rank, rank, world, torch.device("cpu"), torch.float32)
-    machines: dict[str, Machinery] = {}
+    machines: dict[str, TrainComponents] = {}
     cycles: dict[str, Callable[[], Any]] = {}
     for name in ["compute", *settings["variants"]]:
         config = config_of(Variant(buckets="auto") if name == "compute" else VARIANTS[name], world)
@@ -72,7 +73,7 @@ def work(settings: dict[str, Any]) -> None:
             result = cycle()
             seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
             if name in machines:
-                machines[name].engine.settle()
+                machines[name].engine.wait_pending()
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             if number:
                 samples[name].append(1e3 * float(seconds))

@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
-from bert_fast.communication.compress import WireFormat, wire_format
 from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.plan import Link, exact_plan, uniform_ends
 from bert_fast.communication.plan_sharded import ShardedTimes, sharded_plan
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.sharded import ShardedReducer
+from bert_fast.communication.wire_format import WireFormat, wire_format
 from bert_fast.config import OptimizerConfig
 from bert_fast.train.environment import Environment
-from bert_fast.train.plan_buckets import measure_need_times, measure_ready_times
-from bert_fast.train.sharded import ShardedOptimizer
+from bert_fast.train.setup.bucket_sizes import measure_need_times, measure_ready_times
+from bert_fast.train.sharded_optimizer import ShardedOptimizer
 from bert_fast.train.step import StepInput, TrainStep
 from overlap.waiting import UPDATE_SHARE, Unit, WaitingModel, slow_updates
 
@@ -36,7 +36,7 @@ class Variant:
     buckets: Any = 25.0
     clip: str = "bucket_before_reduce"
     wire: str = "fp32"
-    when: str = "end"
+    step_per_bucket: bool = False
     shard: bool = False
 
 
@@ -46,9 +46,9 @@ VARIANTS = {
     "ddp_plan": Variant("ddp", "auto"),
     "25mib": Variant(),
     "auto": Variant(buckets="auto"),
-    "auto_shadow": Variant(buckets="auto", when="bucket"),
+    "auto_shadow": Variant(buckets="auto", step_per_bucket=True),
     "auto_sharded": Variant(buckets="auto", shard=True),
-    "auto_sharded_shadow": Variant(buckets="auto", shard=True, when="bucket"),
+    "auto_sharded_shadow": Variant(buckets="auto", shard=True, step_per_bucket=True),
     "auto_bf16": Variant(buckets="auto", wire="bf16"),
     "auto_clip_none": Variant(buckets="auto", clip="none"),
     "auto_clip_global_before": Variant(buckets="auto", clip="global_before_reduce"),
@@ -96,7 +96,7 @@ class Instance:
     cycle: Callable[[], None]
     step: TrainStep | None
     numel: list[int]  # of each bucket
-    settle: Callable[[], None] = lambda: None
+    wait_pending: Callable[[], None] = lambda: None
     wire: WireFormat | None = None
     engine: Any = None
     model: WaitingModel | None = None
@@ -178,14 +178,14 @@ def make(variant: Variant, units: list[Unit], ends: list[int], silent: bool = Fa
         parts = [[parameters[i] for i in bucket.parameters] for bucket in layout.buckets]
     slow_updates(optimizer, sum(unit.numel for unit in units), update_s)
     step = TrainStep(engine, optimizer, torch.device("cpu"), torch.float32, world, None)
-    if variant.when == "bucket":
+    if variant.step_per_bucket:
         step.update_by_bucket(parts)
     inputs = StepInput([x], 1, 1)  # type: ignore[list-item]
 
     def cycle() -> None:
         step(inputs, 1e-3)
 
-    return Instance(variant, cycle, step, numel, engine.settle, wire, engine, model)
+    return Instance(variant, cycle, step, numel, engine.wait_pending, wire, engine, model)
 
 
 def _plain_ddp(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bert_fast.cluster.backward_trace import model_trace
 from bert_fast.model.loss import LossSums
-from bert_fast.train.model_trace import model_trace
 
 LAYERS_NUMEL, BERT_NUMEL = (
     8_400_000,

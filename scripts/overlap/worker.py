@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from bert_fast.trace import Trace
 from bert_fast.train.environment import Environment
-from bert_fast.train.plan_buckets import all_reduce, gather, measure_link, reduce_scatter
+from bert_fast.train.setup.bucket_sizes import all_reduce, gather, measure_link, reduce_scatter
 from overlap.prediction import lower_bound, measure_host, predict
 from overlap.variants import VARIANTS, Instance, Links, Variant, make, measure_passes, plan_ends, without_engine
 from overlap.waiting import FORWARD_SHARE, UPDATE_SHARE, numel_of, scale_of, units_of
@@ -77,7 +77,7 @@ def work(settings: dict[str, Any]) -> None:
             cycle()
             seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
             if instance is not None:
-                instance.settle()
+                instance.wait_pending()
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             if number:
                 samples[name].append(1e3 * float(seconds))
@@ -119,7 +119,7 @@ def _trace(instance: Instance) -> list[tuple[str, str, float, float]]:
     instance.step.set_trace(trace)
     instance.cycle()
     end = time.perf_counter()
-    instance.settle()
+    instance.wait_pending()
     instance.step.set_trace(None)
     length = end - trace._origin
     return [tuple(span) for span in trace.spans() if span.start < length]  # type: ignore[misc]

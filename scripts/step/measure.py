@@ -16,7 +16,7 @@ import torch
 from bert_fast.data.formats.table import SampleTable, to_records
 from bert_fast.data.store import Store, merge_parts, write_part_of_records
 from bert_fast.model.flops import train_flops
-from bert_fast.train.inputs import to_device
+from bert_fast.train.batches import to_device
 from scripts.step.setting import make_batch, make_config
 from scripts.step.variants import VARIANTS
 
@@ -98,7 +98,7 @@ def data_seconds(args: argparse.Namespace, precision: str, steps: int = 30) -> f
         rng = np.random.default_rng(1)
         times = []
         for _ in range(steps):
-            ids = rng.integers(0, len(store), config.batch.local_batch)
+            ids = rng.integers(0, len(store), config.batch.micro_batch_size)
             start = time.perf_counter()
             to_device(store.batch(ids), device, config.batch.shape_multiple)
             _synchronise(device.type == "cuda")

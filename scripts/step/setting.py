@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from bert_fast.balance.lengths import wikipedia_like
-from bert_fast.cli import config_from_tree
 from bert_fast.command import share, whole
 from bert_fast.config import Config
+from bert_fast.config.load import config_from_tree
 from bert_fast.data.batch import Batch
-from bert_fast.train.inputs import batch_of_lengths
+from bert_fast.train.batches import batch_of_lengths
 
 # layers, width, heads, vocabulary, longest sample, samples of a batch on a CPU, on a GPU
 SIZES = {
@@ -47,17 +47,18 @@ def make_config(args: argparse.Namespace, precision: str, **changes: dict[str, A
     layers, width, heads, vocabulary, longest, on_cpu, on_gpu = SIZES[args.size]
     batch = args.batch or (on_cpu if args.device == "cpu" else on_gpu)
     tree: dict[str, dict[str, Any]] = {
-        "run": {"tensorboard": False, "matmul_ceiling": False},
+        "run": {"tensorboard": False, "measure_peak_flops": False},
         "model": {
             "vocab_size": vocabulary, "hidden_size": width, "num_layers": args.layers or layers, "num_heads": heads,
             "intermediate_size": 4 * width, "max_positions": longest, "hidden_dropout": args.dropout,
             "attention_dropout": args.dropout,
         },
-        "data": {"train": "unused", "eval": "unused", "max_seq_len": longest},
-        "batch": {"global_batch": batch, "local_batch": batch},
+        "data": {"train": "unused", "max_seq_len": longest},
+        "batch": {"global_batch_size": batch, "micro_batch_size": batch},
         "communication": {"clip": "global_after_reduce"},
         "schedule": {"total_steps": 1000},
-        "train": {"precision": precision, "max_steps": 1000, "eval_every_samples": 10**9, "warmup_batches": 1},
+        "train": {"precision": precision, "max_steps": 1000, "warmup_batches": 1},
+        "evaluation": {"data": "unused", "every_samples": 10**9},
         "system": {"device": args.device},
         "mlperf": {"enabled": False},
     }  # fmt: skip
@@ -68,7 +69,7 @@ def make_config(args: argparse.Namespace, precision: str, **changes: dict[str, A
 
 def make_batch(config: Config, mix: str, seed: int = 0) -> Batch:
     """The samples of a step, the longest first; the same for the same seed."""
-    count, longest = config.batch.local_batch, config.data.max_seq_len
+    count, longest = config.batch.micro_batch_size, config.data.max_seq_len
     if mix == "wikipedia":
         lengths = np.maximum(8, wikipedia_like(count, seed).astype(np.int64) * longest // 512)
     else:

@@ -19,9 +19,9 @@ from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch
 from bert_fast.model import fused
-from bert_fast.train import build as building
+from bert_fast.train.batches import to_device
 from bert_fast.train.environment import Environment, pick_dtype
-from bert_fast.train.inputs import to_device
+from bert_fast.train.setup import build as building
 from bert_fast.train.step import StepInput
 from scripts.step.setting import make_batch, make_config
 
@@ -47,7 +47,7 @@ def ours(
         batch = next(stream)
         inputs = to_device(batch, environment.device, config.batch.shape_multiple)
         with switched_off():
-            result = machinery.step(StepInput([inputs], len(batch.masked_labels), config.batch.global_batch), 1e-5)
+            result = machinery.step(StepInput([inputs], len(batch.masked_labels), config.batch.global_batch_size), 1e-5)
         return result.mlm_sum
 
     return step

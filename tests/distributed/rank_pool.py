@@ -50,7 +50,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "bert_fast.train.build"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "bert_fast.train.setup.build"])
         self._starts += 1
         meeting = str(self._scratch / f"meeting-of-{self.world}-{self._starts}")
         for rank in range(self.world):

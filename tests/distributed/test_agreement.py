@@ -17,14 +17,14 @@ from rank_pool import RankPool
 from tiny_task import config_over
 from training_run import Workspace
 
-from bert_fast.cli import config_from_tree
 from bert_fast.config import sections
+from bert_fast.config.load import config_from_tree
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.errors import UserError
-from bert_fast.train.agreement import MAY_DIFFER, check_config, check_parameters
+from bert_fast.train.checkpoint.resume import MAY_CHANGE
 from bert_fast.train.environment import Environment
 from bert_fast.train.loop import Run
-from bert_fast.train.resume import MAY_CHANGE
+from bert_fast.train.setup.consistency import MAY_DIFFER, check_config, check_parameters
 
 pytestmark = pytest.mark.distributed
 
@@ -94,7 +94,8 @@ def start(rank: int, world: int, trees: list[dict[str, Any]], strays_at: int | N
 def trees_of(store: Path, folder: Path) -> list[dict[str, Any]]:
     """The same config for two ranks, for a run of four steps."""
     tree = config_over(store)
-    tree["train"] |= {"max_steps": 4, "eval_every_samples": 32, "log_every_steps": 2, "warmup_batches": 0}
+    tree["evaluation"] |= {"every_samples": 32}
+    tree["train"] |= {"max_steps": 4, "log_every_steps": 2, "warmup_batches": 0}
     tree["run"] |= {"folder": str(folder)}
     folder.mkdir()
     return [copy.deepcopy(tree) for _ in range(2)]
@@ -114,26 +115,30 @@ STORES: dict[str, tuple[str, dict[str, Any], str]] = {
     "fewer training samples": ("train", {"order": slice(0, -10)}, "num_samples of data.train"),
     "another order of the training samples": ("train", {"order": slice(None, None, -1)}, "sha256 of data.train"),
     "a training store of another text": ("train", {"text_sha256": "0" * 64}, "text_sha256 of data.train"),
-    "fewer evaluation samples": ("eval", {"order": slice(3, None)}, "num_samples of data.eval"),
-    "another order of the evaluation samples": ("eval", {"order": slice(None, None, -1)}, "sha256 of data.eval"),
+    "fewer evaluation samples": ("eval", {"order": slice(3, None)}, "num_samples of evaluation.data"),
+    "another order of the evaluation samples": ("eval", {"order": slice(None, None, -1)}, "sha256 of evaluation.data"),
 }
 SETTINGS: list[tuple[str, object, str]] = [
     ("balance.strategy", "random", 'balance.strategy is "random" there and "balanced" on rank 0'),
-    ("balance.cost_linear", 7.0, "balance.cost_linear is 7.0 there and 5.0 on rank 0"),
+    (
+        "balance.cost",
+        {"linear": 7.0, "quadratic": 0.1},
+        'balance.cost is {"linear": 7.0, "quadratic": 0.1} there and {"linear": 5.0',
+    ),
     ("data.dynamic_masking", True, "data.dynamic_masking is true there and false on rank 0"),
-    ("data.eval_samples", 5, "data.eval_samples is 5 there and null on rank 0"),
+    ("evaluation.num_samples", 5, "evaluation.num_samples is 5 there and null on rank 0"),
     ("mlperf.enabled", False, "mlperf.enabled is false there and true on rank 0"),
     ("train.seed", 1, "train.seed is 1 there and 0 on rank 0"),
     ("train.log_every_steps", 1, "train.log_every_steps is 1 there and 2 on rank 0"),
-    ("train.checkpoint_every_steps", 3, "train.checkpoint_every_steps is 3 there and 0 on rank 0"),
-    ("run.matmul_ceiling", True, "run.matmul_ceiling is true there and false on rank 0"),
-    ("batch.eval_batch", 5, "batch.eval_batch is 5 there and 64 on rank 0"),
+    ("checkpoint.every_steps", 3, "checkpoint.every_steps is 3 there and 0 on rank 0"),
+    ("run.measure_peak_flops", True, "run.measure_peak_flops is true there and false on rank 0"),
+    ("evaluation.batch_size", 5, "evaluation.batch_size is 5 there and 64 on rank 0"),
     ("communication.clip", "none", 'communication.clip is "none" there and "bucket_before_reduce" on rank 0'),
     ("communication.bucket_mb", 5.0, "communication.bucket_mb is 5.0 there and 0.02 on rank 0"),
     ("model.num_layers", 3, "model.num_layers is 3 there and 2 on rank 0"),
     ("communication.max_norm", 2.0, "communication.max_norm is 2.0 there and 1.0 on rank 0"),
     ("optimizer.name", "lamb", 'optimizer.name is "lamb" there and "adamw" on rank 0'),
-    ("optimizer.when", "bucket", 'optimizer.when is "bucket" there and "end" on rank 0'),
+    ("optimizer.step_per_bucket", True, "optimizer.step_per_bucket is true there and false on rank 0"),
 ]
 
 
@@ -157,9 +162,9 @@ def test_another_store_on_one_rank_is_named(pool: Pools, tiny_store: Path, tmp_p
 
 def test_a_store_that_one_rank_cannot_read_is_named(pool: Pools, tiny_store: Path, tmp_path: Path) -> None:
     trees = trees_of(tiny_store, tmp_path / "run")
-    trees[1]["data"]["eval"] = str(tmp_path / "nothing")
-    refused(pool(2).call(start, trees), f'data.eval is "unreadable: no data at {tmp_path / "nothing"}'[:60])
-    trees[0]["data"]["eval"] = str(tmp_path / "nothing")
+    trees[1]["evaluation"]["data"] = str(tmp_path / "nothing")
+    refused(pool(2).call(start, trees), f'evaluation.data is "unreadable: no data at {tmp_path / "nothing"}'[:60])
+    trees[0]["evaluation"]["data"] = str(tmp_path / "nothing")
     ends = pool(2).call(start, trees)  # all alike: the store's own words
     assert {str(end["error"])[:10] for end in ends} == {"no data at"}
 
@@ -171,7 +176,7 @@ def test_another_setting_on_one_rank_is_named(
     trees = trees_of(tiny_store, tmp_path / "run")
     section, field = name.split(".")
     for tree in trees:
-        tree.setdefault("balance", {}).update(cost_linear=5.0, cost_quadratic=0.1)
+        tree.setdefault("balance", {}).update(cost={"linear": 5.0, "quadratic": 0.1})
     trees[1].setdefault(section, {})[field] = value
     refused(pool(2).call(start, trees), text)
 
@@ -193,7 +198,7 @@ def compare_resume(rank: int, world: int, tree: dict[str, Any]) -> str | None:
 def test_the_same_data_in_other_places_is_let_through(pool: Pools, tiny_store: Path, tmp_path: Path) -> None:
     trees = trees_of(tiny_store, tmp_path / "run")
     shutil.copytree(tiny_store, tmp_path / "copy")
-    trees[1]["data"] |= {"train": str(tmp_path / "copy/train"), "eval": str(tmp_path / "copy/eval"), "verify_mb_s": 0.0}
+    trees[1]["data"] |= {"train": str(tmp_path / "copy/train"), "scrub_mb_per_s": 0.0}
     trees[1]["system"]["threads_per_rank"] = 2
     assert [(end["error"], end["steps"]) for end in pool(2).call(start, trees)] == [(None, 4)] * 2
 
@@ -223,7 +228,8 @@ def test_evaluation_on_the_training_store_is_refused_or_named(
 ) -> None:
     trees = trees_of(tiny_store, tmp_path / "run")
     for tree in trees:
-        tree["data"] |= {"eval": tree["data"]["train"], "allow_shared_text": is_wanted}
+        tree["data"] |= {"allow_shared_text": is_wanted}
+        tree["evaluation"] |= {"data": tree["data"]["train"]}
     ends = pool(2).call(start, trees)
     if is_wanted:
         assert [(end["error"], end["steps"]) for end in ends] == [(None, 4)] * 2
@@ -248,7 +254,7 @@ def every_setting() -> list[str]:
 
 
 def test_a_list_of_buckets_that_does_not_cover_the_model_is_said(workspace: Workspace) -> None:
-    settings = ("train.max_steps=1", "train.eval_every_samples=100000")
+    settings = ("train.max_steps=1", "evaluation.every_samples=100000")
     code, run = workspace.run("run.folder=short", "communication.bucket_mb=[0.02,0.01]", *settings)
     assert code == 0, run.stderr
     assert "communication.bucket_mb lists 2 sizes and the model fills 3 buckets: the last size repeats" in run.stdout

@@ -17,9 +17,9 @@ from test_shadow import make_config, train
 from training_run import Workspace
 
 from bert_fast.config import Config
-from bert_fast.train.build import build
 from bert_fast.train.environment import Environment
-from bert_fast.train.plan_buckets import measure_ready_times
+from bert_fast.train.setup.bucket_sizes import measure_ready_times
+from bert_fast.train.setup.build import build
 
 pytestmark = pytest.mark.distributed
 

@@ -17,16 +17,16 @@ from tiny_task import prepare_data
 from training_run import TORCHRUN, TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.claims import claimed
-from bert_fast.cli import load_config
+from bert_fast.config.load import load_config
 from bert_fast.data.prepare import PREPARATION
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
-from bert_fast.train.checkpoint import damage, latest_checkpoint, read_description
+from bert_fast.train.checkpoint.storage import damage, latest_checkpoint, read_description
 
 pytestmark = pytest.mark.distributed
 
-ONE_RANK = ("system.world_size=1", "batch.global_batch=8")
+ONE_RANK = ("system.world_size=1", "batch.global_batch_size=8")
 as_root = os.geteuid() == 0
 
 
@@ -63,12 +63,12 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("comunication.bucket_mb=4", "unknown field comunication; did you mean communication?"),
         ("train.max_steps=many", "train.max_steps: .*integer.*'many'"),
         ("communication.clip=local", "communication.clip: .*'global_after_reduce'.*'local'"),
-        ("batch.local_batch=7", r"7 x 2 x 1 = 14; set batch\.global_batch=14"),
+        ("batch.micro_batch_size=7", r"7 x 2 x 1 = 14; set batch\.global_batch_size=14"),
         ("model.num_heads=5", "nearest number of heads that does is 4"),
         ("data.train=nowhere/train", r"no data at nowhere/train .*(prepare_data\.py|make data)"),
         (
-            "train.init_checkpoint=nowhere",
-            r"train\.init_checkpoint=nowhere is neither a folder with model\.safetensors",
+            "checkpoint.init_from=nowhere",
+            r"checkpoint\.init_from=nowhere is neither a folder with model\.safetensors",
         ),
     ],
 )
@@ -125,7 +125,7 @@ def test_world_size_that_does_not_fit(workspace: Workspace) -> None:
 def test_checkpoint_of_another_model(workspace: Workspace, tmp_path: Path) -> None:
     shape = load_config(workspace.config).model.model_copy(update={"hidden_size": 48, "num_heads": 2})
     save_pretrained(BertForPretraining(shape), shape, tmp_path)
-    line = refused(workspace, "run.folder=other_model", f"train.init_checkpoint={tmp_path}", *ONE_RANK)
+    line = refused(workspace, "run.folder=other_model", f"checkpoint.init_from={tmp_path}", *ONE_RANK)
     assert re.search(r"is of another model: embeddings\.word\.weight is \[200, 48\] .*\[200, 32\]", line)
 
 
@@ -161,7 +161,7 @@ def test_results_folder_that_cannot_be_written(workspace: Workspace, tmp_path: P
 
 def test_a_killed_rank_is_named_and_the_others_stop(workspace: Workspace) -> None:
     folder = workspace.folder / "killed"
-    run = workspace.start("run.folder=killed", "train.max_steps=5000", "train.checkpoint_every_steps=5")
+    run = workspace.start("run.folder=killed", "train.max_steps=5000", "checkpoint.every_steps=5")
     run.wait_until(lambda: last_step(folder) >= 12)
     os.kill(run.pid_of_rank(1), signal.SIGKILL)
     assert run.wait() == 4
@@ -194,7 +194,7 @@ def test_sigterm_before_the_first_step_is_no_killed_rank(workspace: Workspace) -
 def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace) -> None:
     """The first update by 1e30 ruins the weights: of steps 1 to 4 (from 0) three may be skipped."""
     blow_up = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "communication.clip=none")
-    line = refused(workspace, "run.folder=blown_up", "train.checkpoint_every_steps=1", *blow_up, code=3)
+    line = refused(workspace, "run.folder=blown_up", "checkpoint.every_steps=1", *blow_up, code=3)
     assert re.search(r"step [1-4]: loss or gradient is not finite, from rank 0, 1 on \S+; 4 steps in a row", line)
     assert "train.max_skipped_steps=3" in line
     assert re.search(r"Samples of that rank: \[\d+(, \d+){7}\].*optimizer\.lr", line)
@@ -222,7 +222,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_full(workspace: Workspace, small_disk: Path) -> None:
     """A checkpoint of the tiny model takes a quarter of the disk. Those that were whole stay whole."""
     folder = small_disk / "run"
-    often = ("train.checkpoint_every_steps=3", "train.keep_checkpoints=9")
+    often = ("checkpoint.every_steps=3", "checkpoint.keep_last=9")
     line = refused(workspace, f"run.folder={folder}", *often)
     assert re.search(r"checkpoint of step \d+ was not written: disk full .*; free space and --resume", line)
     assert not list(folder.rglob(".step-*"))

@@ -16,21 +16,21 @@ import pytest
 import torch
 
 from bert_fast.balance.cost import CostModel
-from bert_fast.cli import load_config, to_yaml
 from bert_fast.config import Config
+from bert_fast.config.load import load_config, to_yaml
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
 from bert_fast.train import evaluate
+from bert_fast.train.batches import to_device
 from bert_fast.train.environment import Environment
-from bert_fast.train.inputs import to_device
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "baseline_hf.py"
 NUM_STEPS = 4
-GLOBAL_BATCH = 8
+GLOBAL_BATCH_SIZE = 8
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,16 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "vocab_size": 200, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64,
             "max_positions": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0, "initializer_range": 0.2,
         },
-        "data": {"train": str(folder / "data/train"), "eval": str(folder / "data/eval"), "max_seq_len": 32},
-        "batch": {"global_batch": GLOBAL_BATCH, "local_batch": 2, "accumulation": 2, "eval_batch": 16},
+        "data": {"train": str(folder / "data/train"), "max_seq_len": 32},
+        "batch": {"global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
         "schedule": {"warmup_steps": 2, "total_steps": 100},
         "train": {
-            "max_steps": 100, "eval_every_samples": 2 * GLOBAL_BATCH, "precision": "fp32", "target_accuracy": 0.99,
-            "init_checkpoint": str(folder / "start"),
+            "max_steps": 100, "precision": "fp32",
         },
+        "evaluation": {
+            "data": str(folder / "data/eval"), "every_samples": 2 * GLOBAL_BATCH_SIZE, "target_accuracy": 0.99, "batch_size": 16,
+        },
+        "checkpoint": {"init_from": str(folder / "start")},
         "system": {"world_size": 2, "device": "cpu"},
     }  # fmt: skip
     path = folder / "config.yaml"
@@ -92,7 +95,7 @@ def _our_model(config: Config) -> BertForPretraining:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        labels = (store := Store(config.data.eval)).batch(np.arange(min(64, len(store)))).masked_labels
+        labels = (store := Store(config.evaluation.data)).batch(np.arange(min(64, len(store)))).masked_labels
         model.heads.decoder_bias[int(np.bincount(labels).argmax())] += 4.0
     return model
 
@@ -113,7 +116,7 @@ def test_padded_loss_is_our_unpadded_loss(baseline: ModuleType, config_file: Pat
 
 def test_evaluation_is_ours(baseline: ModuleType, config_file: Path) -> None:
     config = load_config(config_file)
-    store = Store(config.data.eval)
+    store = Store(config.evaluation.data)
     alone = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
 
     theirs = baseline.Evaluator(store, config, alone)(baseline.make_model(config))
@@ -149,9 +152,9 @@ def test_runs_over_two_ranks(config_file: Path, tmp_path: Path) -> None:
         "steps",
     }  # fmt: skip
     assert all(math.isfinite(value) for value in metrics.values())
-    assert (metrics["steps"], metrics["samples_to_target"]) == (NUM_STEPS, NUM_STEPS * GLOBAL_BATCH)
+    assert (metrics["steps"], metrics["samples_to_target"]) == (NUM_STEPS, NUM_STEPS * GLOBAL_BATCH_SIZE)
     assert metrics["target_reached"] == 0
     assert 5 * metrics["samples_per_s"] <= metrics["tokens_per_s"] <= 32 * metrics["samples_per_s"]
-    assert record["samples"]["eval_samples"] == [2 * GLOBAL_BATCH, 4 * GLOBAL_BATCH]
+    assert record["samples"]["eval_samples"] == [2 * GLOBAL_BATCH_SIZE, 4 * GLOBAL_BATCH_SIZE]
     assert record["environment"]["world_size"] == 2
     assert {"config", "environment", "samples"} < set(record)

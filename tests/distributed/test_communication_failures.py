@@ -18,12 +18,12 @@ from rank_pool import RankPool
 from tiny_task import config_over
 from training_run import ROOT, TrainingRun, Workspace, errors_of, last_step, lines
 
-from bert_fast.cli import config_from_tree
+from bert_fast.config.load import config_from_tree
 from bert_fast.model.bert import BertForPretraining
-from bert_fast.train import build as building
-from bert_fast.train.checkpoint import damage, latest_checkpoint, read_description
-from bert_fast.train.entry import guarded
+from bert_fast.train.checkpoint.storage import damage, latest_checkpoint, read_description
 from bert_fast.train.environment import Environment
+from bert_fast.train.main import guarded
+from bert_fast.train.setup import build as building
 
 pytestmark = pytest.mark.distributed
 
@@ -49,7 +49,7 @@ def checkpoint_of(folder: Path, at_least: int) -> int:
     return step
 
 
-OFTEN = "train.checkpoint_every_steps=5"
+OFTEN = "checkpoint.every_steps=5"
 
 
 def resumed(workspace: Workspace, folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_run_goes_on_after_any_rank_was_killed(workspace: Workspace, rank: int
 def silent(workspace: Workspace) -> tuple[TrainingRun, Path, int]:
     """A run in which rank 1 was held by SIGSTOP, after its end. Nothing but the reduction asks for a rank's answer."""
     folder = workspace.folder / "silent"
-    rarely = ("train.log_every_steps=100", "train.checkpoint_every_steps=100", "train.eval_every_samples=1000000")
+    rarely = ("train.log_every_steps=100", "checkpoint.every_steps=100", "evaluation.every_samples=1000000")
     run = workspace.start("run.folder=silent", "train.max_steps=50000", *rarely, f"communication.timeout_s={TIMEOUT_S}")
     run.wait_until(lambda: latest_checkpoint(folder / "checkpoints"))
     os.kill(run.pid_of_rank(1), signal.SIGSTOP)

@@ -18,9 +18,9 @@ from torch import nn
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
 from bert_fast.communication.clip import MODES
-from bert_fast.communication.compress import wire_format
 from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import wire_format
 
 pytestmark = pytest.mark.distributed
 

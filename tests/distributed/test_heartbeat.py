@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from rank_pool import RankPool
 
+from bert_fast.train.checkpoint.async_writer import OwnWork
 from bert_fast.train.environment import Environment
-from bert_fast.train.heartbeat import COMPUTE, EXCHANGE, Heartbeat
-from bert_fast.train.saver import OwnWork
+from bert_fast.train.health.heartbeat import COMPUTE, EXCHANGE, Heartbeat
 
 pytestmark = pytest.mark.distributed
 

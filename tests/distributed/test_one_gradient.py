@@ -14,25 +14,25 @@ import torch.distributed as dist
 from rank_pool import RankPool
 from tiny_task import config_over
 
-from bert_fast.cli import config_from_tree
 from bert_fast.communication.buckets import measure_ready_order
-from bert_fast.communication.compress import wire_format
 from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import BalanceConfig, Config
+from bert_fast.config.load import config_from_tree
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer
-from bert_fast.train.build import make_layout
-from bert_fast.train.calibrate import make_planner
-from bert_fast.train.inputs import planned_batches, to_device
+from bert_fast.train.batches import planned_batches, to_device
+from bert_fast.train.setup.build import make_layout
+from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.step import StepInput, TrainStep
 
 pytestmark = pytest.mark.distributed
 
 Pools = Callable[[int], RankPool]
 
-GLOBAL_BATCH = 8
+GLOBAL_BATCH_SIZE = 8
 STEP = 3  # of the plan; any would do
 
 
@@ -47,10 +47,14 @@ class Way:
 
     def config(self, store: Path, clip: str) -> Config:
         tree = config_over(store)
-        local = GLOBAL_BATCH // self.ranks // self.accumulation
+        local = GLOBAL_BATCH_SIZE // self.ranks // self.accumulation
         tree["model"] |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-        tree["batch"] = {"global_batch": GLOBAL_BATCH, "local_batch": local, "accumulation": self.accumulation}
-        tree["balance"] = {"strategy": self.strategy, "num_strata": 2, "pack_depth": 4}
+        tree["batch"] = {
+            "global_batch_size": GLOBAL_BATCH_SIZE,
+            "micro_batch_size": local,
+            "gradient_accumulation_steps": self.accumulation,
+        }
+        tree["balance"] = {"strategy": self.strategy, "num_strata": 2, "max_samples_per_pack": 4}
         tree["communication"] |= {"engine": self.engine, "clip": clip, "max_norm": 0.5}
         tree["train"]["max_steps"] = 1000
         tree["system"]["world_size"] = self.ranks
@@ -66,7 +70,7 @@ def step_of(rank: int, world: int, config: Config, dtype: torch.dtype) -> dict[s
     cpu, multiple = torch.device("cpu"), config.batch.shape_multiple  # what pads a micro-batch must not count either
     planned = planned_batches(store, plan, rank, config.balance.strategy, config.data.max_seq_len)
     batches = [to_device(batch, cpu, multiple) for batch in planned]
-    inputs = StepInput(batches, int(store.num_masked[plan.ids].sum(dtype=np.int64)), config.batch.global_batch)
+    inputs = StepInput(batches, int(store.num_masked[plan.ids].sum(dtype=np.int64)), config.batch.global_batch_size)
 
     order = measure_ready_order(list(model.parameters()), lambda: model(batches[0]).mlm_sum.backward())
     if dist.is_initialized():
@@ -104,7 +108,7 @@ WAYS = [
 
 
 def name_of(way: Way) -> str:
-    return f"{way.ranks}x{GLOBAL_BATCH // way.ranks // way.accumulation}x{way.accumulation}-{way.strategy}-{way.engine}"
+    return f"{way.ranks}x{GLOBAL_BATCH_SIZE // way.ranks // way.accumulation}x{way.accumulation}-{way.strategy}-{way.engine}"
 
 
 @pytest.mark.parametrize("clip", ["none", "global_after_reduce"])
@@ -135,8 +139,8 @@ def plans_of(rank: int, _world: int, config: Config) -> np.ndarray:
 @pytest.mark.parametrize("strategy", get_args(BalanceConfig.model_fields["strategy"].annotation))
 def test_every_rank_plans_the_same(pool: Pools, tiny_store: Path, strategy: str) -> None:
     plans = pool(4).call(plans_of, Way(4, 2, strategy).config(tiny_store, "none"))
-    assert plans[0].shape == (4, GLOBAL_BATCH + 4 * 2 + 1)
+    assert plans[0].shape == (4, GLOBAL_BATCH_SIZE + 4 * 2 + 1)
     for plan in plans[1:]:
         np.testing.assert_array_equal(plan, plans[0])
     for step in plans[0]:
-        assert len(np.unique(step[:GLOBAL_BATCH])) == GLOBAL_BATCH
+        assert len(np.unique(step[:GLOBAL_BATCH_SIZE])) == GLOBAL_BATCH_SIZE

@@ -15,12 +15,12 @@ from rank_pool import RankPool
 from tiny_task import config_over
 from training_run import Workspace
 
-from bert_fast.cli import config_from_tree
+from bert_fast.config.load import config_from_tree
 from bert_fast.errors import UserError
 from bert_fast.report.preflight import node_table
-from bert_fast.train import preflight as module
 from bert_fast.train.environment import Environment
-from bert_fast.train.preflight import preflight
+from bert_fast.train.setup import preflight as module
+from bert_fast.train.setup.preflight import preflight
 
 pytestmark = pytest.mark.distributed
 

@@ -12,8 +12,8 @@ from training_run import Workspace
 from bert_fast.trace import Span, Trace, write_trace
 
 SETTINGS = (
-    "train.max_steps=12", "train.eval_every_samples=100000", "run.profile=true", "run.profile_after=4",
-    "run.profile_steps=2", "optimizer.when=bucket",
+    "train.max_steps=12", "evaluation.every_samples=100000", "run.profile=true", "run.profile_after=4",
+    "run.profile_steps=2", "optimizer.step_per_bucket=true",
 )  # fmt: skip
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from training_run import TrainingRun, Workspace, errors_of, last_step, lines
 
-from bert_fast.cli import load_config
+from bert_fast.config.load import load_config
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.train.checkpoint import latest_checkpoint, read_description
-from bert_fast.train.resume import check_key, resume_key
+from bert_fast.train.checkpoint.resume import check_key, resume_key
+from bert_fast.train.checkpoint.storage import latest_checkpoint, read_description
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 120
-SETTINGS = (f"train.max_steps={STEPS}", "train.save_final_model=true", "train.eval_every_samples=320")
+SETTINGS = (f"train.max_steps={STEPS}", "checkpoint.save_final_model=true", "evaluation.every_samples=320")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_traffic_of_a_resumed_run(stopped_twice: Path, straight: Path) -> None:
 
 def test_sharded_run_stopped_and_resumed(workspace: Workspace) -> None:
     """Optimizer state goes through the unsharded form and back without a change."""
-    sharded = (*SETTINGS, "communication.shard_optimizer=true", "optimizer.when=bucket", "optimizer.name=lamb")
+    sharded = (*SETTINGS, "communication.shard_optimizer=true", "optimizer.step_per_bucket=true", "optimizer.name=lamb")
     code, run = workspace.run("run.folder=sharded", *sharded)
     assert code == 0, run.stderr
     folder = workspace.folder / "sharded-stopped"
@@ -114,7 +114,7 @@ def test_sharded_run_stopped_and_resumed(workspace: Workspace) -> None:
 @pytest.mark.slow
 def test_crash_between_checkpoints(workspace: Workspace, straight: Path) -> None:
     """The launcher is killed where nothing can be saved: its ranks go with it, and the last checkpoint counts."""
-    folder, checkpoints = workspace.folder / "crashed", "train.checkpoint_every_steps=10"
+    folder, checkpoints = workspace.folder / "crashed", "checkpoint.every_steps=10"
     run = workspace.start("run.folder=crashed", checkpoints, *SETTINGS)
     run.wait_until(lambda: last_step(folder) >= 23)
     run.process.kill()
@@ -123,7 +123,7 @@ def test_crash_between_checkpoints(workspace: Workspace, straight: Path) -> None
     reached = last_step(folder)
     assert checkpoint is not None
     assert 20 <= int(checkpoint.name.removeprefix("step-")) < reached < STEPS
-    assert len(list((folder / "checkpoints").glob("step-*/complete.json"))) <= 2  # train.keep_checkpoints
+    assert len(list((folder / "checkpoints").glob("step-*/complete.json"))) <= 2  # checkpoint.keep_last
     code, run = workspace.run("run.folder=crashed", checkpoints, *SETTINGS, resume=True)
     assert code == 0, run.stderr
     assert f"resumed from checkpoints/{checkpoint.name}" in run.stdout.replace("crashed/", "")
@@ -143,11 +143,11 @@ def test_a_signal_to_one_rank_stops_all_under_its_own_number(workspace: Workspac
 def test_another_number_of_ranks_goes_on_with_the_same_samples(workspace: Workspace) -> None:
     """Global batches stay in order; who computes what does not matter. The run of one rank takes over from two."""
     steps = 200
-    settings = ("balance.strategy=balanced_free", f"train.max_steps={steps}", "train.eval_every_samples=1600")
+    settings = ("balance.strategy=balanced_free", f"train.max_steps={steps}", "evaluation.every_samples=1600")
     folder, straight = workspace.folder / "elastic", workspace.folder / "fixed"
     same = ("model.hidden_dropout=0", "model.attention_dropout=0", "communication.clip=global_after_reduce")
     stop(workspace.start(f"run.folder={folder.name}", *settings, *same), folder, 3, signal.SIGTERM)
-    one = ("system.world_size=1", "batch.local_batch=8", "batch.accumulation=2")
+    one = ("system.world_size=1", "batch.micro_batch_size=8", "batch.gradient_accumulation_steps=2")
     code, run = workspace.run(f"run.folder={folder.name}", *settings, *same, *one, resume=True)
     assert code == 0, run.stderr
     assert "resumed by 1 ranks, stopped by 2: the same samples in the same steps" in run.stdout
@@ -169,7 +169,7 @@ def interrupted(workspace: Workspace) -> Path:
 
 def test_a_folder_in_use_is_refused(workspace: Workspace) -> None:
     """Two runs in one folder would remove each other's checkpoints."""
-    folder, often = workspace.folder / "in-use", "train.checkpoint_every_steps=5"
+    folder, often = workspace.folder / "in-use", "checkpoint.every_steps=5"
     first = workspace.start("run.folder=in-use", "train.max_steps=5000", often)
     first.wait_until(lambda: latest_checkpoint(folder / "checkpoints"))
     code, second = workspace.run("run.folder=in-use", "train.max_steps=5000", often, resume=True)
@@ -190,7 +190,7 @@ def test_a_signal_while_steps_are_skipped_saves_nothing(workspace: Workspace) ->
         "train.max_skipped_steps=100000",
     )
     folder = workspace.folder / "blown"
-    run = workspace.start("run.folder=blown", "train.max_steps=50000", "train.checkpoint_every_steps=1", *blow_up)
+    run = workspace.start("run.folder=blown", "train.max_steps=50000", "checkpoint.every_steps=1", *blow_up)
     run.wait_until(lambda: len(lines(folder, "skipped")) > 3)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM
@@ -219,7 +219,7 @@ def test_another_model_is_not_resumed(interrupted: Path, workspace: Workspace) -
 
 ANOTHER = {
     "model.num_heads": ["model.num_heads=4"],
-    "batch.global_batch": ["batch.global_batch=32", "batch.local_batch=16"],
+    "batch.global_batch_size": ["batch.global_batch_size=32", "batch.micro_batch_size=16"],
     "balance.strategy": ["balance.strategy=random"],
     "optimizer.lr": ["optimizer.lr=0.02"],
     "schedule.warmup_steps": ["schedule.warmup_steps=6"],
@@ -248,7 +248,7 @@ def test_other_data_is_not_resumed(interrupted: Path, workspace: Workspace) -> N
 @pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(workspace: Workspace, straight: Path) -> None:
     """And says so. A bit of one rank's file has changed."""
-    folder, often = workspace.folder / "damaged", "train.checkpoint_every_steps=10"
+    folder, often = workspace.folder / "damaged", "checkpoint.every_steps=10"
     stop(workspace.start("run.folder=damaged", often, *SETTINGS), folder, 35, signal.SIGTERM)
     latest = latest_checkpoint(folder / "checkpoints")
     assert latest is not None
@@ -268,7 +268,7 @@ def resume_with(
 ) -> dict[str, Any]:
     """What `--resume` with these changes does first; the state it would take up."""
     config = load_config(workspace.config, [*SETTINGS, *changes])
-    train, evaluation = (Store(folder).manifest["sha256"] for folder in (config.data.train, config.data.eval))
+    train, evaluation = (Store(folder).manifest["sha256"] for folder in (config.data.train, config.evaluation.data))
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     description = read_description(checkpoint)

@@ -12,18 +12,18 @@ import pytest
 import torch
 from training_run import TORCHRUN, TrainingRun, Workspace, lines
 
-from bert_fast.cli import load_config
-from bert_fast.mlperf.submission import check_log
-from bert_fast.train.build import matmul_ceiling
+from bert_fast.config.load import load_config
+from bert_fast.mlperf.compliance import check_log
 from bert_fast.train.environment import Environment
+from bert_fast.train.setup.build import matmul_peak
 
 pytestmark = pytest.mark.distributed
 
 TARGET = 0.2
 TO_TARGET = (
-    f"train.target_accuracy={TARGET}",
+    f"evaluation.target_accuracy={TARGET}",
     "train.max_steps=120",
-    "run.matmul_ceiling=true",
+    "run.measure_peak_flops=true",
 )  # after about 30 steps
 
 
@@ -121,8 +121,8 @@ def test_torchrun_trains_the_same(to_target: Path, workspace: Workspace) -> None
 def missed(workspace: Workspace) -> tuple[Path, TrainingRun]:
     """A run with LAMB and accumulation whose target is out of reach."""
     code, run = workspace.run(
-        "run.folder=missed", "train.target_accuracy=0.99", "train.max_steps=12", "optimizer.name=lamb", "optimizer.lr=0.03",
-        "batch.local_batch=4", "batch.accumulation=2", "train.eval_every_samples=64",
+        "run.folder=missed", "evaluation.target_accuracy=0.99", "train.max_steps=12", "optimizer.name=lamb", "optimizer.lr=0.03",
+        "batch.micro_batch_size=4", "batch.gradient_accumulation_steps=2", "evaluation.every_samples=64",
     )  # fmt: skip
     assert code == 1, run.stderr
     return workspace.folder / "missed", run
@@ -148,10 +148,10 @@ def test_a_missed_target_is_no_failed_rank(missed: tuple[Path, TrainingRun]) -> 
 
 
 def test_measuring_the_ceiling_draws_no_random_number() -> None:
-    """Else run.matmul_ceiling decides which units dropout drops."""
+    """Else run.measure_peak_flops decides which units dropout drops."""
     environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
     before = torch.get_rng_state()
-    assert matmul_ceiling(environment, seconds=0.01) > 0
+    assert matmul_peak(environment, seconds=0.01) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -178,14 +178,14 @@ def test_cost_model_is_stored_with_the_run(to_target: Path) -> None:
 
 
 def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace: Workspace) -> None:
-    code, run = workspace.run("run.folder=fitted", "balance.fit_cost=true", "train.max_steps=4")
+    code, run = workspace.run("run.folder=fitted", "balance.cost=measure", "train.max_steps=4")
     if code == 3 and "balance.fit_cost" in run.stderr:  # a busy machine: times that say nothing are refused
         pytest.skip(run.stderr)
     assert code == 0, run.stderr
     cost = json.loads((workspace.folder / "fitted/cost.json").read_text(encoding="utf-8"))["planned_with"]
     assert cost["source"].startswith("warm-up fit")
     assert cost["linear"] > 0
-    code, run = workspace.run("run.folder=next", "balance.cost_file=fitted/cost.json", "train.max_steps=4")
+    code, run = workspace.run("run.folder=next", "balance.cost=fitted/cost.json", "train.max_steps=4")
     assert code == 0, run.stderr
     again = json.loads((workspace.folder / "next/cost.json").read_text(encoding="utf-8"))["planned_with"]
     assert (again["linear"], again["quadratic"]) == (cost["linear"], cost["quadratic"])
@@ -201,7 +201,7 @@ def test_a_run_under_every_kind_of_strategy(workspace: Workspace, strategy: str)
 
 
 def test_missing_cost_file_is_found_before_ranks_are_started(workspace: Workspace) -> None:
-    code, run = workspace.run("run.folder=no_cost", "balance.cost_file=nowhere.json")
+    code, run = workspace.run("run.folder=no_cost", "balance.cost=nowhere.json")
     assert code == 2
     assert run.stderr.strip().splitlines() == [
         "error: balance.cost_file nowhere.json: No such file or directory; give the cost.json of a finished run"

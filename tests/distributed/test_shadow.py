@@ -1,4 +1,4 @@
-"""optimizer.when=bucket: the weights of `end`, bit for bit, updated while later buckets are on the wire; or not at all."""
+"""optimizer.step_per_bucket=true: the weights of `end`, bit for bit, updated while later buckets are on the wire; or not at all."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch.distributed as dist
 from rank_pool import RankPool
 from tiny_task import config_over
 
-from bert_fast.cli import config_from_tree
 from bert_fast.config import Config
+from bert_fast.config.load import config_from_tree
 from bert_fast.data.store import Store
-from bert_fast.train.build import build
-from bert_fast.train.calibrate import make_planner
+from bert_fast.train.batches import planned_batches, to_device
 from bert_fast.train.environment import Environment
-from bert_fast.train.inputs import planned_batches, to_device
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.step import StepInput
 
 pytestmark = pytest.mark.distributed
@@ -29,11 +29,11 @@ Pools = Callable[[int], RankPool]
 STEPS = 4
 
 
-def make_config(store: Path, world: int, when: str, **changes: dict[str, Any]) -> Config:
+def make_config(store: Path, world: int, step_per_bucket: bool, **changes: dict[str, Any]) -> Config:
     tree = config_over(store)
     tree["system"]["world_size"] = world
-    tree["batch"] = {"global_batch": 16, "local_batch": 16 // world}
-    tree["optimizer"]["when"] = when
+    tree["batch"] = {"global_batch_size": 16, "micro_batch_size": 16 // world}
+    tree["optimizer"]["step_per_bucket"] = step_per_bucket
     for section, values in changes.items():
         tree[section] |= values
     return config_from_tree(tree)
@@ -57,7 +57,7 @@ def train(rank: int, world: int, config: Config, poison_step: int | None = None)
         batches = planned_batches(store, plan, rank, config.balance.strategy, config.data.max_seq_len)
         masked = int(store.num_masked[plan.ids].sum(dtype=np.int64))
         inputs = [to_device(batch, torch.device("cpu"), 64) for batch in batches]
-        result = machinery.step(StepInput(inputs, masked, config.batch.global_batch), lr=0.01)
+        result = machinery.step(StepInput(inputs, masked, config.batch.global_batch_size), lr=0.01)
         finite.append(bool(result.is_finite))
         weights.append(torch.cat([p.detach().ravel() for p in machinery.model.parameters()]).numpy().copy())
     return {"weights": np.stack(weights), "finite": finite, "norm": result.grad_norm.item()}
@@ -68,9 +68,12 @@ def train(rank: int, world: int, config: Config, poison_step: int | None = None)
 @pytest.mark.parametrize("world", [1, 2])
 def test_same_weights_as_at_the_end(pool: Pools, tiny_store: Path, world: int, clip: str, optimizer: str) -> None:
     results = []
-    for when in ("end", "bucket"):
-        changes = {"optimizer": {"name": optimizer, "when": when}, "communication": {"clip": clip}}
-        config = make_config(tiny_store, world, when, **changes)
+    for step_per_bucket in (False, True):
+        changes = {
+            "optimizer": {"name": optimizer, "step_per_bucket": step_per_bucket},
+            "communication": {"clip": clip},
+        }
+        config = make_config(tiny_store, world, step_per_bucket, **changes)
         results += [train(0, 1, config)] if world == 1 else pool(world).call(train, config)
     for result in results[1:]:
         np.testing.assert_array_equal(result["weights"], results[0]["weights"])
@@ -85,8 +88,8 @@ def test_a_step_that_is_not_finite_changes_no_weight(
 ) -> None:
     """Though the bucket with the NaN is the last: by then the others would have been updated."""
     results = []
-    for when in ("end", "bucket"):
-        config = make_config(tiny_store, 2, when, communication={"clip": clip, "reduce_dtype": reduce_dtype})
+    for step_per_bucket in (False, True):
+        config = make_config(tiny_store, 2, step_per_bucket, communication={"clip": clip, "reduce_dtype": reduce_dtype})
         results += pool(2).call(train, config, 2)
     for result in results:
         assert result["finite"] == [True, True, False, True]
@@ -125,7 +128,7 @@ def order_of_events(rank: int, world: int, config: Config) -> list[str]:
 
 
 def test_a_bucket_is_updated_before_the_next_is_waited_for(pool: Pools, tiny_store: Path) -> None:
-    config = make_config(tiny_store, 2, "bucket")
+    config = make_config(tiny_store, 2, True)
     for events in pool(2).call(order_of_events, config):
         number = len(events) // 2
         assert number >= 3

@@ -18,11 +18,11 @@ from bert_fast.communication.buckets import Layout, plan_layout
 from bert_fast.communication.sharded import ShardedReducer, pieces_of
 from bert_fast.config import Config
 from bert_fast.data.store import Store
-from bert_fast.train.build import Machinery, build
-from bert_fast.train.calibrate import make_planner
+from bert_fast.train.batches import planned_batches, to_device
 from bert_fast.train.environment import Environment
-from bert_fast.train.inputs import planned_batches, to_device
-from bert_fast.train.sharded import ShardedOptimizer
+from bert_fast.train.setup.build import TrainComponents, build
+from bert_fast.train.setup.cost_model import make_planner
+from bert_fast.train.sharded_optimizer import ShardedOptimizer
 from bert_fast.train.step import StepInput, StepResult
 
 pytestmark = pytest.mark.distributed
@@ -39,11 +39,11 @@ def make_config(store: Path, world: int, shard: bool, **changes: dict[str, Any])
 
 
 class Task:
-    """Machinery of a config, and its steps over the tiny store."""
+    """TrainComponents of a config, and its steps over the tiny store."""
 
     def __init__(self, rank: int, world: int, config: Config) -> None:
         self.config, self.rank = config, rank
-        self.machinery: Machinery = build(config, Environment(rank, rank, world, CPU, torch.float32))
+        self.machinery: TrainComponents = build(config, Environment(rank, rank, world, CPU, torch.float32))
         self.store = Store(config.data.train)
         self.planner = make_planner(config, self.store.lengths)
 
@@ -52,7 +52,7 @@ class Task:
         batches = planned_batches(self.store, plan, self.rank, "balanced", self.config.data.max_seq_len)
         masked = int(self.store.num_masked[plan.ids].sum(dtype=np.int64))
         inputs = [to_device(batch, CPU, 64) for batch in batches]
-        return self.machinery.step(StepInput(inputs, masked, self.config.batch.global_batch), lr=0.01)
+        return self.machinery.step(StepInput(inputs, masked, self.config.batch.global_batch_size), lr=0.01)
 
     def weights(self) -> np.ndarray:
         state = self.machinery.model.state_dict()
@@ -104,12 +104,14 @@ def test_same_weights_under_every_clipping(pool: Pools, tiny_store: Path, clip: 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-@pytest.mark.parametrize("when", ["bucket", "end"])
+@pytest.mark.parametrize("step_per_bucket", [True, False])
 def test_same_weights_on_four_ranks_and_updated_by_bucket(
-    pool: Pools, tiny_store: Path, when: str, optimizer: str
+    pool: Pools, tiny_store: Path, step_per_bucket: bool, optimizer: str
 ) -> None:
     whole = pool(4).call(train, make_config(tiny_store, 4, False, optimizer={"name": optimizer}))
-    sharded = pool(4).call(train, make_config(tiny_store, 4, True, optimizer={"name": optimizer, "when": when}))
+    sharded = pool(4).call(
+        train, make_config(tiny_store, 4, True, optimizer={"name": optimizer, "step_per_bucket": step_per_bucket})
+    )
     compare(whole, sharded)
     size = whole[0]["weights"].shape[1]
     assert [one["held"] for one in whole] == [size] * 4
@@ -163,9 +165,9 @@ def test_a_checkpoint_is_read_with_and_without_sharding(pool: Pools, tiny_store:
             np.testing.assert_allclose(found["weights"], expected["weights"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("when", ["bucket", "end"])
-def test_a_step_that_is_not_finite_changes_no_weight(pool: Pools, tiny_store: Path, when: str) -> None:
-    for one in pool(2).call(train, make_config(tiny_store, 2, True, optimizer={"when": when}), 2):
+@pytest.mark.parametrize("step_per_bucket", [True, False])
+def test_a_step_that_is_not_finite_changes_no_weight(pool: Pools, tiny_store: Path, step_per_bucket: bool) -> None:
+    for one in pool(2).call(train, make_config(tiny_store, 2, True, optimizer={"step_per_bucket": step_per_bucket}), 2):
         assert one["finite"] == [True, True, False, True]
         np.testing.assert_array_equal(one["weights"][2], one["weights"][1])
 
@@ -229,8 +231,8 @@ def waits_of_compiled(rank: int, world: int, config: Config) -> list[int]:
         waited: list[int] = []
         wait_for = engine._wait_for
         engine._wait_for = lambda number: (waited.append(number), wait_for(number))[1]  # type: ignore[method-assign]
-        settle = engine.settle
-        engine.settle = lambda: (waited.append(-1), settle())[1]  # type: ignore[method-assign]
+        wait_pending = engine.wait_pending
+        engine.wait_pending = lambda: (waited.append(-1), wait_pending())[1]  # type: ignore[method-assign]
         task.step(1)
         return list(dict.fromkeys(waited[: waited.index(-1)]))
     finally:

@@ -15,8 +15,8 @@ import pytest
 from training_run import ROOT, TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.claims import remove_own
-from bert_fast.launch.head import SECRET
-from bert_fast.train.folder import RUN
+from bert_fast.launch.rendezvous_check import SECRET
+from bert_fast.run_folder import RUN
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +37,7 @@ def test_of_two_starts_at_once_one_is_refused(workspace: Workspace) -> None:
 def test_every_file_that_a_run_writes_is_known_as_its_own(workspace: Workspace) -> None:
     """Else a run that starts over leaves it, and a new name here is one that a person's file may have."""
     settings = (
-        "train.max_steps=12", "train.checkpoint_every_steps=4", "train.save_final_model=true", "run.tensorboard=true",
+        "train.max_steps=12", "checkpoint.every_steps=4", "checkpoint.save_final_model=true", "run.tensorboard=true",
         "run.profile=true", "run.profile_after=1", "run.profile_steps=2", "system.preflight=true",
         "communication.bucket_mb=auto",
     )  # fmt: skip

@@ -15,8 +15,8 @@ from rank_pool import RankPool
 from torch import nn
 
 from bert_fast.communication.buckets import plan_layout
-from bert_fast.communication.compress import WireFormat
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import WireFormat
 
 pytestmark = pytest.mark.distributed
 

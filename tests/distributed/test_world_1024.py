@@ -21,21 +21,21 @@ import torch.distributed as dist
 
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Plan
-from bert_fast.cli import config_from_tree
 from bert_fast.communication.buckets import measure_ready_order
 from bert_fast.communication.clip import MODES
-from bert_fast.communication.compress import fp16_scale, wire_format
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import fp16_scale, wire_format
 from bert_fast.config import Config
+from bert_fast.config.load import config_from_tree
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import merge_parts, write_part
 from bert_fast.model.bert import BertForPretraining, BertInput
-from bert_fast.train.build import build, build_model, make_layout
-from bert_fast.train.calibrate import make_planner
+from bert_fast.train.batches import batch_of_lengths, synthetic_batch, to_device
 from bert_fast.train.environment import Environment
 from bert_fast.train.evaluate import Evaluator
-from bert_fast.train.inputs import batch_of_lengths, synthetic_batch, to_device
 from bert_fast.train.loop import Run
+from bert_fast.train.setup.build import build, build_model, make_layout
+from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.step import StepInput
 
 pytestmark = pytest.mark.distributed
@@ -49,17 +49,18 @@ _TIMEOUT_S = 120.0
 def make_config(**communication: Any) -> Config:
     """A BERT of many tensors: 24 layers deep and narrow."""
     return config_from_tree({
-        "run": {"tensorboard": False, "matmul_ceiling": False},
+        "run": {"tensorboard": False, "measure_peak_flops": False},
         "model": {
             "vocab_size": 120, "hidden_size": 16, "num_layers": 24, "num_heads": 2, "intermediate_size": 32,
             "max_positions": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0, "initializer_range": 0.1,
         },
-        "data": {"train": "unused", "eval": "unused", "max_seq_len": 32},
-        "batch": {"global_batch": 4 * 2 * WORLD, "local_batch": 4, "accumulation": 2},
+        "data": {"train": "unused", "max_seq_len": 32},
+        "batch": {"global_batch_size": 4 * 2 * WORLD, "micro_batch_size": 4, "gradient_accumulation_steps": 2},
         "communication": {"bucket_mb": 0.01, **communication},
         "optimizer": {"name": "lamb", "lr": 0.01},
         "schedule": {"total_steps": 100},
-        "train": {"precision": "fp32", "max_steps": 10, "eval_every_samples": 10**6, "warmup_batches": 1},
+        "train": {"precision": "fp32", "max_steps": 10, "warmup_batches": 1},
+        "evaluation": {"data": "unused", "every_samples": 10**6},
         "system": {"world_size": WORLD, "ranks_per_node": 8, "device": "cpu", "threads_per_rank": 1},
     })  # fmt: skip
 
@@ -70,7 +71,7 @@ def make_config(**communication: Any) -> Config:
 def as_rank(rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function(*arguments)` returns in a process of its own that believes to be `rank`: no group leaks from it."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "bert_fast.train.build"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "bert_fast.train.setup.build"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_join_and_call, args=(rank, theirs, function, arguments), daemon=True)
     process.start()
@@ -246,7 +247,9 @@ def planned_step(config: Config) -> dict[str, Any]:
     batches = [
         batch_of_lengths(lengths[plan.ids[part]], config.model.vocab_size, rng) for part in plan.micro_batches(rank)
     ]
-    inputs = StepInput([to_device(b, CPU) for b in batches], 5 * config.batch.global_batch, config.batch.global_batch)
+    inputs = StepInput(
+        [to_device(b, CPU) for b in batches], 5 * config.batch.global_batch_size, config.batch.global_batch_size
+    )
     before = torch.cat([p.detach().ravel() for p in machinery.model.parameters()])
     result = machinery.step(inputs, lr=0.01)
     after = torch.cat([p.detach().ravel() for p in machinery.model.parameters()])
@@ -259,18 +262,18 @@ def planned_step(config: Config) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "when", "strategy"),
-    [("bucketed", "end", "balanced"), ("bucketed", "bucket", "balanced_free"), ("ddp", "end", "balanced")],
+    ("engine", "step_per_bucket", "strategy"),
+    [("bucketed", False, "balanced"), ("bucketed", True, "balanced_free"), ("ddp", False, "balanced")],
 )
-def test_a_planned_step(engine: str, when: str, strategy: str) -> None:
+def test_a_planned_step(engine: str, step_per_bucket: bool, strategy: str) -> None:
     """Balance plan, bucket layout and step fit together: every rank has its own samples of one and the same plan."""
     tree = make_config(engine=engine).model_dump()
-    tree["balance"]["strategy"], tree["optimizer"]["when"] = strategy, when
+    tree["balance"]["strategy"], tree["optimizer"]["step_per_bucket"] = strategy, step_per_bucket
     config = config_from_tree(tree)
     results = [as_rank(rank, planned_step, config) for rank in (0, 1023)]
     first, last = results
     np.testing.assert_array_equal(first["plan"], last["plan"])
-    assert len(np.unique(first["plan"][: config.batch.global_batch])) == config.batch.global_batch
+    assert len(np.unique(first["plan"][: config.batch.global_batch_size])) == config.batch.global_batch_size
     assert not set(first["mine"]) & set(last["mine"])
     assert first["imbalance"] < 1.1
     assert first["layout"] == last["layout"]
@@ -327,7 +330,8 @@ def test_the_start_of_a_run_as_any_of_1024_ranks(tmp_path: Path) -> None:
     for split, count in (("train", samples), ("eval", 3000)):
         write_large_store(tmp_path / split, count)
     tree = make_config().model_dump()
-    tree["data"] |= {"train": str(tmp_path / "train"), "eval": str(tmp_path / "eval")}
+    tree["data"] |= {"train": str(tmp_path / "train")}
+    tree["evaluation"] |= {"data": str(tmp_path / "eval")}
     tree["run"] |= {"folder": str(tmp_path / "run")}
     config = config_from_tree(tree)
     (tmp_path / "run").mkdir()

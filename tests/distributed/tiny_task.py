@@ -19,17 +19,18 @@ WORDS = {
 }
 
 CONFIG = {
-    "run": {"name": "tiny", "tensorboard": False, "matmul_ceiling": False},
+    "run": {"name": "tiny", "tensorboard": False, "measure_peak_flops": False},
     "model": {
         "vocab_size": 200, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64,
         "max_positions": 32, "initializer_range": 0.06,
     },
     "data": {"max_seq_len": 32},
-    "batch": {"global_batch": 16, "local_batch": 8},
+    "batch": {"global_batch_size": 16, "micro_batch_size": 8},
     "communication": {"bucket_mb": 0.02, "timeout_s": 60},
     "optimizer": {"name": "adamw", "lr": 0.01, "beta2": 0.98},
     "schedule": {"warmup_steps": 5, "total_steps": 1000},
-    "train": {"precision": "fp32", "max_steps": 20, "eval_every_samples": 160, "log_every_steps": 1, "warmup_batches": 1},
+    "train": {"precision": "fp32", "max_steps": 20, "log_every_steps": 1, "warmup_batches": 1},
+    "evaluation": {"every_samples": 160},
     "system": {"world_size": 2, "device": "cpu", "threads_per_rank": 1},
 }  # fmt: skip
 
@@ -37,7 +38,8 @@ CONFIG = {
 def config_over(store: Path) -> dict[str, Any]:
     """The tiny config over a folder with train/ and eval/ stores; dropout is on, as by default."""
     config: dict[str, Any] = copy.deepcopy(CONFIG)
-    config["data"] |= {"train": str(store / "train"), "eval": str(store / "eval")}
+    config["data"] |= {"train": str(store / "train")}
+    config["evaluation"] |= {"data": str(store / "eval")}
     return config
 
 

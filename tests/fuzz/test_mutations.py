@@ -21,25 +21,25 @@ import pytest
 import torch
 
 from bert_fast.balance.cost import read_cost
-from bert_fast.cli import config_from_tree, load_config
 from bert_fast.config import Config
-from bert_fast.data.formats.importer import export_store
+from bert_fast.config.load import config_from_tree, load_config
+from bert_fast.data.formats.convert import export_store
 from bert_fast.data.formats.mlperf import read_blocks
 from bert_fast.data.recipe import read_recipe
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
 from bert_fast.files import write_json
-from bert_fast.launch.settings import load_settings
+from bert_fast.launch.machine_file import load_machine_file
 from bert_fast.mlperf.score import score_folder
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained, save_pretrained
 from bert_fast.model.tensorflow_bundle import TensorBundle
-from bert_fast.train.build import Machinery, build, synthetic_input
-from bert_fast.train.capture import captured, optimizer_counts, rank_state
-from bert_fast.train.checkpoint import as_bytes, write_checkpoint
+from bert_fast.train.checkpoint.progress import Progress
+from bert_fast.train.checkpoint.resume import latest_valid_checkpoint, load_checkpoint, resume_key
+from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, rank_state
+from bert_fast.train.checkpoint.storage import as_bytes, write_checkpoint
 from bert_fast.train.environment import Environment
-from bert_fast.train.resume import resume_key, sound_checkpoint, take_up
-from bert_fast.train.state import Progress
+from bert_fast.train.setup.build import TrainComponents, build, synthetic_input
 
 ROOT = Path(__file__).resolve().parents[2]
 ODD = (
@@ -111,7 +111,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
 RANK = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def machinery_of_one_step(config: Config) -> Machinery:
+def machinery_of_one_step(config: Config) -> TrainComponents:
     machinery = build(config, RANK)
     machinery.step(synthetic_input(config, RANK, seed=0), lr=0.01)
     return machinery
@@ -135,8 +135,8 @@ def checkpoint_config() -> Config:
         "model": {
             "vocab_size": 40, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_positions": 16,
         },
-        "data": {"max_seq_len": 16}, "batch": {"global_batch": 2, "local_batch": 2}, "schedule": {"total_steps": 2},
-        "train": {"max_steps": 2, "eval_every_samples": 2},
+        "data": {"max_seq_len": 16}, "batch": {"global_batch_size": 2, "micro_batch_size": 2}, "schedule": {"total_steps": 2},
+        "train": {"max_steps": 2}, "evaluation": {"every_samples": 2},
     })  # fmt: skip
 
 
@@ -165,8 +165,10 @@ def read_run_checkpoint(path: Path) -> None:
     config, folder = checkpoint_config(), path.parent.parent
     random_state = torch.get_rng_state()
     try:
-        found = sound_checkpoint(folder, RANK, lambda _: None)
-        take_up(found, resume_key(config, "a" * 64, "b" * 64), config, build(config, RANK), RANK, lambda _: None)
+        found = latest_valid_checkpoint(folder, RANK, lambda _: None)
+        load_checkpoint(
+            found, resume_key(config, "a" * 64, "b" * 64), config, build(config, RANK), RANK, lambda _: None
+        )
     finally:
         torch.set_rng_state(random_state)
 
@@ -189,7 +191,7 @@ RUN_CHECKPOINT = {"manifest": "complete.json", "list of tensors": "tensors.json"
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "config": ("config.yaml", load_config),
     "recipe": ("recipe.yaml", read_recipe),
-    "system file": ("system.yaml", load_settings),
+    "system file": ("system.yaml", load_machine_file),
     "cost file": ("cost.json", read_cost),
     "TFRecord": ("tfrecord/*", lambda path: list(read_blocks(path, 30_000))),
     "HDF5, rows of one length": ("hdf5/*", lambda path: list(read_blocks(path, 30_000))),

@@ -23,16 +23,16 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bert_fast.cli import config_from_tree
+from bert_fast.config.load import config_from_tree
 from bert_fast.data.samples import SampleParams, make_samples
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.bench import cpu_name
-from bert_fast.train.build import build
-from bert_fast.train.calibrate import make_planner
+from bert_fast.train.batches import planned_batches, to_device
 from bert_fast.train.environment import Environment
-from bert_fast.train.inputs import planned_batches, to_device
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.step import StepInput
 
 FILE = Path(__file__).with_name("losses.json")
@@ -47,10 +47,10 @@ MINI = Path(__file__).resolve().parents[2] / "configs" / "mini_cpu.yaml"
 def _mini() -> dict[str, dict[str, Any]]:
     """What the mini config sets of model, optimizer and schedule, for one rank, from random weights."""
     plain = yaml.safe_load(MINI.read_text(encoding="utf-8"))
-    batch = plain["batch"]["global_batch"]
+    batch = plain["batch"]["global_batch_size"]
     return {
         **{section: plain[section] for section in ("model", "communication", "optimizer", "schedule")},
-        "batch": {"global_batch": batch, "local_batch": batch},
+        "batch": {"global_batch_size": batch, "micro_batch_size": batch},
         "train": {"max_steps": 100},
     }
 
@@ -62,7 +62,7 @@ CURVES: dict[str, dict[str, dict[str, Any]]] = {
         "optimizer": {"name": "lamb", "lr": 0.02, "beta1": 0.8, "beta2": 0.925},
         "communication": {"clip": "global_after_reduce"},
         "balance": {"strategy": "random"},
-        "batch": {"local_batch": 4, "accumulation": 4},
+        "batch": {"micro_batch_size": 4, "gradient_accumulation_steps": 4},
         "schedule": {"start_warmup_step": -3, "power": 0.5, "end_lr": 0.001},
         "model": {"activation": "gelu_tanh", "attention_backend": "loop"},
     },
@@ -117,9 +117,9 @@ def losses(name: str, folder: Path) -> list[float]:
             "max_positions": 48, "hidden_dropout": 0.0, "attention_dropout": 0.0, "initializer_range": 0.08,
         },
         "data": {"train": str(folder / "train"), "max_seq_len": 48},
-        "batch": {"global_batch": 16, "local_batch": 16},
+        "batch": {"global_batch_size": 16, "micro_batch_size": 16},
         "schedule": {"warmup_steps": 5, "total_steps": 60},
-        "train": {"max_steps": 100, "eval_every_samples": 1000, "precision": "fp32"},
+        "train": {"max_steps": 100, "precision": "fp32"}, "evaluation": {"every_samples": 1000},
         "system": {"device": "cpu"},
     }  # fmt: skip
     for section, values in CURVES[name].items():
@@ -137,8 +137,8 @@ def losses(name: str, folder: Path) -> list[float]:
             masked = sum(len(batch.masked_labels) for batch in batches)
             inputs = [to_device(batch, torch.device("cpu"), config.batch.shape_multiple) for batch in batches]
             rate = learning_rate(step, config.optimizer.lr, config.schedule)
-            result = machinery.step(StepInput(inputs, masked, config.batch.global_batch), rate)
-            curve.append(result.mlm_sum.item() / masked + result.nsp_sum.item() / config.batch.global_batch)
+            result = machinery.step(StepInput(inputs, masked, config.batch.global_batch_size), rate)
+            curve.append(result.mlm_sum.item() / masked + result.nsp_sum.item() / config.batch.global_batch_size)
     finally:
         torch.set_num_threads(threads)
     return curve

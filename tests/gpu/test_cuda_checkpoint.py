@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bert_fast.config import Config
-from bert_fast.train.build import build, synthetic_input
-from bert_fast.train.capture import captured, optimizer_counts, rank_state, restore
+from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
+from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, rank_state, restore
 from bert_fast.train.environment import Environment
-from bert_fast.train.saver import Saver
+from bert_fast.train.setup.build import build, synthetic_input
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ def test_a_checkpoint_beside_the_next_step(make_config: Callable[..., Config], t
     dropout = ("model.hidden_dropout=0.1", "model.attention_dropout=0.0", "system.device=cuda")
     config = make_config(f"optimizer.name={optimizer}", *dropout)
     machinery = build(config, environment)
-    saver = Saver(tmp_path, environment, 2, None)
+    saver = AsyncCheckpointWriter(tmp_path, environment, 2, None)
     machinery.step.before_update = saver.before_update
 
     def steps(first: int) -> list[float]:

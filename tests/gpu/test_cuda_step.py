@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
-from bert_fast.communication.compress import wire_format
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import ModelConfig, OptimizerConfig
 from bert_fast.errors import UserError
 from bert_fast.model.attention import BACKENDS, SequenceLayout, choose_backend
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.optim.build import build_optimizer
+from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.clock import DeviceTimer
-from bert_fast.train.graphs import GraphedStep, capture_on_cuda, tensor_rates
-from bert_fast.train.inputs import synthetic_batch, to_device
+from bert_fast.train.cuda_graphs import CudaGraphStep, capture_on_cuda, tensor_rates
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.step import StepInput, StepResult, TrainStep
 
@@ -194,7 +194,7 @@ def test_captured_steps_are_the_launched_ones(optimizer: str) -> None:
         pytest.skip("no attention that reads lengths from the device")
     plain, graphed = (Machine(cuda(), torch.bfloat16, backends[0], optimizer=optimizer) for _ in range(2))
     tensor_rates(graphed._step.optimizer, cuda())
-    step = GraphedStep(graphed._step, SHAPE.max_positions, capture_on_cuda, DeviceTimer())
+    step = CudaGraphStep(graphed._step, SHAPE.max_positions, capture_on_cuda, DeviceTimer())
     for number in range(6):
         a = plain.step(plain.inputs(number % 2), lr=1e-3)
         b = step(graphed.inputs(number % 2), 1e-3)

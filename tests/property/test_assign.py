@@ -198,8 +198,8 @@ def test_balanced_is_near_the_bound_for_any_law_of_lengths(law: str) -> None:
     rng, table = np.random.default_rng(0), CostModel(6_243.0, 1.0).table(512)[0]
     for _ in range(3):
         costs = table[LAWS[law](rng, 16_384)]
-        dearest = costs[assign.balanced(costs, 1024)].sum(axis=1).max()
-        assert 1 - 1e-12 <= dearest / assign.lower_bound(costs, 1024) <= 1.001
+        costliest = costs[assign.balanced(costs, 1024)].sum(axis=1).max()
+        assert 1 - 1e-12 <= costliest / assign.lower_bound(costs, 1024) <= 1.001
 
 
 def test_refinement_counts_its_budget_and_does_not_look_at_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:

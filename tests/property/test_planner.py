@@ -17,8 +17,8 @@ from lengths import COST, MAX_LEN, make_lengths
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.balance.lengths import wikipedia_like
-from bert_fast.balance.planner import Plan, Planner
-from bert_fast.config import EQUAL_COUNT_STRATEGIES, BalanceConfig
+from bert_fast.balance.planner import EQUAL_COUNT_STRATEGIES, Plan, Planner
+from bert_fast.config import BalanceConfig
 from bert_fast.errors import UserError
 
 STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
@@ -32,7 +32,7 @@ def make_planner(
 ) -> Planner:  # fmt: skip
     config = BalanceConfig(strategy=strategy, num_strata=2, **settings)
     return Planner(
-        lengths, config, COST, world_size=world, accumulation=accumulation, local_batch=local, node_size=node,
+        lengths, config, COST, world_size=world, gradient_accumulation_steps=accumulation, micro_batch_size=local, node_size=node,
         max_seq_len=MAX_LEN, seed=seed, num_steps=num_steps,
     )  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_a_plan_holds_every_drawn_sample_once(strategy: str, shape: dict[str, in
     plan = planner.plan(step)
     assert plan.step == step
     np.testing.assert_array_equal(np.sort(plan.ids), np.sort(planner.draw(step)))
-    assert len(plan.ids) == planner.global_batch
+    assert len(plan.ids) == planner.global_batch_size
     assert plan.starts[0] == 0
     assert plan.starts[-1] == len(plan.ids)
     assert (np.diff(plan.starts) >= 0).all()
@@ -186,8 +186,8 @@ def test_the_global_batch_does_not_depend_on_ranks_or_accumulation(strategy: str
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "pad_to_longest"])  # there ranks are often equal
 def test_no_rank_always_gets_the_dearest_samples(strategy: str) -> None:
     planner = make_planner(LENGTHS, strategy)
-    dearest = [int(planner.plan(step).costs.argmax()) for step in range(200)]
-    assert np.bincount(dearest, minlength=4).min() > 20
+    costliest = [int(planner.plan(step).costs.argmax()) for step in range(200)]
+    assert np.bincount(costliest, minlength=4).min() > 20
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -225,8 +225,8 @@ def test_micro_batches_of_a_rank_are_even(strategy: str) -> None:
 def mean_imbalance(strategy: str, ranks: int, local: int, steps: int = 12) -> float:
     """Of Wikipedia-like lengths and BERT-large."""
     planner = Planner(
-        WIKIPEDIA, BalanceConfig(strategy=strategy), CostModel(613.7e6, 98304), world_size=ranks, accumulation=1,
-        local_batch=local, node_size=8, max_seq_len=512, seed=0,
+        WIKIPEDIA, BalanceConfig(strategy=strategy), CostModel(613.7e6, 98304), world_size=ranks, gradient_accumulation_steps=1,
+        micro_batch_size=local, node_size=8, max_seq_len=512, seed=0,
     )  # fmt: skip
     return float(np.mean([planner.plan(step).imbalance for step in range(steps)]))
 
@@ -273,7 +273,7 @@ def test_pad_to_longest_costs_what_a_padded_batch_costs(shape: dict[str, int], s
 
 @given(shapes(), st.integers(0, 40), st.integers(1, 4))
 def test_packed_rows_hold_their_samples(shape: dict[str, int], step: int, depth: int) -> None:
-    plan = make_planner(LENGTHS, "packed", **shape, pack_depth=depth).plan(step)
+    plan = make_planner(LENGTHS, "packed", **shape, max_samples_per_pack=depth).plan(step)
     assert plan.rows is not None
     assert (plan.tokens == plan.num_rows * MAX_LEN).all()
     for rank in range(shape["world"]):
@@ -306,11 +306,11 @@ def test_packed_batches_are_of_one_shape() -> None:
 
 
 def test_packed_rows_may_be_given_and_grow_where_a_step_needs_more() -> None:
-    assert make_planner(LENGTHS, "packed", pack_rows=9).plan(0).num_rows == 9
-    planner = make_planner(LENGTHS, "packed", local=8, pack_rows=1)
+    assert make_planner(LENGTHS, "packed", num_packs=9).plan(0).num_rows == 9
+    planner = make_planner(LENGTHS, "packed", local=8, num_packs=1)
     plan = planner.plan(0)
     assert plan.num_rows > 1
-    assert len(np.unique(plan.ids)) == planner.global_batch
+    assert len(np.unique(plan.ids)) == planner.global_batch_size
 
 
 # ---- free counts ----------------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_a_tight_cap_changes_the_plan_and_says_so() -> None:
     def planner(max_tokens: int | None) -> Planner:
         return Planner(
             lengths, BalanceConfig(strategy="balanced_free", max_tokens=max_tokens), CostModel(0.0, 1.0), world_size=4,
-            accumulation=1, local_batch=16, node_size=4, max_seq_len=MAX_LEN, seed=0,
+            gradient_accumulation_steps=1, micro_batch_size=16, node_size=4, max_seq_len=MAX_LEN, seed=0,
         )  # fmt: skip
 
     free, held = ([planner(cap).plan(step) for step in range(40)] for cap in (None, 400))
@@ -356,7 +356,7 @@ def test_a_cap_that_cannot_be_kept_is_refused() -> None:
 def test_more_than_the_store_holds_is_an_error() -> None:
     make_planner(make_lengths(24), "random")
     with pytest.raises(
-        UserError, match=r"batch\.global_batch=24 is more than the 23 samples .*prepare more data or lower"
+        UserError, match=r"batch\.global_batch_size=24 is more than the 23 samples .*prepare more data or lower"
     ):
         make_planner(make_lengths(23), "random")
 

@@ -25,7 +25,7 @@ VARIABLES = {
     "NODE_TIMEOUT_S": "20",
 }  # fmt: skip
 STEPS = 200
-SETTINGS = (f"train.max_steps={STEPS}", "train.save_final_model=true", "train.eval_every_samples=480")
+SETTINGS = (f"train.max_steps={STEPS}", "checkpoint.save_final_model=true", "evaluation.every_samples=480")
 
 
 class SlurmJob:

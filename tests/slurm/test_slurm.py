@@ -19,7 +19,7 @@ from mini_slurm import MiniSlurm
 from training_run import ROOT, last_step, lines
 
 from bert_fast.files import write_json
-from bert_fast.mlperf.submission import check_log
+from bert_fast.mlperf.compliance import check_log
 
 pytestmark = [pytest.mark.slurm]
 Submit = Callable[..., SlurmJob]
@@ -156,7 +156,7 @@ def test_the_time_limit_requeues(submit: Submit, slurm: MiniSlurm) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_killed_rank_is_restarted(submit: Submit, slurm: MiniSlurm, straight: SlurmJob, style: str) -> None:
-    job = submit("killed", "recovery.max_restarts=1", "train.checkpoint_every_steps=5", STYLE=style)
+    job = submit("killed", "recovery.max_restarts=1", "checkpoint.every_steps=5", STYLE=style)
     job.wait_until_step(12)
     os.kill(ranks_of(slurm)["node2"], signal.SIGKILL)
     job.finish()
@@ -230,7 +230,7 @@ def test_mini_benchmark_over_two_nodes(submit: Submit, slurm: MiniSlurm, tmp_pat
     output, folder = tmp_path / "mini.txt", tmp_path / "mini"
     job_id = slurm.command(
         "sbatch", "--parsable", "--nodes=2", f"--output={output}", "slurm/pretrain.sbatch", "configs/mini_cpu.yaml",
-        f"run.folder={folder}", "system.ranks_per_node=1", "train.max_steps=60", "train.target_accuracy=null",
+        f"run.folder={folder}", "system.ranks_per_node=1", "train.max_steps=60", "evaluation.target_accuracy=null",
         "system.threads_per_rank=1", "system.bind_cores=false",
         variables=VARIABLES, cwd=ROOT,
     ).strip()  # fmt: skip

@@ -13,7 +13,7 @@ from bert_fast.config import Config
 from bert_fast.data.batch import Batch, in_rows, padded, to_longest
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
-from bert_fast.train.inputs import batch_of_lengths, to_device
+from bert_fast.train.batches import batch_of_lengths, to_device
 
 
 def samples_in(batch: Batch, real: np.ndarray) -> list[tuple[list[int], ...]]:

@@ -78,7 +78,9 @@ def test_more_ranks_than_samples_get_one_line(
 ) -> None:
     np.save(tmp_path / "lengths.npy", wikipedia_like(20))
     assert run("--lengths", tmp_path / "lengths.npy", "--ranks", 8, "--batches", 4, "--no-start") == 2
-    assert capsys.readouterr().err.startswith("error: random/8x4: batch.global_batch=32 is more than the 20 samples")
+    assert capsys.readouterr().err.startswith(
+        "error: random/8x4: batch.global_batch_size=32 is more than the 20 samples"
+    )
 
 
 def test_mutual_information_of_what_is_known(bench: ModuleType) -> None:

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from bert_fast.config import Config
-from bert_fast.data import blocks as module
+from bert_fast.data import scrub as module
 from bert_fast.data import store as store_module
-from bert_fast.data.blocks import BlockWatch
+from bert_fast.data.scrub import Scrubber
 from bert_fast.data.store import BLOCK_BYTES, Store
 from bert_fast.errors import UserError
+from bert_fast.run_folder import create_folder
 from bert_fast.train.environment import Environment
-from bert_fast.train.folder import create_folder
 from bert_fast.train.loop import Run
 
 
@@ -31,13 +31,13 @@ def copy(stores: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def watch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., BlockWatch]]:
+def watch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scrubber]]:
     """`watch()`: a started watch over the copy."""
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)
-    started: list[BlockWatch] = []
+    started: list[Scrubber] = []
 
-    def start(share: int = 0, shares: int = 1) -> BlockWatch:
-        started.append(BlockWatch(Store(copy), share, shares, mb_per_s=10_000.0))
+    def start(share: int = 0, shares: int = 1) -> Scrubber:
+        started.append(Scrubber(Store(copy), share, shares, mb_per_s=10_000.0))
         started[-1].start()
         return started[-1]
 
@@ -63,13 +63,13 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def test_an_unchanged_store_raises_no_alarm(watch: Callable[..., BlockWatch]) -> None:
+def test_an_unchanged_store_raises_no_alarm(watch: Callable[..., Scrubber]) -> None:
     found = watch()
     until(lambda: found.passes >= 3)
     assert found.alarm is None
 
 
-def test_a_changed_byte_is_found_and_its_samples_named(watch: Callable[..., BlockWatch], copy: Path) -> None:
+def test_a_changed_byte_is_found_and_its_samples_named(watch: Callable[..., Scrubber], copy: Path) -> None:
     found = watch()
     until(lambda: found.passes >= 1)
     with open(copy / "samples.bin", "r+b") as file:
@@ -84,7 +84,7 @@ def test_a_changed_byte_is_found_and_its_samples_named(watch: Callable[..., Bloc
 
 
 @pytest.mark.parametrize("name", ["samples.bin", "offsets.npy", "lengths.npy"])
-def test_a_file_that_goes_is_found(watch: Callable[..., BlockWatch], copy: Path, name: str) -> None:
+def test_a_file_that_goes_is_found(watch: Callable[..., Scrubber], copy: Path, name: str) -> None:
     found = watch()
     (copy / name).unlink()
     until(lambda: found.alarm)
@@ -93,16 +93,16 @@ def test_a_file_that_goes_is_found(watch: Callable[..., BlockWatch], copy: Path,
 
 
 def test_a_file_that_goes_between_two_looks_is_named(
-    watch: Callable[..., BlockWatch], copy: Path, monkeypatch: pytest.MonkeyPatch
+    watch: Callable[..., Scrubber], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names_stand = BlockWatch._names_stand
+    names_stand = Scrubber._names_stand
 
-    def then_it_goes(self: BlockWatch) -> bool:
+    def then_it_goes(self: Scrubber) -> bool:
         stands = names_stand(self)
         (copy / "samples.bin").unlink(missing_ok=True)
         return stands
 
-    monkeypatch.setattr(BlockWatch, "_names_stand", then_it_goes)
+    monkeypatch.setattr(Scrubber, "_names_stand", then_it_goes)
     found = watch()
     until(lambda: found.alarm)
     assert "samples.bin has vanished" in str(found.alarm)
@@ -111,7 +111,7 @@ def test_a_file_that_goes_between_two_looks_is_named(
 
 def test_a_store_that_can_no_longer_be_looked_at(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network file system whose server has gone: the alarm is raised, and the thread does not die in silence."""
-    found = BlockWatch(Store(copy), 0, 1, mb_per_s=10_000.0)
+    found = Scrubber(Store(copy), 0, 1, mb_per_s=10_000.0)
 
     def stale(_path: Path) -> tuple[int, int]:
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -123,7 +123,7 @@ def test_a_store_that_can_no_longer_be_looked_at(copy: Path, monkeypatch: pytest
     assert found.vanished
 
 
-def test_a_file_that_is_replaced_is_found(watch: Callable[..., BlockWatch], copy: Path) -> None:
+def test_a_file_that_is_replaced_is_found(watch: Callable[..., Scrubber], copy: Path) -> None:
     found = watch()
     shutil.copyfile(copy / "samples.bin", copy / "new")
     os.replace(copy / "new", copy / "samples.bin")
@@ -139,7 +139,7 @@ def test_samples_whose_bytes_have_changed(copy: Path, small_blocks: Store) -> No
     assert (first[1:] == last[:-1] + 1).all()
     assert last[-1] + 1 == (copy / "samples.bin").stat().st_size
     data = bytearray((copy / "samples.bin").read_bytes())
-    watch = BlockWatch(store, 0, 1, 10.0)
+    watch = Scrubber(store, 0, 1, 10.0)
     every = np.arange(len(store))
     assert watch.changed(every) is None
     data[4500] ^= 1
@@ -160,8 +160,8 @@ def test_a_step_that_fails_of_a_changed_store_says_so(
     environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
 
     def execute() -> None:
-        config = make_config(f"data.train={copy}", "data.verify_mb_s=0", "train.max_steps=3")
-        create_folder(config, resume=False)
+        config = make_config(f"data.train={copy}", "data.scrub_mb_per_s=0", "train.max_steps=3")
+        create_folder(config, resume=False, commit="a commit")
         run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
         try:
             run.execute()
@@ -178,10 +178,10 @@ def test_a_step_that_fails_of_a_changed_store_says_so(
 
 
 def test_without_checksums_or_rate_nothing_is_watched(copy: Path) -> None:
-    still = BlockWatch(Store(copy), 0, 1, mb_per_s=0)
+    still = Scrubber(Store(copy), 0, 1, mb_per_s=0)
     still.start()
     (copy / "blocks.npy").unlink()
-    old = BlockWatch(Store(copy), 0, 1, mb_per_s=10)
+    old = Scrubber(Store(copy), 0, 1, mb_per_s=10)
     old.start()
     assert not still._thread.is_alive()
     assert not old._thread.is_alive()
@@ -190,7 +190,7 @@ def test_without_checksums_or_rate_nothing_is_watched(copy: Path) -> None:
 def test_ranks_of_a_node_share_the_blocks(copy: Path, small_blocks: Store) -> None:
     """A change in a block is found by one of them."""
     store, data = small_blocks, (copy / "samples.bin").read_bytes()
-    watches = [BlockWatch(store, share, 3, 1e6) for share in range(3)]
+    watches = [Scrubber(store, share, 3, 1e6) for share in range(3)]
     assert all(each._pass() for each in watches)
     with open(copy / "samples.bin", "r+b") as file:
         file.seek(4500)

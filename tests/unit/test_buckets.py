@@ -15,8 +15,8 @@ from torch import nn
 
 from bert_fast.communication.buckets import FlatGradients, Layout, clip_group_of, measure_ready_order, plan_layout
 from bert_fast.communication.clip import MODES, ClipStatistics, coefficient, group_threshold
-from bert_fast.communication.compress import WireFormat, wire_format
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import WireFormat, wire_format
 from bert_fast.config import ModelConfig
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining

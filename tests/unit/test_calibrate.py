@@ -14,25 +14,25 @@ from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config
 from bert_fast.errors import TrainingError
 from bert_fast.model.flops import cost_coefficients
-from bert_fast.train import calibrate as calibration
-from bert_fast.train.build import build
-from bert_fast.train.calibrate import calibrate, make_cost, make_planner, probe_lengths
 from bert_fast.train.environment import Environment
+from bert_fast.train.setup import cost_model as calibration
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.cost_model import calibrate, make_cost, make_planner, probe_lengths
 
 
 def test_cost_comes_from_the_config_a_file_or_flops(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = make_config()
     assert make_cost(config) == (CostModel(*cost_coefficients(config.model)), "FLOPs of the model")
-    given = make_cost(make_config("balance.cost_linear=2", "balance.cost_quadratic=0.5"))
+    given = make_cost(make_config("balance.cost={linear: 2, quadratic: 0.5}"))
     assert given == (CostModel(2.0, 0.5), "config")
     path = tmp_path / "cost.json"
     path.write_text(json.dumps({"fitted": {"linear": 3.0, "quadratic": 0.25}}))
-    assert make_cost(make_config(f"balance.cost_file={path}")) == (CostModel(3.0, 0.25), f"file {path}")
+    assert make_cost(make_config(f"balance.cost={path}")) == (CostModel(3.0, 0.25), f"file {path}")
 
 
 def test_cost_decides_the_plan(make_config: Callable[..., Config]) -> None:
     lengths = np.random.default_rng(0).integers(5, 33, 500).astype(np.uint16)
-    config = make_config("system.world_size=2", "batch.global_batch=16")
+    config = make_config("system.world_size=2", "batch.global_batch_size=16")
     plans = [make_planner(config, lengths, CostModel(*cost)).plan(0).ids for cost in ((1.0, 0.0), (0.0, 1.0))]
     assert (plans[0] != plans[1]).any()
 
@@ -51,7 +51,7 @@ def test_fit_is_that_of_the_times(
     make_config: Callable[..., Config], environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock that runs as the cost model says, the fit finds the cost model; weights and gradients stay."""
-    config = make_config("batch.local_batch=8")
+    config = make_config("batch.micro_batch_size=8")
     machinery = build(config, environment)
     before = [p.detach().clone() for p in machinery.model.parameters()]
 
@@ -85,5 +85,5 @@ def test_times_that_say_nothing_stop_the_run(
     config = make_config()
     machinery = build(config, environment)
     monkeypatch.setattr(calibration, "_forward_backward", lambda *_: 1e-3)
-    with pytest.raises(TrainingError, match=r"balance\.fit_cost: .*do not grow.*set balance\.fit_cost=false"):
+    with pytest.raises(TrainingError, match=r"balance\.cost=measure: .*do not grow.*set balance\.cost=flops"):
         calibrate(config, environment, machinery)

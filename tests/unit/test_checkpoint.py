@@ -19,41 +19,40 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.files import checkpoints_in
-from bert_fast.train import checkpoint as module
-from bert_fast.train import saver as saver_module
-from bert_fast.train.build import build, synthetic_input
-from bert_fast.train.capture import captured, optimizer_counts, own_stretches, rank_state, restore
-from bert_fast.train.checkpoint import (
-    Stretch,
+from bert_fast.run_folder import checkpoints_in, create_folder
+from bert_fast.train.checkpoint import async_writer as saver_module
+from bert_fast.train.checkpoint import storage as module
+from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
+from bert_fast.train.checkpoint.resume import check_key, latest_valid_checkpoint, resume_key
+from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, own_slices, rank_state, restore
+from bert_fast.train.checkpoint.storage import (
+    TensorSlice,
     as_bytes,
-    clear_remains,
     damage,
     latest_checkpoint,
     read_bytes,
     read_description,
     read_metadata,
-    read_stretches,
+    read_slices,
+    remove_partial,
     write_checkpoint,
 )
 from bert_fast.train.environment import Environment
-from bert_fast.train.folder import create_folder
 from bert_fast.train.loop import Run
-from bert_fast.train.resume import check_key, resume_key, sound_checkpoint
-from bert_fast.train.saver import Saver
+from bert_fast.train.setup.build import build, synthetic_input
 
 VALUES = torch.arange(10.0)
 
 
 def write(folder: Path, step: int, keep: int = 2, values: torch.Tensor = VALUES) -> Path:
-    stretches = [Stretch("w", 0, 10, values[:4].clone()), Stretch("w", 4, 10, values[4:].clone())]
+    stretches = [TensorSlice("w", 0, 10, values[:4].clone()), TensorSlice("w", 4, 10, values[4:].clone())]
     write_checkpoint(folder, [*stretches, as_bytes("rank.0", {"x": torch.ones(2)})], {"step": step}, 0, keep, None)
     return folder / f"step-{step:08d}"
 
 
 def read(path: Path, begin: int = 0, end: int = 10) -> torch.Tensor:
     values = torch.full((end - begin,), -1.0)
-    read_stretches(path, [Stretch("w", begin, 10, values)])
+    read_slices(path, [TensorSlice("w", begin, 10, values)])
     return values
 
 
@@ -121,7 +120,7 @@ def test_a_crash_at_any_moment_leaves_the_one_before(
             write(tmp_path, 6, keep=1)
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000005"
     assert torch.equal(read(tmp_path / "step-00000005"), VALUES)
-    clear_remains(tmp_path)
+    remove_partial(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
     write(tmp_path, 6, keep=1)
     assert [p.name for p in checkpoints_in(tmp_path)] == ["step-00000006"]
@@ -144,7 +143,7 @@ def test_a_crash_between_the_two_renames_of_a_replacement(tmp_path: Path, monkey
         with pytest.raises(Crash):
             write(tmp_path, 5)
     assert latest_checkpoint(tmp_path) is None
-    clear_remains(tmp_path)
+    remove_partial(tmp_path)
     assert torch.equal(read(tmp_path / "step-00000005"), VALUES)
 
 
@@ -193,23 +192,23 @@ def test_the_newest_sound_checkpoint_is_taken(tmp_path: Path, environment: Envir
     said: list[str] = []
     first, second = write(tmp_path, 5), write(tmp_path, 6)
     (second / "__0_0.distcp").write_bytes(b"not this")
-    assert sound_checkpoint(tmp_path, environment, said.append) == first
+    assert latest_valid_checkpoint(tmp_path, environment, said.append) == first
     assert len(said) == 1
     assert "step-00000006 is damaged (__0_0.distcp has 8 bytes" in said[0]
     shutil.rmtree(first)
     with pytest.raises(UserError, match=r"step-00000006 is damaged .* no earlier one"):
-        sound_checkpoint(tmp_path, environment, said.append)
+        latest_valid_checkpoint(tmp_path, environment, said.append)
     shutil.rmtree(second)
     with pytest.raises(UserError, match="has no complete checkpoint"):
-        sound_checkpoint(tmp_path, environment, said.append)
+        latest_valid_checkpoint(tmp_path, environment, said.append)
 
 
 def test_a_tensor_of_another_model_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, 5)
     with pytest.raises(UserError, match="has no tensor v"):
-        read_stretches(path, [Stretch("v", 0, 10, torch.zeros(10))])
+        read_slices(path, [TensorSlice("v", 0, 10, torch.zeros(10))])
     with pytest.raises(UserError, match="has 10 numbers in w and the model 11"):
-        read_stretches(path, [Stretch("w", 0, 11, torch.zeros(11))])
+        read_slices(path, [TensorSlice("w", 0, 11, torch.zeros(11))])
 
 
 class Hostile:
@@ -246,7 +245,7 @@ def test_no_file_of_a_checkpoint_is_run(tmp_path: Path, environment: Environment
         (path / "complete.json").write_text(json.dumps(description), encoding="utf-8")
         assert damage(path) is None, "hashes prove nothing against who can write them"
     with contextlib.nullcontext() if where == ".metadata" else pytest.raises(UserError):  # which nobody reads
-        sound_checkpoint(tmp_path / "checkpoints", environment, print)
+        latest_valid_checkpoint(tmp_path / "checkpoints", environment, print)
         read(path)
     assert not proof.exists()
 
@@ -272,7 +271,7 @@ def test_a_list_of_tensors_that_is_none_is_one_line(tmp_path: Path, change: dict
 
 @pytest.mark.parametrize("stretches", [[(0, 4)], [(0, 4), (5, 5)], [(0, 6), (4, 6)]])
 def test_ranks_that_do_not_write_a_tensor_once_are_found(tmp_path: Path, stretches: list[tuple[int, int]]) -> None:
-    shares = [Stretch("w", begin, 10, torch.zeros(count)) for begin, count in stretches]
+    shares = [TensorSlice("w", begin, 10, torch.zeros(count)) for begin, count in stretches]
     with pytest.raises(UserError, match="the ranks did not write w"):
         write_checkpoint(tmp_path, shares, {"step": 1}, 0, 2, None)
 
@@ -297,7 +296,7 @@ def test_what_the_user_puts_into_a_folder_of_checkpoints_stays(tmp_path: Path) -
     write(tmp_path, 4, keep=1)
     (tmp_path / ".step-00000009.tmp").mkdir()
     (tmp_path / ".step-00000009.tmp" / "mine").write_text("mine", encoding="utf-8")
-    clear_remains(tmp_path)
+    remove_partial(tmp_path)
     assert [p.name for p in checkpoints_in(tmp_path)] == ["step-00000004"]
     mine = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and p.read_bytes() == b"mine"}
     assert {f"step-0000000{step}/{name}" for step in (1, 2, 3, 4) for name in ("plots/a.svg", "note.md")} < mine
@@ -315,7 +314,7 @@ def test_every_number_is_written_by_one_rank(world: int) -> None:
     seen = [[0] * size for size in sizes]
     counts = []
     for rank in range(world):
-        mine = list(own_stretches(sizes, rank, world))
+        mine = list(own_slices(sizes, rank, world))
         counts.append(sum(end - begin for _, begin, end in mine))
         for index, begin, end in mine:
             for place in range(begin, end):
@@ -338,7 +337,7 @@ def test_a_machine_is_put_back_to_the_bit(
         ]
 
     steps(0)
-    copies = [Stretch(s.name, s.begin, s.numel, s.values.clone()) for s in captured(machinery, environment)]
+    copies = [TensorSlice(s.name, s.begin, s.numel, s.values.clone()) for s in captured(machinery, environment)]
     counts = json.loads(json.dumps(optimizer_counts(machinery)))
     mine = as_bytes("rank.0", rank_state(machinery, environment))
     write_checkpoint(tmp_path, [*copies, mine], {"step": 2}, 0, 2, None)
@@ -378,9 +377,9 @@ def test_the_update_waits_for_the_copy_and_not_for_the_writing(
         real(*arguments)
 
     monkeypatch.setattr(saver_module, "write_checkpoint", slow)
-    saver = Saver(tmp_path, environment, 2, None)
+    saver = AsyncCheckpointWriter(tmp_path, environment, 2, None)
     weights = VALUES.clone()
-    saver.start([Stretch("w", 0, 10, weights)], {}, {"step": 1})
+    saver.start([TensorSlice("w", 0, 10, weights)], {}, {"step": 1})
     saver.before_update()
     weights.fill_(-5.0)  # the update
     assert latest_checkpoint(tmp_path) is None
@@ -399,7 +398,7 @@ def test_a_failure_in_the_background_is_raised_later(
         raise UserError("no room")
 
     monkeypatch.setattr(saver_module, "write_checkpoint", fails)
-    saver = Saver(tmp_path, environment, 2, None)
+    saver = AsyncCheckpointWriter(tmp_path, environment, 2, None)
     saver.start([], {}, {"step": 1})
     saver.before_update()
     with pytest.raises(UserError, match="no room"):
@@ -411,7 +410,7 @@ def test_own_work_is_timed_and_ends_with_an_error(
     tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a heartbeat tells of a rank that writes: more than nothing in the middle, nothing after it."""
-    saver = Saver(tmp_path, environment, 2, None)
+    saver = AsyncCheckpointWriter(tmp_path, environment, 2, None)
     seen: dict[str, float] = {}
 
     def watched(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
@@ -434,7 +433,7 @@ def test_own_work_is_timed_and_ends_with_an_error(
             (os, "replace"),
         ):
             watched(patch, owner, name)
-        saver.start([Stretch("a", 0, 10, VALUES)], {}, {"step": 1})
+        saver.start([TensorSlice("a", 0, 10, VALUES)], {}, {"step": 1})
         saver.wait()
     assert seen.keys() == {"sha256_of", "_remove", "mkdir", "fsync", "replace"}
     assert min(seen.values()) >= 0.005, seen
@@ -444,7 +443,7 @@ def test_own_work_is_timed_and_ends_with_an_error(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fails)
-    saver.start([Stretch("a", 0, 10, VALUES)], {}, {"step": 2})
+    saver.start([TensorSlice("a", 0, 10, VALUES)], {}, {"step": 2})
     with pytest.raises(UserError, match="step 2 was not written: .*Input/output error"):
         saver.wait()
     assert saver.own_work.seconds() == 0.0
@@ -459,7 +458,7 @@ def test_a_rank_lost_while_writing_stays_a_lost_rank(
         raise RuntimeError("[gloo] Connection reset by peer\nframe #0")
 
     monkeypatch.setattr(saver_module, "write_checkpoint", reset)
-    saver = Saver(tmp_path, environment, 2, None)
+    saver = AsyncCheckpointWriter(tmp_path, environment, 2, None)
     saver.start([], {}, {"step": 1})
     with pytest.raises(RuntimeError, match="step 1 was not written: .*Connection reset by peer$"):
         saver.wait()
@@ -485,8 +484,8 @@ def test_a_log_that_finds_the_disk_full_while_a_checkpoint_fills_it(
         full.set()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = make_config("train.max_steps=4", "train.log_every_steps=1", "train.checkpoint_every_steps=1")
-    create_folder(config, resume=False)
+    config = make_config("train.max_steps=4", "train.log_every_steps=1", "checkpoint.every_steps=1")
+    create_folder(config, resume=False, commit="a commit")
     run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
     monkeypatch.setattr(saver_module, "write_checkpoint", fill)
     monkeypatch.setattr(run.metrics, "write", write)
@@ -504,7 +503,7 @@ def test_a_log_that_finds_the_disk_full_while_a_checkpoint_fills_it(
     ("override", "named"),
     [
         ("model.hidden_size=32", "model.hidden_size was 16 and is now 32"),
-        ("batch.local_batch=4,batch.global_batch=4", "batch.global_batch"),
+        ("batch.micro_batch_size=4,batch.global_batch_size=4", "batch.global_batch_size"),
         ("balance.strategy=random", "balance.strategy was 'balanced' and is now 'random'"),
         ("optimizer.lr=0.002", "optimizer.lr"),
         ("schedule.total_steps=50", "schedule.total_steps"),

@@ -14,8 +14,8 @@ from torch import nn
 
 from bert_fast.communication.buckets import plan_layout
 from bert_fast.communication.clip import MODES
-from bert_fast.communication.compress import wire_format
 from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.wire_format import wire_format
 
 BY_FIRST_NAME = {"a": "^a", "b": "^b", "c": "^c"}
 SIZES = {"a.x": 3, "b.x": 40, "c.x": 17, "a.y": 16, "b.y": 1, "c.y": 5, "a.z": 33}
@@ -226,7 +226,7 @@ def test_a_scale_that_changes_from_step_to_step(clip: str) -> None:
 def test_an_update_by_bucket_gets_unscaled_gradients(clip: str) -> None:
     """Though it may change the scale's own value in place, as `LossScale.load_state_dict` does."""
     reducer = Way(clip).reducer(SIZES)
-    reducer.watch_finite()
+    reducer.enable_nonfinite_flag()
     scale = torch.tensor(1024.0, dtype=torch.float64)
     expected = plainly_clipped([drawn(3)], clip, 1.0, members(SIZES))
     names = dict(enumerate(reducer.layout.names))

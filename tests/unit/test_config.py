@@ -13,15 +13,16 @@ import pydantic
 import pytest
 import yaml
 
-from bert_fast.cli import config_from_tree, describe_fields, load_config, to_yaml
 from bert_fast.config import BalanceConfig, Config, as_plain, sections
+from bert_fast.config.load import config_from_tree, describe_fields, load_config, to_yaml
 from bert_fast.errors import UserError
 
 BASE: dict[str, dict[str, Any]] = {
     "model": {"hidden_size": 24, "num_heads": 4},
-    "batch": {"global_batch": 8, "local_batch": 8},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 8},
     "schedule": {"total_steps": 10},
-    "train": {"max_steps": 10, "eval_every_samples": 8},
+    "train": {"max_steps": 10},
+    "evaluation": {"every_samples": 8},
 }
 
 
@@ -50,11 +51,11 @@ def error_of(tree: dict[str, Any]) -> str:
 
 def test_file_values_win_over_defaults_and_overrides_over_the_file(config_file: Path) -> None:
     config = load_config(
-        config_file, ["batch.global_batch=16", "system.world_size=2", "communication.bucket_mb=[1, 4.5]"]
+        config_file, ["batch.global_batch_size=16", "system.world_size=2", "communication.bucket_mb=[1, 4.5]"]
     )
     assert config.model.hidden_size == 24
     assert config.model.vocab_size == 30522
-    assert config.batch.global_batch == 16
+    assert config.batch.global_batch_size == 16
     assert config.communication.bucket_mb == [1.0, 4.5]
 
 
@@ -68,8 +69,8 @@ def test_override_of_a_nested_mapping(config_file: Path) -> None:
 
 
 def test_null_override_clears_a_value(config_file: Path) -> None:
-    assert load_config(config_file, ["train.target_accuracy=0.5"]).train.target_accuracy == 0.5
-    assert load_config(config_file, ["train.target_accuracy=null"]).train.target_accuracy is None
+    assert load_config(config_file, ["evaluation.target_accuracy=0.5"]).evaluation.target_accuracy == 0.5
+    assert load_config(config_file, ["evaluation.target_accuracy=null"]).evaluation.target_accuracy is None
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4", "+1e-4", ".1e-3"])
@@ -99,7 +100,7 @@ def test_a_run_named_like_a_number_stays_text(name: str) -> None:
     [
         ("optimizer.weight_deacy", "optimizer.weight_decay"),
         ("communication.bucket_size_mb", "communication.bucket_mb"),
-        ("batch.globalbatch", "batch.global_batch"),
+        ("batch.globalbatch", "batch.global_batch_size"),
         ("model.hidden", "model.hidden_size"),
         ("optimiser", "optimizer"),
         ("data.seed", "train.seed"),  # the right field in the wrong section
@@ -130,7 +131,7 @@ def test_mistyped_override_names_the_nearest(config_file: Path) -> None:
         ("optimizer.lr", float("nan"), ["optimizer.lr", "finite", "nan"]),
         ("optimizer.beta1", 1.0, ["optimizer.beta1", "less than 1"]),
         ("model.hidden_dropout", 1.0, ["model.hidden_dropout", "less than 1"]),
-        ("train.target_accuracy", 72, ["train.target_accuracy", "less than 1", "72"]),
+        ("evaluation.target_accuracy", 72, ["evaluation.target_accuracy", "less than 1", "72"]),
         (
             "balance.strategy",
             "sorted",
@@ -151,9 +152,9 @@ def test_wrong_type_or_range_names_field_rule_and_value(path: str, value: Any, p
 
 def test_missing_fields_are_named_with_the_mend() -> None:
     tree = copy.deepcopy(BASE)
-    del tree["batch"]["local_batch"], tree["schedule"]
+    del tree["batch"]["micro_batch_size"], tree["schedule"]
     text = error_of(tree)
-    assert "field batch.local_batch is missing; add it or pass batch.local_batch=VALUE" in text
+    assert "field batch.micro_batch_size is missing; add it or pass batch.micro_batch_size=VALUE" in text
     assert "field schedule is missing" in text
 
 
@@ -161,14 +162,17 @@ def test_missing_fields_are_named_with_the_mend() -> None:
     ("changes", "parts"),
     [
         (
-            {"batch.accumulation": 2, "system.world_size": 3},
-            ["batch.global_batch=8", "8 x 3 x 2 = 48", "set batch.global_batch=48"],
+            {"batch.gradient_accumulation_steps": 2, "system.world_size": 3},
+            ["batch.global_batch_size=8", "8 x 3 x 2 = 48", "set batch.global_batch_size=48"],
         ),
-        ({"batch.global_batch": 16}, ["batch.global_batch=16", "8 x 1 x 1 = 8", "set batch.global_batch=8"]),
+        (
+            {"batch.global_batch_size": 16},
+            ["batch.global_batch_size=16", "8 x 1 x 1 = 8", "set batch.global_batch_size=8"],
+        ),
         ({"model.num_heads": 5}, ["model.num_heads=5", "model.hidden_size=24", "nearest", "is 4"]),
         ({"data.max_seq_len": 1024}, ["data.max_seq_len=1024", "model.max_positions=512", "raise model.max_positions"]),
         (
-            {"system.world_size": 4, "system.ranks_per_node": 3, "batch.local_batch": 2},
+            {"system.world_size": 4, "system.ranks_per_node": 3, "batch.micro_batch_size": 2},
             ["system.ranks_per_node=3", "system.world_size=4", "set ranks_per_node"],
         ),
         ({"mlperf.division": "closed"}, ["division=closed", "optimizer.name=adamw", "set optimizer.name=lamb"]),
@@ -193,7 +197,11 @@ def test_cross_field_checks_say_the_mend(changes: dict[str, Any], parts: list[st
 
 def test_following_the_mend_mends() -> None:
     assert config_from_tree(
-        {**BASE, "batch": {"global_batch": 48, "local_batch": 8, "accumulation": 2}, "system": {"world_size": 3}}
+        {
+            **BASE,
+            "batch": {"global_batch_size": 48, "micro_batch_size": 8, "gradient_accumulation_steps": 2},
+            "system": {"world_size": 3},
+        }
     )
     closed = {**BASE, "mlperf": {"division": "closed"}, "optimizer": {"name": "lamb"}}
     assert config_from_tree(closed).mlperf.division == "closed"
@@ -227,7 +235,7 @@ def test_every_problem_is_reported_once_on_one_line() -> None:
 def test_frozen() -> None:
     config = config_from_tree(BASE)
     with pytest.raises(pydantic.ValidationError, match="frozen"):
-        config.batch.global_batch = 9  # type: ignore[misc]
+        config.batch.global_batch_size = 9  # type: ignore[misc]
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.model = config.model  # type: ignore[misc]
 
@@ -303,7 +311,7 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
             assert f"  {section}.{name} (" in text
             assert field.description, f"{section}.{name} has no description"
             assert field.description in text
-    assert "batch.global_batch (int, required)" in text
+    assert "batch.global_batch_size (int, required)" in text
     assert "optimizer.lr (float, default 0.0001)" in text
     assert "balance.strategy (random|pad_to_longest|exchange|exchange_snake|stratified_presort|balanced|" in text
     assert "communication.bucket_mb (auto|float|list[float], default 25.0)" in text
@@ -315,7 +323,7 @@ def test_printed_config_reads_back_the_same(
 ) -> None:
     config = make_config(
         "communication.clip_groups={a: '^layers', b: '.*'}", "communication.bucket_mb=[0.5, 1e2]", "optimizer.eps=1e-9",
-        "optimizer.lr=0.00039299421615882676", "run.name='été: #1'", "train.target_accuracy=0.36",
+        "optimizer.lr=0.00039299421615882676", "run.name='été: #1'", "evaluation.target_accuracy=0.36",
     )  # fmt: skip
     plain = as_plain(config)
     path = tmp_path / "printed.yaml"
@@ -340,10 +348,10 @@ def test_printed_config_reads_back_the_same(
     [
         (["balance.strata_counts=[2, 2]"], r"strategy stratified_presort and balance\.strategy=balanced; remove it or"),
         (["balance.max_tokens=4096"], r"balance\.max_tokens is a setting of strategy balanced_free"),
-        (["balance.pack_rows=4"], r"balance\.pack_rows is a setting of strategy packed"),
+        (["balance.num_packs=4"], r"balance\.pack_rows is a setting of strategy packed"),
         (
             ["balance.strategy=stratified_presort", "balance.num_strata=2", "balance.strata_counts=[2, 2]"],
-            r"strata_counts=\[2, 2\] add up to 4 and a rank takes local_batch x accumulation = 8 .*add up to 8",
+            r"strata_counts=\[2, 2\] add up to 4 and a rank takes micro_batch_size x accumulation = 8 .*add up to 8",
         ),
         (
             ["balance.strategy=stratified_presort", "balance.strata_counts=[4, 4]"],
@@ -356,11 +364,11 @@ def test_printed_config_reads_back_the_same(
         ),
         (["balance.strategy=balanced_free", "balance.max_tokens=31"], "less than one sample of data.max_seq_len=32"),
         (
-            ["balance.cost_file=x.json", "balance.fit_cost=true"],
+            ["balance.cost=x.json", "balance.cost=measure"],
             "cost_file and balance.fit_cost each give the cost model",
         ),
         (
-            ["balance.cost_linear=1", "balance.cost_quadratic=1", "balance.fit_cost=true"],
+            ["balance.cost_linear=1", "balance.cost_quadratic=1", "balance.cost=measure"],
             "balance.cost_linear and balance.fit_cost each give the cost model; set only one",
         ),
     ],
@@ -392,9 +400,9 @@ def test_unknown_strategy_lists_the_known_ones() -> None:
 def test_updates_by_bucket_need_an_update_that_is_known(
     make_config: Callable[..., Config], overrides: list[str], message: str
 ) -> None:
-    make_config("optimizer.when=bucket")
+    make_config("optimizer.step_per_bucket=true")
     with pytest.raises(UserError, match=message):
-        make_config("optimizer.when=bucket", *overrides)
+        make_config("optimizer.step_per_bucket=true", *overrides)
 
 
 def numeric_fields() -> list[str]:

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from bert_fast.config import Config
-from bert_fast.report.energy import JOULES_PER_KWH, EnergyMeter, EnergyReading, cost
-from bert_fast.train import energy as tally_module
-from bert_fast.train.energy import EnergyTally, summed
+from bert_fast.run_folder import create_folder
 from bert_fast.train.environment import Environment
-from bert_fast.train.finish import energy_record
-from bert_fast.train.folder import create_folder
-from bert_fast.train.interval import Interval
 from bert_fast.train.loop import Run
+from bert_fast.train.run_record import energy_record
+from bert_fast.train.telemetry import energy as tally_module
+from bert_fast.train.telemetry.energy import EnergyTally, summed
+from bert_fast.train.telemetry.energy_meter import JOULES_PER_KWH, EnergyMeter, EnergyReading, cost
+from bert_fast.train.telemetry.step_metrics import IntervalMetrics
 
 RANGE_UJ = 262_143_328_850
 
@@ -223,7 +223,7 @@ def test_a_resumed_run_adds_to_what_the_checkpoint_had(
 ) -> None:
     """100 J a step, 1,000 J an evaluation. The first session ends one step after its checkpoint."""
     monkeypatch.setattr(tally_module, "EnergyMeter", MadeUp)
-    step, evaluate = Interval.add, Run._evaluate
+    step, evaluate = IntervalMetrics.add, Run._evaluate
 
     def costly(joules: float, real: Callable[..., Any]) -> Callable[..., Any]:
         def spend(*arguments: Any) -> Any:
@@ -232,17 +232,17 @@ def test_a_resumed_run_adds_to_what_the_checkpoint_had(
 
         return spend
 
-    monkeypatch.setattr(Interval, "add", costly(100.0, step))
+    monkeypatch.setattr(IntervalMetrics, "add", costly(100.0, step))
     monkeypatch.setattr(Run, "_evaluate", costly(1000.0, evaluate))
     environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
     found = []
     for steps, resume in ((3, False), (5, True)):
         config = make_config(
-            f"train.max_steps={steps}", "train.log_every_steps=1", "train.checkpoint_every_steps=2",
-            "schedule.total_steps=9", "train.eval_every_samples=16",
+            f"train.max_steps={steps}", "train.log_every_steps=1", "checkpoint.every_steps=2",
+            "schedule.total_steps=9", "evaluation.every_samples=16",
         )  # fmt: skip
-        assert config.batch.global_batch == 8, "so there is an evaluation after step 2, before its checkpoint"
-        create_folder(config, resume=resume)
+        assert config.batch.global_batch_size == 8, "so there is an evaluation after step 2, before its checkpoint"
+        create_folder(config, resume=resume, commit="a commit")
         run = Run(config, environment, resume=resume, process_start=time.time(), on_lost=print)
         run.execute()
         run.metrics.close()

@@ -14,7 +14,7 @@ from bert_fast.config import Config
 from bert_fast.data.tokenizer_files import tokenizer_files
 from bert_fast.data.wordpiece import SPECIAL_TOKENS, WordPiece, load_vocabulary
 from bert_fast.model.bert import BertForPretraining
-from bert_fast.train.export import export_model
+from bert_fast.train.checkpoint.export import export_model
 
 WORDS = (
     "the",

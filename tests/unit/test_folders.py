@@ -18,7 +18,7 @@ from bert_fast import files
 from bert_fast.claims import claimed
 from bert_fast.data import corpus as corpora
 from bert_fast.data.folders import PREPARATION, files_below
-from bert_fast.data.formats.importer import export_store, find_sources, import_store
+from bert_fast.data.formats.convert import export_store, find_sources, import_store
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import Sample, SampleParams
 from bert_fast.data.store import merge_parts, write_part
@@ -247,7 +247,7 @@ def test_a_stopped_export_is_not_imported_and_goes_on(tmp_path: Path, monkeypatc
             written.append(path)
             path.write_bytes(b"x")
 
-        patch.setattr("bert_fast.data.formats.importer.write_tfrecord", stop)
+        patch.setattr("bert_fast.data.formats.convert.write_tfrecord", stop)
         with pytest.raises(KeyboardInterrupt):
             export(store, out, 20)
     with pytest.raises(UserError, match="an export into it was stopped; run that again"):

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bert_fast import files as files_module
-from bert_fast.data.formats import importer, tfrecord
-from bert_fast.data.formats.importer import FORMS, export_store, find_sources, import_store
+from bert_fast.data.formats import convert as importer
+from bert_fast.data.formats import tfrecord
+from bert_fast.data.formats.convert import FORMS, export_store, find_sources, import_store
 from bert_fast.data.formats.mlperf import FEATURES, read_blocks
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store, merge_parts, write_part

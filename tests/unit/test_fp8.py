@@ -17,7 +17,7 @@ from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.parts import parts_of
-from bert_fast.train.inputs import synthetic_batch, to_device
+from bert_fast.train.batches import synthetic_batch, to_device
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert_fast.cli import config_from_tree
+from bert_fast.config.load import config_from_tree
 from bert_fast.memory.estimate import activation_bytes_per_token
 from bert_fast.model import fused
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
-from bert_fast.train.inputs import synthetic_batch, to_device
+from bert_fast.train.batches import synthetic_batch, to_device
 
 SEED = 7
 
@@ -144,8 +144,8 @@ def make_model(dropout: float) -> tuple[BertForPretraining, BertInput]:
             "vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64,
             "max_positions": 64, "hidden_dropout": dropout, "attention_dropout": dropout, "initializer_range": 0.1,
         },
-        "data": {"max_seq_len": 64}, "batch": {"global_batch": 6, "local_batch": 6}, "schedule": {"total_steps": 9},
-        "train": {"max_steps": 9, "eval_every_samples": 9},
+        "data": {"max_seq_len": 64}, "batch": {"global_batch_size": 6, "micro_batch_size": 6}, "schedule": {"total_steps": 9},
+        "train": {"max_steps": 9}, "evaluation": {"every_samples": 9},
     })  # fmt: skip
     torch.manual_seed(0)
     model = BertForPretraining(config.model, "matmul")

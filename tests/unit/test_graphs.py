@@ -14,11 +14,11 @@ import torch
 from bert_fast.config import Config
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.model import attention
-from bert_fast.train.build import build
+from bert_fast.train.batches import synthetic_batch, to_device
+from bert_fast.train.cuda_graphs import CudaGraphStep, check_graphs, static_form, tensor_rates
 from bert_fast.train.environment import Environment
-from bert_fast.train.failures import explain_memory
-from bert_fast.train.graphs import GraphedStep, check_graphs, static_form, tensor_rates
-from bert_fast.train.inputs import synthetic_batch, to_device
+from bert_fast.train.health.step_errors import explain_memory
+from bert_fast.train.setup.build import build
 from bert_fast.train.step import StepInput, StepResult
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_replayed_steps_are_the_launched_ones(
         graphs.append(Recorded(step))
         return graphs[-1], graphs[-1].result
 
-    step = GraphedStep(graphed.step, config.data.max_seq_len, capture, None)
+    step = CudaGraphStep(graphed.step, config.data.max_seq_len, capture, None)
     for number in range(6):
         for samples in (8, 5):
             lr = 0.001 * (number + 1)
@@ -113,7 +113,7 @@ def test_the_static_form_has_one_number_of_sequences_and_the_same_loss(make_conf
         ("cuda", "grouped", (), "attention_backend=flash or varlen or torch_flash, not grouped"),
         ("cuda", "flash", ("communication.engine=ddp",), "engine=bucketed, not ddp"),
         ("cuda", "flash", ("communication.shard_optimizer=true",), "shard_optimizer=false"),
-        ("cuda", "flash", ("optimizer.when=bucket",), "optimizer.when=end, not bucket"),
+        ("cuda", "flash", ("optimizer.step_per_bucket=true",), "optimizer.step_per_bucket=false, not bucket"),
         ("cuda", "flash", ("run.profile=true",), "run.profile=false"),
     ],
 )
@@ -132,7 +132,7 @@ def test_running_out_of_memory_says_how_much_was_asked() -> None:
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
     told = explain_memory(error, Plan(), 3, [100, 4096])  # type: ignore[arg-type]
     assert isinstance(told, TrainingError)
-    assert "step 7, rank 3: out of memory with 4,096 tokens in a micro-batch. Lower batch.local_batch" in str(told)
+    assert "step 7, rank 3: out of memory with 4,096 tokens in a micro-batch. Lower batch.micro_batch_size" in str(told)
     other = RuntimeError("shapes do not match")
     assert explain_memory(other, Plan(), 3, [1]) is other  # type: ignore[arg-type]
     assert isinstance(explain_memory(torch.OutOfMemoryError("x"), Plan(), 0, [1]), TrainingError)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from bert_fast.errors import UserError
-from bert_fast.launch.head import HEAD_ADDRESSES, addresses_of, bound_by_slurm, check_head
+from bert_fast.launch.rendezvous_check import HEAD_ADDRESSES, addresses_of, bound_by_slurm, check_head
 
 
 def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:

@@ -68,7 +68,12 @@ def test_pages_that_errors_of_srun_point_to_hold_the_answer(
     with pytest.raises(UserError) as caught:
         adopt_slurm()
     assert "export MASTER_ADDR=" in page_of(str(caught.value))
-    settings = ("system.world_size=16", "system.ranks_per_node=8", "batch.local_batch=1", "batch.global_batch=16")
+    settings = (
+        "system.world_size=16",
+        "system.ranks_per_node=8",
+        "batch.micro_batch_size=1",
+        "batch.global_batch_size=16",
+    )
     with pytest.raises(UserError) as caught:
         run_local(make_config(*settings), [])
     assert "srun --ntasks-per-node=1 torchrun" in page_of(str(caught.value))

@@ -16,8 +16,8 @@ from bert_fast.data.batch import Batch
 from bert_fast.data.masking import mask_id_of, redraw
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
+from bert_fast.run_folder import create_folder
 from bert_fast.train.environment import Environment
-from bert_fast.train.folder import create_folder
 from bert_fast.train.loop import Run
 
 
@@ -94,7 +94,7 @@ def test_a_run_draws_anew_whatever_the_layout(make_config: Callable[..., Config]
             update={"run": config.run.model_copy(update={"folder": f"{config.run.folder}-{dynamic}"})}
         )
         environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
-        create_folder(config, resume=False)
+        create_folder(config, resume=False, commit="a commit")
         run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
         assert run.execute().status == "success"
         run.metrics.close()

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.launch import mpi
-from bert_fast.launch.head import on_one_machine
-from bert_fast.train import exchange, meeting
-from bert_fast.train.meeting import known_to_each_other
+from bert_fast.launch.rendezvous_check import on_one_machine
+from bert_fast.train import collectives as exchange
+from bert_fast.train.setup import rendezvous as meeting
+from bert_fast.train.setup.rendezvous import known_to_each_other
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = b"of the job"

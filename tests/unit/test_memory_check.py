@@ -11,8 +11,9 @@ import torch
 from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.memory.estimate import least_bytes, machine_memory, num_parameters
-from bert_fast.train import build, entry
+from bert_fast.train import main as entry
 from bert_fast.train.environment import Environment
+from bert_fast.train.setup import build
 
 
 def test_the_largest_model_is_refused_before_it_is_built(
@@ -36,12 +37,12 @@ def test_ranks_share_the_machine(make_config: Callable[..., Config], monkeypatch
 def test_least_bytes_are_fewer_than_a_run_needs(make_config: Callable[..., Config]) -> None:
     config = make_config()
     assert 16 * num_parameters(config.model) < least_bytes(config)
-    larger = make_config("batch.local_batch=8192", "batch.global_batch=8192")
+    larger = make_config("batch.micro_batch_size=8192", "batch.global_batch_size=8192")
     assert least_bytes(larger) > least_bytes(config)
 
 
 def test_more_processes_than_memory_holds(make_config: Callable[..., Config]) -> None:
-    config = make_config("system.world_size=131072", "batch.local_batch=1", "batch.global_batch=131072")
+    config = make_config("system.world_size=131072", "batch.micro_batch_size=1", "batch.global_batch_size=131072")
     with pytest.raises(UserError, match=r"system\.world_size=131072 processes here need at least"):
         entry._check_room(config)
 

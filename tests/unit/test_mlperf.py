@@ -12,9 +12,9 @@ import pytest
 from mlperf_logging.mllog import constants
 
 from bert_fast.config import Config
+from bert_fast.mlperf.compliance import Verdict, check_log
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.mlperf.rules import RULESET, TARGET_ACCURACY, evaluation_interval
-from bert_fast.mlperf.submission import Verdict, check_log
 
 Edit = Callable[[list[str]], list[str]]
 
@@ -147,8 +147,8 @@ def test_every_closed_hyperparameter_is_logged_once_with_the_configs_value(
     config = make_config(
         "optimizer.name=lamb", "optimizer.lr=0.0033", "optimizer.beta1=0.75", "optimizer.beta2=0.9", "optimizer.eps=1e-6",
         "optimizer.weight_decay=0.0166629", "schedule.warmup_steps=290", "schedule.start_warmup_step=-100",
-        "schedule.total_steps=600", "schedule.end_lr=1e-5", "schedule.power=0.5", "batch.global_batch=48",
-        "batch.accumulation=6", "train.seed=7", "communication.max_norm=2.0",
+        "schedule.total_steps=600", "schedule.end_lr=1e-5", "schedule.power=0.5", "batch.global_batch_size=48",
+        "batch.gradient_accumulation_steps=6", "train.seed=7", "communication.max_norm=2.0",
     )  # fmt: skip
     logged = entries(write_log(tmp_path / "log", config))
     expected = {

@@ -24,7 +24,7 @@ from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.model.checkpoints import load_pretrained, read_config, save_pretrained, to_huggingface
 from bert_fast.model.loss import ProjectedCrossEntropy, SummedCrossEntropy, chunk_rows, loss_sums
-from bert_fast.train.inputs import to_device
+from bert_fast.train.batches import to_device
 
 CPU_BACKENDS = ("loop", "grouped", "matmul", "padded")
 EVEN = {
@@ -561,7 +561,7 @@ def load_into(folder: Path, **shape: int) -> str:
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
-    assert "has no model.safetensors; point train.init_checkpoint at such a folder" in load_into(tmp_path)
+    assert "has no model.safetensors; point checkpoint.init_from at such a folder" in load_into(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"garbage" * 10, lambda data: b""])

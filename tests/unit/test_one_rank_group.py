@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from bert_fast.config import Config
-from bert_fast.train.build import build, synthetic_input
 from bert_fast.train.environment import Environment, needs_process_group
+from bert_fast.train.setup.build import build, synthetic_input
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def weights_after(config: Config, environment: Environment) -> tuple[torch.Tenso
     machinery = build(config, environment)
     for seed in range(3):
         machinery.step(synthetic_input(config, environment, seed), 1e-3)
-    machinery.engine.settle()
+    machinery.engine.wait_pending()
     flat = torch.cat([p.detach().flatten() for p in machinery.model.parameters()])
     return flat, machinery.engine.wire.bytes_sent
 
@@ -35,7 +35,7 @@ def weights_after(config: Config, environment: Environment) -> tuple[torch.Tenso
 @pytest.mark.parametrize(
     "overrides",
     [
-        (), ("optimizer.when=bucket",), ("communication.shard_optimizer=true",), ("optimizer.name=lamb",),
+        (), ("optimizer.step_per_bucket=true",), ("communication.shard_optimizer=true",), ("optimizer.name=lamb",),
         ("communication.shard_optimizer=true", "optimizer.name=lamb"), ("communication.clip=global_after_reduce",),
     ],
 )  # fmt: skip

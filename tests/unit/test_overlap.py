@@ -16,7 +16,7 @@ from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.errors import UserError
 from bert_fast.train.environment import Environment
-from bert_fast.train.held_out import find_shared_text
+from bert_fast.train.setup.held_out import find_shared_text
 
 CLS, SEP, MASK, VOCAB = 2, 3, 4, 90
 CPU = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
@@ -85,7 +85,7 @@ def test_one_token_file_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest
 
 def test_it_is_refused_or_named_where_it_is_wanted(make_config: Callable[..., Config], tmp_path: Path) -> None:
     stores = make_store(tmp_path / "a", documents(0), 1), make_store(tmp_path / "b", documents(0), 2)
-    config = make_config(f"data.train={tmp_path / 'a'}", f"data.eval={tmp_path / 'b'}")
+    config = make_config(f"data.train={tmp_path / 'a'}", f"evaluation.data={tmp_path / 'b'}")
     with pytest.raises(
         UserError, match=r"\d+ of \d+ samples of the evaluation store .*or set data\.allow_shared_text=true"
     ):
@@ -102,5 +102,5 @@ def test_what_a_preparation_noted_is_believed_of_its_own_training_store_alone(
     again = Store(tmp_path / "b")
     assert known_shared_text(train, again) == noted == shared_text(train, evaluation)
     assert known_shared_text(make_store(tmp_path / "c", documents(1), 3), again) is None
-    monkeypatch.setattr("bert_fast.train.held_out.shared_text", lambda *_: pytest.fail("compared again"))
+    monkeypatch.setattr("bert_fast.train.setup.held_out.shared_text", lambda *_: pytest.fail("compared again"))
     assert find_shared_text(train, again, make_config(), CPU) == noted

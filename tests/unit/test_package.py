@@ -16,15 +16,15 @@ from mlperf_logging.mllog import constants
 from bert_fast.claims import claimed
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.mlperf import package as module
+from bert_fast.mlperf import submission as module
+from bert_fast.mlperf.compliance import check_log
 from bert_fast.mlperf.convergence import judge, reference_point, reference_points
 from bert_fast.mlperf.log import ResultLog
-from bert_fast.mlperf.package import lay_out, verdict_of
 from bert_fast.mlperf.rules import INIT_LIMIT_S, check_init_time
-from bert_fast.mlperf.submission import check_log
+from bert_fast.mlperf.submission import lay_out, verdict_of
 from bert_fast.mlperf.system import FIELDS, STATUSES, collect_system, complete_system, read_person, template
 from bert_fast.model.checkpoints import google_variables
-from bert_fast.train.folder import RUN
+from bert_fast.run_folder import RUN
 
 ROOT = Path(__file__).resolve().parents[2]
 RULESET = "5.0.0"
@@ -68,7 +68,7 @@ def make(tmp_path: Path, make_config: Callable[..., Config]) -> Callable[..., Pa
         for number in range(10):
             config = make_config(
                 f"mlperf.division={division}", "optimizer.name=lamb", "mlperf.enabled=true", f"train.seed={number}",
-                "batch.global_batch=448", "batch.local_batch=448", "system.world_size=1", "train.target_accuracy=0.72",
+                "batch.global_batch_size=448", "batch.micro_batch_size=448", "system.world_size=1", "evaluation.target_accuracy=0.72",
             )  # fmt: skip
             path = write_log(tmp_path / "logs" / f"{number}.txt", config, samples)
             text = path.read_text()
@@ -315,7 +315,7 @@ def test_published_reference_points() -> None:
     assert between is not None
     assert (round(between.mean), between.kind) == (2_443_934, "interpolated")
     assert between.least == pytest.approx(2_306_738, abs=2)
-    assert reference_point(64, RULESET).global_batch == 448  # type: ignore[union-attr]
+    assert reference_point(64, RULESET).global_batch_size == 448  # type: ignore[union-attr]
     assert reference_point(100_000, RULESET) is None
     with pytest.raises(UserError, match="has no reference convergence points"):
         reference_points("0.7.0")

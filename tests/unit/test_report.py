@@ -75,9 +75,9 @@ def make_record(evaluations: list[dict[str, Any]], name: str = "mini") -> dict[s
             "time_to_train_s": 12.5, "samples_to_target": 12800, "target_reached": 1, "final_accuracy": 0.3375,
             "steps": 200, "samples_per_s": 1024.0, "tokens_per_s": 96000.0, "imbalance_mean": 1.00002,
             "compute_imbalance": 1.03, "data_wait_share": 0.01, "exposed_communication_s": 0.0073, "first_step_s": 0.4,
-            "mfu": 0.42, "matmul_ceiling_tflops": 0.34, "gradient_bytes_per_step": 1e6, "compliance_passed": 1,
+            "mfu": 0.42, "matmul_peak_tflops": 0.34, "gradient_bytes_per_step": 1e6, "compliance_passed": 1,
         },
-        "config": {"run": {"name": name}, "train": {"seed": 7}, "batch": {"global_batch": 64}},
+        "config": {"run": {"name": name}, "train": {"seed": 7}, "batch": {"global_batch_size": 64}},
         "environment": {"torch": "2.13.0", "device": "some CPU", "load_average": [1.0, 2.0], "commit": None},
         "status": "success", "target_accuracy": 0.3325, "evaluations": evaluations,
         "time_split_s": {"forward and backward": 9.0, "evaluation": 2.5, "checkpoint": 0.0, "other": 1.0},
@@ -113,7 +113,7 @@ def test_report_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 7
     for text in (
         "target 0.3325", "0.3375", "0.2125", "12,800", "✓ target reached", "✓ compliance passed", "seed 7", "ab" * 32,
-        "forward and backward 72.0 % (9.0 s)", "global_batch: 64", "line 1 <ok> & SUCCESS", "50.0 %", "0.5000", "0.25",
+        "forward and backward 72.0 % (9.0 s)", "global_batch_size: 64", "line 1 <ok> & SUCCESS", "50.0 %", "0.5000", "0.25",
     ):  # fmt: skip
         assert text in page.text
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bert_fast.cli import config_from_tree
 from bert_fast.config import Config
+from bert_fast.config.load import config_from_tree
 from bert_fast.errors import UserError
 from bert_fast.mlperf.rules import check_division, check_evaluation_set, evaluation_interval, open_because
 
@@ -17,13 +17,15 @@ CLOSED: dict[str, Any] = {
         "vocab_size": 30528, "hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096,
         "max_positions": 512,
     },
-    "data": {"train": "t", "eval": "e", "max_seq_len": 512, "eval_samples": 10_000},
-    "batch": {"global_batch": 448, "local_batch": 56},
+    "data": {"train": "t", "max_seq_len": 512},
+    "evaluation": {"data": "e", "num_samples": 10_000, "target_accuracy": 0.72, "every_samples": 150_000},
+    "checkpoint": {"init_from": "model.ckpt-28252"},
+    "batch": {"global_batch_size": 448, "micro_batch_size": 56},
     "communication": {"clip": "global_before_reduce"},
     "optimizer": {"name": "lamb", "lr": 4.25e-4, "weight_decay": 0.01},
     "schedule": {"total_steps": 6700},
     "train": {
-        "init_checkpoint": "model.ckpt-28252", "target_accuracy": 0.72, "eval_every_samples": 150_000, "max_steps": 6700,
+        "max_steps": 6700,
     },
     "system": {"world_size": 8, "device": "cuda"},
     "mlperf": {"division": "closed"},
@@ -39,19 +41,19 @@ def config_with(**changes: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "samples"),
+    ("global_batch_size", "samples"),
     [(256, 150_000), (448, 150_000), (3072, 175_000), (4096, 175_000), (4608, 200_000), (8192, 225_000),
      (12_288, 275_000), (16_384, 325_000)],
 )  # fmt: skip
-def test_published_evaluation_intervals(global_batch: int, samples: int) -> None:
-    assert evaluation_interval(global_batch) == samples
+def test_published_evaluation_intervals(global_batch_size: int, samples: int) -> None:
+    assert evaluation_interval(global_batch_size) == samples
 
 
 def test_a_closed_config_is_let_through() -> None:
     config = config_with()
     assert open_because(config) == []
     check_division(config)
-    check_division(config_with(train__eval_every_samples=150_080))  # the next whole batch
+    check_division(config_with(evaluation__every_samples=150_080))  # the next whole batch
 
 
 @pytest.mark.parametrize(
@@ -66,15 +68,15 @@ def test_a_closed_config_is_let_through() -> None:
         ({"data__max_seq_len": 128}, "data.max_seq_len=128"),
         ({"data__dynamic_masking": True}, "data.dynamic_masking=true"),
         ({"data__allow_shared_text": True}, "data.allow_shared_text=true"),
-        ({"train__eval_at_start": True}, "train.eval_at_start=true"),
+        ({"evaluation__at_start": True}, "evaluation.at_start=true"),
         ({"model__layer_norm_eps": 1e-3}, "model.layer_norm_eps=0.001"),
         ({"balance__strategy": "stratified_presort"}, "balance.strategy=stratified_presort"),
-        ({"data__eval_samples": None}, "data.eval_samples=None"),
-        ({"data__eval_samples": 5000}, "data.eval_samples=5000"),
-        ({"train__target_accuracy": 0.7}, "train.target_accuracy=0.7"),
-        ({"train__eval_every_samples": 175_000}, "train.eval_every_samples=175000"),
-        ({"train__eval_start_samples": 1_000_000}, "train.eval_start_samples=1000000"),
-        ({"train__init_checkpoint": None}, "train.init_checkpoint is not set"),
+        ({"evaluation__num_samples": None}, "evaluation.num_samples=None"),
+        ({"evaluation__num_samples": 5000}, "evaluation.num_samples=5000"),
+        ({"train__target_accuracy": 0.7}, "evaluation.target_accuracy=0.7"),
+        ({"evaluation__every_samples": 175_000}, "evaluation.every_samples=175000"),
+        ({"evaluation__start_samples": 1_000_000}, "evaluation.start_samples=1000000"),
+        ({"train__init_checkpoint": None}, "checkpoint.init_from is not set"),
         ({"schedule__power": 0.5}, "schedule.power=0.5"),
         ({"schedule__end_lr": 1e-5}, "schedule.end_lr=1e-05"),
     ],

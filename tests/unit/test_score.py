@@ -48,7 +48,7 @@ def write_log(
 def test_a_log_by_hand(tmp_path: Path) -> None:
     write_log(tmp_path / "result_0.txt")
     run = score_run(tmp_path / "result_0.txt")
-    assert (run.division, run.global_batch, run.seed, run.converged) == ("open", 64, 11, True)
+    assert (run.division, run.global_batch_size, run.seed, run.converged) == ("open", 64, 11, True)
     assert (run.samples, run.steps) == (4 * 20 * 64, 80)
     assert run.time_s == pytest.approx(3 + 8 + 0.5)
     assert run.step_s == pytest.approx(0.1)

@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 import yaml
 
-from bert_fast.cli import load_config
+from bert_fast.config.load import load_config
 from bert_fast.memory.estimate import num_parameters
 from bert_fast.mlperf.rules import check_division
-from bert_fast.train.dry_run import dry_run
+from bert_fast.train.setup.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -62,7 +62,7 @@ def test_config_loads_and_dry_runs(
         assert part in printed, part
     batch = config.batch
     assert (
-        f"{batch.global_batch:,} = {batch.local_batch} x {config.system.world_size:,} ranks x {batch.accumulation}"
+        f"{batch.global_batch_size:,} = {batch.micro_batch_size} x {config.system.world_size:,} ranks x {batch.gradient_accumulation_steps}"
         in printed
     )
     assert f"{num_parameters(config.model):,} parameters" in printed

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bert_fast.cli import config_from_tree, load_config
 from bert_fast.config import Config
+from bert_fast.config.load import config_from_tree, load_config
 from bert_fast.errors import UserError
 from bert_fast.launch.slurm import fit_to_nodes, head_address, master_port, read_job, srun_command
 
@@ -90,8 +90,8 @@ else:
 def tiny(**sections: dict[str, Any]) -> dict[str, Any]:
     """A config of 2 nodes x 2 ranks, as plain values."""
     tree: dict[str, Any] = {
-        "run": {"name": "tiny"}, "batch": {"global_batch": 48, "local_batch": 12}, "schedule": {"total_steps": 10},
-        "train": {"max_steps": 10, "eval_every_samples": 480, "seed": 3}, "system": {"world_size": 4, "ranks_per_node": 2},
+        "run": {"name": "tiny"}, "batch": {"global_batch_size": 48, "micro_batch_size": 12}, "schedule": {"total_steps": 10},
+        "train": {"max_steps": 10, "seed": 3}, "evaluation": {"every_samples": 480}, "system": {"world_size": 4, "ranks_per_node": 2},
     }  # fmt: skip
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
@@ -293,12 +293,15 @@ def test_fewer_nodes_keep_the_global_batch(desk: Desk) -> None:
     assert code == 0, output
     line = desk.calls()[0]["line"]
     assert "--nodes=1 --nodelist=localhost --ntasks=2" in line
-    assert "system.world_size=2 system.ranks_per_node=2 batch.local_batch=12 batch.accumulation=2" in line
+    assert (
+        "system.world_size=2 system.ranks_per_node=2 batch.micro_batch_size=12 batch.gradient_accumulation_steps=2"
+        in line
+    )
 
 
-def config(nodes: int, ranks: int, global_batch: int, local_batch: int, min_nodes: int | None = 1) -> Config:
-    batch = {"global_batch": global_batch, "local_batch": local_batch}
-    batch["accumulation"] = global_batch // (local_batch * nodes * ranks)
+def config(nodes: int, ranks: int, global_batch_size: int, micro_batch_size: int, min_nodes: int | None = 1) -> Config:
+    batch = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
+    batch["gradient_accumulation_steps"] = global_batch_size // (micro_batch_size * nodes * ranks)
     system = {"world_size": nodes * ranks, "ranks_per_node": ranks}
     return config_from_tree(tiny(batch=batch, system=system, recovery={"min_nodes": min_nodes}))
 
@@ -312,8 +315,8 @@ def test_batch_arithmetic(there: int, nodes: int, local: int, accumulation: int)
     used, overrides = fit_to_nodes(config(8, 2, 96, 6), there)
     assert used == nodes
     values = dict(item.split("=") for item in overrides)
-    assert int(values["batch.local_batch"]) == local
-    assert int(values["batch.accumulation"]) == accumulation
+    assert int(values["batch.micro_batch_size"]) == local
+    assert int(values["batch.gradient_accumulation_steps"]) == accumulation
     assert local * accumulation * int(values["system.world_size"]) == 96
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bert_fast.errors import UserError
-from bert_fast.launch.settings import SystemSettings, apply, load_settings, nic_variables
+from bert_fast.launch.machine_file import MachineFile, apply, load_machine_file, nic_variables
 from bert_fast.launch.topology import Nic
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "systems").glob("*.yaml"))
@@ -21,7 +21,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_defaults(tmp_path: Path) -> None:
-    settings = load_settings(write(tmp_path, GOOD))
+    settings = load_machine_file(write(tmp_path, GOOD))
     assert (settings.ranks_per_node, settings.environment, settings.bind_cpus, settings.bind_nics) == (
         None,
         {},
@@ -46,7 +46,7 @@ def test_defaults(tmp_path: Path) -> None:
 def test_mistakes_name_the_file_and_the_field(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(UserError) as caught:
-        load_settings(path)
+        load_machine_file(path)
     assert str(caught.value).startswith(f"settings file {path}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -55,11 +55,11 @@ def test_mistakes_name_the_file_and_the_field(tmp_path: Path, text: str, message
 def test_an_absent_file_lists_the_others(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     with pytest.raises(UserError, match=r"bux\.yaml does not exist; there are: .*box\.yaml"):
-        load_settings(tmp_path / "bux.yaml")
+        load_machine_file(tmp_path / "bux.yaml")
 
 
 def test_apply_leaves_what_is_set() -> None:
-    settings = SystemSettings(
+    settings = MachineFile(
         name="box", description="d", source="s", environment={"A_NEW": "1", "B_SAME": "2", "C_OTHER": "3"}
     )
     environ = {"B_SAME": "2", "C_OTHER": "9", "PATH": "/bin"}
@@ -85,7 +85,7 @@ def test_there_are_shipped_files() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_files(path: Path) -> None:
-    settings = load_settings(path)
+    settings = load_machine_file(path)
     assert settings.name == path.stem
     text = path.read_text(encoding="utf-8")
     assert "not been run" in text.split("name:")[0]  # the header says so
@@ -100,5 +100,5 @@ def test_shipped_files(path: Path) -> None:
 
 
 def test_a100_leaves_out_the_storage_cards() -> None:
-    settings = load_settings(next(path for path in FILES if path.stem == "dgx_a100"))
+    settings = load_machine_file(next(path for path in FILES if path.stem == "dgx_a100"))
     assert not {"mlx5_4", "mlx5_5", "mlx5_10", "mlx5_11"} & set(settings.environment["NCCL_IB_HCA"][1:].split(","))

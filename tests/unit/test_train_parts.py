@@ -17,26 +17,27 @@ import pytest
 import torch
 
 from bert_fast.balance.cost import CostModel
-from bert_fast.config import Config, run_folder
+from bert_fast.config import Config
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.launch import local as launch
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
+from bert_fast.run_folder import check_folder, create_folder, run_folder
 from bert_fast.train import clock as clock_module
-from bert_fast.train import entry
-from bert_fast.train.build import Machinery, build, seed_ranks
-from bert_fast.train.calibrate import make_planner
+from bert_fast.train import main as entry
+from bert_fast.train.batches import planned_batches, to_device
+from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment, join, pick_device, pick_dtype
 from bert_fast.train.evaluate import Evaluator, _shard
-from bert_fast.train.folder import check_folder, check_inputs, create_folder
-from bert_fast.train.inputs import planned_batches, to_device
+from bert_fast.train.health.signals import HANDLED, StopFlag
 from bert_fast.train.loss_scale import LossScale
-from bert_fast.train.state import Progress
+from bert_fast.train.setup.build import TrainComponents, build, seed_ranks
+from bert_fast.train.setup.cost_model import make_planner
+from bert_fast.train.setup.inputs import check_inputs
 from bert_fast.train.step import StepInput
-from bert_fast.train.stop import HANDLED, StopFlag
 
 CPU = torch.device("cpu")
 
@@ -276,14 +277,14 @@ def test_resume_needs_a_checkpoint(make_config: Callable[..., Config]) -> None:
 
 def test_create_folder_records_the_config_and_clears_remains(make_config: Callable[..., Config]) -> None:
     config = make_config()
-    folder = create_folder(config, resume=False)
+    folder = create_folder(config, resume=False, commit="a commit")
     assert "hidden_size: 16" in (folder / "config.yaml").read_text()
     assert (folder / "commit.txt").read_text().strip()
     (folder / "result_0.txt").write_text("a crashed run's")
-    create_folder(config, resume=False)
+    create_folder(config, resume=False, commit="a commit")
     assert not (folder / "result_0.txt").exists()
     (folder / "result_0.txt").write_text("a stopped run's")
-    create_folder(config, resume=True)
+    create_folder(config, resume=True, commit="a commit")
     assert (folder / "result_0.txt").exists()
 
 
@@ -295,7 +296,7 @@ def test_a_folder_that_is_not_a_runs_is_not_removed(make_config: Callable[..., C
 
     def start() -> None:
         check_folder(config, False)
-        create_folder(config, resume=False)
+        create_folder(config, resume=False, commit="a commit")
 
     with pytest.raises(UserError):
         start()
@@ -306,7 +307,7 @@ def test_a_file_where_the_folder_should_be_is_kept(make_config: Callable[..., Co
     config = make_config()
     run_folder(config).write_text("notes")
     with pytest.raises(UserError, match=r"/run is a file, not a folder; choose another run\.name"):
-        create_folder(config, resume=False)
+        create_folder(config, resume=False, commit="a commit")
     assert run_folder(config).read_text() == "notes"
 
 
@@ -315,9 +316,9 @@ def test_missing_data_and_checkpoint_are_named_before_ranks_start(
 ) -> None:
     check_inputs(make_config())
     with pytest.raises(UserError, match=r"no data at nowhere/eval \(data\.eval\); make it with"):
-        check_inputs(make_config("data.eval=nowhere/eval"))
-    with pytest.raises(UserError, match=r"train\.init_checkpoint=.* is neither a folder with model\.safetensors nor"):
-        check_inputs(make_config(f"train.init_checkpoint={tmp_path}"))
+        check_inputs(make_config("evaluation.data=nowhere/eval"))
+    with pytest.raises(UserError, match=r"checkpoint\.init_from=.* is neither a folder with model\.safetensors nor"):
+        check_inputs(make_config(f"checkpoint.init_from={tmp_path}"))
 
 
 def test_a_folder_above_the_one_that_is_meant_is_answered_with_it(
@@ -326,22 +327,22 @@ def test_a_folder_above_the_one_that_is_meant_is_answered_with_it(
     parent = Path(make_config().data.train).parent
     with pytest.raises(UserError, match=rf"set data\.train={parent}/train$"):
         check_inputs(make_config(f"data.train={parent}"))
-    with pytest.raises(UserError, match=rf"set data\.eval={parent}/eval$"):
-        check_inputs(make_config(f"data.eval={parent}"))
+    with pytest.raises(UserError, match=rf"set evaluation\.data={parent}/eval$"):
+        check_inputs(make_config(f"evaluation.data={parent}"))
     (tmp_path / "above/model").mkdir(parents=True)
     (tmp_path / "above/model/model.safetensors").touch()
     (tmp_path / "google").mkdir()
     (tmp_path / "google/model.ckpt-7.index").touch()
     for folder, found in (("above", "above/model"), ("google", r"google/model\.ckpt-7")):
-        with pytest.raises(UserError, match=rf"set train\.init_checkpoint={tmp_path}/{found}$"):
-            check_inputs(make_config(f"train.init_checkpoint={tmp_path / folder}"))
+        with pytest.raises(UserError, match=rf"set checkpoint\.init_from={tmp_path}/{found}$"):
+            check_inputs(make_config(f"checkpoint.init_from={tmp_path / folder}"))
 
 
 def test_a_pickle_is_not_taken_for_a_checkpoint(make_config: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old/pytorch_model.bin").touch()
     with pytest.raises(UserError, match=r"pytorch_model\.bin is not read"):
-        check_inputs(make_config(f"train.init_checkpoint={tmp_path}/old"))
+        check_inputs(make_config(f"checkpoint.init_from={tmp_path}/old"))
 
 
 @pytest.mark.parametrize("seed", [0, 179_999_999_999_999, 1_795_651_200_123_456_789, 2**63 - 1])
@@ -398,8 +399,8 @@ def test_bugs_keep_their_traceback(error: Exception, capsys: pytest.CaptureFixtu
 def test_print_config_and_dry_run_start_nothing(
     tmp_path: Path, make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bert_fast.cli import load_config, to_yaml
     from bert_fast.config import as_plain
+    from bert_fast.config.load import load_config, to_yaml
 
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(as_plain(make_config())))
@@ -478,9 +479,9 @@ def plain_evaluation(model: BertForPretraining, store: Store, count: int) -> tup
 def test_evaluation_equals_one_sample_at_a_time(
     make_config: Callable[..., Config], environment: Environment, count: int | None, eval_batch: int
 ) -> None:
-    config = make_config(f"batch.eval_batch={eval_batch}", "model.hidden_dropout=0.5")
+    config = make_config(f"evaluation.batch_size={eval_batch}", "model.hidden_dropout=0.5")
     model = BertForPretraining(config.model, "matmul").double()
-    store = Store(config.data.eval)
+    store = Store(config.evaluation.data)
     assert len(store) > 35
     model.train()
     result = Evaluator(store, count, config.batch, CostModel(1.0, 0.0), environment)(model)
@@ -499,10 +500,10 @@ def step_input(config: Config, step: int = 0) -> StepInput:
     batches = planned_batches(store, plan, 0, config.balance.strategy, config.data.max_seq_len)
     masked = sum(len(batch.masked_labels) for batch in batches)
     inputs = [to_device(batch, CPU, config.batch.shape_multiple) for batch in batches]
-    return StepInput(inputs, masked, config.batch.global_batch)
+    return StepInput(inputs, masked, config.batch.global_batch_size)
 
 
-def weights(machinery: Machinery) -> list[torch.Tensor]:
+def weights(machinery: TrainComponents) -> list[torch.Tensor]:
     return [p.detach().clone() for p in machinery.model.parameters()]
 
 
@@ -547,7 +548,7 @@ def test_accumulation_and_loss_scale_give_the_same_step(
     """Losses are sums with one global normalisation: the split into micro-batches does not matter."""
     gradients, losses = [], []
     for local, accumulation, scale in ((8, 1, None), (2, 4, None), (4, 2, 1024.0)):
-        config = make_config(f"batch.local_batch={local}", f"batch.accumulation={accumulation}")
+        config = make_config(f"batch.micro_batch_size={local}", f"batch.gradient_accumulation_steps={accumulation}")
         machinery = build(config, environment)
         if scale:
             machinery.step._loss_scale = LossScale(scale, CPU)

@@ -19,20 +19,20 @@ import torch
 
 from bert_fast import claims
 from bert_fast.claims import MARK
-from bert_fast.config import Config, run_folder
+from bert_fast.config import Config
 from bert_fast.data import prepare as preparation
-from bert_fast.data.formats.importer import export_store, find_sources, import_store
+from bert_fast.data.formats.convert import export_store, find_sources, import_store
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
+from bert_fast.run_folder import PENDING_RECORD, create_folder, run_folder, take_folder
 from bert_fast.train import complete as completing
-from bert_fast.train.checkpoint import latest_checkpoint
+from bert_fast.train.checkpoint.storage import latest_checkpoint
 from bert_fast.train.complete import complete, exit_code_of, finished_again
 from bert_fast.train.environment import Environment
-from bert_fast.train.finish import finish
-from bert_fast.train.folder import FINISHING, create_folder, take_folder
 from bert_fast.train.loop import Run
+from bert_fast.train.run_record import finish
 
 # Names as people give them, some of them nearly the program's own
 MINE = (
@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def execute(config: Config, resume: bool = False) -> tuple[Run, Any]:
-    create_folder(config, resume)
+    create_folder(config, resume, commit="a commit")
     environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
     run = Run(config, environment, resume, process_start=time.time(), on_lost=print)
     try:
@@ -93,9 +93,9 @@ def execute(config: Config, resume: bool = False) -> tuple[Run, Any]:
 def settings() -> tuple[str, ...]:
     return (
         "train.max_steps=6",
-        "train.checkpoint_every_steps=1",
-        "train.keep_checkpoints=1",
-        "train.save_final_model=true",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=1",
+        "checkpoint.save_final_model=true",
     )
 
 
@@ -115,7 +115,7 @@ def test_a_run_started_over_resumed_and_finished(make_config: Callable[..., Conf
     (folder / "metrics.json").unlink()
     assert latest_checkpoint(folder / "checkpoints") is None
     take_folder(config, resume=False)
-    create_folder(config, resume=False)
+    create_folder(config, resume=False, commit="a commit")
     planted.check()
     own = {path for path in contents(folder) if not path.read_bytes().startswith(b"mine")}
     assert {path.name for path in own} == {MARK, ".running.json", "config.yaml", "commit.txt"}, (
@@ -141,11 +141,11 @@ def test_a_link_in_the_place_of_a_runs_file_is_not_written_through(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
     config = make_config()
-    folder = create_folder(config, resume=False)
+    folder = create_folder(config, resume=False, commit="a commit")
     (tmp_path / "mine.jsonl").write_text("mine", encoding="utf-8")
     (folder / "metrics.jsonl").symlink_to(tmp_path / "mine.jsonl")
     with pytest.raises(UserError, match=r"metrics\.jsonl is not a file that a run has written"):
-        create_folder(config, resume=False)
+        create_folder(config, resume=False, commit="a commit")
     assert (tmp_path / "mine.jsonl").read_text(encoding="utf-8") == "mine"
 
 
@@ -164,12 +164,12 @@ def test_a_run_killed_while_it_finishes_is_finished_by_the_next_start(
         patch.setattr(completing, "_write_cost", crash)
         with pytest.raises(Crash):
             finish(run, outcome)
-    saved = (folder / FINISHING).read_bytes()
+    saved = (folder / PENDING_RECORD).read_bytes()
     for moment in ("_write_cost", "check_log", "write_report", "write_json", "unlink", "print_table"):
         if moment == "check_log" and mlperf == "false":
             continue
         (folder / "metrics.json").unlink(missing_ok=True)
-        (folder / FINISHING).write_bytes(saved)
+        (folder / PENDING_RECORD).write_bytes(saved)
         with monkeypatch.context() as patch:
             patch.setattr(Path if moment == "unlink" else completing, moment, crash)
             with pytest.raises(Crash):
@@ -184,7 +184,7 @@ def test_a_run_killed_while_it_finishes_is_finished_by_the_next_start(
         assert exit_code_of(folder) == 0
         names = {path.name for path in folder.iterdir()}
         assert names >= {"metrics.json", "report.html", "cost.json"}
-        assert FINISHING not in names
+        assert PENDING_RECORD not in names
     record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert ("passed" in record["compliance"]) == (mlperf == "true")
     assert "its last files are made now" in capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_a_start_cut_short_anywhere_can_be_repeated(
                 patch.setattr(os, name, cut(getattr(os, name), name))
             try:
                 take_folder(config, resume=False)
-                create_folder(config, resume=False)
+                create_folder(config, resume=False, commit="a commit")
             except (Crash, UserError, OSError):
                 pass
             else:
@@ -235,7 +235,7 @@ def test_a_start_cut_short_anywhere_can_be_repeated(
         if (folder / ".running.json").exists():  # its process is gone
             (folder / ".running.json").write_text('{"host": "gone"}', encoding="utf-8")
         take_folder(config, resume=False)
-        create_folder(config, resume=False)
+        create_folder(config, resume=False, commit="a commit")
         assert {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")} == {
             MARK, ".running.json", "config.yaml", "commit.txt",
         }, count  # fmt: skip

@@ -28,8 +28,9 @@ import watch as watch_script  # noqa: E402
 
 CONFIG = """
 run: {name: made_up}
-batch: {global_batch: 64}
-train: {seed: 3, max_steps: 100, target_accuracy: 0.5, eval_every_samples: 640}
+batch: {global_batch_size: 64}
+train: {seed: 3, max_steps: 100}
+evaluation: {target_accuracy: 0.5, every_samples: 640}
 """
 
 
@@ -384,8 +385,8 @@ def assert_plain(now: dict[str, Any]) -> None:
     ("file", "path"),
     [
         ("config.yaml", "run"), ("config.yaml", "run.name"), ("config.yaml", "train.seed"), ("config.yaml", "train.max_steps"),
-        ("config.yaml", "train.target_accuracy"), ("config.yaml", "train.eval_every_samples"),
-        ("config.yaml", "batch.global_batch"), ("metrics.json", "metrics"), ("metrics.json", "sessions"),
+        ("config.yaml", "evaluation.target_accuracy"), ("config.yaml", "evaluation.every_samples"),
+        ("config.yaml", "batch.global_batch_size"), ("metrics.json", "metrics"), ("metrics.json", "sessions"),
         ("metrics.json", "target_accuracy"), ("stopped.json", "step"), ("stopped.json", "signal"), ("nodes.json", ""),
         ("metrics.json", ""), ("stopped.json", ""), ("config.yaml", ""), ("result_0.txt", "metadata.status"),
         ("result_0.txt", "metadata"), ("result_0.txt", "key"),

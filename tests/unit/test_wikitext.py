@@ -22,7 +22,7 @@ import pytest
 from bert_fast.data import corpus as corpora
 from bert_fast.data import prepare as prepare_module
 from bert_fast.data import wikitext
-from bert_fast.data.columns import read_rows
+from bert_fast.data.parquet import read_rows
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.wikitext import Page, TooCostlyError, clean, is_dump, read_pages, seconds_to_parse
@@ -333,7 +333,7 @@ def test_a_row_group_is_not_read_whole(tmp_path: Path) -> None:
     texts = [random.bytes(2000).hex() for _ in range(8000)]  # 32 MB that do not compress to little
     pq.write_table(pa.table({"text": texts}), path, row_group_size=8000, compression="none")
     del texts
-    read = "import sys, pyarrow; from bert_fast.data.columns import read_rows; count = sum(1 for _ in read_rows(sys.argv[1]))"
+    read = "import sys, pyarrow; from bert_fast.data.parquet import read_rows; count = sum(1 for _ in read_rows(sys.argv[1]))"
     told = "print(count, pyarrow.default_memory_pool().max_memory())"  # the highest of a process
     command = [sys.executable, "-c", f"{read}; {told}", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)

@@ -19,7 +19,7 @@ from bert_fast.data.wordpiece import (
     train_vocabulary,
 )  # fmt: skip
 from bert_fast.errors import UserError
-from bert_fast.train.folder import checkpoint_vocabulary
+from bert_fast.train.setup.inputs import checkpoint_vocabulary
 
 TEXT = "\n".join(
     [

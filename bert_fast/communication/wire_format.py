@@ -1,0 +1,117 @@
+"""What travels for a bucket of gradients, and by which collectives: fp32, bf16 or fp16, whole or scattered.
+
+A `WireFormat` is also the place for a lossy scheme with state of its own (error feedback, warm-up, several collectives a
+bucket). The reducer calls `encode` once a bucket, in one fixed order on all ranks, and then draws the bucket's collectives
+from `all_reduce` or `reduce_scatter` one by one: the first at once, the next of bucket k when bucket k + 1 has started its
+first (or at the end of backward). So all ranks start all collectives in the same order, whatever a scheme does. On gloo the
+hook waits there for the collective before; on NCCL only the stream does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bert_fast.communication import p2p as exchange
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# torch 2.13 renamed it; images with older versions have only the old name
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Work = dist.Work | exchange.Exchange
+
+
+class WireFormat:
+    """A cast to `dtype` and back; the same dtype travels in place, without a copy."""
+
+    stages = 1  # the most collectives a bucket takes
+
+    def __init__(self, dtype: torch.dtype, scale: float = 1.0) -> None:
+        """
+        Args:
+            scale: what values are multiplied by on the wire (a power of two), see `fp16_scale`.
+        """
+        self.dtype, self.scale = dtype, scale
+        self.bytes_sent = 0  # payload handed to collectives by this rank
+
+    def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
+        """What the first collective of bucket `number` reads; not finite where `values` are not, or do not fit.
+
+        Args:
+            values: the bucket's gradients divided by the number of ranks, flat. May be changed.
+        """
+        if values.dtype == self.dtype:
+            return values
+        return torch.mul(values, self.scale, out=torch.empty_like(values, dtype=self.dtype))
+
+    def all_reduce(
+        self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> Iterator[Work]:
+        """The collectives after which `values` hold the sum over ranks. Resumed after each when that has ended."""
+        self.count(wire)
+        yield dist.all_reduce(wire, group=group, async_op=True)  # type: ignore[misc]
+        self.decode(wire, values)
+
+    def decode(self, wire: torch.Tensor, values: torch.Tensor) -> None:
+        """Put what arrived into the bucket."""
+        if wire is not values:
+            values.copy_(wire)
+            if self.scale != 1.0:  # not in the wire's format, in which small values would be lost after all
+                values.mul_(1.0 / self.scale)
+
+    def reduce_scatter(
+        self, number: int, wire: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> Iterator[Work]:
+        """As `all_reduce`, but only this rank's part of the sum, into `shard` [len(wire) / ranks]."""
+        self.count(wire)
+        if dist.get_backend(group) == "gloo":
+            received = torch.empty_like(wire)
+            yield exchange.all_to_all(received, wire, 2 * number, group)
+            torch.sum(received.view(-1, len(shard)), dim=0, dtype=shard.dtype, out=shard)
+            if self.scale != 1.0:
+                shard.mul_(1.0 / self.scale)
+            return
+        part = shard if wire.dtype == shard.dtype else torch.empty_like(shard, dtype=wire.dtype)
+        yield _reduce_scatter(part, wire, group=group, async_op=True)
+        self.decode(part, shard)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, for its part of a checkpoint. A cast has none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint written by as many ranks."""
+
+    def count(self, wire: torch.Tensor) -> None:
+        """Account for a collective's payload."""
+        self.bytes_sent += wire.numel() * wire.element_size()
+
+
+def fp16_scale(clip: str, max_norm: float, has_loss_scale: bool) -> float:
+    """What keeps averaged gradients off fp16's ends: below 6e-8 an entry is lost, above 65,504 the step is.
+
+    A rank sends its gradient divided by the number of ranks. With a loss scale that is large already. Clipped before the
+    reduction, no sum exceeds `max_norm`, and is brought to 2^14 at the most; else sums up to 511 are let through.
+    """
+    if has_loss_scale:
+        return 1.0
+    usual = 2.0**7
+    if clip in ("bucket_before_reduce", "global_before_reduce"):  # a threshold that never clips says nothing of sums
+        return max(usual, 2.0 ** math.floor(math.log2(2**14 / max_norm)))
+    return usual
+
+
+def wire_format(name: str, gradient_dtype: torch.dtype, scale: float = 1.0) -> WireFormat:
+    """The format of the config's `reduce_dtype`. `fp32` means the gradients' own dtype (fp64 in tests).
+
+    Args:
+        scale: of `fp16_scale`; only fp16 needs one.
+    """
+    if name == "fp32":
+        return WireFormat(gradient_dtype)
+    return WireFormat(DTYPES[name], scale if name == "fp16" else 1.0)

@@ -1,0 +1,54 @@
+"""Shape of BERT."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bert_fast.config.section import Count, PositiveFloat, Probability, Section, Tokens, Width
+
+
+class ModelConfig(Section):
+    vocab_size: Annotated[int, Field(gt=0, le=2**20)] = Field(
+        30522, description="rows of the word embedding (MLPerf pads 30522 to 30528)"
+    )
+    hidden_size: Width = Field(768, description="width of the encoder")
+    num_layers: Annotated[int, Field(gt=0, le=1024)] = Field(12, description="encoder layers")
+    num_heads: Width = Field(12, description="attention heads; must divide hidden_size")
+    intermediate_size: Annotated[int, Field(gt=0, le=2**18)] = Field(
+        3072, description="width of the feed-forward layer"
+    )
+    max_positions: Tokens = Field(512, description="rows of the position table; longest sample that fits")
+    type_vocab_size: Count = Field(2, description="number of segment types")
+    hidden_dropout: Probability = Field(0.1, description="dropout after embeddings and dense layers")
+    attention_dropout: Probability = Field(0.1, description="dropout on attention probabilities")
+    layer_norm_eps: PositiveFloat = Field(1e-12, description="epsilon of every LayerNorm")
+    initializer_range: PositiveFloat = Field(
+        0.02, description="standard deviation of the truncated normal that fills weights"
+    )
+    activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu by erf (BERT) or by tanh")
+    attention_backend: Literal[
+        "auto",
+        "loop",
+        "grouped",
+        "matmul",
+        "padded",
+        "block_diagonal",
+        "nested",
+        "varlen",
+        "torch_flash",
+        "flex",
+        "flash",
+    ] = Field("auto", description="how variable-length attention is computed; auto picks by capability and logs it")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            near = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            best = min(near, key=lambda n: abs(n - self.num_heads))
+            raise ValueError(
+                f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; "
+                f"the nearest number of heads that does is {best}"
+            )
+        return self

@@ -1,0 +1,120 @@
+"""Has a store changed under a run? Checksums per block, compared again and again in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from bert_fast.data.store import BLOCK_BYTES, Store
+
+_PAUSE_S = 1.0  # at the least between looks at the files' names
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size
+
+
+class Scrubber:
+    """Reads this rank's share of a store's blocks at a low rate, for ever, in a thread. `alarm` tells what is wrong."""
+
+    def __init__(self, store: Store, share: int, shares: int, mb_per_s: float) -> None:
+        """
+        Args:
+            share, shares: this rank reads every `shares`-th block from `share` on (ranks of a node divide the work).
+            mb_per_s: 10^6 bytes per second; a checksum costs about 1 ms of a core per MB.
+        """
+        self.alarm: str | None = None
+        self.vanished = False  # the alarm is about a name, not about bytes: what was read so far was right
+        self.passes = 0  # how often all of this rank's blocks were found unchanged
+        self._store, self._share, self._shares, self._rate = store, share, shares, mb_per_s * 1e6
+        self._files = {name: _stamp(store.folder / name) for name in ("samples.bin", "offsets.npy", "lengths.npy")}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="block watch")
+
+    def start(self) -> None:
+        """Begin, if the store has checksums to compare with."""
+        if self._rate > 0 and self._store.block_crcs is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+
+    def changed(self, ids: np.ndarray) -> str | None:
+        """What is wrong now with the blocks that hold these samples; None if nothing is, or nobody can tell."""
+        crcs = self._store.block_crcs
+        if crcs is None:
+            return None
+        first, last = (each // BLOCK_BYTES for each in self._store.byte_ranges(ids))
+        try:
+            with open(self._store.folder / "samples.bin", "rb") as file:
+                for block in sorted({n for a, b in zip(first, last, strict=True) for n in range(a, b + 1)}):
+                    found, _ = self._look(file, block)
+                    if found:
+                        return found
+        except OSError as error:
+            return f"store {self._store.folder} can no longer be read ({error.strerror or error})"
+        return None
+
+    def _run(self) -> None:
+        try:
+            while not self._end.is_set():
+                if not self._names_stand() or not self._pass():
+                    return
+                self.passes += 1
+                self._end.wait(_PAUSE_S)
+        except OSError as error:
+            with suppress(OSError):  # which of them has gone since the last look at the names?
+                if not self._names_stand():
+                    return
+            self.vanished = True
+            self.alarm = f"store {self._store.folder} can no longer be read ({error.strerror or error})"
+
+    def _names_stand(self) -> bool:
+        """Whether every file is still the one that was opened."""
+        for name, stamp in self._files.items():
+            path = self._store.folder / name
+            try:
+                now = _stamp(path)
+            except FileNotFoundError:
+                self.vanished = True
+                self.alarm = f"{path} has vanished; put the store back"
+                return False
+            if now != stamp:
+                self.alarm = f"{path} was replaced or cut while the run used it; put the store back"
+                return False
+        return True
+
+    def _pass(self) -> bool:
+        assert self._store.block_crcs is not None
+        with open(self._store.folder / "samples.bin", "rb") as file:
+            for block in range(self._share, len(self._store.block_crcs), self._shares):
+                found, size = self._look(file, block)
+                if found:
+                    self.alarm = found
+                    return False
+                if self._end.wait(size / self._rate) or not self._names_stand():
+                    return False
+        return True
+
+    def _look(self, file: BinaryIO, block: int) -> tuple[str | None, int]:
+        """What is wrong with a block (None: nothing), and how many bytes it has."""
+        assert self._store.block_crcs is not None
+        file.seek(block * BLOCK_BYTES)
+        content = file.read(BLOCK_BYTES)
+        sound = zlib.crc32(content) == self._store.block_crcs[block]
+        return None if sound else self._text(block, len(content)), len(content)
+
+    def _text(self, block: int, size: int) -> str:
+        begin = block * BLOCK_BYTES
+        first, last = self._store.samples_at(begin, begin + max(1, size))
+        return (
+            f"store {self._store.folder} changed under the run: bytes {begin:,} to {begin + size:,} of samples.bin (samples "
+            f"{first:,} to {last:,}) are not those that were written; prepare the data again or put it back"
+        )

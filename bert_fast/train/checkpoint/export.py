@@ -1,0 +1,53 @@
+"""The final model as a folder that transformers opens: weights, description, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert_fast.config import Config
+from bert_fast.data.tokenizer_files import tokenizer_files
+from bert_fast.data.wordpiece import load_vocabulary
+from bert_fast.errors import UserError
+from bert_fast.files import write_atomically
+from bert_fast.model.checkpoints import save_pretrained
+from bert_fast.model.tensorflow_bundle import is_bundle
+
+
+def export_model(
+    model: torch.nn.Module, config: Config, manifest: dict[str, Any], folder: Path, say: Callable[[str], None]
+) -> None:
+    """Write `folder`. The tokenizer is that of the training store, whose `manifest` names the vocabulary by its hash.
+
+    Without that vocabulary on disk the model is written alone, and `say` is told where it was looked for.
+    """
+    save_pretrained(model, config.model, folder)
+    places = _places(config)
+    vocabulary = next((path for path in places if _has_hash(path, manifest["vocab_sha256"])), None)
+    if vocabulary is None:
+        say(
+            f"warning: {folder} has no tokenizer: the store's vocabulary ({manifest['vocab_sha256'][:16]}...) is in none "
+            f"of {', '.join(map(str, places))}; copy its vocab.txt into {folder}"
+        )
+        return
+    for name, content in tokenizer_files(vocabulary, config.model.max_positions, manifest).items():
+        write_atomically(folder / name, content)
+
+
+def _places(config: Config) -> list[Path]:
+    """Where the vocabulary lies: in the store, beside it, beside the starting checkpoint."""
+    folders = [Path(config.data.train), Path(config.data.train).parent]
+    if config.checkpoint.init_from:
+        start = Path(config.checkpoint.init_from)
+        folders.append(start.parent if is_bundle(start) else start)
+    return [folder / "vocab.txt" for folder in folders]
+
+
+def _has_hash(path: Path, sha256: str) -> bool:
+    try:
+        return path.is_file() and load_vocabulary(path).sha256 == sha256
+    except UserError:  # of something else
+        return False

@@ -1,0 +1,145 @@
+"""Which checkpoint a run goes on from, and what it must have in common with the run that wrote it."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bert_fast.config import Config, as_plain
+from bert_fast.errors import UserError
+from bert_fast.run_folder import checkpoints_in
+from bert_fast.train.checkpoint.snapshot import restore
+from bert_fast.train.checkpoint.storage import damage, read_description, remove_partial
+from bert_fast.train.cuda_graphs import tensor_rates
+from bert_fast.train.environment import Environment
+from bert_fast.train.setup.build import TrainComponents, broadcast_value, gather_floats, seed_ranks
+
+# What may differ between the run that wrote a checkpoint and the one that goes on: how fast, where, how long, how watched.
+# Everything else decides which weights come out, and is refused.
+MAY_CHANGE = (
+    "run.*", "system.*", "recovery.*", "mlperf.clear_caches", "model.attention_backend",
+    "data.train", "evaluation.data",  # where they lie; what is in them is compared by hash
+    "data.allow_shared_text",
+    "batch.micro_batch_size", "batch.gradient_accumulation_steps", "batch.shape_multiple", "evaluation.batch_size", "balance.prefetch",
+    "communication.engine", "communication.bucket_mb", "communication.min_bucket_mb", "communication.max_bucket_mb",
+    "communication.shard_optimizer", "communication.backend", "communication.timeout_s",
+    "optimizer.step_per_bucket", "data.scrub_mb_per_s", "checkpoint.timeout_s",
+    "checkpoint.init_from", "train.compile", "train.cuda_graphs", "train.deterministic", "train.warmup_batches",
+    "train.max_steps", "evaluation.target_accuracy", "evaluation.every_samples", "evaluation.start_samples",
+    "evaluation.at_start", "checkpoint.every_steps", "checkpoint.async_save", "checkpoint.keep_last",
+    "checkpoint.save_final_model", "train.log_every_steps", "train.max_skipped_steps",
+)  # fmt: skip
+
+
+def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str, Any]:
+    """What a checkpoint keeps of its run for `check_key`: settings by name, hashes of the data sets.
+
+    The number of ranks and how they share a global batch may change: the samples of the steps stay the same.
+    """
+    plain = as_plain(config)
+    settings = {
+        f"{section}.{name}": value
+        for section, values in plain.items()
+        for name, value in values.items()
+        if not any(fnmatch.fnmatch(f"{section}.{name}", pattern) for pattern in MAY_CHANGE)
+    }
+    if config.balance.strategy == "stratified_presort":  # draws by rank, so its samples follow from who there is
+        settings["samples of a rank (stratified_presort)"] = (
+            config.batch.micro_batch_size * config.batch.gradient_accumulation_steps
+        )
+    return {
+        "settings": json.loads(json.dumps(settings)),
+        "model": _hash({name: value for name, value in settings.items() if name.startswith("model.")}),
+        "train data": train_sha256[:16], "eval data": eval_sha256[:16],
+    }  # fmt: skip
+
+
+def check_key(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model, data set or setting. Raises UserError with both values."""
+    mend = "resume with the run's own config or start a new run"
+    for name in ("train data", "eval data"):
+        if theirs.get(name) != ours[name]:
+            raise UserError(
+                f"checkpoint {path} does not fit: {name} had the hash {theirs.get(name)} and has now {ours[name]}; "
+                "resume with the store it was trained on or start a new run"
+            )
+    before, now = theirs.get("settings", {}), ours["settings"]
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not changed:
+        return
+    shown = "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in changed[:4])
+    more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
+    model = ""
+    if theirs.get("model") != ours["model"]:
+        model = f"another model (hash {theirs.get('model')}, now {ours['model']}): "
+    raise UserError(f"checkpoint {path} does not fit this config: {model}{shown}{more}; {mend}")
+
+
+def latest_valid_checkpoint(folder: Path, environment: Environment, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files are as they were written; says which are not. A collective.
+
+    Raises:
+        UserError: there is none.
+    """
+    if environment.is_main:
+        remove_partial(folder)
+    # Rank 0's view counts: on a network file system others may still see what is no longer there
+    names = broadcast_value([path.name for path in reversed(checkpoints_in(folder))])
+    damaged = []
+    for path in (folder / name for name in names):
+        wrong = damage(path, environment.rank, environment.world_size)
+        bad = gather_floats([float(wrong is not None)], environment)[:, 0]
+        if not bad.any():
+            return path
+        ranks = [rank for rank, flag in enumerate(bad) if flag]
+        damaged.append(f"checkpoint {path} is damaged ({wrong or f'found by rank {ranks[0]}'})")
+        say(f"warning: {damaged[-1]}; looking for an earlier one")
+    if not damaged:
+        raise UserError(f"--resume: {folder} has no complete checkpoint; start the run without --resume")
+    raise UserError(f"{damaged[0]} and there is no earlier one that is whole; remove it and start the run anew")
+
+
+def load_checkpoint(
+    path: Path,
+    key: dict[str, Any],
+    config: Config,
+    machinery: TrainComponents,
+    environment: Environment,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Load a checkpoint into the machine, on every rank by itself; what else it holds (progress, clock, cost).
+
+    Raises:
+        UserError: it is of another model, data set or setting.
+    """
+    description = read_description(path)
+    key_then, state, wrote = (description.get(name) for name in ("key", "state", "world_size"))
+    if not isinstance(key_then, dict) or not isinstance(state, dict) or type(wrote) is not int:
+        raise UserError(
+            f"checkpoint {path} is damaged (complete.json has no key, state and world_size of a run); remove it"
+        )
+    for name, kind in (("progress", dict), ("clock", dict), ("optimizer", dict), ("cost", list)):
+        if not isinstance(state.get(name), kind):
+            raise UserError(f"checkpoint {path} is damaged (complete.json has no {name} of a run); remove it")
+    check_key(path, key_then, key)
+    same_ranks = wrote == environment.world_size
+    if not same_ranks:  # random state and error feedback begin anew
+        seed_ranks(config.train.seed + state["progress"]["step"], environment)
+        say(
+            f"resumed by {environment.world_size} ranks, stopped by {wrote}: the same samples in the same steps, dealt to "
+            "other ranks"
+        )
+    restore(path, machinery, environment, state["optimizer"], same_ranks)
+    if config.train.cuda_graphs:  # nothing is captured yet; the rates that were loaded may be numbers
+        tensor_rates(machinery.step.optimizer, environment.device)
+    if machinery.loss_scale and state["loss_scale"]:
+        machinery.loss_scale.load_state_dict(state["loss_scale"])
+    return state
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Noticing that a rank, a step or the machine is in trouble, and saying so."""

@@ -1,0 +1,237 @@
+"""Which rank was lost, on which host, at which step: every rank tells where it is, beside training and its collectives.
+
+A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0 reads them all, the
+others rank 0's. A rank is called lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`, or
+that writes its part of a checkpoint for longer than `checkpoint.timeout_s`.
+Time is counted by the reader's clock alone: clocks of hosts may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from bert_fast.train.environment import Environment
+
+# Waiting for others: a rank is never blamed for these
+EXCHANGE, FIGURES = "exchange of gradients", "exchange of figures"
+DATA, COMPUTE, EVALUATION, CHECKPOINT = "waiting for data", "forward and backward", "evaluation", "checkpoint"
+LOGGING, FINISHING, _STOPPING, _DONE, _STARTING = "writing the log", "finishing", "stopping", "done", "starting"
+_WAITING = (EXCHANGE, FIGURES)
+_BLAMELESS = {*_WAITING, CHECKPOINT, FINISHING, _STOPPING, _DONE, _STARTING}
+_ORDER = (FIGURES, LOGGING, EVALUATION, DATA, COMPUTE, EXCHANGE)  # from the end of a step to that of the next
+_ANSWER_S = 3.0  # for which the store may keep us waiting
+_HURRY_S = 6.0  # after SIGTERM: how long a rank may be silent, or we in one place, before the launcher ends us all
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last said of itself."""
+
+    count: int
+    host: str
+    step: int
+    phase: str
+    phase_s: float
+    writes_s: float  # for which it has been writing its own part of a checkpoint, beside that phase; 0: it is not
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it has come."""
+        return self.step, _ORDER.index(self.phase) if self.phase in _ORDER else len(_ORDER)
+
+    def text(self) -> str:
+        return f"step {self.step:,}, {self.phase}"
+
+
+class Heartbeat:
+    """The beats of one rank, and its view of the others'. Without a process group nothing happens."""
+
+    def __init__(
+        self, environment: Environment, timeout_s: float, on_lost: Callable[[str], None],
+        is_hurried: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            timeout_s: seconds for which a rank may be silent or in one phase of its own.
+            on_lost: called in another thread, with the verdict, on every rank that can still hear it.
+            is_hurried: whether a launcher has told this rank to end, and will not wait for `timeout_s`.
+        """
+        self._is_hurried = is_hurried
+        self.hosts = [socket.gethostname()]
+        self._rank, self._world, self._timeout_s, self._on_lost = (
+            environment.rank, environment.world_size, timeout_s, on_lost,
+        )  # fmt: skip
+        self._interval = max(min(1.0, timeout_s / 8), self._world / 2000)  # rank 0 reads `world` keys each time
+        self._count, self._where = 0, (0, _STARTING, time.monotonic())
+        self._writes_s: Callable[[], float] = lambda: 0.0
+        self._write_limit_s = float("inf")
+        self._end, self._last_word, self._wants_all, self._new_view = (threading.Event() for _ in range(4))
+        self._beats: list[Beat] = []
+        self._verdict: str | None = None
+        self._gone = False  # the store's process is
+        self._answered = time.monotonic()  # when it last did
+        self._store: dist.Store | None = None
+        if dist.is_initialized() and self._world > 1 and dist.get_backend() != "fake":
+            store = dist.distributed_c10d._get_default_store().clone()
+            store.set_timeout(timedelta(seconds=_ANSWER_S))
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"heartbeat{restart}", store)
+
+    def start(self) -> None:
+        """Begin. A collective."""
+        if self._store is None:
+            return
+        self._beat()
+        dist.barrier()
+        self._beats = self._read_all()
+        self.hosts = [beat.host for beat in self._beats]
+        self._answered = time.monotonic()
+        for target in (self._talk, self._watch):
+            threading.Thread(target=target, daemon=True, name=f"heartbeat{target.__name__}").start()
+
+    def at(self, step: int, phase: str) -> None:
+        """Where this rank is from now on. Costs a microsecond."""
+        self._where = (step, phase, time.monotonic())
+
+    def watch_writes(self, writes_s: Callable[[], float], limit_s: float) -> None:
+        """Call a rank lost whose own part of a checkpoint takes longer than `limit_s`; `writes_s` says for how long it has."""
+        self._writes_s, self._write_limit_s = writes_s, limit_s
+
+    def stop(self) -> None:
+        """The run is done: from now on this rank may be silent."""
+        if self._store is not None and not self._end.is_set():
+            self.at(self._where[0], _DONE)
+            self._end.set()
+            self._last_word.wait(2 * _ANSWER_S)
+
+    def diagnose(self) -> str:
+        """After a collective has failed: who is not there any more, in words; empty if nobody can be named. Takes seconds."""
+        if self._store is None:
+            return ""
+        self.at(self._where[0], _STOPPING)
+        self._wants_all.set()
+        views = []
+        deadline = time.monotonic() + _ANSWER_S + 4 * self._interval
+        while time.monotonic() < deadline and len(views) < 4 and not self._gone:
+            self._new_view.clear()
+            if self._new_view.wait(max(0.0, deadline - time.monotonic())):
+                views.append(self._beats)
+        self._end.set()
+        if len(views) < 4:  # a view may be from before; three after it are a beat or more of everyone apart
+            return self._no_meeting()
+        before, after = views[1], views[-1]
+        silent = [
+            rank
+            for rank, (a, b) in enumerate(zip(before, after, strict=True))
+            if a.count == b.count and b.phase not in (_STOPPING, _DONE)
+        ]
+        if silent:
+            return self._name(silent, after, "does not answer; last")
+        present = [r for r, beat in enumerate(after) if beat.phase not in _BLAMELESS]
+        return self._name(present, after, "is still at") if present else ""
+
+    # ---- threads ----------------------------------------------------------------------------------------------------
+
+    def _talk(self) -> None:
+        """All talk with the store, in a thread of its own: where the network is cut, an answer never comes."""
+        while True:
+            end = self._end.wait(self._interval)
+            try:
+                self._beat()
+                if self._rank == 0 or self._wants_all.is_set():
+                    self._beats = self._read_all()
+                    self._new_view.set()
+                else:  # somebody must watch rank 0, whose process need not be where the store is
+                    self._beats = [self._read(0), *self._beats[1:]]
+                if self._rank != 0:
+                    self._verdict = self._read_verdict()
+                elif self._verdict is not None:
+                    self._store.set("lost", self._verdict)  # type: ignore[union-attr]
+                self._answered = time.monotonic()
+            except RuntimeError as error:
+                self._gone = "timeout" not in str(error).lower()
+                if self._gone:
+                    self._new_view.set()
+                    return
+            if end:
+                self._last_word.set()
+                return
+
+    def _watch(self) -> None:
+        """Judge by this rank's own clock."""
+        changed = [time.monotonic()] * self._world
+        counts = [-1] * self._world
+        while not self._end.wait(self._interval / 2):
+            now = time.monotonic()
+            if now - self._answered > self._timeout_s:
+                self._verdict = self._no_meeting()
+            elif self._verdict is None:
+                hurried = (
+                    self._is_hurried() and now - self._where[2] > _HURRY_S and self._where[1] in (*_WAITING, COMPUTE)
+                )
+                if hurried and not self._wants_all.is_set():
+                    self._wants_all.set()
+                    changed = [now] * self._world
+                self._verdict = self._judge(now, counts, changed, _HURRY_S if hurried else self._timeout_s)
+                if self._verdict and self._rank == 0:
+                    self._end.wait(2 * self._interval)  # for the others to hear of it
+            if self._verdict and not self._end.is_set():
+                self._end.set()
+                self._on_lost(self._verdict)
+                return
+
+    def _judge(self, now: float, counts: list[int], changed: list[float], limit_s: float) -> str | None:
+        """The verdict over all ranks, as rank 0 sees them; the others look at rank 0, or at all in a hurry."""
+        beats = self._beats if self._rank == 0 or self._wants_all.is_set() else self._beats[:1]
+        for rank, beat in enumerate(beats):
+            if beat.count != counts[rank]:
+                counts[rank], changed[rank] = beat.count, now
+        alive = [r for r, beat in enumerate(beats) if beat.phase not in (_STOPPING, _DONE)]
+        silent = [r for r in alive if now - changed[r] > limit_s]
+        if silent:
+            return self._name(silent, beats, f"has not answered for {limit_s:.0f} s; last")
+        writing = [r for r in alive if beats[r].writes_s > self._write_limit_s]
+        if writing:
+            what = f"has been writing its part of a checkpoint for {self._write_limit_s:.0f} s, and is at"
+            return self._name(writing, beats, what)
+        stuck = [r for r in alive if beats[r].phase not in _BLAMELESS and beats[r].phase_s > self._timeout_s]
+        # Who waits inside a phase (DDP in backward) for a rank that is behind is not the one
+        behind = [r for r in stuck if beats[r].place == min(beats[other].place for other in stuck)]
+        return self._name(behind, beats, f"has been for {self._timeout_s:.0f} s at") if behind else None
+
+    def _read_verdict(self) -> str | None:
+        assert self._store is not None
+        return self._store.get("lost").decode() if self._store.check(["lost"]) else None
+
+    def _no_meeting(self) -> str:
+        return f"rank 0 ({self.hosts[0]}), where the ranks meet, does not answer"
+
+    def _name(self, ranks: list[int], beats: list[Beat], what: str) -> str:
+        shown = [f"rank {r} ({beats[r].host}) {what} {beats[r].text()}" for r in ranks[:4]]
+        return "; ".join(shown) + (f"; and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        self._count += 1
+        step, phase, since = self._where
+        beat = [self._count, socket.gethostname(), step, phase, time.monotonic() - since, self._writes_s()]
+        self._store.set(str(self._rank), json.dumps(beat))
+
+    def _read(self, rank: int) -> Beat:
+        assert self._store is not None
+        return Beat(*json.loads(self._store.get(str(rank))))
+
+    def _read_all(self) -> list[Beat]:
+        assert self._store is not None
+        found: list[Any] = self._store.multi_get([str(rank) for rank in range(self._world)])
+        return [Beat(*json.loads(each)) for each in found]

@@ -1,0 +1,1 @@
+"""Before the clock: build, measure, check."""

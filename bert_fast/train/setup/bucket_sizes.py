@@ -1,0 +1,266 @@
+"""`communication.bucket_mb: auto`: measure the backward and the link before the clock, and plan the buckets for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bert_fast.communication.buckets import Layout
+from bert_fast.communication.plan import BucketPlan, Link, exact_plan, lower_bound, tabulate_link, timeline
+from bert_fast.communication.plan_sharded import ShardedTimes, delays, sharded_plan
+from bert_fast.communication.sharded import start_gather
+from bert_fast.communication.wire_format import WireFormat
+from bert_fast.config import CommunicationConfig
+from bert_fast.train.environment import Environment
+
+_BACKWARDS = 4  # measured after a first one that prepares kernels
+_SMALLEST = 2**16  # bytes of the smallest collective that is measured
+_SIZES = 5
+_REPEATS = 5
+_UNMEASURED = 1e15  # bytes/s
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """What the sharded variant adds: when forward needs each unit's weights, and by how much gathering them delays it."""
+
+    needed_s: tuple[float, ...]
+    gather: Link
+    delay_s: float
+
+
+@dataclass(frozen=True)
+class BucketRecord:
+    """What `auto` measured and chose. Times in seconds from the start of backward, of the latest rank."""
+
+    units: tuple[str, ...]
+    ready_s: tuple[float, ...]
+    bytes: tuple[int, ...]
+    link: Link
+    plan: BucketPlan
+    lower_bound_s: float
+    weights: WeightRecord | None = None  # of the sharded variant
+
+    def bucket_mb(self, element_bytes: int = 4, wire_bytes: int = 4) -> list[float]:
+        """The plan as a list for `communication.bucket_mb` (MiB of gradients, exactly)."""
+        edges = [0, *self.plan.ends]
+        sizes = [sum(self.bytes[a:b]) for a, b in pairwise(edges)]
+        return [size // wire_bytes * element_bytes / 2**20 for size in sizes]
+
+    def summary(self) -> str:
+        """One line for the log."""
+        link = f"{1e3 * self.link.latency_s:.2f} ms + {self.link.bytes_per_s / 1e6:,.0f} MB/s"
+        return (
+            f"buckets: {len(self.plan.ends)} for a backward of {1e3 * self.ready_s[-1]:.1f} ms and a link of {link}; predicted "
+            f"exposed communication {1e3 * self.plan.exposed_s:.2f} ms, at least {1e3 * self.lower_bound_s:.2f} ms"
+            + (f"; weights delay forward by {1e3 * self.weights.delay_s:.2f} ms" if self.weights else "")
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For `scripts/plan_buckets.py --trace --link`."""
+        return {
+            "units": [
+                {"name": name, "ready_s": ready, "bytes": size}
+                for name, ready, size in zip(self.units, self.ready_s, self.bytes, strict=True)
+            ],
+            "link": asdict(self.link),
+            "ends": list(self.plan.ends),
+            "predicted_exposed_s": self.plan.exposed_s,
+            "lower_bound_s": self.lower_bound_s,
+            **({"weights": asdict(self.weights)} if self.weights else {}),
+        }
+
+
+def measure_ready_times(
+    parameters: Sequence[nn.Parameter], forward: Callable[[], torch.Tensor], environment: Environment
+) -> np.ndarray:
+    """Seconds from the start of backward to each parameter's gradient: float64 [parameters], median over passes.
+
+    No communication goes on. On CUDA by events on the stream. Unused parameters are ready at the end.
+    """
+    cuda = environment.device.type == "cuda"
+    passes = []
+    for number in range(1 + _BACKWARDS):
+        marks: dict[int, Any] = {}
+        handles = [p.register_post_accumulate_grad_hook(_marker(marks, i, cuda)) for i, p in enumerate(parameters)]
+        loss = forward()
+        start = _now(cuda)
+        loss.backward()
+        end = _now(cuda)
+        for handle in handles:
+            handle.remove()
+        if cuda:
+            torch.cuda.synchronize()
+        if number:
+            passes.append([_seconds(start, marks.get(index, end)) for index in range(len(parameters))])
+        for parameter in parameters:
+            parameter.grad = None
+    return np.median(np.array(passes), axis=0)
+
+
+def measure_need_times(model: nn.Module, forward: Callable[[], torch.Tensor], environment: Environment) -> np.ndarray:
+    """Seconds from the start of forward until a module that owns a parameter is first called: float64 [parameters]."""
+    cuda = environment.device.type == "cuda"
+    index_of = {id(parameter): index for index, parameter in enumerate(model.parameters())}
+    marks: dict[int, Any] = {}
+
+    def marker(own: list[int]) -> Callable[..., None]:
+        return lambda *_: [marks.setdefault(index, _now(cuda)) for index in own] and None
+
+    handles = []
+    for module in model.modules():
+        own = [index_of[id(parameter)] for parameter in module.parameters(recurse=False)]
+        if own:
+            handles.append(module.register_forward_pre_hook(marker(own)))
+    passes = []
+    for number in range(1 + _BACKWARDS):
+        marks.clear()
+        start = _now(cuda)
+        with torch.no_grad():
+            forward()
+        end = _now(cuda)
+        if cuda:
+            torch.cuda.synchronize()
+        if number:
+            passes.append([_seconds(start, marks.get(index, end)) for index in range(len(index_of))])
+    for handle in handles:
+        handle.remove()
+    return np.median(np.array(passes), axis=0)
+
+
+def _marker(marks: dict[int, Any], index: int, cuda: bool) -> Callable[[torch.Tensor], None]:
+    def mark(_parameter: torch.Tensor) -> None:
+        marks[index] = _now(cuda)
+
+    return mark
+
+
+def _now(cuda: bool) -> Any:
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
+def all_reduce(buffer: torch.Tensor) -> None:
+    """A blocking all-reduce, for `measure_link`."""
+    dist.all_reduce(buffer)
+
+
+def reduce_scatter(buffer: torch.Tensor) -> None:
+    """The sharded variant's blocking reduce-scatter, for `measure_link`."""
+    shard = buffer[: len(buffer) // dist.get_world_size()]
+    for work in WireFormat(buffer.dtype).reduce_scatter(0, buffer, shard, None):
+        work.wait()
+
+
+def gather(buffer: torch.Tensor) -> None:
+    """The sharded variant's blocking all-gather, for `measure_link`."""
+    start_gather(buffer, 0, None).wait()
+
+
+def measure_link(
+    total_bytes: int, dtype: torch.dtype, environment: Environment,
+    collective: Callable[[torch.Tensor], None] = all_reduce,
+) -> Link:  # fmt: skip
+    """The link of this run's ranks, measured from 64 KiB to all gradients (4 MiB at least). A collective.
+
+    Args:
+        collective: what is measured, over a buffer whose length the number of ranks divides.
+    """
+    sizes, seconds = [], []
+    width = torch.empty((), dtype=dtype).element_size()
+    grid = np.unique(np.geomspace(_SMALLEST, max(64 * _SMALLEST, total_bytes), _SIZES).astype(np.int64) // width)
+    world = environment.world_size
+    buffers = [torch.zeros(-(-int(numel) // world) * world, dtype=dtype, device=environment.device) for numel in grid]
+    for number in range(1 + _REPEATS):
+        for buffer in buffers:
+            dist.barrier()
+            _wait(environment)
+            start = time.perf_counter()
+            collective(buffer)
+            _wait(environment)
+            if number:
+                sizes.append(buffer.numel() * width)
+                seconds.append(time.perf_counter() - start)
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=environment.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # the same times, and so the same outcome, on every rank
+    try:
+        return tabulate_link(sizes, slowest.tolist())
+    except ValueError:  # a disturbed moment: plan as if latency were all there is, for few buckets
+        return Link(float(slowest.median()), _UNMEASURED)
+
+
+def _wait(environment: Environment) -> None:
+    if environment.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def plan_buckets(
+    layout: Layout, ready_s: np.ndarray, config: CommunicationConfig, wire_dtype: torch.dtype, environment: Environment,
+    needed_s: np.ndarray | None = None, link: Link | None = None,
+) -> BucketRecord:  # fmt: skip
+    """Measure the link and plan. A collective; every rank gets rank 0's plan.
+
+    Args:
+        layout: with any buckets; its clip groups, and its order of parameters.
+        ready_s: this rank's [parameters].
+        needed_s: this rank's [parameters], when forward needs them; for the sharded variant.
+        link: what reduces gradients, if it is known; else it is measured where there are several ranks.
+    """
+    whole = config.clip == "bucket_before_reduce"
+    members = [group.parameters for group in layout.groups] if whole else [(index,) for index in layout.order]
+    names = [group.name for group in layout.groups] if whole else [layout.names[index] for index in layout.order]
+    width = torch.empty((), dtype=wire_dtype).element_size()
+    sizes = [sum(layout.numel[i] for i in unit) * width for unit in members]
+    shards = config.shard_optimizer and environment.world_size > 1
+    ready = np.array([max(float(ready_s[i]) for i in unit) for unit in members])
+    if environment.world_size > 1:
+        ready = _latest(ready, environment)
+        link = link or measure_link(sum(sizes), wire_dtype, environment, reduce_scatter if shards else all_reduce)
+    link = link or Link(0.0, _UNMEASURED)
+    ready = np.maximum.accumulate(ready)
+    least, most = (mib * 2**20 * width / 4 for mib in (config.min_bucket_mb, config.max_bucket_mb))
+    if not shards:
+        plan = exact_plan(ready, np.array(sizes), link, min_bytes=least, max_bytes=most)
+        ends = _of_first_rank(plan.ends, len(sizes), environment)
+    else:
+        assert needed_s is not None
+        needed = _latest(np.array([min(float(needed_s[i]) for i in unit) for unit in members]), environment)
+        gathering = measure_link(sum(sizes) // width * 4, torch.float32, environment, gather)
+        times = ShardedTimes(ready, needed, np.array(sizes), np.array(sizes) / width * 4, link, gathering)
+        ends = _of_first_rank(sharded_plan(times, min_bytes=least, max_bytes=most), len(sizes), environment)
+    plan = timeline(ready, np.array(sizes), ends, link)
+    bound = lower_bound(ready, np.array(sizes), link)
+    weights = WeightRecord(tuple(needed.tolist()), gathering, delays(times, ends)[1]) if shards else None
+    return BucketRecord(tuple(names), tuple(ready.tolist()), tuple(sizes), link, plan, bound, weights)
+
+
+def _latest(seconds: np.ndarray, environment: Environment) -> np.ndarray:
+    """The slowest rank's times."""
+    shared = torch.tensor(seconds, dtype=torch.float64, device=environment.device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.cpu().numpy()
+
+
+def _of_first_rank(ends: Sequence[int], count: int, environment: Environment) -> list[int]:
+    """Rank 0's ends: processors may round differently, and all ranks must have the same buckets."""
+    if environment.world_size == 1:
+        return list(ends)
+    shared = torch.zeros(count + 1, dtype=torch.int64, device=environment.device)
+    shared[: len(ends)] = torch.tensor(ends, device=environment.device)
+    dist.broadcast(shared, 0)
+    return [end for end in shared.tolist() if end]

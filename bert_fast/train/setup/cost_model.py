@@ -1,0 +1,103 @@
+"""The cost model of a run: from the config, from FLOPs, or measured on this machine before the clock."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bert_fast.balance.cost import CostFit, CostModel, fit_cost, read_cost
+from bert_fast.balance.planner import Planner
+from bert_fast.config import Config
+from bert_fast.config.balance import CostCoefficients
+from bert_fast.errors import TrainingError
+from bert_fast.model.flops import cost_coefficients
+from bert_fast.train.batches import batch_of_lengths, to_device
+from bert_fast.train.environment import Environment
+from bert_fast.train.setup.build import TrainComponents, gather_floats
+
+_ROUNDS = 5
+
+
+def make_cost(config: Config) -> tuple[CostModel, str]:
+    """The config's cost model, or FLOPs of its model, and where it is from. A run with `balance.cost=measure` measures instead."""
+    balance = config.balance
+    if isinstance(balance.cost, CostCoefficients):
+        return CostModel(balance.cost.linear, balance.cost.quadratic), "config"
+    if balance.cost not in ("flops", "measure"):
+        return read_cost(balance.cost), f"file {balance.cost}"
+    return CostModel(*cost_coefficients(config.model)), "FLOPs of the model"
+
+
+def make_planner(
+    config: Config, lengths: np.ndarray, cost: CostModel | None = None, longest: int | None = None
+) -> Planner:
+    """The planner of a config over a length table; `longest` is the largest length, if known."""
+    return Planner(
+        lengths, config.balance, cost or make_cost(config)[0], world_size=config.system.world_size,
+        gradient_accumulation_steps=config.batch.gradient_accumulation_steps, micro_batch_size=config.batch.micro_batch_size,
+        node_size=config.system.node_size, max_seq_len=config.data.max_seq_len, seed=config.train.seed,
+        num_steps=config.train.max_steps, longest=longest,
+    )  # fmt: skip
+
+
+def probe_lengths(micro_batch_size: int, max_seq_len: int) -> list[np.ndarray]:
+    """Batches that tell the terms of the cost apart: from all short to all long, of a full and of half the tokens."""
+    full = max(max_seq_len, micro_batch_size * max_seq_len // 2)
+    return [
+        np.full(tokens // length, length)
+        for tokens in (full, full // 2)
+        for length in (max(1, max_seq_len // part) for part in (8, 4, 2, 1))
+        if length <= tokens
+    ]
+
+
+def calibrate(config: Config, environment: Environment, machinery: TrainComponents) -> CostFit:
+    """Fit the cost model to forward and backward times of made-up batches, all ranks measuring at once. A collective.
+
+    Weights, optimizer and data stay untouched; the random state does not.
+
+    Raises:
+        TrainingError: the times do not grow with the tokens.
+    """
+    rng = np.random.default_rng(0)
+    probes = probe_lengths(config.batch.micro_batch_size, config.data.max_seq_len)
+    inputs = [
+        to_device(batch_of_lengths(p, config.model.vocab_size, rng), environment.device, config.batch.shape_multiple)
+        for p in probes
+    ]
+    times = []
+    for round_number in range(_ROUNDS + 1):
+        for batch in inputs:
+            seconds = _forward_backward(machinery, batch, environment)
+            if round_number:  # the first prepares kernels for these shapes
+                times.append(1e3 * seconds)
+    machinery.engine.zero_grad()
+    table = gather_floats(times, environment)  # [ranks, rounds * probes]
+    sums = np.array([[p.sum(), (p**2).sum()] for p in probes], np.float64)
+    try:
+        fit = fit_cost(np.column_stack([np.tile(sums, (table.size // len(probes), 1)), table.ravel()]))
+    except ValueError as error:
+        raise TrainingError(f"balance.cost=measure: {error}; set balance.cost=flops to plan with FLOPs") from None
+    numbers = torch.tensor([fit.linear, fit.quadratic, fit.fixed, fit.residual, fit.doubt], dtype=torch.float64)
+    numbers = numbers.to(environment.device)
+    if dist.is_initialized():  # processors may round differently, and every rank must plan the same
+        dist.broadcast(numbers, 0)
+    return CostFit(*numbers.tolist(), rows=fit.rows)
+
+
+def _forward_backward(machinery: TrainComponents, batch: object, environment: Environment) -> float:
+    """Seconds of one pass without communication."""
+    cuda = environment.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with machinery.engine.micro_batch(last=False):
+        with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
+            losses = machinery.engine.module(batch)
+        (losses.mlm_sum + losses.nsp_sum).backward()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,199 @@
+"""`--dry-run`: build everything that a run builds, run no step, say what would happen."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bert_fast.balance.planner import Planner
+from bert_fast.communication.buckets import Layout, measure_ready_order
+from bert_fast.communication.sharded import ShardedReducer
+from bert_fast.config import Config
+from bert_fast.data.store import Store
+from bert_fast.memory.estimate import estimate, num_parameters
+from bert_fast.model.attention import choose_backend
+from bert_fast.model.bert import BertForPretraining, expected_ready_order
+from bert_fast.model.loss import chunk_rows
+from bert_fast.optim.build import build_optimizer
+from bert_fast.optim.schedule import learning_rate
+from bert_fast.report.console import print_table
+from bert_fast.run_folder import run_folder
+from bert_fast.train.batches import synthetic_batch, to_device
+from bert_fast.train.environment import Environment, pick_device, pick_dtype
+from bert_fast.train.setup.build import make_engine, make_layout
+from bert_fast.train.setup.cost_model import make_cost, make_planner
+from bert_fast.train.sharded_optimizer import ShardedOptimizer
+
+_PLANNED_STEPS, _PLANNING_S = 20, 3.0
+
+
+def dry_run(config: Config) -> None:
+    """Print batch arithmetic, memory, plan and bucket layout of a config.
+
+    The model is built on the meta device, so that any size fits this machine; the plan is computed for all ranks. The
+    ready order of gradients is the model's own order reversed (a run measures it).
+    """
+    device = pick_device("cpu" if not torch.cuda.is_available() else config.system.device, 0)
+    wanted = config.system.device if config.system.device != "auto" else device.type
+    dtype = pick_dtype(config.train.precision, device)
+    with torch.device("meta"):
+        model = BertForPretraining(config.model)
+    build_optimizer(model.named_parameters(), config.optimizer.model_copy(update={"use_apex": False}))
+    plans_buckets = config.communication.bucket_mb == "auto"  # from measurements, which a dry run does not make
+    shown = config.model_copy(
+        update={"communication": config.communication.model_copy(update={"bucket_mb": 25.0})} if plans_buckets else {}
+    )
+    layout = make_layout(shown, model, expected_ready_order(model))
+    lengths, where = _lengths(config)
+    planner = make_planner(config, lengths)
+    print_table(f"{config.run.name}: dry run", [
+        ("run folder", str(run_folder(config))),
+        ("batch", _batch_text(config)),
+        ("model", f"{num_parameters(config.model):,} parameters"),
+        ("attention", _backend_text(config, wanted, device, dtype)),
+        ("precision", str(dtype).removeprefix("torch.") + ("" if wanted == device.type else f" here; decided on {wanted}")),
+        ("learning rate", _schedule_text(config)),
+        ("memory of a rank", _memory_text(config, planner, dtype)),
+        ("lengths", where),
+        ("plan", _plan_text(config, planner)),
+        ("clipping", f"{config.communication.clip}, {len(layout.groups)} clip groups"),
+        ("rehearsal", rehearse(config)),
+        ("buckets", ("planned before the clock; of 25 MiB it were " if plans_buckets else "") + _bucket_text(layout)),
+    ])  # fmt: skip
+
+
+def rehearse(config: Config, num_layers: int = 2) -> str:
+    """One step of the last rank on the meta device: real widths, a few layers, every collective answered at once.
+
+    Nothing is computed and nothing is sent; what does not fit together (layout, engine, optimizer) fails here.
+    """
+    if config.communication.engine == "ddp":
+        return "none: torch's DistributedDataParallel wants a device"
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    meta, world = torch.device("meta"), config.system.world_size
+    communication = config.communication
+    if communication.bucket_mb == "auto":
+        communication = communication.model_copy(update={"bucket_mb": 25.0})
+    shape = config.model.model_copy(update={"num_layers": min(num_layers, config.model.num_layers)})
+    config = config.model_copy(update={"model": shape, "communication": communication})
+    dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
+    try:
+        environment = Environment(world - 1, (world - 1) % config.system.node_size, world, meta, torch.float32)
+        with meta:
+            model = BertForPretraining(shape, "loop")
+        batch = synthetic_batch(min(4, config.batch.micro_batch_size), config.data.max_seq_len, shape.vocab_size, 0)
+        inputs = to_device(batch, meta, config.batch.shape_multiple)
+
+        def backward() -> None:
+            losses = model(inputs)
+            (losses.mlm_sum + losses.nsp_sum).backward()
+
+        order = measure_ready_order(list(model.parameters()), backward)
+        model.zero_grad(set_to_none=True)
+        engine = make_engine(config, environment, model, make_layout(config, model, order))
+        own = config.optimizer.model_copy(update={"use_apex": False})
+        if isinstance(engine, ShardedReducer):
+            optimizer = ShardedOptimizer(engine, list(model.named_parameters()), own).inner
+        else:
+            optimizer = build_optimizer(model.named_parameters(), own)
+        for group in optimizer.param_groups:
+            group["fused"] = False  # torch's fused update knows real devices only
+        engine.zero_grad()
+        with engine.micro_batch(True):
+            backward()
+        engine.finish()
+        optimizer.step()
+        engine.wait_pending()
+        sent = engine.wire.bytes_sent / 2**20
+    finally:
+        dist.destroy_process_group()
+    return f"a step of rank {world - 1:,} of {world:,} with {shape.num_layers} layers: {sent:,.1f} MiB of gradients to reduce"
+
+
+def _lengths(config: Config) -> tuple[np.ndarray, str]:
+    folder = Path(config.data.train)
+    if (folder / "manifest.json").is_file():
+        store = Store(folder)
+        mean = store.manifest["mean_length"]
+        return (
+            store.lengths,
+            f"{len(store):,} samples of {folder}, mean {mean:.0f}, longest {store.manifest['max_length']}",
+        )
+    count = max(100_000, 4 * config.batch.global_batch_size)
+    rng = np.random.default_rng(0)
+    longest = config.data.max_seq_len
+    lengths = rng.integers(5, longest + 1, count)
+    lengths[: count // 4] = longest
+    rng.shuffle(lengths)
+    text = f"no data at {folder} yet: plan and memory are for made-up lengths (a quarter {longest}, the rest uniform)"
+    return lengths.astype(np.uint16), text
+
+
+def _batch_text(config: Config) -> str:
+    batch, world = config.batch, config.system.world_size
+    nodes = world // config.system.node_size
+    return (
+        f"{batch.global_batch_size:,} = {batch.micro_batch_size} x {world:,} ranks x {batch.gradient_accumulation_steps} micro-batches; "
+        f"{nodes:,} node(s) of {config.system.node_size}"
+    )
+
+
+def _backend_text(config: Config, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    name = config.model.attention_backend
+    if wanted != device.type:
+        return f"{name}, decided on {wanted}"
+    return choose_backend(name, device, dtype, config.model.attention_dropout)
+
+
+def _schedule_text(config: Config) -> str:
+    last = config.train.max_steps - 1
+    points = sorted({0, min(config.schedule.warmup_steps, last), last // 2, last})
+    rates = (f"step {s}: {learning_rate(s, config.optimizer.lr, config.schedule):.3g}" for s in points)
+    return f"{config.optimizer.name}, " + ", ".join(rates)
+
+
+def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
+    plan = planner.plan(0)
+    tokens, squared = int(plan.tokens.max()), int(plan.tokens_squared.max())
+    figures = estimate(
+        config.model, tokens=tokens, tokens_squared=squared, masked=int(0.15 * tokens),
+        element_bytes=4 if dtype == torch.float32 else 2, keeps_scores=config.system.device == "cpu",
+        logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
+        shards=config.system.world_size if config.communication.shard_optimizer else 1,
+    )  # fmt: skip
+    parts = ((name, getattr(figures, name)) for name in ("weights", "gradients", "optimizer", "activations"))
+    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts)
+    return f"about {figures.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
+
+
+def _plan_text(config: Config, planner: Planner) -> str:
+    plans = [planner.plan(0)]
+    end = time.monotonic() + _PLANNING_S
+    while len(plans) < min(_PLANNED_STEPS, config.train.max_steps) and time.monotonic() < end:
+        plans.append(planner.plan(len(plans)))
+    values = [plan.imbalance for plan in plans]
+    source = "fitted before the clock (here: FLOPs)" if config.balance.cost == "measure" else make_cost(config)[1]
+    bounds = [planner.bound(plan) for plan in plans]
+    text = (
+        f"{config.balance.strategy}: imbalance mean {np.mean(values):.4f}, worst {max(values):.4f} of {len(plans)} steps; "
+        f"no plan of these samples is below {np.mean(bounds):.4f}, worst {max(bounds):.4f}; cost from {source}"
+    )
+    if plans[0].num_rows:
+        fill = np.mean([np.sum(planner.lengths_of(plan)) / plan.tokens.sum() for plan in plans])
+        grown = sum(plan.num_rows > plans[0].num_rows for plan in plans)
+        text += f"; {plans[0].num_rows} rows a micro-batch, {100 * fill:.1f} % filled, {grown} steps need more rows"
+    if config.balance.strategy == "balanced_free":
+        capped = sum(plan.capped for plan in plans)
+        text += f"; at most {planner.cap:,} tokens a micro-batch, which changed {capped} of these steps"
+    return text
+
+
+def _bucket_text(layout: Layout) -> str:
+    sizes = [sum(layout.numel[i] for i in b.parameters) * 4 / 2**20 for b in layout.buckets]
+    shown = ", ".join(f"{size:.2f}" for size in sizes[:12]) + (", ..." if len(sizes) > 12 else "")
+    return f"{len(sizes)} of {shown} MiB in ready order"

@@ -1,0 +1,52 @@
+"""Before ranks are started: are the stores, the cost file and the starting checkpoint of a config there?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bert_fast.balance.cost import read_cost
+from bert_fast.config import Config
+from bert_fast.data.wordpiece import load_vocabulary
+from bert_fast.errors import UserError
+from bert_fast.model.tensorflow_bundle import is_bundle
+
+
+def check_inputs(config: Config) -> None:
+    """Things to find missing before ranks are started: only looks whether files are there."""
+    for split, folder in (("train", config.data.train), ("eval", config.evaluation.data)):
+        if not (Path(folder) / "manifest.json").is_file():
+            if (Path(folder) / split / "manifest.json").is_file():
+                raise UserError(
+                    f"{folder} (data.{split}) holds stores and is none; set data.{split}={Path(folder) / split}"
+                )
+            raise UserError(
+                f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
+                "config file, or `make data` for the mini benchmark"
+            )
+    if isinstance(config.balance.cost, str) and config.balance.cost not in ("flops", "measure"):
+        read_cost(config.balance.cost)
+    checkpoint = config.checkpoint.init_from
+    if checkpoint and not is_bundle(checkpoint) and not (Path(checkpoint) / "model.safetensors").is_file():
+        raise UserError(
+            f"checkpoint.init_from={checkpoint} is neither a folder with model.safetensors nor the prefix of a TensorFlow "
+            f"checkpoint (PREFIX.index){_hint(Path(checkpoint))}"
+        )
+
+
+def _hint(folder: Path) -> str:
+    """What is in a folder that is no starting checkpoint: a run's final model, TensorFlow's files, a pickle."""
+    bundles = [path.with_suffix("") for path in sorted(folder.glob("*.index")) if is_bundle(path.with_suffix(""))]
+    inner = folder / "model"
+    if bundles or (inner / "model.safetensors").is_file():
+        return f"; there is one: set checkpoint.init_from={bundles[0] if bundles else inner}"
+    if (folder / "pytorch_model.bin").is_file():
+        return "; its pytorch_model.bin is not read, as it can run code: load it elsewhere and save_pretrained() it"
+    return ""
+
+
+def checkpoint_vocabulary(folder: str | None) -> str | None:
+    """Hash of the vocabulary that lies beside a starting checkpoint, if one does: stores must have been made with it."""
+    if not folder:
+        return None
+    vocab = (Path(folder).parent if is_bundle(folder) else Path(folder)) / "vocab.txt"
+    return load_vocabulary(vocab).sha256 if vocab.is_file() else None

@@ -1,0 +1,152 @@
+"""The steps between two log lines: added up by every rank, exchanged once, made into figures."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bert_fast.balance.cost import CostModel
+from bert_fast.balance.planner import Plan
+from bert_fast.report.stragglers import StragglerTally
+from bert_fast.train.checkpoint.progress import Progress
+from bert_fast.train.clock import Clock
+from bert_fast.train.environment import Environment
+from bert_fast.train.setup.build import TrainComponents, gather_floats
+from bert_fast.train.step import StepResult
+
+_COST_ROWS = 64  # measurements of cost in a log line (at least one of every rank)
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """The same on every rank: figures of a log line, the signal at which to stop (0: none), the first rank with an alarm.
+
+    `strayed` is the first rank whose plans, or masked tokens in them, were not rank 0's.
+    """
+
+    values: dict[str, Any]
+    seconds: float
+    steps: int
+    signal: int
+    alarmed: int | None
+    strayed: int | None
+
+
+class IntervalMetrics:
+    """Steps since the last log line."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        machinery: TrainComponents,
+        clock: Clock,
+        progress: Progress,
+        cost: CostModel,
+        global_batch_size: int,
+    ) -> None:
+        self._environment, self._machinery, self._clock, self._progress = environment, machinery, clock, progress
+        self._cost, self._global_batch = cost, global_batch_size
+        self.stragglers = StragglerTally()
+        self.reset()
+
+    @property
+    def steps(self) -> int:
+        return self._progress.step - self._first_step
+
+    def reset(self) -> None:
+        """Begin the next interval here and now."""
+        self._losses = torch.zeros(2, dtype=torch.float64, device=self._environment.device)
+        self._plans: list[Plan] = []
+        self._checksum = 0  # of what every rank has planned for itself
+        self._compute: list[float] = []  # seconds of forward and backward, step by step
+        self._masked, self._data_s, self._exposed_s, self._optimizer_s = 0, 0.0, 0.0, 0.0
+        self._first_step, self._start = self._progress.step, self._clock.training
+
+    def add(self, plan: Plan, result: StepResult, masked: int, data_s: float, lr: float) -> None:
+        """Add a step without asking the device. `masked` tokens of all ranks; this rank waited `data_s` for its batch."""
+        self._losses += torch.stack([result.mlm_sum, result.nsp_sum])
+        self._norm, self._lr = result.grad_norm, lr
+        self._plans.append(plan)
+        self._checksum = zlib.crc32(f"{plan.checksum} {masked}".encode(), self._checksum)
+        self._compute.append(result.compute_s)
+        self._masked += masked
+        self._data_s += data_s
+        self._exposed_s += result.exposed_s
+        self._optimizer_s += result.optimizer_s
+        self._progress.add("imbalance", plan.imbalance)
+
+    def exchange(self, signal: int, alarm: bool) -> Exchanged:
+        """Figures over all ranks, counted into the run's sums; the next interval begins. A collective.
+
+        Args:
+            signal: the signal this rank was sent, 0 for none.
+            alarm: whether this rank has found something for which all shall stop.
+        """
+        steps, step = self.steps, self._machinery.step
+        if step.compute_timer is not None:
+            self._compute = step.compute_timer.read()
+        if step.exposed_timer is not None:
+            self._exposed_s = sum(step.exposed_timer.read())
+        table = gather_floats(
+            [*self._losses.tolist(), float(signal), float(alarm), self._exposed_s, self._data_s, self._optimizer_s,
+             float(self._checksum), *self._compute],
+            self._environment,
+        )  # fmt: skip
+        mlm_sum, nsp_sum, signals, alarms, exposed_s, data_s, optimizer_s, checksums = table[:, :8].T
+        compute = table[:, 8:]  # [ranks, steps]
+        uneven = compute.max(axis=0) / compute.mean(axis=0)
+        self._count_stragglers(compute, data_s, exposed_s)
+        progress = self._progress
+        progress.add("compute_s", compute.sum(axis=1).mean())
+        # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
+        progress.add("exposed_s", exposed_s.min())
+        progress.add("straggler_s", exposed_s.mean() - exposed_s.min())
+        progress.add("data_s", data_s.max())
+        progress.add("optimizer_s", optimizer_s.mean())
+        progress.add("compute_imbalance", uneven.sum())
+        seconds = self._clock.training - self._start
+        mlm, nsp = mlm_sum.sum() / self._masked, nsp_sum.sum() / (steps * self._global_batch)
+        values = {
+            "samples": progress.samples, "time_s": self._clock.elapsed, "loss": mlm + nsp, "mlm_loss": mlm,
+            "nsp_loss": nsp, "lr": self._lr, "grad_norm": float(self._norm),
+            "samples_per_s": steps * self._global_batch / seconds,
+            "imbalance": [round(plan.imbalance, 6) for plan in self._plans],
+            "compute_imbalance": [round(x, 4) for x in uneven.tolist()],
+            "compute_ms": np.round(1e3 * compute.mean(axis=1), 3).tolist(),
+            "data_ms_rank": np.round(1e3 * data_s / steps, 3).tolist(),
+            "exposed_ms_rank": np.round(1e3 * exposed_s / steps, 3).tolist(),
+            "exposed_ms": 1e3 * exposed_s.min() / steps, "data_ms": 1e3 * data_s.max() / steps,
+            "optimizer_ms": 1e3 * optimizer_s.mean() / steps, "capped": sum(plan.capped for plan in self._plans),
+        }  # fmt: skip
+        if self._environment.is_main:
+            values["cost"] = self._cost_rows(compute)
+        self.reset()
+        differ = checksums != checksums[0]
+        return Exchanged(
+            values, seconds, steps, int(signals.max()), int(alarms.argmax()) if alarms.any() else None,
+            int(differ.argmax()) if differ.any() else None,
+        )  # fmt: skip
+
+    def _count_stragglers(self, compute: np.ndarray, data_s: np.ndarray, exposed_s: np.ndarray) -> None:
+        """Who was last in these steps; work that was planned to be uneven is allowed for."""
+        costs = [
+            self._cost.linear * plan.tokens.sum(axis=1) + self._cost.quadratic * plan.tokens_squared.sum(axis=1)
+            for plan in self._plans
+        ]
+        waits = exposed_s if exposed_s.any() else None  # DDP's is inside backward, a graph's inside the step
+        self.stragglers.add(compute, np.maximum(np.stack(costs, axis=1), 1e-12), data_wait=data_s, exposed=waits)
+
+    def _cost_rows(self, compute: np.ndarray) -> list[list[float]]:
+        """(tokens, squared lengths, milliseconds) of ranks in the interval's last steps, for a later fit of the cost."""
+        steps = max(1, _COST_ROWS // self._environment.world_size)
+        return [
+            [int(tokens), int(squared), round(1e3 * seconds, 3)]
+            for plan, times in zip(self._plans[-steps:], compute.T[-steps:], strict=True)
+            for tokens, squared, seconds in zip(
+                plan.tokens.sum(axis=1), plan.tokens_squared.sum(axis=1), times, strict=True
+            )
+        ]
