@@ -3,7 +3,7 @@
 Shapes: T tokens of the batch, B sequences, H heads, K head width, G sequences of one group, L their longest length.
 
 A backend is a function `(qkv_T3HK, layout, dropout) -> out_TD` in `BACKENDS`. `loop` is the oracle: one
-scaled-dot-product attention a sequence. All must agree with it (tests/unit/test_attention.py).
+scaled-dot-product attention a sequence. All must agree with it (tests/unit/model/test_attention.py).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from rank_pool import RankPool
-from tiny_task import config_over, prepare_store
-from training_run import Workspace
+from support.rank_pool import RankPool
+from support.tiny_task import config_over, prepare_store
+from support.training_run import Workspace
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool
-from tiny_task import config_over
-from training_run import Workspace
+from support.rank_pool import RankPool
+from support.tiny_task import config_over
+from support.training_run import Workspace
 
 from bert_fast.config import sections
 from bert_fast.config.load import config_from_tree

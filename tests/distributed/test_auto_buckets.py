@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from rank_pool import RankPool
+from support.rank_pool import RankPool
+from support.training_run import Workspace
 from test_shadow import make_config, train
-from training_run import Workspace
 
 from bert_fast.config import Config
 from bert_fast.train.environment import Environment

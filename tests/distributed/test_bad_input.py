@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from tiny_task import prepare_data
-from training_run import TORCHRUN, TrainingRun, Workspace, errors_of, last_step, lines
+from support.tiny_task import prepare_data
+from support.training_run import TORCHRUN, TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.claims import claimed
 from bert_fast.config.load import load_config

@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from support.paths import ROOT
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config
@@ -27,7 +28,6 @@ from bert_fast.train import evaluate
 from bert_fast.train.batches import to_device
 from bert_fast.train.environment import Environment
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "baseline_hf.py"
 NUM_STEPS = 4
 GLOBAL_BATCH_SIZE = 8

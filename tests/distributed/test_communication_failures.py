@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RankPool
-from tiny_task import config_over
-from training_run import ROOT, TrainingRun, Workspace, errors_of, last_step, lines
+from support.rank_pool import RankPool
+from support.tiny_task import config_over
+from support.training_run import ROOT, TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.config.load import config_from_tree
 from bert_fast.model.bert import BertForPretraining

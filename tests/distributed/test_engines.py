@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool
+from support.rank_pool import RankPool
 from torch import nn
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout

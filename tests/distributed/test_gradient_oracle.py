@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool
+from support.rank_pool import RankPool
 from test_engines import Gradients, averaged, clipped, global_norm
 from torch import nn
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool
+from support.rank_pool import RankPool
 
 from bert_fast.train.checkpoint.async_writer import OwnWork
 from bert_fast.train.environment import Environment

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool
-from tiny_task import config_over
+from support.rank_pool import RankPool
+from support.tiny_task import config_over
 
 from bert_fast.communication.buckets import measure_ready_order
 from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine

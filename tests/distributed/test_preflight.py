@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_pool import RankPool
-from tiny_task import config_over
-from training_run import Workspace
+from support.rank_pool import RankPool
+from support.tiny_task import config_over
+from support.training_run import Workspace
 
 from bert_fast.config.load import config_from_tree
 from bert_fast.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_run import Workspace
+from support.training_run import Workspace
 
 from bert_fast.trace import Span, Trace, write_trace
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_run import TrainingRun, Workspace, errors_of, last_step, lines
+from support.training_run import TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.config.load import load_config
 from bert_fast.data.store import Store

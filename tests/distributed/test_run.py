@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_run import TORCHRUN, TrainingRun, Workspace, lines
+from support.training_run import TORCHRUN, TrainingRun, Workspace, lines
 
 from bert_fast.config.load import load_config
 from bert_fast.mlperf.compliance import check_log

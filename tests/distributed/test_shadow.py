@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool
-from tiny_task import config_over
+from support.rank_pool import RankPool
+from support.tiny_task import config_over
 
 from bert_fast.config import Config
 from bert_fast.config.load import config_from_tree

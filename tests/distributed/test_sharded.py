@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool
+from support.rank_pool import RankPool
 from test_shadow import make_config as unsharded_config
 
 from bert_fast.communication.buckets import Layout, plan_layout

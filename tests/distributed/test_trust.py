@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_run import ROOT, TrainingRun, Workspace, errors_of, last_step, lines
+from support.training_run import ROOT, TrainingRun, Workspace, errors_of, last_step, lines
 
 from bert_fast.claims import remove_own
 from bert_fast.launch.rendezvous_check import SECRET

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from faults import drills
 from faults.watched import Drill
-from tiny_task import config_over, prepare_store
+from support.tiny_task import config_over, prepare_store
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.paths import ROOT
 
 from bert_fast.balance.cost import read_cost
 from bert_fast.config import Config
@@ -41,7 +42,6 @@ from bert_fast.train.checkpoint.storage import as_bytes, write_checkpoint
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import TrainComponents, build, synthetic_input
 
-ROOT = Path(__file__).resolve().parents[2]
 ODD = (
     b"",
     b"\0",

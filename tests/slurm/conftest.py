@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from mini_slurm import MiniSlurm, missing_programs
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-from tiny_task import config_over, prepare_store
-from training_run import ROOT, last_step
+from support.tiny_task import config_over, prepare_store
+from support.training_run import ROOT, last_step
 
 # The nodes are no host names and share one loopback; a user of a cluster needs neither of the first two
 VARIABLES = {

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import SETTINGS, STEPS, VARIABLES, SlurmJob
 from mini_slurm import MiniSlurm
-from training_run import ROOT, last_step, lines
+from support.training_run import ROOT, last_step, lines
 
 from bert_fast.files import write_json
 from bert_fast.mlperf.compliance import check_log

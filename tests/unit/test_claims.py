@@ -16,14 +16,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.paths import ROOT
 
 from bert_fast import claims as module
 from bert_fast.claims import Kind, check, claim, claimed, dissolve, owner_of, release, remove_own
 from bert_fast.errors import UserError
 from bert_fast.files import create_atomically
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 KIND = Kind("a box", ("a.txt", "parts/*.bin", "deep/in/[0-9].txt"), "choose another box")
 ALONE = Kind("a box", KIND.writes, KIND.mend, alone=True)

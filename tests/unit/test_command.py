@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from bert_fast.command import explain, guarded, one_line, whole
 from bert_fast.data.formats.tfrecord import read_records
@@ -17,7 +18,6 @@ from bert_fast.data.recipe import RecipeFile, read_recipe
 from bert_fast.errors import UserError
 from bert_fast.protobuf import varint
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 BLOCK = """
 import runpy, sys

@@ -1,0 +1,1 @@
+"""Shared tasks and oracles of the tests; nothing here is a test."""

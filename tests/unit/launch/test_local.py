@@ -1,0 +1,85 @@
+"""The launcher of one machine, with processes that no test could start."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import ROOT
+
+from bert_fast.config import Config
+from bert_fast.errors import UserError
+from bert_fast.launch import local
+from bert_fast.launch.local import run_local
+from bert_fast.launch.slurm import adopt_slurm
+
+
+class Rank:
+    """A rank's process as the launcher sees it. Without a code it waits for a disk: no signal ends it."""
+
+    def __init__(self, code: int | None) -> None:
+        self.returncode = code
+        self.signals: list[int] = []
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def kill(self) -> None:
+        self.send_signal(9)
+
+
+def test_a_rank_that_not_even_sigkill_ends_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "_REAP_S", 0.05)
+    (tmp_path / "rank-0").write_text("lost contact with another rank: rank 1 (node7) ...", encoding="utf-8")
+    ranks = local._Ranks(tmp_path)
+    left, stuck = Rank(local.EXIT_LOST_RANK), Rank(None)
+    processes: list[Any] = [left, stuck]
+    ranks._processes = processes
+    with ranks.signals_forwarded():
+        assert ranks.watch() == local.EXIT_LOST_RANK
+    assert stuck.signals == [15, 9, 9]
+    assert capsys.readouterr().err == "error: rank 0: lost contact with another rank: rank 1 (node7) ...\n"
+
+
+def page_of(message: str) -> str:
+    """The section of the page that a message points to."""
+    found = re.search(r"\(docs/(\w+)\.md, ([^,)]+)[,)]", message)
+    assert found, message
+    text = (ROOT / f"docs/{found[1]}.md").read_text(encoding="utf-8")
+    return text[text.index(f"**{found[2]}.**") :].split("\n\n**")[0]
+
+
+def test_pages_that_errors_of_srun_point_to_hold_the_answer(
+    monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        adopt_slurm()
+    assert "export MASTER_ADDR=" in page_of(str(caught.value))
+    settings = (
+        "system.world_size=16",
+        "system.ranks_per_node=8",
+        "batch.micro_batch_size=1",
+        "batch.global_batch_size=16",
+    )
+    with pytest.raises(UserError) as caught:
+        run_local(make_config(*settings), [])
+    assert "srun --ntasks-per-node=1 torchrun" in page_of(str(caught.value))
+
+
+def test_pages_named_in_the_program_exist() -> None:
+    files = [*ROOT.glob("bert_fast/**/*.py"), *ROOT.glob("scripts/**/*.py"), ROOT / "run_pretraining.py"]
+    named = {name for file in files for name in re.findall(r"docs/\w+\.md", file.read_text(encoding="utf-8"))}
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
