@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from bert_fast.files import write_atomically
 
 
-class Span(NamedTuple):
+class TraceSpan(NamedTuple):
     """Something that went on, on a track; seconds since the trace began."""
 
     track: str
@@ -31,7 +31,7 @@ class Trace:
         """
         self._mirror = mirror or (lambda _name: nullcontext())
         self._origin = time.perf_counter()
-        self._spans: list[Span] = []
+        self._spans: list[TraceSpan] = []
 
     @contextmanager
     def span(self, track: str, name: str) -> Iterator[None]:
@@ -46,9 +46,9 @@ class Trace:
     def begin(self, track: str, name: str) -> Callable[[], None]:
         """Start a span that another place or thread may end: call what is returned."""
         start = time.perf_counter() - self._origin
-        return lambda: self._spans.append(Span(track, name, start, time.perf_counter() - self._origin))
+        return lambda: self._spans.append(TraceSpan(track, name, start, time.perf_counter() - self._origin))
 
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[TraceSpan]:
         """All ended spans, by start."""
         return sorted(self._spans, key=lambda span: span.start)
 
@@ -59,7 +59,7 @@ def span_or_nothing(trace: Trace | None, track: str, name: str) -> AbstractConte
 
 
 def write_trace(
-    path: Path, processes: Mapping[str, Sequence[Span]], tracks: Sequence[str], metadata: Mapping[str, Any]
+    path: Path, processes: Mapping[str, Sequence[TraceSpan]], tracks: Sequence[str], metadata: Mapping[str, Any]
 ) -> None:
     """Write the spans of several processes into one file.
 

@@ -179,6 +179,11 @@ def _visible_devices() -> str | None:
     return ",".join(found)
 
 
+def seed_ranks(seed: int, environment: Environment) -> None:
+    """Each rank its own dropout. Torch takes 64 bits, so large seeds wrap around."""
+    torch.manual_seed((seed * 100_003 + environment.rank) % 2**64)
+
+
 def describe(environment: Environment) -> dict[str, object]:
     """Versions and hardware for records and reports."""
     cuda = environment.device.type == "cuda"

@@ -34,13 +34,14 @@ from bert_fast.launch.provenance import commit
 from bert_fast.launch.slurm import adopt_slurm, is_launched
 from bert_fast.memory.estimate import machine_memory
 from bert_fast.mlperf.rules import check_division
-from bert_fast.run_folder import create_folder, run_folder, take_folder
+from bert_fast.run_folder import STOPPED, create_folder, run_folder, take_folder
 from bert_fast.train.complete import EXIT_TARGET_MISSED, exit_code_of, finished_again, is_over
 from bert_fast.train.health.flight_recorder import flight_record, record_flight
 from bert_fast.train.setup.inputs import check_inputs
 
 if TYPE_CHECKING:
-    from bert_fast.train.loop import Outcome, Run
+    from bert_fast.train.context import RunContext
+    from bert_fast.train.run import RunSummary
 
 # What c10d raises when another rank is gone or silent
 _LOST_RANK = (
@@ -167,38 +168,38 @@ def _check_room(config: Config) -> None:
 
 def _preflight(config: Config) -> int:
     from bert_fast.train.environment import join
-    from bert_fast.train.setup.preflight import preflight, say_preflight
+    from bert_fast.train.setup.preflight import preflight, print_preflight
 
     environment = join(config)
     report = preflight(config, environment)
     if environment.is_main:
-        say_preflight(report)
+        print_preflight(report)
     return 0
 
 
 def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
+    from bert_fast.train.context import open_context
     from bert_fast.train.environment import join
-    from bert_fast.train.loop import Run
+    from bert_fast.train.run import run as run_phases
     from bert_fast.train.run_record import finish
 
     record_flight(run_folder(config))
     environment = join(config)
     if environment.is_main:
         folder = create_folder(config, resume, commit())
-        (folder / "stopped.json").unlink(missing_ok=True)
-    run = Run(config, environment, resume, process_start, on_lost=_leave)
+        (folder / STOPPED).unlink(missing_ok=True)
+    context = open_context(config, environment, resume, on_lost=_leave)
     try:
-        outcome = run.execute()
+        summary = run_phases(context, process_start)
     except RuntimeError as error:
         if isinstance(error, TrainingError) or "Duplicate GPU" in str(error) or not _is_lost_rank(error):
             raise
-        who = run.heartbeat.diagnose() or str(error).splitlines()[0][:160]
+        who = context.heartbeat.diagnose() or str(error).splitlines()[0][:160]
         raise LostRankError(_lost_text(who)) from error
-    if outcome.status != "stopped":
-        finish(run, outcome)
-    run.heartbeat.stop()
-    run.metrics.close()
-    return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
+    if summary.outcome.status != "stopped":
+        finish(context, summary)
+    context.close()
+    return _exit_code(context, summary) if environment.is_main else 0  # one rank speaks for the run
 
 
 def _lost_text(who: str) -> str:
@@ -215,12 +216,13 @@ def _leave(who: str) -> None:
     os._exit(code)
 
 
-def _exit_code(run: Run, outcome: Outcome) -> int:
+def _exit_code(context: RunContext, summary: RunSummary) -> int:
     """Exit code of a run that ended by itself or was stopped."""
+    outcome = summary.outcome
     if outcome.status != "stopped":
         return EXIT_TARGET_MISSED if outcome.status == "aborted" else 0
-    step, name = run.progress.step, outcome.signal_name
-    write_json(run.folder / "stopped.json", {"step": step, "signal": name})
+    step, name = summary.state.progress.step, outcome.signal_name
+    write_json(context.folder / STOPPED, {"step": step, "signal": name})
     print(f"stopped by {name} at step {step}; go on with --resume", flush=True)
     return 128 + int(getattr(signal, name or "", signal.SIGTERM))
 

@@ -16,11 +16,11 @@ from typing import Any
 from overlap.hosts import hosts
 
 from bert_fast.train.checkpoint.storage import damage, latest_checkpoint
-from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, EXCHANGE
+from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, GRADIENT_SYNC
 from faults.victim import VARIABLE
 from faults.watched import HANG_S, Drill, Ended, losses_of, weights_of
 
-MOMENTS = {"compute": COMPUTE, "all-reduce": EXCHANGE, "checkpoint": CHECKPOINT}
+MOMENTS = {"compute": COMPUTE, "all-reduce": GRADIENT_SYNC, "checkpoint": CHECKPOINT}
 RESTART = "recovery.max_restarts=3"
 SLOW = {"action": "slow", "seconds": 0.08, "rank": -1}
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ from support.training_run import TORCHRUN, TrainingRun, Workspace, lines
 from bert_fast.config.load import load_config
 from bert_fast.mlperf.compliance import check_log
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import matmul_peak
+from bert_fast.train.telemetry.hardware import matmul_peak
 
 pytestmark = pytest.mark.distributed
 

@@ -14,8 +14,9 @@ from bert_fast.balance.planner import Plan
 from bert_fast.report.stragglers import StragglerTally
 from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
+from bert_fast.train.collectives import gather_floats
+from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import TrainComponents, gather_floats
 from bert_fast.train.step import StepResult
 
 _COST_ROWS = 64  # measurements of cost in a log line (at least one of every rank)
@@ -42,13 +43,13 @@ class IntervalMetrics:
     def __init__(
         self,
         environment: Environment,
-        machinery: TrainComponents,
+        components: TrainComponents,
         clock: Clock,
         progress: Progress,
         cost: CostModel,
         global_batch_size: int,
     ) -> None:
-        self._environment, self._machinery, self._clock, self._progress = environment, machinery, clock, progress
+        self._environment, self._components, self._clock, self._progress = environment, components, clock, progress
         self._cost, self._global_batch = cost, global_batch_size
         self.stragglers = StragglerTally()
         self.reset()
@@ -86,15 +87,15 @@ class IntervalMetrics:
             signal: the signal this rank was sent, 0 for none.
             alarm: whether this rank has found something for which all shall stop.
         """
-        steps, step = self.steps, self._machinery.step
-        if step.compute_timer is not None:
-            self._compute = step.compute_timer.read()
-        if step.exposed_timer is not None:
-            self._exposed_s = sum(step.exposed_timer.read())
+        steps, device_times = self.steps, self._components.step.read_device_times()
+        if device_times is not None:
+            self._compute = device_times.compute_s
+            if device_times.exposed_s is not None:
+                self._exposed_s = device_times.exposed_s
         table = gather_floats(
             [*self._losses.tolist(), float(signal), float(alarm), self._exposed_s, self._data_s, self._optimizer_s,
              float(self._checksum), *self._compute],
-            self._environment,
+            self._environment.device,
         )  # fmt: skip
         mlm_sum, nsp_sum, signals, alarms, exposed_s, data_s, optimizer_s, checksums = table[:, :8].T
         compute = table[:, 8:]  # [ranks, steps]

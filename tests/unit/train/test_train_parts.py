@@ -34,7 +34,9 @@ from bert_fast.train.environment import Environment, join, pick_device, pick_dty
 from bert_fast.train.evaluate import Evaluator, _shard
 from bert_fast.train.health.signals import HANDLED, StopFlag
 from bert_fast.train.loss_scale import LossScale
-from bert_fast.train.setup.build import TrainComponents, build, seed_ranks
+from bert_fast.train.components import TrainComponents
+from bert_fast.train.setup.build import build
+from bert_fast.train.environment import seed_ranks
 from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.setup.inputs import check_inputs
 from bert_fast.train.step import StepInput
