@@ -293,11 +293,9 @@ def _remove_stale(path: Path, raw: bytes, note: dict[str, Any]) -> None:
 
 
 def _owner(note: dict[str, Any] | None, path: Path) -> str | None:
-    try:
-        host, pid, started, job = (note[name] for name in ("host", "pid", "started", "job"))  # type: ignore[index]
-    except (KeyError, TypeError):
+    if note is None or not {"host", "pid", "started", "job"} <= note.keys():
         return None
-    assert note is not None
+    host, pid, started, job = (note[name] for name in ("host", "pid", "started", "job"))
     name = str(note.get("claim"))
     if name == os.environ.get(CLAIM, ""):
         return None

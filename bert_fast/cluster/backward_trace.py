@@ -29,6 +29,7 @@ def model_trace(
     layer = forward_flops_per_token(shape) / shape.num_layers
     whole = heads + layer * shape.num_layers
     names, ready, sizes, now, last = [], [], [], 0.0, ""
+    share, matrices = 0.0, 1  # of the group: seconds of its backward, and numbers in its parameters
     order = expected_ready_order(model)
     for index in order:
         parameter_name, parameter = named[index]

@@ -130,10 +130,11 @@ def _random_text(documents: Sequence[TokenDocument], index: int, target: int, rn
     end is drawn again there.
     """
     if len(documents) == 1:
-        for _ in range(_TRIES):
-            tokens = _text_from_random_place(documents[0], target, rng)
+        tokens = _text_from_random_place(documents[0], target, rng)
+        for _ in range(_TRIES - 1):
             if len(tokens) >= target:
                 break
+            tokens = _text_from_random_place(documents[0], target, rng)
         return tokens
     other = rng.randrange(len(documents) - 1)
     return _text_from_random_place(documents[other + (other >= index)], target, rng)

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from bert_fast.data.batch import Batch
+from bert_fast.data.record import read_headers, sections_of
 from bert_fast.data.store import Store
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.errors import UserError
+from bert_fast.integers import SPLITMIX64, mix64, segment_ids, segment_ranges
 
 _STRETCH = 1000  # samples read together
 _WINDOW = 32  # samples in a row whose lengths are a fingerprint
@@ -87,13 +89,11 @@ def damaged_records(store: Store, places: list[tuple[int, int]]) -> int:
     for begin, end in places:
         records, starts = store.records(begin, end)
         lengths, masked = (np.asarray(table[begin:end]).astype(np.int64) for table in (store.lengths, store.num_masked))
-        len_a, count, label = (records[starts + place].astype(np.int64) for place in range(3))
+        len_a, count, label = read_headers(records, starts)
         bad += int(((count != masked) | (label > 1) | (len_a < 1) | (len_a > lengths)).sum())
-        inside = np.repeat(np.arange(end - begin), masked)
-        places_of = (
-            np.repeat(starts + 3, masked) + np.arange(len(inside)) - np.repeat(np.cumsum(masked) - masked, masked)
-        )
-        bad += len(np.unique(inside[records[places_of] >= lengths[inside]]))
+        owner = segment_ids(masked)
+        positions = records[segment_ranges(sections_of(starts, masked).positions, masked)]
+        bad += len(np.unique(owner[positions >= lengths[owner]]))
     return bad
 
 
@@ -145,7 +145,7 @@ def repeated_stretches(lengths: np.ndarray) -> int:
     kept: list[np.ndarray] = []
     size = 1 << 20
     with np.errstate(over="ignore"):
-        weights = np.uint64(0x9E3779B97F4A7C15) ** np.arange(_WINDOW, dtype=np.uint64)
+        weights = SPLITMIX64[0] ** np.arange(_WINDOW, dtype=np.uint64)
         for begin in range(0, max(0, len(lengths) - _WINDOW + 1), size):
             piece = lengths[begin : begin + size + _WINDOW - 1].astype(np.uint64)
             count = len(piece) - _WINDOW + 1
@@ -155,7 +155,7 @@ def repeated_stretches(lengths: np.ndarray) -> int:
                 if offset:
                     changes += piece[offset : offset + count] != piece[offset - 1 : offset - 1 + count]
             hashes ^= hashes >> np.uint64(29)
-            hashes *= np.uint64(0xBF58476D1CE4E5B9)
+            hashes *= SPLITMIX64[1]
             kept.append(hashes[(changes >= _WINDOW // 2) & (hashes >> np.uint64(60) == 0)])
     every = np.concatenate([*kept, np.zeros(0, np.uint64)])
     return len(every) - len(np.unique(every))
@@ -260,12 +260,9 @@ def _count(sums: _Sums, batch: Batch, special: tuple[int, int, int, int], begin:
 def _hashes(ids: np.ndarray, starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """64 bits of every sample's tokens, in order."""
     with np.errstate(over="ignore"):
-        mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0xC2B2AE3D27D4EB4F)
-        mixed ^= mixed >> np.uint64(31)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(27)
-        return np.add.reduceat(mixed, starts)
+        tokens = (ids.astype(np.uint64) + np.uint64(1)) * SPLITMIX64[0]
+        places = (positions.astype(np.uint64) + np.uint64(1)) * SPLITMIX64[2]
+        return np.add.reduceat(mix64(tokens ^ places), starts)
 
 
 def _share(name: str, count: int, total: int, expected: float) -> Finding:

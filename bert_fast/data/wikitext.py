@@ -11,8 +11,9 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from xml.parsers import expat
 
 from bert_fast.data.text import num_words, whole_characters
@@ -91,11 +92,11 @@ def read_pages(path: str | Path) -> Iterator[Page]:
         raise UserError(f"{path}: no article in it; give a pages-articles dump")
 
 
-def _opened(path: str | Path) -> BinaryIO:
+def _opened(path: str | Path) -> BufferedIOBase:
     name = str(path)
     if name.endswith(".bz2"):
-        return bz2.open(name, "rb")  # type: ignore[return-value]  # of one stream or many
-    return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")  # type: ignore[return-value]
+        return bz2.open(name, "rb")  # of one stream or many
+    return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")
 
 
 class _DumpReader:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert_fast.config import Config, ModelConfig
+from bert_fast.integers import ceil_div
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def estimate(
         # backward, the gradients of its inner activations
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
-    return MemoryEstimate(4 * parameters, 4 * parameters, -(-8 * parameters // shards), activations)
+    return MemoryEstimate(4 * parameters, 4 * parameters, ceil_div(8 * parameters, shards), activations)
 
 
 def least_bytes(config: Config, element_bytes: int = 2) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.integers import round_up
 
 RULESET = "5.0.0"  # BERT's last: later rulesets no longer admit it
 TARGET_ACCURACY = 0.720
@@ -104,7 +105,7 @@ def open_because(config: Config) -> list[str]:
         f"the target is {TARGET_ACCURACY}",
     )  # fmt: skip
     interval = evaluation_interval(batch)
-    whole = -(-interval // batch) * batch
+    whole = round_up(interval, batch)
     for name in ("every_samples", "start_samples"):
         own = getattr(evaluation, name)
         must(

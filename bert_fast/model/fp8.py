@@ -6,14 +6,16 @@ Heads, embeddings and norms stay in bf16. Token counts must be multiples of 16 (
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from bert_fast.errors import UserError
 from bert_fast.parts import declare_parts, parts_of
+
+if TYPE_CHECKING:
+    from bert_fast.model.bert import BertForPretraining  # which imports this module
 
 
 def check_fp8(device: torch.device, shape_multiple: int) -> None:
@@ -27,17 +29,17 @@ def check_fp8(device: torch.device, shape_multiple: int) -> None:
     _engine()
 
 
-def use_fp8(model: nn.Module) -> None:
+def use_fp8(model: BertForPretraining) -> None:
     """Replace the encoder's linear layers, parameters and their names kept, by Transformer Engine's."""
     engine = _engine()
 
-    class Fp8GeluLinear(engine.Linear):  # type: ignore[misc, name-defined]  # a module of an optional package
+    class Fp8GeluLinear(engine.Linear):  # type: ignore[misc, name-defined]  # known only where the package is installed
         """linear(gelu(x)), as `bert.GeluLinear`."""
 
         def forward(self, x_TF: torch.Tensor, form: str) -> torch.Tensor:
             return super().forward(F.gelu(x_TF, approximate=form))
 
-    for layer in model.layers:  # type: ignore[union-attr]
+    for layer in model.layers:
         for name, kind in (
             ("qkv", engine.Linear),
             ("attention_out", engine.Linear),

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bert_fast.integers import ceil_div
+
 # Of the random bits so many decide: p is met to within 2^-16.
 _DRAW_BITS = 15
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,7 +60,7 @@ def dropout_factor(shape: torch.Size, dtype: torch.dtype, p: float, seed: int) -
     threshold = round(p * 2**_DRAW_BITS)
     integer = _INTEGER[dtype.itemsize]
     per_draw = 8 // dtype.itemsize
-    raw = np.random.SFC64(seed).random_raw(-(-count // per_draw))
+    raw = np.random.SFC64(seed).random_raw(ceil_div(count, per_draw))
     bits = torch.from_numpy(raw).view(integer)[:count]
     keep = torch.tensor(2**_DRAW_BITS / (2**_DRAW_BITS - threshold), dtype=dtype).view(integer)
     bits.bitwise_and_(2**_DRAW_BITS - 1)
@@ -74,7 +76,7 @@ class _Dropout(torch.autograd.Function):
         return x * dropout_factor(x.shape, x.dtype, p, ctx.seed)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad * dropout_factor(grad.shape, grad.dtype, ctx.p, ctx.seed), None
 
 
@@ -101,7 +103,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         return out_TD
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:
         sum_TD, mean, rstd, weight_D, bias_D = ctx.saved_tensors
         d_sum_TD, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             grad_TD, sum_TD, weight_D.shape, mean, rstd, weight_D, bias_D, [True, True, True]
@@ -127,7 +129,7 @@ class _GeluLinear(torch.autograd.Function):
         return F.linear(F.gelu(x_TF, approximate=form), weight_DF, bias_D)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:
         x_TF, weight_DF = ctx.saved_tensors
         d_weight = grad_TD.t() @ F.gelu(x_TF, approximate=ctx.form)
         d_inner = grad_TD @ weight_DF
@@ -155,7 +157,7 @@ class _Attention(torch.autograd.Function):
         return (_dropped(weights_GHLL, ctx.p, ctx.seed) @ value).transpose(1, 2).flatten(2)
 
     @staticmethod
-    def backward(ctx: Any, grad_GLD: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_GLD: torch.Tensor) -> tuple[Any, ...]:
         qkv_GL3HK, weights_GHLL = ctx.saved_tensors
         query, key, value = qkv_GL3HK.permute(2, 0, 3, 1, 4)
         scale = query.shape[-1] ** -0.5

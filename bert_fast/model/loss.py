@@ -62,7 +62,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         return total, correct
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         weight_kind, bias_kind = ctx.kinds
         return d_hidden * grad, d_weight.to(weight_kind) * grad, (d_bias * grad).to(bias_kind), None, None, None
@@ -102,7 +102,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None  # a 0-dim factor: computed in fp32, kept in the gradient's format
 

@@ -185,8 +185,7 @@ def _entry(proto: bytes) -> Entry:
 def _has_crc(data: bytes, masked: int) -> bool:
     """Whether the bytes have this checksum; true where there is none, or no package that computes it."""
     try:
-        import google_crc32c
+        from bert_fast.crc32c import masked_crc32c
     except ModuleNotFoundError:
         return True
-    crc = google_crc32c.value(data)
-    return masked in (0, (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+    return masked in (0, masked_crc32c(data))

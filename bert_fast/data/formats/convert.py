@@ -24,7 +24,8 @@ from bert_fast.data.pool import Pool
 from bert_fast.data.store import Part, Store, merge_parts, read_part, take_evenly, take_first, write_part_of_records
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
-from bert_fast.files import check_space, sha256_of
+from bert_fast.files import check_space
+from bert_fast.integers import ceil_div
 
 FORMS = ("tfrecord", "hdf5", "hdf5-variable")
 _EXPORTED_BYTES: dict[str, Callable[[int, int], int]] = {  # of a sample, at most about
@@ -201,7 +202,7 @@ def export_store(
             f"{width} and {most_masked} do not hold them"
         )
     check_space(Path(out), len(store) * _EXPORTED_BYTES[form](width, most_masked), "the export")
-    number = -(-len(store) // per_file)
+    number = ceil_div(len(store), per_file)
     suffix = "tfrecord" if form == "tfrecord" else "hdf5"
     with claimed(Path(out), EXPORT):
         names = [f"part-{index:05d}-of-{number:05d}.{suffix}" for index in range(number)]
@@ -224,8 +225,3 @@ def tables_of(store: Store, begin: int, end: int) -> Iterator[SampleTable]:
         ids = np.array(block)
         records, starts = store.records(block[0], block[-1] + 1)
         yield from_records(records, starts, np.asarray(store.lengths[ids]), np.asarray(store.num_masked[ids]))
-
-
-def eval_hash(folder: str | Path) -> str:
-    """The hash that `evaluation.sha256` pins."""
-    return sha256_of(Path(folder) / "samples.bin")
