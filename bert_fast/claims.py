@@ -86,9 +86,13 @@ def claim(folder: Path, kind: Kind) -> None:
         with contextlib.suppress(FileExistsError):
             create_atomically(folder / MARK, _text({"format": FORMAT, "kind": kind.name}))
         note = {
-            "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"), "claim": secrets.token_hex(8), "is_new": is_new,
-        }  # fmt: skip
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "claim": secrets.token_hex(8),
+            "is_new": is_new,
+        }
         owner = _take(folder / LOCK, note)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -77,10 +77,17 @@ def write_trace(
             ends = lanes[span.track]
             lane = next((number for number, end in enumerate(ends) if end <= span.start), len(ends))
             ends[lane : lane + 1] = [span.end]
-            events.append({
-                "ph": "X", "pid": pid, "tid": 100 * order.index(span.track) + lane, "name": span.name, "cat": span.track,
-                "ts": round(1e6 * span.start, 3), "dur": round(1e6 * (span.end - span.start), 3),
-            })  # fmt: skip
+            events.append(
+                {
+                    "ph": "X",
+                    "pid": pid,
+                    "tid": 100 * order.index(span.track) + lane,
+                    "name": span.name,
+                    "cat": span.track,
+                    "ts": round(1e6 * span.start, 3),
+                    "dur": round(1e6 * (span.end - span.start), 3),
+                }
+            )
         for place, (track, ends) in enumerate(lanes.items()):
             for lane in range(len(ends)):
                 key = {"ph": "M", "pid": pid, "tid": 100 * place + lane}

@@ -48,9 +48,18 @@ _DAMAGED = (
 )
 _NEEDED = ("num_samples", "max_length", "vocab_size", "vocab_sha256", "sha256")
 _MANIFEST: dict[str, type] = {
-    "num_samples": int, "num_tokens": int, "num_masked": int, "num_random_next": int, "max_length": int, "vocab_size": int,
-    "mask_id": int, "vocab_sha256": str, "sha256": str, "tables_sha256": dict, "length_histogram": dict,
-}  # fmt: skip
+    "num_samples": int,
+    "num_tokens": int,
+    "num_masked": int,
+    "num_random_next": int,
+    "max_length": int,
+    "vocab_size": int,
+    "mask_id": int,
+    "vocab_sha256": str,
+    "sha256": str,
+    "tables_sha256": dict,
+    "length_histogram": dict,
+}
 _BLOCK_SAMPLES = 4096
 _BYTES = np.dtype(np.uint16).itemsize
 
@@ -373,8 +382,8 @@ class Store:
         found = sha256_of(self.folder / "samples.bin")
         if found != sha256:
             raise UserError(
-                f"store {self.folder}: samples.bin has the hash {found[:16]}..., expected {sha256[:16]}... (evaluation.sha256); "
-                "prepare the data again"
+                f"store {self.folder}: samples.bin has the hash {found[:16]}..., expected {sha256[:16]}... "
+                "(evaluation.sha256); prepare the data again"
             )
 
     def verify(self) -> None:

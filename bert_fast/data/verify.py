@@ -116,9 +116,11 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
     lengths, masked = np.asarray(store.lengths), np.asarray(store.num_masked)
     longest, shortest = int(lengths.max()), int(lengths.min())
     yield Finding(
-        "lengths", f"{shortest} to {longest}, mean {lengths.mean():.0f}", f"5 to {expected.max_seq_len}, not all alike",
+        "lengths",
+        f"{shortest} to {longest}, mean {lengths.mean():.0f}",
+        f"5 to {expected.max_seq_len}, not all alike",
         shortest >= 5 and longest <= expected.max_seq_len and (len(lengths) < 100 or shortest < longest),
-    )  # fmt: skip
+    )
     # One that was cut short on purpose is uniform between 2 and the longest; one at the end of a document is short too.
     short = float((lengths < expected.max_seq_len // 2).mean())
     least, most = expected.short_share()
@@ -127,9 +129,11 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
     wanted = np.minimum(np.clip(rounded, 1, expected.max_predictions), lengths.astype(np.int64) - 3)
     off = int((np.abs(masked - wanted) > 0).sum())
     yield Finding(
-        "number of masks", f"{off:,} samples differ", f"min({expected.max_predictions}, {expected.mask_prob:g} L) of each",
+        "number of masks",
+        f"{off:,} samples differ",
+        f"min({expected.max_predictions}, {expected.mask_prob:g} L) of each",
         off <= 1e-4 * len(lengths),
-    )  # fmt: skip
+    )
     repeated = repeated_stretches(lengths)
     yield Finding(
         "stretches that occur twice", f"{repeated:,}", "0", repeated == 0
@@ -184,13 +188,17 @@ def _check_records(
         _count(sums, store.batch(np.arange(begin, end), keep_order=True), special, begin, expected.full_length())
     size = store.manifest["vocab_size"]
     yield Finding(
-        "token ids", f"up to {sums.highest:,}", f"below {size:,} and most of them used",
+        "token ids",
+        f"up to {sums.highest:,}",
+        f"below {size:,} and most of them used",
         sums.highest < size and (sums.samples < 10_000 or sums.highest > size // 2),
-    )  # fmt: skip
+    )
     yield Finding(
-        "[CLS] A [SEP] B [SEP]", f"{sums.badly_framed:,} of {sums.samples:,} otherwise", "0: else another vocabulary",
+        "[CLS] A [SEP] B [SEP]",
+        f"{sums.badly_framed:,} of {sums.samples:,} otherwise",
+        "0: else another vocabulary",
         sums.badly_framed == 0,
-    )  # fmt: skip
+    )
     unknown = sums.unknown / max(1, sums.tokens)
     yield Finding("share of [UNK]", f"{unknown:.4f}", "below 0.05: else another vocabulary", unknown < 0.05)
     for name, count, share in (

@@ -23,17 +23,34 @@ _DUMP_NAME = re.compile(r"\.xml(-p\d+p\d+)?(\.bz2|\.gz)?$")  # a dump in parts s
 _ALWAYS_DROPPED = {"file", "image", "media", "category"}  # these names work in every language's dump
 # Tags whose content is no running text. Of the others (b, small, span, ...) the content stays.
 _DROPPED_TAGS = {
-    "ref", "references", "table", "gallery", "math", "chem", "timeline", "score", "syntaxhighlight", "source", "pre", "code",
-    "graph", "imagemap", "mapframe", "templatedata", "hiero", "inputbox",
-}  # fmt: skip
+    "ref",
+    "references",
+    "table",
+    "gallery",
+    "math",
+    "chem",
+    "timeline",
+    "score",
+    "syntaxhighlight",
+    "source",
+    "pre",
+    "code",
+    "graph",
+    "imagemap",
+    "mapframe",
+    "templatedata",
+    "hiero",
+    "inputbox",
+}
 _MEDIA_NAME = re.compile(
     r":.*\.(jpe?g|png|gif|svg|webp|tiff?|bmp|xcf|djvu|pdf|og[agv]|webm|mp[34g]|mpeg|wav|flac|opus|mid|midi|stl)$",
     re.I | re.S,
 )
 _MEDIA_PARAMETER = re.compile(
     r"\s*(thumb(nail)?|mini(atur)?|frame(d|less)?|border|upright(\s*=?\s*[\d.]+)?|(alt|link|lang|page|class)\s*=.*|"
-    r"\d*(x\d+)?\s*px|thumb(nail)?\s*=.*)\s*", re.I | re.S,
-)  # fmt: skip
+    r"\d*(x\d+)?\s*px|thumb(nail)?\s*=.*)\s*",
+    re.I | re.S,
+)
 _READ_BYTES = 1 << 16
 _LONGEST_TEXT = 1 << 22  # characters; MediaWiki itself takes 2 MiB a page
 # Where markup is opened and never closed, the parser reads to the end of the page and comes back, for every such place:

@@ -49,8 +49,11 @@ def _run(module: str, arguments: list[str], scratch: Path) -> tuple[int, str]:
     try:
         done = subprocess.run(
             [sys.executable, "-m", f"mlperf_logging.{module}", *arguments],
-            cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT_S,
-        )  # fmt: skip
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"mlperf_logging.{module} did not end within {_TIMEOUT_S} s") from None
     return done.returncode, (done.stdout + done.stderr).strip()
@@ -62,8 +65,9 @@ def check_log(path: str | Path, ruleset: str) -> Verdict:
     with _scratch() as scratch:
         code, text = _run(
             "compliance_checker",
-            ["--usage", "training", "--ruleset", ruleset, "--log_output", str(scratch / "checker.log"), full], scratch,
-        )  # fmt: skip
+            ["--usage", "training", "--ruleset", ruleset, "--log_output", str(scratch / "checker.log"), full],
+            scratch,
+        )
         text = text.replace(full, Path(path).name).replace(f"{scratch}/", "")
     return Verdict(code == 0 and "SUCCESS" in text, text)
 
@@ -123,9 +127,8 @@ def check_package(organization: str | Path, ruleset: str) -> PackageVerdict:
     with _scratch() as scratch:
         copied = _copied(Path(organization), scratch / Path(organization).resolve().name)
         _, text = _run(
-            "package_checker",
-            [str(copied), "training", ruleset, "--log_output", str(scratch / "package.log")], scratch,
-        )  # fmt: skip
+            "package_checker", [str(copied), "training", ruleset, "--log_output", str(scratch / "package.log")], scratch
+        )
         passed = "PACKAGE CHECKER FOUND NO ERRORS" in text and "Traceback" not in text
         scaling = {path.parent.parent.name: _scaling(path) for path in copied.glob("results/*/bert/scaling.json")}
         table = scratch / "summary.csv"

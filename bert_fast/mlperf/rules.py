@@ -12,9 +12,15 @@ EVALUATION_SAMPLES = 10_000
 INIT_LIMIT_S = {"closed": 30 * 60, "open": 240 * 60}  # from init_start to init_stop
 _RULESETS_WITH_TENSORS = ("1.1.0", "2.0.0", "2.1.0")
 _SHAPE = {
-    "hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096, "max_positions": 512,
-    "type_vocab_size": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "num_layers": 24,
+    "num_heads": 16,
+    "intermediate_size": 4096,
+    "max_positions": 512,
+    "type_vocab_size": 2,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+}
 _VOCABULARIES = (30_522, 30_528)  # as published, and padded to a multiple of 64
 _CLIPS = ("global_before_reduce", "global_after_reduce")
 
@@ -52,66 +58,43 @@ def open_because(config: Config) -> list[str]:
     """
     optimizer, schedule, data, evaluation = config.optimizer, config.schedule, config.data, config.evaluation
     communication, batch, checkpoint = config.communication, config.batch.global_batch_size, config.checkpoint
-    found = []
+    found: list[str] = []
 
-    def must(holds: bool, what: str, rule: str) -> None:
+    def must(setting: str, holds: bool, rule: str) -> None:
         if not holds:
-            found.append(f"{what}: {rule}")
+            section, name = setting.split(".")
+            value = getattr(getattr(config, section), name)
+            found.append(f"{setting}={str(value).lower() if isinstance(value, bool) else value}: {rule}")
 
-    must(optimizer.name == "lamb", f"optimizer.name={optimizer.name}", "the optimizer is LAMB")
+    must("optimizer.name", optimizer.name == "lamb", "the optimizer is LAMB")
     for name, value in _SHAPE.items():
-        own = getattr(config.model, name)
-        must(own == value, f"model.{name}={own}", f"the model is BERT-large with {name} {value}")
-    vocabulary = config.model.vocab_size
-    must(
-        vocabulary in _VOCABULARIES,
-        f"model.vocab_size={vocabulary}",
-        "the vocabulary has 30,522 tokens, or 30,528 padded",
-    )
-    must(data.max_seq_len == 512, f"data.max_seq_len={data.max_seq_len}", "samples have up to 512 tokens")
-    must(
-        evaluation.num_samples == EVALUATION_SAMPLES, f"evaluation.num_samples={evaluation.num_samples}",
-        "the evaluation set has 10,000 samples",
-    )  # fmt: skip
-    must(
-        config.model.layer_norm_eps == 1e-12, f"model.layer_norm_eps={config.model.layer_norm_eps:g}",
-        "the model is the reference's, with 1e-12",
-    )  # fmt: skip
-    must(
-        config.balance.strategy != "stratified_presort", "balance.strategy=stratified_presort",
-        "every sample is as likely in every batch; strata fix how many of each length",
-    )  # fmt: skip
-    must(not evaluation.at_start, "evaluation.at_start=true", "evaluations are at the interval, none before the first")
-    must(not data.allow_shared_text, "data.allow_shared_text=true", "the evaluation set is held out of training")
-    must(not data.dynamic_masking, "data.dynamic_masking=true", "masks are those of the given samples")
-    must(
-        communication.clip in _CLIPS, f"communication.clip={communication.clip}",
-        "a rank's whole gradient or the averaged one is clipped; per group is not the reference's mathematics",
-    )  # fmt: skip
-    must(
-        communication.max_norm == 1.0,
-        f"communication.max_norm={communication.max_norm}",
-        "gradients are clipped at norm 1",
-    )
-    must(schedule.power == 1.0, f"schedule.power={schedule.power}", "the learning rate decays linearly")
-    must(schedule.end_lr == 0.0, f"schedule.end_lr={schedule.end_lr}", "the learning rate decays to 0")
-    must(
-        checkpoint.init_from is not None,
-        "checkpoint.init_from is not set",
-        "training starts from the given checkpoint",
-    )
-    must(
-        evaluation.target_accuracy == TARGET_ACCURACY, f"evaluation.target_accuracy={evaluation.target_accuracy}",
-        f"the target is {TARGET_ACCURACY}",
-    )  # fmt: skip
+        must(f"model.{name}", getattr(config.model, name) == value, f"the model is BERT-large with {name} {value}")
+    in_vocabulary = config.model.vocab_size in _VOCABULARIES
+    must("model.vocab_size", in_vocabulary, "the vocabulary has 30,522 tokens, or 30,528 padded")
+    must("data.max_seq_len", data.max_seq_len == 512, "samples have up to 512 tokens")
+    is_whole_set = evaluation.num_samples == EVALUATION_SAMPLES
+    must("evaluation.num_samples", is_whole_set, "the evaluation set has 10,000 samples")
+    must("model.layer_norm_eps", config.model.layer_norm_eps == 1e-12, "the model is the reference's, with 1e-12")
+    is_random = config.balance.strategy != "stratified_presort"
+    rule = "every sample is as likely in every batch; strata fix how many of each length"
+    must("balance.strategy", is_random, rule)
+    must("evaluation.at_start", not evaluation.at_start, "evaluations are at the interval, none before the first")
+    must("data.allow_shared_text", not data.allow_shared_text, "the evaluation set is held out of training")
+    must("data.dynamic_masking", not data.dynamic_masking, "masks are those of the given samples")
+    rule = "a rank's whole gradient or the averaged one is clipped; per group is not the reference's mathematics"
+    must("communication.clip", communication.clip in _CLIPS, rule)
+    must("communication.max_norm", communication.max_norm == 1.0, "gradients are clipped at norm 1")
+    must("schedule.power", schedule.power == 1.0, "the learning rate decays linearly")
+    must("schedule.end_lr", schedule.end_lr == 0.0, "the learning rate decays to 0")
+    if checkpoint.init_from is None:
+        found.append("checkpoint.init_from is not set: training starts from the given checkpoint")
+    has_target = evaluation.target_accuracy == TARGET_ACCURACY
+    must("evaluation.target_accuracy", has_target, f"the target is {TARGET_ACCURACY}")
     interval = evaluation_interval(batch)
     whole = round_up(interval, batch)
-    for name in ("every_samples", "start_samples"):
-        own = getattr(evaluation, name)
-        must(
-            own in (interval, whole) or (own is None and name == "start_samples"), f"evaluation.{name}={own}",
-            f"with a global batch of {batch:,}, evaluations are every {interval:,} samples, or {whole:,}, whole batches",
-        )  # fmt: skip
+    rule = f"with a global batch of {batch:,}, evaluations are every {interval:,} samples, or {whole:,}, whole batches"
+    must("evaluation.every_samples", evaluation.every_samples in (interval, whole), rule)
+    must("evaluation.start_samples", evaluation.start_samples in (None, interval, whole), rule)
     return found
 
 
@@ -119,8 +102,8 @@ def check_evaluation_set(num_samples: int, config: Config) -> None:
     """Refuse a closed run whose evaluation store is too small. Raises UserError."""
     if config.mlperf.enabled and config.mlperf.division == "closed" and num_samples < EVALUATION_SAMPLES:
         raise UserError(
-            f"mlperf.division=closed: the evaluation store {config.evaluation.data} has {num_samples:,} samples and the rule is "
-            f"{EVALUATION_SAMPLES:,}; import the whole set"
+            f"mlperf.division=closed: the evaluation store {config.evaluation.data} has {num_samples:,} samples and the "
+            f"rule is {EVALUATION_SAMPLES:,}; import the whole set"
         )
 
 

@@ -28,8 +28,15 @@ from bert_fast.mlperf.score import MOST_LOG_BYTES, RunScore, SystemScore, read_e
 IMPLEMENTATION = "bert_fast"
 SUBMISSION = Kind("a submission", (), "choose another --out")
 _LEDGER = ".bert_fast_written.json"
-_SAME_IN_ALL = ("global_batch_size", "submission_division", "submission_benchmark", "opt_name", "opt_base_learning_rate",
-                "train_dataset_sha256", "eval_dataset_sha256")  # fmt: skip
+_SAME_IN_ALL = (
+    "global_batch_size",
+    "submission_division",
+    "submission_benchmark",
+    "opt_name",
+    "opt_base_learning_rate",
+    "train_dataset_sha256",
+    "eval_dataset_sha256",
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -57,9 +64,16 @@ def check_names(organization: str, system: str) -> None:
 
 
 def lay_out(
-    logs: list[Path], out: Path, *, organization: str, system: str, description: dict[str, str], sources: Iterable[Path],
-    root: Path, notes: str,
-) -> Path:  # fmt: skip
+    logs: list[Path],
+    out: Path,
+    *,
+    organization: str,
+    system: str,
+    description: dict[str, str],
+    sources: Iterable[Path],
+    root: Path,
+    notes: str,
+) -> Path:
     """Write the package into `out/organization`, in place of what an earlier call wrote of this system. Returns that folder.
 
     Args:
@@ -228,9 +242,12 @@ def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
     )
     rows.append(Row(f"{system}: converged", len(aborted) <= 1, detail if aborted else ""))
     for name, faults in (
-        ("accuracy", _accuracy_faults(runs)), ("never resumed", _resumed(events)), ("seeds", _seeds(runs)),
-        ("one setting", _unlike(events)), ("order", _out_of_order(events)),
-    ):  # fmt: skip
+        ("accuracy", _accuracy_faults(runs)),
+        ("never resumed", _resumed(events)),
+        ("seeds", _seeds(runs)),
+        ("one setting", _unlike(events)),
+        ("order", _out_of_order(events)),
+    ):
         rows.append(Row(f"{system}: {name}", not faults, "; ".join(faults)))
     division = next(iter(runs.values())).division if runs else "unknown"
     if division == "closed" and runs:

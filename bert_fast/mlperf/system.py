@@ -18,16 +18,40 @@ from bert_fast.errors import UserError
 STATUSES = ("Available on-premise", "Available cloud", "Research, Development, or Internal (RDI)", "Preview")
 # What MLPerf's system checker wants, in its order. `None`: only a person knows it.
 FIELDS: dict[str, str | None] = {
-    "submitter": None, "division": None, "status": None, "system_name": None, "number_of_nodes": None,
-    "host_processors_per_node": "1", "host_processor_model_name": "", "host_processor_core_count": "",
-    "host_processor_vcpu_count": "", "host_processor_frequency": "", "host_processor_caches": "",
-    "host_processor_interconnect": "", "host_memory_capacity": "", "host_storage_type": "", "host_storage_capacity": "",
-    "host_networking": "", "host_networking_topology": None, "host_memory_configuration": "", "accelerators_per_node": "0",
-    "accelerator_model_name": "", "accelerator_host_interconnect": "", "accelerator_frequency": "",
-    "accelerator_on-chip_memories": "", "accelerator_memory_configuration": "", "accelerator_memory_capacity": "",
-    "accelerator_interconnect": "", "accelerator_interconnect_topology": "", "cooling": "", "hw_notes": "", "framework": "",
-    "other_software_stack": "", "operating_system": "", "sw_notes": "",
-}  # fmt: skip
+    "submitter": None,
+    "division": None,
+    "status": None,
+    "system_name": None,
+    "number_of_nodes": None,
+    "host_processors_per_node": "1",
+    "host_processor_model_name": "",
+    "host_processor_core_count": "",
+    "host_processor_vcpu_count": "",
+    "host_processor_frequency": "",
+    "host_processor_caches": "",
+    "host_processor_interconnect": "",
+    "host_memory_capacity": "",
+    "host_storage_type": "",
+    "host_storage_capacity": "",
+    "host_networking": "",
+    "host_networking_topology": None,
+    "host_memory_configuration": "",
+    "accelerators_per_node": "0",
+    "accelerator_model_name": "",
+    "accelerator_host_interconnect": "",
+    "accelerator_frequency": "",
+    "accelerator_on-chip_memories": "",
+    "accelerator_memory_configuration": "",
+    "accelerator_memory_capacity": "",
+    "accelerator_interconnect": "",
+    "accelerator_interconnect_topology": "",
+    "cooling": "",
+    "hw_notes": "",
+    "framework": "",
+    "other_software_stack": "",
+    "operating_system": "",
+    "sw_notes": "",
+}
 
 
 def collect_system() -> dict[str, str]:
@@ -172,8 +196,11 @@ def _accelerators() -> dict[str, str]:
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
         rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     except (OSError, subprocess.SubprocessError):
         rows = []
@@ -181,6 +208,8 @@ def _accelerators() -> dict[str, str]:
         return {"accelerators_per_node": "0", "accelerator_model_name": "N/A"}
     name, memory, clock, _ = rows[0]
     return {
-        "accelerators_per_node": str(len(rows)), "accelerator_model_name": name, "accelerator_memory_capacity": memory,
+        "accelerators_per_node": str(len(rows)),
+        "accelerator_model_name": name,
+        "accelerator_memory_capacity": memory,
         "accelerator_frequency": clock,
-    }  # fmt: skip
+    }

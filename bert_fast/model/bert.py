@@ -172,9 +172,14 @@ class BertForPretraining(nn.Module):
     def forward(self, batch: BertInput, with_accuracy: bool = False) -> LossSums:
         masked_MD, nsp_logits_B2 = self._head_inputs(batch)
         return loss_sums(
-            masked_MD, self.embeddings.word.weight, self.heads.decoder_bias, batch.masked_labels, nsp_logits_B2,
-            batch.next_sentence_labels, with_accuracy,
-        )  # fmt: skip
+            masked_MD,
+            self.embeddings.word.weight,
+            self.heads.decoder_bias,
+            batch.masked_labels,
+            nsp_logits_B2,
+            batch.next_sentence_labels,
+            with_accuracy,
+        )
 
 
 def _dropout(x: torch.Tensor, p: float) -> torch.Tensor:

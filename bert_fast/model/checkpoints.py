@@ -168,9 +168,10 @@ def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, Stored]:
             raise UserError(f"checkpoint {bundle.prefix} has no tensor {google}")
         entry, turned = bundle.entries[google], google.endswith("/kernel")
         renamed[theirs] = Stored(
-            entry.shape[::-1] if turned else entry.shape, bundle.kind(google) or f"{entry.kind} of TensorFlow",
+            entry.shape[::-1] if turned else entry.shape,
+            bundle.kind(google) or f"{entry.kind} of TensorFlow",
             functools.partial(_read_google, bundle, google, turned),
-        )  # fmt: skip
+        )
         known.add(google)
     for name in bundle.entries:
         if name.startswith(("bert/", "cls/")) and name not in known and name.rpartition("/")[0] not in known:
@@ -316,10 +317,17 @@ def _read_safetensors(folder: Path, files: contextlib.ExitStack) -> dict[str, St
 
 # What BertConfig takes where its file says nothing
 _DEFAULTS: dict[str, Any] = {
-    "model_type": "bert", "num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
-    "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
-    "tie_word_embeddings": True, "pruned_heads": None, "quantization_config": None,
-}  # fmt: skip
+    "model_type": "bert",
+    "num_attention_heads": 12,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "pruned_heads": None,
+    "quantization_config": None,
+}
 # One function under several names
 _GELU = {
     "gelu": ("gelu", "gelu_python"),

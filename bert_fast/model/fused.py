@@ -90,9 +90,14 @@ class _DropoutAddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float,
+        ctx: Any,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor,
+        weight_D: torch.Tensor,
+        bias_D: torch.Tensor,
+        eps: float,
         p: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         ctx.p, ctx.seed = p, draw_seed() if p > 0 else 0
         if p > 0:
             sum_TD = torch.addcmul(residual_TD, x_TD, dropout_factor(x_TD.shape, x_TD.dtype, p, ctx.seed))

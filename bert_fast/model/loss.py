@@ -34,9 +34,14 @@ class ProjectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor, rows: int,
+        ctx: Any,
+        hidden_MD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor,
+        labels_M: torch.Tensor,
+        rows: int,
         with_accuracy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = hidden_MD.dtype
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         narrow_VD, narrow_V = weight_VD.to(dtype), bias_V.to(dtype)
@@ -69,9 +74,14 @@ class ProjectedCrossEntropy(torch.autograd.Function):
 
 
 def loss_sums(
-    masked_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor,
-    nsp_logits_B2: torch.Tensor, nsp_labels_B: torch.Tensor, with_accuracy: bool = False,
-) -> LossSums:  # fmt: skip
+    masked_MD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor,
+    labels_M: torch.Tensor,
+    nsp_logits_B2: torch.Tensor,
+    nsp_labels_B: torch.Tensor,
+    with_accuracy: bool = False,
+) -> LossSums:
     """Cross-entropies summed over masked positions (projected to the vocabulary here) and over samples."""
     device = masked_MD.device.type
     rows = chunk_rows(len(weight_VD), device)

@@ -43,9 +43,15 @@ Log = Callable[[str], None]
 
 
 def import_store(
-    sources: list[str], out: str | Path, vocab: str | Path, *, max_samples: int | None = None,
-    pick: str = "first", num_workers: int | None = None, log: Log = print,
-) -> dict[str, Any]:  # fmt: skip
+    sources: list[str],
+    out: str | Path,
+    vocab: str | Path,
+    *,
+    max_samples: int | None = None,
+    pick: str = "first",
+    num_workers: int | None = None,
+    log: Log = print,
+) -> dict[str, Any]:
     """Make the store `out` from files in the given order, which is the order of samples. Returns the manifest.
 
     `max_samples` keeps the first ones, or with pick="evenly" those that MLPerf's reference picks of its candidates.
@@ -73,15 +79,22 @@ def _check_parent_is_free(out: Path) -> None:
 
 
 def _import(
-    sources: list[str], out: Path, vocab: str | Path, max_samples: int | None, pick: str, num_workers: int | None, log: Log
-) -> dict[str, Any]:  # fmt: skip
+    sources: list[str],
+    out: Path,
+    vocab: str | Path,
+    max_samples: int | None,
+    pick: str,
+    num_workers: int | None,
+    log: Log,
+) -> dict[str, Any]:
     start = time.perf_counter()
     vocabulary = load_vocabulary(vocab)
     key = {
         "sources": [[Path(path).name, os.path.getsize(path), int(os.path.getmtime(path))] for path in sources],
-        "vocab": vocabulary.sha256, "max_samples": max_samples,
+        "vocab": vocabulary.sha256,
+        "max_samples": max_samples,
         **({"pick": pick} if pick != "first" else {}),
-    }  # fmt: skip
+    }
     if _is_done(out, key):
         log(f"{out}: already there")
         return Store(out).manifest
@@ -108,12 +121,16 @@ def _import(
         if max_samples:
             parts = (take_first if pick == "first" else take_evenly)(parts, max_samples, parts_folder)
         manifest = merge_parts(
-            out, parts,
+            out,
+            parts,
             {
-                "key": key, "corpus": "imported", "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
+                "key": key,
+                "corpus": "imported",
+                "vocab_sha256": vocabulary.sha256,
+                "vocab_size": len(vocabulary),
                 "mask_id": vocabulary.mask_id,
             },
-        )  # fmt: skip
+        )
     dissolve(parts_folder, IMPORT_PARTS)
     seconds = time.perf_counter() - start
     log(

@@ -67,9 +67,15 @@ def check(table: SampleTable, vocab_size: int, first: int = 0) -> None:
 
 
 def from_padded(
-    input_ids: np.ndarray, input_mask: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, labels: np.ndarray,
-    num_masked: np.ndarray, next_sentence: np.ndarray, first: int = 0,
-) -> SampleTable:  # fmt: skip
+    input_ids: np.ndarray,
+    input_mask: np.ndarray,
+    segment_ids: np.ndarray,
+    positions: np.ndarray,
+    labels: np.ndarray,
+    num_masked: np.ndarray,
+    next_sentence: np.ndarray,
+    first: int = 0,
+) -> SampleTable:
     """From padded rows [n, S] and [n, P]; `num_masked` [n] says how many of the P count.
 
     Raises:
@@ -79,9 +85,14 @@ def from_padded(
     real = np.arange(input_ids.shape[1]) < lengths[:, None]
     counted = np.arange(positions.shape[1]) < num_masked[:, None]
     return SampleTable(
-        input_ids[real].astype(np.int64), lengths, len_a, positions[counted].astype(np.int64),
-        labels[counted].astype(np.int64), num_masked.astype(np.int64), next_sentence.ravel().astype(np.int64),
-    )  # fmt: skip
+        input_ids[real].astype(np.int64),
+        lengths,
+        len_a,
+        positions[counted].astype(np.int64),
+        labels[counted].astype(np.int64),
+        num_masked.astype(np.int64),
+        next_sentence.ravel().astype(np.int64),
+    )
 
 
 def segments_of(input_mask: np.ndarray, segment_ids: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -116,11 +127,14 @@ def to_padded(table: SampleTable, width: int, most_masked: int) -> dict[str, np.
         return rows
 
     return {
-        "input_ids": padded(table.tokens, real), "input_mask": real.astype(np.int64),
+        "input_ids": padded(table.tokens, real),
+        "input_mask": real.astype(np.int64),
         "segment_ids": (real & (np.arange(width) >= table.len_a[:, None])).astype(np.int64),
-        "masked_lm_positions": padded(table.positions, counted), "masked_lm_ids": padded(table.labels, counted),
-        "masked_lm_weights": counted.astype(np.float32), "next_sentence_labels": table.is_random_next[:, None],
-    }  # fmt: skip
+        "masked_lm_positions": padded(table.positions, counted),
+        "masked_lm_ids": padded(table.labels, counted),
+        "masked_lm_weights": counted.astype(np.float32),
+        "next_sentence_labels": table.is_random_next[:, None],
+    }
 
 
 def to_records(table: SampleTable) -> np.ndarray:
