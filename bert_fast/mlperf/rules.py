@@ -1,4 +1,4 @@
-"""MLPerf's rules for BERT as code: what the closed division fixes, and what of a config breaks it."""
+"""MLPerf's rules for BERT as code: what the closed division requires, and where a config breaks it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.integers import round_up
 
-RULESET = "5.0.0"  # BERT's last: later rulesets no longer admit it
+RULESET = "5.0.0"  # the last with BERT
 TARGET_ACCURACY = 0.720
 EVALUATION_SAMPLES = 10_000
 INIT_LIMIT_S = {"closed": 30 * 60, "open": 240 * 60}  # from init_start to init_stop
@@ -31,7 +31,7 @@ def evaluation_interval(global_batch_size: int) -> int:
 
 
 def wants_tensors(ruleset: str) -> bool:
-    """Whether a closed log of this ruleset names every tensor that was initialised."""
+    """Whether a closed log of this ruleset names every tensor that was initialized."""
     return ruleset in _RULESETS_WITH_TENSORS
 
 
@@ -41,7 +41,7 @@ def wants_short_status(ruleset: str) -> bool:
 
 
 def check_init_time(seconds: float, division: str) -> None:
-    """Refuse a run whose initialisation took longer than its division allows, before its clock starts."""
+    """Refuse a run, before its clock starts, whose initialization took longer than its division allows. Raises UserError."""
     if seconds > INIT_LIMIT_S[division]:
         raise UserError(
             f"initialisation took {seconds / 60:.0f} minutes and mlperf.division={division} allows "
@@ -51,7 +51,7 @@ def check_init_time(seconds: float, division: str) -> None:
 
 
 def open_because(config: Config) -> list[str]:
-    """What of a config the closed division does not allow, a sentence each; empty if it may be closed.
+    """Settings of a config that the closed division does not allow, one sentence each; empty if it may be closed.
 
     Free in the closed division: global batch, learning rate, epsilon, training and warm-up steps, start_warmup_step, betas
     and weight decay; order, sharding and batching of samples that stays random overall.
@@ -108,7 +108,7 @@ def check_evaluation_set(num_samples: int, config: Config) -> None:
 
 
 def check_division(config: Config) -> None:
-    """Refuse a config that claims the closed division and breaks a rule of it. Raises UserError naming the rules."""
+    """Refuse a config that claims the closed division and breaks its rules. Raises UserError naming them."""
     if config.mlperf.division != "closed":
         return
     reasons = open_because(config)

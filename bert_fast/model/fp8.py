@@ -1,4 +1,4 @@
-"""FP8 matmuls of the encoder through NVIDIA's Transformer Engine (optional package), weights and moments staying fp32.
+"""FP8 matmuls of the encoder by NVIDIA's Transformer Engine, an optional package. Weights and moments stay in fp32.
 
 Heads, embeddings and norms stay in bf16. Token counts must be multiples of 16 (`batch.shape_multiple`).
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_fp8(device: torch.device, shape_multiple: int) -> None:
-    """Refuse what Transformer Engine cannot do. Raises UserError."""
+    """Refuse a device or token counts that Transformer Engine cannot work with. Raises UserError."""
     if device.type != "cuda":
         raise UserError(f"train.precision=fp8 needs CUDA, this run is on {device.type}; set train.precision=bf16")
     if shape_multiple % 16:
@@ -30,7 +30,7 @@ def check_fp8(device: torch.device, shape_multiple: int) -> None:
 
 
 def use_fp8(model: BertForPretraining) -> None:
-    """Replace the encoder's linear layers, parameters and their names kept, by Transformer Engine's."""
+    """Replace the encoder's linear layers by Transformer Engine's; parameters keep their values and names. Raises UserError."""
     engine = _engine()
 
     class Fp8GeluLinear(engine.Linear):  # type: ignore[misc, name-defined]  # known only where the package is installed
@@ -60,7 +60,7 @@ def use_fp8(model: BertForPretraining) -> None:
 
 
 def fp8_context(enabled: bool) -> AbstractContextManager[Any]:
-    """Around the encoder's forward."""
+    """The context for the encoder's forward; does nothing unless `enabled`."""
     return _engine().fp8_autocast(enabled=True) if enabled else nullcontext()
 
 
