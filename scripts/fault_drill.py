@@ -65,7 +65,7 @@ def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 24, every: i
         raise UserError(f"the run that measures checkpoints ended with {ended.code}: {ended.output[-300:]}")
     record = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     rows = record["checkpoints"][4:]  # buffers are made in the first
-    times = {line["step"]: line["time_s"] for line in read_metrics(run) if line["kind"] == "step"}
+    times = {line.step: line.time_s for line in read_metrics(run) if line.kind == "step"}
     for row in rows:
         step = int(row["step"])
         row["steps_after_s"] = times[step + every] - times[step] if step + every in times else None

@@ -223,6 +223,11 @@ class CheckpointTimes:
     stall_s: float  # that training waited
     copy_s: float  # until weights and moments were copied
     total_s: float  # until it was on disk
+    kind: str | None = None  # how it was written, where a benchmark of checkpoints notes it
+
+    def as_json(self) -> dict[str, Any]:
+        """The record without what is None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +346,7 @@ class RunRecord:
             "cost": dict(vars(self.cost)),
             "peak_memory": dict(vars(self.peak_memory)),
             "stragglers": [each._asdict() for each in self.stragglers],
-            "checkpoints": [dict(vars(each)) for each in self.checkpoints],
+            "checkpoints": [each.as_json() for each in self.checkpoints],
             "energy": dict(vars(self.energy)),
             "data": {"train": self.data.train.as_json(), "eval": self.data.eval.as_json()},
             "shared_text": None if self.shared_text is None else list(self.shared_text),
@@ -354,7 +359,8 @@ class RunRecord:
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 _RECORD = TypeAdapter(RunRecord)
 _SETTINGS: dict[tuple[str, str], type] = {
-    ("run", "name"): str, ("train", "seed"): int, ("batch", "global_batch_size"): int,
+    ("run", "name"): str, ("train", "seed"): int, ("batch", "global_batch_size"): int, ("mlperf", "enabled"): bool,
+    ("mlperf", "division"): str, ("mlperf", "ruleset"): str,
 }  # fmt: skip
 
 

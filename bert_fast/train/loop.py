@@ -36,6 +36,7 @@ from bert_fast.model.checkpoints import google_variables
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
+from bert_fast.report.schema import EvaluationLine, SkippedLine
 from bert_fast.run_folder import run_folder
 from bert_fast.trace import span_or_nothing
 from bert_fast.train.batches import planned_batches, to_device
@@ -368,7 +369,7 @@ class Run:
             return
         if self.environment.is_main:
             self.line.say(f"warning: {skipped.text}; step skipped ({skipped.in_a_row} in a row)")
-            self.metrics.write("skipped", self.progress.step, {"bad_step": skipped.step, "ranks": skipped.ranks})
+            self.metrics.write(SkippedLine(step=self.progress.step, bad_step=skipped.step, ranks=skipped.ranks))
         if skipped.fatal:
             raise TrainingError(skipped.fatal)
 
@@ -381,28 +382,27 @@ class Run:
         if self.environment.device.type == "cuda":
             self._check_finite()
         self._finite.forget_blame()
-        found = self.interval.exchange(self.stop.number, self._alarm() is not None)
+        summary = self.interval.summarize(self.stop.number, self._alarm() is not None)
         self.heartbeat.at(progress.step, LOGGING)
-        if found.strayed is not None:
-            host = self.heartbeat.hosts[found.strayed]
+        rank = summary.first_rank_with_other_plan
+        if rank is not None:
             raise UserError(
-                f"rank {found.strayed} ({host}) planned other samples than rank 0 in the {found.steps} steps before step "
-                f"{progress.step}, so these steps are wrong and are not saved; look at the data and memory of that node, then "
-                "--resume"
+                f"rank {rank} ({self.heartbeat.hosts[rank]}) planned other samples than rank 0 in the {summary.steps} steps "
+                f"before step {progress.step}, so these steps are wrong and are not saved; look at the data and memory of that "
+                "node, then --resume"
             )
         self.energy.tick()
-        if self.environment.is_main:
-            clip = self.machinery.engine.clip_statistics.read()
-            self.metrics.write("step", progress.step, {**found.values, "clip": clip})
+        if summary.line is not None:
+            self.metrics.write(summary.line)
             accuracy = progress.evaluations[-1]["accuracy"] if progress.evaluations else None
-            remaining = (train.max_steps - progress.step) * found.seconds / found.steps
-            rate, loss = found.values["samples_per_s"], found.values["loss"]
+            remaining = (train.max_steps - progress.step) * summary.seconds / summary.steps
+            rate, loss = summary.line.samples_per_s, summary.line.loss
             self.line.update(
                 progress.step, progress.samples, rate, loss, accuracy, self.config.evaluation.target_accuracy, remaining
             )
-        if found.alarmed is not None:
-            self._stop_for(found.alarmed)
-        return found.signal
+        if summary.first_rank_with_alarm is not None:
+            self._stop_for(summary.first_rank_with_alarm)
+        return summary.signal
 
     def _alarm(self) -> str | None:
         """What this rank's background threads have found wrong."""
@@ -450,12 +450,12 @@ class Run:
         self.mllog.throughput(samples / self.clock.training, progress.step)
         while progress.next_evaluation <= samples:
             progress.next_evaluation += self.config.evaluation.every_samples
-        record = {
-            "samples": samples, "time_s": self.clock.elapsed, "accuracy": result.mlm_accuracy, "mlm_loss": result.mlm_loss,
-            "nsp_accuracy": result.nsp_accuracy, "nsp_loss": result.nsp_loss,
-        }  # fmt: skip
-        progress.evaluations.append({"step": progress.step, **record})
-        self.metrics.write("eval", progress.step, record)
+        line = EvaluationLine(
+            step=progress.step, samples=samples, time_s=self.clock.elapsed, accuracy=result.mlm_accuracy,
+            mlm_loss=result.mlm_loss, nsp_accuracy=result.nsp_accuracy, nsp_loss=result.nsp_loss,
+        )  # fmt: skip
+        progress.evaluations.append(line.values())
+        self.metrics.write(line)
         self.line.say(
             f"evaluation at {samples:,} samples, {self.clock.elapsed:.1f} s: masked-LM accuracy {result.mlm_accuracy:.4f}, "
             f"loss {result.mlm_loss + result.nsp_loss:.4f}"

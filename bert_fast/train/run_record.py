@@ -9,22 +9,23 @@ from bert_fast.config import as_plain
 from bert_fast.files import write_json
 from bert_fast.launch.provenance import commit
 from bert_fast.model.flops import train_flops
+from bert_fast.report.energy_cost import JOULES_PER_KWH, energy_cost
+from bert_fast.report.schema import FORMAT, TARGET_MISSED
 from bert_fast.report.stragglers import text
 from bert_fast.run_folder import PENDING_RECORD
-from bert_fast.train.complete import TARGET_MISSED, complete
+from bert_fast.train.complete import complete
 from bert_fast.train.loop import Outcome, Run
-from bert_fast.train.telemetry.energy_meter import JOULES_PER_KWH, cost
 
 
-def finish(run: Run, outcome: Outcome) -> dict[str, Any]:
+def finish(run: Run, outcome: Outcome) -> None:
     """Make the run's record and what follows from it (train.complete). Collective until the record is made."""
     memory = run.peak_memory()
     if not run.environment.is_main:
-        return {}
+        return
     write_json(run.folder / PENDING_RECORD, _record(run, outcome, memory))
     if run.environment.world_size > 1:
         run.line.say(text(run.interval.stragglers.worst(3), run.heartbeat.hosts))
-    return complete(run.folder)
+    complete(run.folder)
 
 
 def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def _record(run: Run, outcome: Outcome, memory: dict[str, float]) -> dict[str, A
         "compliance_passed": None,
     }
     return {
+        "format": FORMAT,
         "metrics": metrics,
         "config": as_plain(config),
         "environment": {**run.environment_record(), "commit": commit()},
@@ -96,7 +98,7 @@ def energy_record(run: Run) -> dict[str, Any]:
     kwh = sum(known) if known else None
     sessions = "all, each before the last up to its last checkpoint" if run.progress.sessions > 1 else "all"
     found = {"gpu_kwh": gpu, "cpu_kwh": cpu, "source": run.energy.source, "sessions": sessions}
-    return {**found, "kwh": kwh, **cost(kwh, run.config.run.price_per_kwh, run.config.run.gco2_per_kwh)}
+    return {**found, "kwh": kwh, **energy_cost(kwh, run.config.run.price_per_kwh, run.config.run.gco2_per_kwh)}
 
 
 def _shared_entry(run: Run) -> str:
