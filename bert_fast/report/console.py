@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bert_fast.report.schema import EnergyRecord, PeakMemory, RunMetrics, RunRecord
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def seconds_text(seconds: float) -> str:
@@ -17,6 +22,17 @@ def seconds_text(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Values as bars, means of equal parts where there are more than `width`; ? where nothing is finite."""
+    parts = np.array_split(np.array(values, dtype=float), min(width, len(values))) if values else []
+    means = [float(part[np.isfinite(part)].mean()) if np.isfinite(part).any() else math.nan for part in parts]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    if not finite:
+        return "?" * len(means)
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join("?" if math.isnan(mean) else _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
 class ProgressLine:

@@ -23,6 +23,7 @@ from bert_fast.foreign import parse_json, read_bounded, shown
 from bert_fast.report.stragglers import Straggler
 
 FORMAT = "bert_fast run 2"
+STEP, EVALUATION, SKIPPED = "step", "eval", "skipped"  # the kinds of lines
 SUCCESS = "success"  # RunRecord.status: the target was reached, or all steps are done and there was no target
 TARGET_MISSED = "target not reached"
 MAX_RECORD_BYTES = 64 << 20
@@ -402,6 +403,19 @@ def parse_record(text: bytes, where: str) -> RunRecord:
         raise UserError(f"{where} is not JSON: {shown(error)}") from None
     if not isinstance(tree, dict) or not {"metrics", "config"} <= tree.keys():
         raise UserError(f"{where} is not the record of a run (it has no metrics and config); give a run's metrics.json")
+    check_format(tree, where)
+    try:
+        record = _RECORD.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(_other_form(where, error)) from None
+    for (section, name), kind in _SETTINGS.items():
+        if not isinstance(record.config.get(section, {}).get(name), kind):
+            raise UserError(f"{where} is not as '{FORMAT}' has it: config.{section}.{name} should be a {kind.__name__}")
+    return record
+
+
+def check_format(tree: dict[str, Any], where: str) -> None:
+    """Refuse a record of an older or newer form, as plain values. Raises UserError."""
     if "format" not in tree:
         raise UserError(
             f"{where} was written before the settings were renamed (it has no format); read it with the code that wrote "
@@ -412,14 +426,6 @@ def parse_record(text: bytes, where: str) -> RunRecord:
             f"{where} has the format {shown(repr(tree['format']), 60)} and this code reads '{FORMAT}'; read it with the "
             "code that wrote it, or run again"
         )
-    try:
-        record = _RECORD.validate_json(text, strict=True)
-    except ValidationError as error:
-        raise UserError(_other_form(where, error)) from None
-    for (section, name), kind in _SETTINGS.items():
-        if not isinstance(record.config.get(section, {}).get(name), kind):
-            raise UserError(f"{where} is not as '{FORMAT}' has it: config.{section}.{name} should be a {kind.__name__}")
-    return record
 
 
 def _other_form(where: str, error: ValidationError) -> str:
