@@ -35,7 +35,8 @@ from faults.watched import Drill  # noqa: E402
 
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically, write_json  # noqa: E402
-from bert_fast.report.bench import cpu_name, environment  # noqa: E402
+from bert_fast.hardware import cpu_name  # noqa: E402
+from bert_fast.report.bench import environment  # noqa: E402
 from bert_fast.report.metrics import read_metrics  # noqa: E402
 
 SMALL = (
