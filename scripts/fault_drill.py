@@ -35,7 +35,8 @@ from faults.watched import Drill  # noqa: E402
 
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically, write_json  # noqa: E402
-from bert_fast.report.bench import cpu_name, environment  # noqa: E402
+from bert_fast.hardware import cpu_name  # noqa: E402
+from bert_fast.report.bench import environment  # noqa: E402
 from bert_fast.report.metrics import read_metrics  # noqa: E402
 
 SMALL = (
@@ -65,7 +66,7 @@ def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 24, every: i
         raise UserError(f"the run that measures checkpoints ended with {ended.code}: {ended.output[-300:]}")
     record = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     rows = record["checkpoints"][4:]  # buffers are made in the first
-    times = {line["step"]: line["time_s"] for line in read_metrics(run) if line["kind"] == "step"}
+    times = {line.step: line.time_s for line in read_metrics(run) if line.kind == "step"}
     for row in rows:
         step = int(row["step"])
         row["steps_after_s"] = times[step + every] - times[step] if step + every in times else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from bert_fast.config import Config, ModelConfig
 from bert_fast.integers import ceil_div
@@ -105,16 +103,3 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     inputs = 3 * 8 * tokens * config.batch.gradient_accumulation_steps  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
     return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + inputs + kept
-
-
-def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory of this machine, or of the container that the process runs in."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (groups / name).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            there = min(there, int(text))
-    return there

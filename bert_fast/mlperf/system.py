@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from bert_fast.errors import UserError
+from bert_fast.hardware import cpu_info, physical_memory
 
 STATUSES = ("Available on-premise", "Available cloud", "Research, Development, or Internal (RDI)", "Preview")
 # The fields that MLPerf's system checker requires, in its order. None: only the user knows it.
@@ -56,7 +57,7 @@ FIELDS: dict[str, str | None] = {
 
 def collect_system() -> dict[str, str]:
     """The fields that can be read on this machine, a node of the system. Needs no torch, so that any node can be asked."""
-    cpu = _cpu_info()
+    cpu = cpu_info()
     sockets = len({each.get("physical id", "0") for each in cpu}) or 1
     cores = len({(each.get("physical id"), each.get("core id")) for each in cpu}) or len(cpu)
     storage = shutil.disk_usage(Path.cwd())
@@ -67,7 +68,7 @@ def collect_system() -> dict[str, str]:
         "host_processor_vcpu_count": str(os.cpu_count() or 1),
         "host_processor_frequency": f"{cpu[0]['cpu MHz']} MHz" if cpu and "cpu MHz" in cpu[0] else "",
         "host_processor_caches": cpu[0].get("cache size", "") if cpu else "",
-        "host_memory_capacity": f"{_memory_gib():.0f} GiB",
+        "host_memory_capacity": f"{physical_memory() / 2**30:.0f} GiB",
         "host_storage_type": _storage_type(),
         "host_storage_capacity": f"{storage.total / 2**40:.1f} TiB",
         "host_networking": ", ".join(_networks()),
@@ -142,20 +143,6 @@ def _read(path: str | Path, of: Callable[[str], str] = str.strip) -> str:
         return of(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, IndexError):
         return ""
-
-
-def _cpu_info() -> list[dict[str, str]]:
-    blocks = _read("/proc/cpuinfo").split("\n\n")
-    parsed = (
-        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
-        for block in blocks
-    )
-    return [each for each in parsed if "processor" in each]
-
-
-def _memory_gib() -> float:
-    text = _read("/proc/meminfo", lambda text: text.split("MemTotal:")[1].split("kB")[0])
-    return float(text) / 2**20 if text else 0.0
 
 
 def _storage_type() -> str:

@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,10 +14,10 @@ import torch.distributed as dist
 from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
 from bert_fast.errors import LostRankError, UserError
+from bert_fast.hardware import cpu_has_bf16, cpu_name
 from bert_fast.launch.machine_file import MachineFile, apply, load_machine_file, nic_variables
 from bert_fast.launch.rendezvous_check import bound_by_slurm, check_head
 from bert_fast.launch.topology import bind, format_cpulist, read_topology
-from bert_fast.report.bench import cpu_name
 from bert_fast.train.setup.rendezvous import meet
 
 
@@ -40,15 +39,6 @@ class Environment:
     @property
     def autocast(self) -> bool:
         return self.dtype != torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

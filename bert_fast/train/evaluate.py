@@ -15,6 +15,7 @@ from bert_fast.balance.cost import CostModel
 from bert_fast.config import EvaluationConfig
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining, BertInput
+from bert_fast.report.schema import EvaluationLine
 from bert_fast.train.batches import to_device
 from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.context import RunContext
@@ -150,16 +151,17 @@ class EvaluationRunner:
 
     def _record(self, result: Evaluation) -> None:
         context, progress = self._context, self._state.progress
-        record = {
-            "samples": progress.samples,
-            "time_s": context.clock.elapsed,
-            "accuracy": result.mlm_accuracy,
-            "mlm_loss": result.mlm_loss,
-            "nsp_accuracy": result.nsp_accuracy,
-            "nsp_loss": result.nsp_loss,
-        }
-        progress.evaluations.append({"step": progress.step, **record})
-        context.metrics.write("eval", progress.step, record)
+        line = EvaluationLine(
+            step=progress.step,
+            samples=progress.samples,
+            time_s=context.clock.elapsed,
+            accuracy=result.mlm_accuracy,
+            mlm_loss=result.mlm_loss,
+            nsp_accuracy=result.nsp_accuracy,
+            nsp_loss=result.nsp_loss,
+        )
+        progress.evaluations.append(line.values())
+        context.metrics.write(line)
         context.log(
             f"evaluation at {progress.samples:,} samples, {context.clock.elapsed:.1f} s: masked-LM accuracy "
             f"{result.mlm_accuracy:.4f}, loss {result.mlm_loss + result.nsp_loss:.4f}"

@@ -13,6 +13,7 @@ from bert_fast.data.scrub import Scrubber
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.optim.schedule import learning_rate
+from bert_fast.report.schema import SkippedLine
 from bert_fast.trace import span_or_nothing
 from bert_fast.train.batches import PlannedStep, StepLoader
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
@@ -144,7 +145,7 @@ class TrainingLoop:
             return
         if context.environment.is_main:
             context.log(f"warning: {skipped.text}; step skipped ({skipped.in_a_row} in a row)")
-            context.metrics.write("skipped", self._progress.step, {"bad_step": skipped.step, "ranks": skipped.ranks})
+            context.metrics.write(SkippedLine(step=self._progress.step, bad_step=skipped.step, ranks=skipped.ranks))
         if skipped.fatal:
             raise TrainingError(skipped.fatal)
 
@@ -157,31 +158,30 @@ class TrainingLoop:
         if context.environment.device.type == "cuda":
             self._check_finite()
         self._nonfinite.forget_blame()
-        found = self.metrics.exchange(context.stop.number, self._alarms.text is not None)
+        summary = self.metrics.summarize(context.stop.number, self._alarms.text is not None)
         context.heartbeat.at(progress.step, LOGGING)
-        if found.strayed is not None:
+        rank = summary.first_rank_with_other_plan
+        if rank is not None:
             raise UserError(
-                f"rank {found.strayed} ({context.heartbeat.hosts[found.strayed]}) planned other samples than rank 0 in the "
-                f"{found.steps} steps before step {progress.step}, so these steps are wrong and are not saved; look at the "
-                "data and memory of that node, then --resume"
+                f"rank {rank} ({context.heartbeat.hosts[rank]}) planned other samples than rank 0 in the {summary.steps} steps "
+                f"before step {progress.step}, so these steps are wrong and are not saved; look at the data and memory of that "
+                "node, then --resume"
             )
         context.energy.tick()
-        if context.environment.is_main:
-            clip = self._components.engine.clip_statistics.read()
-            context.metrics.write("step", progress.step, {**found.values, "clip": clip})
-            remaining_s = (context.config.train.max_steps - progress.step) * found.seconds / found.steps
+        if summary.line is not None:  # on rank 0
+            context.metrics.write(summary.line)
             context.line.update(
                 progress.step,
                 progress.samples,
-                found.values["samples_per_s"],
-                found.values["loss"],
+                summary.line.samples_per_s,
+                summary.line.loss,
                 progress.evaluations[-1]["accuracy"] if progress.evaluations else None,
                 context.config.evaluation.target_accuracy,
-                remaining_s,
+                (context.config.train.max_steps - progress.step) * summary.seconds / summary.steps,
             )
-        if found.alarmed is not None:
-            self._stop_for(found.alarmed)
-        return found.signal
+        if summary.first_rank_with_alarm is not None:
+            self._stop_for(summary.first_rank_with_alarm)
+        return summary.signal
 
     def _stop_for(self, rank: int) -> None:
         """All ranks stop for what `rank` has found, and say the same. What is sound is saved first. A collective."""

@@ -28,11 +28,11 @@ from bert_fast.config import Config, as_plain
 from bert_fast.config.load import load_config, to_yaml
 from bert_fast.errors import LostRankError, TrainingError, UserError
 from bert_fast.files import write_json
+from bert_fast.hardware import machine_memory
 from bert_fast.launch import local as launch
 from bert_fast.launch.mpi import adopt_mpi
 from bert_fast.launch.provenance import commit
 from bert_fast.launch.slurm import adopt_slurm, is_launched
-from bert_fast.memory.estimate import machine_memory
 from bert_fast.mlperf.rules import check_division
 from bert_fast.run_folder import STOPPED, create_folder, run_folder, take_folder
 from bert_fast.train.complete import EXIT_TARGET_MISSED, exit_code_of, finished_again, is_over

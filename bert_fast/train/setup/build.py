@@ -22,7 +22,8 @@ from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_for
 from bert_fast.config import Config
 from bert_fast.config.choices import ENGINES, OBJECTIVES, SHARDED_ENGINES, find
 from bert_fast.errors import UserError
-from bert_fast.memory.estimate import least_bytes, machine_memory
+from bert_fast.hardware import machine_memory
+from bert_fast.memory.estimate import least_bytes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
