@@ -35,6 +35,7 @@ PENDING_RECORD = (
 )
 REPORT = "report.html"
 RECORD = "metrics.json"  # the record of the whole run (report.schema)
+TARGET_MISSED = "target not reached"  # the `status` in it of a run that has done its last step without its target
 
 CHECKPOINT_MANIFEST = "complete.json"  # the last file of a checkpoint
 CHECKPOINT_TENSORS = "tensors.json"

@@ -23,8 +23,9 @@ guard_imports()
 
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_json  # noqa: E402
+from bert_fast.launch.binding import bind  # noqa: E402
 from bert_fast.launch.machine_file import nic_variables  # noqa: E402
-from bert_fast.launch.topology import Topology, bind, format_cpulist, read_topology  # noqa: E402
+from bert_fast.launch.topology import Topology, format_cpulist, read_topology  # noqa: E402
 
 SYSFS = Path("/sys")
 

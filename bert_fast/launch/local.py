@@ -17,13 +17,12 @@ from types import FrameType
 from bert_fast.claims import CLAIM, claim_name
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode, is_restartable, of_signal
+from bert_fast.launch.error_report import ERROR_FOLDER, causes_of, format_ranks, last_seen, read_reports
 from bert_fast.launch.rendezvous_check import SECRET, new_secret
-from bert_fast.run_folder import checkpoints_in, run_folder
+from bert_fast.run_folder import CHECKPOINTS, checkpoints_in, run_folder
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_LOST_RANK = 4
-RESTARTED = (3, EXIT_LOST_RANK, 70)  # training cannot go on, a rank was lost, a bug: what another try may mend
-ERROR_FOLDER = "BERT_FAST_ERROR_FOLDER"  # variable: where ranks leave their error texts for the launcher
 LAUNCHER_PID = "BERT_FAST_LAUNCHER_PID"  # variable: the process that a rank must not outlive
 _REAP_S = 5.0
 
@@ -44,12 +43,12 @@ def run_local(config: Config, arguments: list[str], finished: Callable[[], int |
         )
     for attempt in range(config.recovery.max_restarts + 1):
         code, signalled = _run_once(config, arguments)
-        if code not in RESTARTED or signalled or attempt == config.recovery.max_restarts:
+        if not is_restartable(code) or signalled or attempt == config.recovery.max_restarts:
             break
         done = finished()
         if done is not None:
             return done
-        has_checkpoint = bool(checkpoints_in(run_folder(config) / "checkpoints"))
+        has_checkpoint = bool(checkpoints_in(run_folder(config) / CHECKPOINTS))
         arguments = [each for each in arguments if each != "--resume"] + ["--resume"] * has_checkpoint
         where = "the last checkpoint" if has_checkpoint else "the beginning: there is no checkpoint yet"
         print(f"restart {attempt + 1} of {config.recovery.max_restarts} from {where}", flush=True)
@@ -126,10 +125,10 @@ class _Ranks:
         """Wait for the ranks; the exit code of the run."""
         while True:
             codes = [process.poll() for process in self._processes]
-            if any(code not in (None, 0) for code in codes) or not codes:
+            if any(code not in (None, ExitCode.OK) for code in codes) or not codes:
                 return self._end()
-            if all(code == 0 for code in codes):
-                return 0
+            if all(code == ExitCode.OK for code in codes):
+                return ExitCode.OK
             time.sleep(0.05)
 
     def _end(self) -> int:
@@ -146,25 +145,18 @@ class _Ranks:
         if self._forwarded is not None and (not codes or any(code == -self._forwarded for code in codes)):
             name = signal.Signals(self._forwarded).name
             print(f"error: stopped by {name} before the first step; nothing was written", file=sys.stderr)
-            return 128 + self._forwarded
+            return of_signal(self._forwarded)
         killed = [rank for rank, code in enumerate(codes) if code < 0 and rank not in self._ended_by_us]
         if killed:
             names = ", ".join(f"rank {rank} by {signal.Signals(-codes[rank]).name}" for rank in killed)
+            seen = last_seen(read_reports(self._errors), killed[0])
             print(
-                f"error: a rank was killed: {names}; the others were stopped{self._last_seen(killed)}. Start again, or "
+                f"error: a rank was killed: {names}; the others were stopped{f'; {seen}' if seen else ''}. Start again, or "
                 "--resume from the last checkpoint",
                 file=sys.stderr,
             )
-            return EXIT_LOST_RANK
+            return ExitCode.LOST_RANK
         return self._explain(codes)
-
-    def _last_seen(self, killed: list[int]) -> str:
-        """Where the others saw the killed ranks last."""
-        for note in sorted(self._errors.glob("rank-*")):
-            _, found, who = note.read_text(encoding="utf-8").partition("another rank: ")
-            if found and who.startswith(f"rank {killed[0]} ("):
-                return f"; {who.partition('. Start again')[0]}"
-        return ""
 
     def _wait_for_all(self) -> None:
         deadline = time.monotonic() + _REAP_S
@@ -172,18 +164,14 @@ class _Ranks:
             time.sleep(0.02)
 
     def _explain(self, codes: list[int]) -> int:
-        """Print what the ranks that failed by themselves left to say, each text once."""
-        own = [rank for rank, code in enumerate(codes) if code > 0 and code != EXIT_LOST_RANK]
+        """Print what the ranks that failed by themselves have reported, each text once."""
+        own = [rank for rank, code in enumerate(codes) if code > 0 and code != ExitCode.LOST_RANK]
         culprits = own or [rank for rank, code in enumerate(codes) if code]
-        texts: dict[str, list[int]] = {}
-        for rank in culprits:
-            note = self._errors / f"rank-{rank}"
-            if note.is_file():
-                texts.setdefault(note.read_text(encoding="utf-8"), []).append(rank)
-        for text, ranks in texts.items():
-            who = "" if len(ranks) == len(codes) else f"rank {', '.join(map(str, ranks))}: "
+        reports = [report for report in read_reports(self._errors) if report.rank in culprits]
+        for text, ranks in causes_of(reports).items():
+            who = "" if len(ranks) == len(codes) else f"rank {format_ranks(ranks)}: "
             print(f"error: {who}{text}", file=sys.stderr)
-        return codes[culprits[0]] if codes[culprits[0]] > 0 else EXIT_LOST_RANK
+        return codes[culprits[0]] if codes[culprits[0]] > 0 else ExitCode.LOST_RANK
 
 
 def _free_port() -> int:

@@ -15,15 +15,13 @@ import numpy as np
 
 from bert_fast import claims
 from bert_fast.balance.cost import CostModel, cost_record, fit_cost
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_json
 from bert_fast.mlperf.compliance import check_log
 from bert_fast.report.console import print_table, run_rows
 from bert_fast.report.html import write_report
 from bert_fast.report.metrics import cost_rows
-from bert_fast.run_folder import PENDING_RECORD, RUN
-
-TARGET_MISSED = "target not reached"  # status in metrics.json
-EXIT_TARGET_MISSED = 1
+from bert_fast.run_folder import PENDING_RECORD, RUN, TARGET_MISSED
 
 
 def complete(folder: Path) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def complete(folder: Path) -> dict[str, Any]:
     return record
 
 
-def finished_again(folder: Path) -> int | None:
+def finished_again(folder: Path) -> ExitCode | None:
     """Finish what a run that was done had left to do; its exit code. None: there is no such run here.
 
     Raises:
@@ -79,13 +77,13 @@ def is_over(folder: Path) -> bool:
     return (folder / PENDING_RECORD).is_file() or (folder / "metrics.json").is_file()
 
 
-def exit_code_of(folder: Path) -> int | None:
+def exit_code_of(folder: Path) -> ExitCode | None:
     """What the finished run in `folder` ended with; None if it has not."""
     try:
         record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return EXIT_TARGET_MISSED if record.get("status") == TARGET_MISSED else 0
+    return ExitCode.TARGET_MISSED if record.get("status") == TARGET_MISSED else ExitCode.OK
 
 
 def _write_cost(folder: Path, cost: dict[str, Any]) -> None:

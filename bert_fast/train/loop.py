@@ -57,6 +57,7 @@ from bert_fast.train.health.heartbeat import (
     FINISHING,
     LOGGING,
     Heartbeat,
+    Verdict,
 )
 from bert_fast.train.health.nonfinite import NonfiniteWatch
 from bert_fast.train.health.signals import StopFlag
@@ -95,11 +96,11 @@ class Run:
     """One run on one rank. `execute()` is the whole of it."""
 
     def __init__(self, config: Config, environment: Environment, resume: bool, process_start: float,
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[Verdict], None],
     ) -> None:  # fmt: skip
         """
         Args:
-            on_lost: called from another thread, with the reason, when a rank is lost and this one may wait for it for ever.
+            on_lost: called from another thread, with the verdict, when a rank is lost and this one may wait for it for ever.
         """
         self.config, self.environment, self.resume = config, environment, resume
         self.folder = run_folder(config)

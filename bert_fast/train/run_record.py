@@ -10,8 +10,8 @@ from bert_fast.files import write_json
 from bert_fast.launch.provenance import commit
 from bert_fast.model.flops import train_flops
 from bert_fast.report.stragglers import text
-from bert_fast.run_folder import PENDING_RECORD
-from bert_fast.train.complete import TARGET_MISSED, complete
+from bert_fast.run_folder import PENDING_RECORD, TARGET_MISSED
+from bert_fast.train.complete import complete
 from bert_fast.train.loop import Outcome, Run
 from bert_fast.train.telemetry.energy_meter import JOULES_PER_KWH, cost
 
