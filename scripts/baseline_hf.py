@@ -365,7 +365,7 @@ def be_a_rank(config: Config, args: argparse.Namespace) -> int:
             f"real tokens/s, {accuracy}{goal}",
             flush=True,
         )
-    return 0 if target is None or metrics["target_reached"] else ExitCode.TARGET_MISSED
+    return ExitCode.OK if target is None or metrics["target_reached"] else ExitCode.TARGET_MISSED
 
 
 def run(args: argparse.Namespace) -> int:

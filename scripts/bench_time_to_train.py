@@ -71,7 +71,7 @@ def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dic
     log = folder / f"{name}.log"
     with open(log, "wb") as output:
         done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode not in (0, ExitCode.TARGET_MISSED) or not result.is_file():
+    if done.returncode not in (ExitCode.OK, ExitCode.TARGET_MISSED) or not result.is_file():
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
         print("\n".join(f"    {line}" for line in tail), file=sys.stderr)
         raise TrainingError(
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
             **as_plain(config),
         }  # fmt: skip
         bench.write_result(args.json, metrics, what, environment, samples)
-    return 0 if ratio is not None else ExitCode.TARGET_MISSED
+    return ExitCode.OK if ratio is not None else ExitCode.TARGET_MISSED
 
 
 def _checked_config(args: argparse.Namespace) -> Config:

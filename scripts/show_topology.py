@@ -22,6 +22,7 @@ from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 guard_imports()
 
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import write_json  # noqa: E402
 from bert_fast.launch.binding import bind  # noqa: E402
 from bert_fast.launch.machine_file import nic_variables  # noqa: E402
@@ -82,7 +83,7 @@ def main() -> int:
             write_json(args.json, {"topology": asdict(topology), "device": device, "ranks": ranked})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     return 0
 
 
