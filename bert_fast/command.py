@@ -152,7 +152,7 @@ def whole(least: int, most: int = 2**31) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is no whole number") from None
+            raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not a whole number") from None
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not between {least:,} and {most:,}")
         return value
@@ -173,7 +173,7 @@ def not_negative(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is no number") from None
+        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not a number") from None
     if not 0 <= value < 1e12:
         raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not positive, or far too large")
     return value

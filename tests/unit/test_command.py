@@ -107,7 +107,7 @@ def test_long_text_is_cut() -> None:
 
 @pytest.mark.parametrize("text", ["0", "-3", "x", "9" * 30])
 def test_whole_numbers_of_options(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="between|no whole number"):
+    with pytest.raises(argparse.ArgumentTypeError, match="between|not a whole number"):
         whole(1)(text)
 
 
