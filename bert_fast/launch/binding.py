@@ -64,34 +64,29 @@ def bind(
             addresses, which also hold where a container or a cgroup renumbers devices. None: all.
 
     Cores: those of the GPU's NUMA node, shared out equally between the ranks whose GPUs are there; on a CPU, equal shares
-    of all allowed ones that stay within a node as far as they can. NIC: the nearest by PCI, dealt one each.
+    of all allowed ones that stay within a node as far as they can. NIC: the nearest by PCI, one each as far as they go round.
     """
     assert 0 <= local_rank < local_world_size
     nodes = _allowed_cores(topology, allowed_cpus)
     gpus: list[Gpu | None] = [None] * local_world_size
-    notes = [f"no {place} here" for place in topology.missing]
-    shares: list[_Share] | None = None
+    shares, notes = None, [f"no {place} here" for place in topology.missing]
     if device == "cuda":
         gpus, problem = _gpus_of_ranks(topology, local_world_size, visible_devices)
         if problem is None:
             shares, problem = _gpu_shares(topology, nodes, [gpu for gpu in gpus if gpu])
         notes += [f"{problem}: cores not chosen by GPU"] if problem else []
     shares = shares or _even_shares(nodes, local_world_size)
-    touched = [[node for node, cores in nodes.items() if set(_flat(cores)) & set(_flat(s.cores))] for s in shares]
-    homes = [found[0] if len(found) == 1 else None for found in touched]
-    gpu, cpus = gpus[local_rank], sorted(_flat(shares[local_rank].cores))
+    nodes_of = [_nodes_of(share, nodes) for share in shares]
+    homes = [touched[0] if len(touched) == 1 else None for touched in nodes_of]
+    gpu, share = gpus[local_rank], shares[local_rank]
     nic, near = None, None
     if device == "cpu" or gpu:
-        places = [
-            (g.path, home if g.numa_node is None else g.numa_node) if g else ((), home)
-            for g, home in zip(gpus, homes, strict=True)
-        ]
-        nic, near = _deal_nics(places, _usable_nics(topology))[local_rank]
+        nic, near = _assign_nics(_places(gpus, homes), _usable_nics(topology))[local_rank]
     of = f" of NUMA node {gpu.numa_node}" if gpu and gpu.numa_node is not None else ""
-    why = [gpu and f"GPU {gpu.address}{of}", _describe(shares[local_rank], touched[local_rank]), near, *notes]
-    core_of = {cpu: index for index, core in enumerate(topology.cores) for cpu in core}
-    num_cores = len({core_of.get(cpu, -1 - cpu) for cpu in cpus})
-    return Binding(tuple(cpus), homes[local_rank], nic, gpu and gpu.address, "; ".join(filter(None, why)), num_cores)
+    why = [gpu and f"GPU {gpu.address}{of}", _describe(share, nodes_of[local_rank]), near, *notes]
+    cpus = tuple(sorted(_flat(share.cores)))
+    num_cores = _num_physical_cores(topology, cpus)
+    return Binding(cpus, homes[local_rank], nic, gpu and gpu.address, "; ".join(filter(None, why)), num_cores)
 
 
 def check_one_rank_per_gpu(devices_by_rank: Sequence[tuple[str, str | None]]) -> None:
@@ -113,6 +108,25 @@ def check_one_rank_per_gpu(devices_by_rank: Sequence[tuple[str, str | None]]) ->
                 f"host {host}: ranks {', '.join(map(str, sharing))} are all on GPU {device}; start one rank per GPU "
                 "(system.ranks_per_node) and let CUDA_VISIBLE_DEVICES show each rank all of the host's GPUs"
             )
+
+
+def _nodes_of(share: _Share, nodes: _Nodes) -> list[int | None]:
+    """The nodes that a share has cores of."""
+    mine = set(_flat(share.cores))
+    return [node for node, cores in nodes.items() if mine & set(_flat(cores))]
+
+
+def _places(gpus: list[Gpu | None], homes: list[int | None]) -> list[tuple[tuple[str, ...], int | None]]:
+    """Where every rank is, for its network card: the PCI path of its GPU, and the NUMA node of the GPU or of its cores."""
+    return [
+        (gpu.path, home if gpu.numa_node is None else gpu.numa_node) if gpu else ((), home)
+        for gpu, home in zip(gpus, homes, strict=True)
+    ]
+
+
+def _num_physical_cores(topology: Topology, cpus: Collection[int]) -> int:
+    core_of = {cpu: index for index, core in enumerate(topology.cores) for cpu in core}
+    return len({core_of.get(cpu, -1 - cpu) for cpu in cpus})
 
 
 def _flat(cores: _Cores) -> list[int]:
@@ -236,7 +250,7 @@ def _closeness(path: tuple[str, ...], node: int | None, nic: Nic) -> tuple[int, 
     return int(node is not None and node == nic.numa_node), 0
 
 
-def _deal_nics(places: list[tuple[tuple[str, ...], int | None]], nics: list[Nic]) -> list[tuple[str | None, str]]:
+def _assign_nics(places: list[tuple[tuple[str, ...], int | None]], nics: list[Nic]) -> list[tuple[str | None, str]]:
     """A card and where it is for every rank, whose place is the PCI path of its GPU and its NUMA node.
 
     Only cards of a rank's nearest class are for it; of these the pairs with most bridges in common go first, and no card is
@@ -248,11 +262,11 @@ def _deal_nics(places: list[tuple[tuple[str, ...], int | None]], nics: list[Nic]
     best = [max(row)[0] for row in table]
     every = ((rank, index, *close) for rank, row in enumerate(table) for index, close in enumerate(row))
     pairs = sorted((-shared, rank, index) for rank, index, near, shared in every if near == best[rank])
-    dealt: dict[int, int] = {}
-    while len(dealt) < len(places):
+    assigned: dict[int, int] = {}
+    while len(assigned) < len(places):
         taken: set[int] = set()
         for _, rank, index in pairs:
-            if rank not in dealt and index not in taken:
-                dealt[rank] = index
+            if rank not in assigned and index not in taken:
+                assigned[rank] = index
                 taken.add(index)
-    return [(nics[i].name, f"NIC {nics[i].name} {_NEAR[table[rank][i][0]]}") for rank, i in sorted(dealt.items())]
+    return [(nics[i].name, f"NIC {nics[i].name} {_NEAR[table[rank][i][0]]}") for rank, i in sorted(assigned.items())]

@@ -161,38 +161,46 @@ def nodes_needed(config: Config) -> int:
     return config.system.world_size // config.system.node_size
 
 
-def fit_to_nodes(config: Config, available: int) -> tuple[int, list[str]]:
-    """How many of `available` nodes to use, and the overrides of the config that keep its global batch on them.
+def fit_to_nodes(config: Config, num_available: int) -> tuple[int, list[str]]:
+    """How many of `num_available` nodes to use, and the overrides of the config that keep its global batch on them.
 
     All that the config asks for if they are there. Else, with recovery.min_nodes set, the largest number of nodes whose
     ranks divide the global batch; a rank then computes more samples, in micro-batches no larger than before (they fit in
-    memory). Raises UserError if there are too few.
+    memory).
+
+    Returns:
+        The number of nodes, and overrides such as "system.world_size=8".
+
+    Raises:
+        UserError: there are too few nodes, or no number of them divides the global batch.
     """
     needed, least = nodes_needed(config), config.recovery.min_nodes
-    if available >= needed:
+    if num_available >= needed:
         return needed, []
     if least is None:
         raise UserError(
-            f"{available} nodes answer and the config needs {needed}; ask for spares (recovery.spare_nodes and sbatch "
+            f"{num_available} nodes answer and the config needs {needed}; ask for spares (recovery.spare_nodes and sbatch "
             "--nodes=MIN-MAX), or let it go on with fewer (recovery.min_nodes)"
         )
     batch = config.batch
-    for nodes in range(available, least - 1, -1):
+    for nodes in range(num_available, least - 1, -1):
         world = nodes * config.system.node_size
         if nodes == 0 or batch.global_batch_size % world:
             continue
         samples_per_rank = batch.global_batch_size // world
-        local = max(size for size in range(1, batch.micro_batch_size + 1) if samples_per_rank % size == 0)
+        micro_batch_size = max(size for size in range(1, batch.micro_batch_size + 1) if samples_per_rank % size == 0)
         return nodes, [
-            f"system.world_size={world}", f"system.ranks_per_node={config.system.node_size}",
-            f"batch.micro_batch_size={local}", f"batch.gradient_accumulation_steps={samples_per_rank // local}",
-        ]  # fmt: skip
-    if available < least:
+            f"system.world_size={world}",
+            f"system.ranks_per_node={config.system.node_size}",
+            f"batch.micro_batch_size={micro_batch_size}",
+            f"batch.gradient_accumulation_steps={samples_per_rank // micro_batch_size}",
+        ]
+    if num_available < least:
         raise UserError(
-            f"{available} nodes answer and recovery.min_nodes={least}; the config's full number is {needed}"
+            f"{num_available} nodes answer and recovery.min_nodes={least}; the config's full number is {needed}"
         )
     raise UserError(
-        f"batch.global_batch_size={batch.global_batch_size} cannot be shared by {least} to {available} nodes of "
+        f"batch.global_batch_size={batch.global_batch_size} cannot be shared by {least} to {num_available} nodes of "
         f"{config.system.node_size} ranks; lower recovery.min_nodes or choose a global batch with more divisors"
     )
 

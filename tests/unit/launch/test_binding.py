@@ -88,7 +88,7 @@ def test_dgx_h100_matches_the_user_guide(dgx_h100: Topology) -> None:
     assert [binding.numa_node for binding in bindings] == [0] * 4 + [1] * 4
 
 
-def test_a_card_that_is_down_is_not_dealt(dgx_h100: Topology) -> None:
+def test_a_card_that_is_down_is_not_assigned(dgx_h100: Topology) -> None:
     nics = tuple(replace(nic, up=nic.name != "mlx5_3") for nic in dgx_h100.nics)
     dealt = [binding.nic for binding in bind_all(replace(dgx_h100, nics=nics), 8, "cuda")]
     assert dealt[:3] == ["mlx5_0", "mlx5_0", "mlx5_4"]  # shared with the neighbour on the switch, not far away
