@@ -38,6 +38,7 @@ from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
 from bert_fast.balance.planner import Plan, Planner  # noqa: E402
 from bert_fast.config import BalanceConfig  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 
@@ -284,7 +285,7 @@ def main() -> int:
     ranks, batches = tuple(args.ranks), tuple(args.batches)
     if args.steps < 2 or min(*ranks, *batches) < 1:
         print("error: --steps must be at least 2, ranks and batches at least 1", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
     if args.budget:
@@ -292,7 +293,7 @@ def main() -> int:
         return 0
     if args.share_at_maximum is not None and not 0 <= args.share_at_maximum <= 1:
         print(f"error: --share-at-maximum {args.share_at_maximum} is no share; give 0 to 1", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     facts = environment()
     try:
         if args.share_at_maximum is not None and not args.lengths:
@@ -304,7 +305,7 @@ def main() -> int:
         lengths = lengths.astype(np.uint16)
     except (OSError, ValueError) as error:
         print(f"error: --lengths {args.lengths}: {error}; give a .npy file of whole numbers", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     metrics: dict[str, float] = {}
     samples: dict[str, Any] = {}
     for rank in ranks:
@@ -315,7 +316,7 @@ def main() -> int:
                     figures, raw = measure(lengths, case, args.steps)
                 except UserError as error:
                     print(f"error: {case.name}: {error}", file=sys.stderr)
-                    return 2
+                    return ExitCode.USER_ERROR
                 metrics |= {f"{case.name}/{name}": value for name, value in figures.items()}
                 samples |= {f"{case.name}/{name}": values for name, values in raw.items()}
                 print(f"{case.name}: p99 {figures['imbalance_p99']:.4f}, plan {figures['plan_ms']:.2f} ms", flush=True)

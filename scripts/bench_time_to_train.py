@@ -32,6 +32,7 @@ guard_imports()
 from bert_fast.config import Config, as_plain  # noqa: E402
 from bert_fast.config.load import load_config  # noqa: E402
 from bert_fast.errors import TrainingError, UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import write_json  # noqa: E402
 from bert_fast.launch.provenance import commit  # noqa: E402
 from bert_fast.report import bench  # noqa: E402
@@ -70,7 +71,7 @@ def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dic
     log = folder / f"{name}.log"
     with open(log, "wb") as output:
         done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode not in (0, entry.EXIT_TARGET_MISSED) or not result.is_file():
+    if done.returncode not in (ExitCode.OK, ExitCode.TARGET_MISSED) or not result.is_file():
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
         print("\n".join(f"    {line}" for line in tail), file=sys.stderr)
         raise TrainingError(
@@ -201,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
             **as_plain(config),
         }  # fmt: skip
         bench.write_result(args.json, metrics, what, environment, samples)
-    return 0 if ratio is not None else entry.EXIT_TARGET_MISSED
+    return ExitCode.OK if ratio is not None else ExitCode.TARGET_MISSED
 
 
 def _checked_config(args: argparse.Namespace) -> Config:

@@ -28,6 +28,7 @@ from run_seeds import run_one  # noqa: E402
 
 from bert_fast.communication.clip import MODES  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 from bert_fast.report.metrics import read_metrics  # noqa: E402
@@ -102,7 +103,7 @@ def main() -> int:
                     run_one(args.config, [*common, f"communication.clip={mode}"], seed, folder)
                 except UserError as error:
                     print(f"error: {error}", file=sys.stderr)
-                    return 3
+                    return ExitCode.TRAINING_ERROR
                 runs[mode].append(curves_of(folder))
                 last = runs[mode][-1]
                 print(f"seed {seed}, {mode}: loss {last['loss'][-1]:.4f}, accuracy {last['accuracy'][-1:]}", flush=True)

@@ -35,6 +35,7 @@ guard_imports()
 
 from bert_fast.claims import Kind, claimed  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import write_atomically, write_json  # noqa: E402
 from bert_fast.report.bench import environment, markdown_table  # noqa: E402
 from scripts.gpu.stage import (  # noqa: E402
@@ -339,7 +340,8 @@ def run_stages(args: argparse.Namespace, names: list[str], out: Path, target: Pa
     for figure, goal in whole["goals"].items():
         print(f"goal {figure}: {goal['measured']:.3f}, {'met' if goal['met'] else 'not met'}")
     print(f"record: {target}")
-    return int(any(records[name]["status"] == FAILED for name in names if name in records))
+    failed = any(records[name]["status"] == FAILED for name in names if name in records)
+    return ExitCode.TARGET_MISSED if failed else ExitCode.OK
 
 
 @guarded

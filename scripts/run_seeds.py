@@ -29,6 +29,7 @@ guard_imports()
 from bert_fast.config import Config, as_plain  # noqa: E402
 from bert_fast.config.load import load_config  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 
 NAMES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "mfu", "first_step_s",
@@ -114,7 +115,7 @@ def main() -> int:
                     shutil.copy(folder / "result_0.txt", Path(args.out) / f"result_{seed}.txt")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     metrics = summary(records)
     samples = {name: [r["metrics"].get(name) for r in records] for name in NAMES}
     samples["curves"] = [[(e["samples"], e["time_s"], e["accuracy"]) for e in r["evaluations"]] for r in records]
@@ -128,7 +129,7 @@ def main() -> int:
         f"median, {metrics['time_to_train_s/olympic_mean']:.1f} s olympic mean; samples "
         f"{metrics['samples_to_target']:,.0f} median"
     )
-    return 0 if metrics["targets_reached"] == len(records) or args.quick else 1
+    return ExitCode.OK if metrics["targets_reached"] == len(records) or args.quick else ExitCode.TARGET_MISSED
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from bert_fast.command import guard_imports, guarded  # noqa: E402
 guard_imports()
 
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.foreign import shown  # noqa: E402
 from bert_fast.mlperf.convergence import judge  # noqa: E402
@@ -119,7 +120,7 @@ def main() -> int:
         rows = [row_of(score, args.ruleset) for score in scores]
     except UserError as error:
         print(f"error: {shown(str(error), 1000)}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     print(markdown_table(COLUMNS, rows))
     if args.csv:
         out = io.StringIO()

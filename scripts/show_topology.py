@@ -22,9 +22,11 @@ from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 guard_imports()
 
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import write_json  # noqa: E402
+from bert_fast.launch.binding import bind  # noqa: E402
 from bert_fast.launch.machine_file import nic_variables  # noqa: E402
-from bert_fast.launch.topology import Topology, bind, format_cpulist, read_topology  # noqa: E402
+from bert_fast.launch.topology import Topology, format_cpulist, read_topology  # noqa: E402
 
 SYSFS = Path("/sys")
 
@@ -81,7 +83,7 @@ def main() -> int:
             write_json(args.json, {"topology": asdict(topology), "device": device, "ranks": ranked})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     return 0
 
 

@@ -32,6 +32,7 @@ from bert_fast.claims import claimed  # noqa: E402
 from bert_fast.config import as_plain  # noqa: E402
 from bert_fast.config.load import load_config, to_yaml  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.files import create_atomically, write_json  # noqa: E402
 from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402
 from bert_fast.mlperf.rules import RULESET  # noqa: E402
@@ -208,10 +209,10 @@ def main() -> int:
         rows, figures = verdict_of(package, args.ruleset)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+        return ExitCode.INTERRUPTED
     for row in rows:
         if row.passed is False:
             print(f"FAILED {row.check}: {row.detail}")
@@ -223,7 +224,7 @@ def main() -> int:
     print(f"{package}: {'every check passed' if passed else 'not to be submitted as it is'}")
     if args.json:
         write_json(args.json, {"metrics": figures, "rows": [[row.check, row.word, row.detail] for row in rows]})
-    return 0 if passed else 1
+    return ExitCode.OK if passed else ExitCode.TARGET_MISSED
 
 
 if __name__ == "__main__":

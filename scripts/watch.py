@@ -33,6 +33,7 @@ from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from bert_fast.errors import UserError  # noqa: E402
+from bert_fast.exit_codes import ExitCode  # noqa: E402
 from bert_fast.foreign import shown  # noqa: E402
 from bert_fast.report.console import seconds_text  # noqa: E402
 from bert_fast.report.live import RunWatch  # noqa: E402
@@ -212,7 +213,7 @@ def main() -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {shown(str(error), 1000)}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:  # `watch.py RUN | head`; Python would complain once more when it closes its output

@@ -14,6 +14,7 @@ import numpy as np
 
 from bert_fast import claims
 from bert_fast.balance.cost import CostModel, cost_record, fit_cost
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_json
 from bert_fast.mlperf.compliance import check_log
 from bert_fast.report.console import print_table, run_rows
@@ -21,8 +22,6 @@ from bert_fast.report.html import write_report
 from bert_fast.report.metrics import cost_rows
 from bert_fast.report.schema import TARGET_MISSED, ComplianceRecord, CostRecord, RunRecord, read_record
 from bert_fast.run_folder import COST, PENDING_RECORD, RECORD, RESULT_LOG, RUN
-
-EXIT_TARGET_MISSED = 1
 
 
 def complete(folder: Path) -> None:
@@ -59,7 +58,7 @@ def _checked(folder: Path, record: RunRecord) -> RunRecord:
     return replace(record, metrics=metrics, compliance=compliance)
 
 
-def finished_again(folder: Path) -> int | None:
+def finished_again(folder: Path) -> ExitCode | None:
     """Finish what a run that was done had left to do; its exit code. None: there is no such run here.
 
     Raises:
@@ -84,11 +83,12 @@ def is_over(folder: Path) -> bool:
     return (folder / PENDING_RECORD).is_file() or (folder / RECORD).is_file()
 
 
-def exit_code_of(folder: Path) -> int | None:
+def exit_code_of(folder: Path) -> ExitCode | None:
     """What the finished run in `folder` ended with; None if no run has finished there. Raises UserError as `read_record`."""
     if not (folder / RECORD).is_file():
         return None
-    return EXIT_TARGET_MISSED if read_record(folder / RECORD).status == TARGET_MISSED else 0
+    missed = read_record(folder / RECORD).status == TARGET_MISSED
+    return ExitCode.TARGET_MISSED if missed else ExitCode.OK
 
 
 def _write_cost(folder: Path, cost: CostRecord) -> None:

@@ -14,7 +14,7 @@ from bert_fast.report.metrics import MetricsWriter
 from bert_fast.run_folder import RESULT_LOG, run_folder
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment
-from bert_fast.train.health.heartbeat import Heartbeat
+from bert_fast.train.health.heartbeat import Heartbeat, Verdict
 from bert_fast.train.health.signals import StopFlag
 from bert_fast.train.telemetry.energy import EnergyTally
 
@@ -52,11 +52,11 @@ class RunContext:
         self.metrics.close()
 
 
-def open_context(config: Config, environment: Environment, resume: bool, on_lost: Callable[[str], None]) -> RunContext:
+def open_context(config: Config, environment: Environment, resume: bool, on_lost: Callable[[Verdict], None]) -> RunContext:
     """Open the run's logs; nothing is started yet.
 
     Args:
-        on_lost: called from another thread, with the reason, when a rank is lost and this one may wait for it for ever.
+        on_lost: called from another thread, with the verdict, when a rank is lost and this one may wait for it for ever.
     """
     is_main, folder = environment.is_main, run_folder(config)
     stop = StopFlag()

@@ -16,6 +16,7 @@ from bert_fast.command import explain, guarded, one_line, whole
 from bert_fast.data.formats.tfrecord import read_records
 from bert_fast.data.recipe import RecipeFile, read_recipe
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.protobuf import varint
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -55,7 +56,7 @@ def test_every_script_guards_its_imports_and_its_main(path: Path) -> None:
 def test_a_missing_package_is_one_line(package: str, script: str, shown: str) -> None:
     command = [sys.executable, "-c", BLOCK, package, str(ROOT / script), "--config", "configs/mini_cpu.yaml"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 2
+    assert ended.returncode == ExitCode.USER_ERROR
     assert ended.stderr.splitlines() == [
         f"error: the package {shown} is missing; install it with: python -m pip install -c constraints.txt {shown}"
     ]
@@ -65,17 +66,21 @@ def test_a_closed_pipe_is_silent() -> None:
     command = f"{sys.executable} {ROOT / 'run_pretraining.py'} --help | head -1; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert ended.stderr == ""
-    assert ended.returncode in (0, 141)
+    assert ended.returncode in (ExitCode.OK, ExitCode.PIPE)
 
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (UserError("bad\x1b[2J\nnext"), 2, r"error: bad\x1b[2J next"),
-        (KeyboardInterrupt(), 130, "error: interrupted; the same command goes on, or starts again"),
-        (FileNotFoundError(2, "No such file", "x.json"), 2, "error: x.json: No such file; check the path"),
-        (MemoryError(), 2, "error: there is not enough memory"),
-        (ModuleNotFoundError("no", name="_bz2"), 2, "error: this Python has no module _bz2"),
+        (UserError("bad\x1b[2J\nnext"), ExitCode.USER_ERROR, r"error: bad\x1b[2J next"),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED, "error: interrupted; the same command goes on, or starts again"),
+        (
+            FileNotFoundError(2, "No such file", "x.json"),
+            ExitCode.USER_ERROR,
+            "error: x.json: No such file; check the path",
+        ),
+        (MemoryError(), ExitCode.USER_ERROR, "error: there is not enough memory"),
+        (ModuleNotFoundError("no", name="_bz2"), ExitCode.USER_ERROR, "error: this Python has no module _bz2"),
     ],
 )
 def test_main_returns_the_code(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +97,7 @@ def test_main_returns_the_code(error: BaseException, code: int, line: str, capsy
 def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain(ZeroDivisionError()) is None
     assert explain(ModuleNotFoundError(name="bert_fast.nothing")) is None
-    assert guarded(lambda: 1 // 0)() == 70
+    assert guarded(lambda: 1 // 0)() == ExitCode.BUG
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -102,7 +107,7 @@ def test_long_text_is_cut() -> None:
 
 @pytest.mark.parametrize("text", ["0", "-3", "x", "9" * 30])
 def test_whole_numbers_of_options(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="between|no whole number"):
+    with pytest.raises(argparse.ArgumentTypeError, match="between|not a whole number"):
         whole(1)(text)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.launch.topology import check_distinct
+from bert_fast.launch.binding import check_one_rank_per_gpu
 from bert_fast.report.preflight import node_table
 from bert_fast.train.collectives import barrier, gather_floats, gather_values
 from bert_fast.train.environment import Environment
@@ -114,7 +114,7 @@ def _check(facts: list[dict[str, Any]]) -> None:
                 f"pre-flight: rank {rank} ({fact['host']}) runs {fact['versions']} and rank 0 ({facts[0]['host']}) "
                 f"{facts[0]['versions']}; use one environment on all nodes"
             )
-    check_distinct([(fact["host"], fact["device_id"]) for fact in facts])
+    check_one_rank_per_gpu([(fact["host"], fact["device_id"]) for fact in facts])
 
 
 def _clock_offsets(environment: Environment) -> np.ndarray:
