@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The exact bucket planner against other rules on many random timelines, and how long it takes for BERT-large.
 
-    python scripts/bench_planner.py --json results/overlap/planner.json
+    python -m scripts.benchmarks.bucket_planner --json results/overlap/planner.json
 
-Figures: RULE_over_exact/{mean,p99,max,wins} (time until all gradients are reduced; wins: share of timelines on which the exact
+Metrics: RULE_over_exact/{mean,p99,max,wins} (time until all gradients are reduced; wins: share of timelines on which the exact
 plan is better by more than 0.1 %), plan_ms for BERT-large's tensors.
 """
 
@@ -12,18 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+import numpy as np
 
-guard_imports()
-
-import numpy as np  # noqa: E402
-
-from bert_fast.communication.plan import (  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.communication.plan import (
     Link,
     best_uniform,
     exact_plan,
@@ -31,7 +26,7 @@ from bert_fast.communication.plan import (  # noqa: E402
     timeline,
     uniform_ends,
 )
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
 
 def random_timeline(seed: int, most: int = 60) -> tuple[np.ndarray, np.ndarray, Link]:
@@ -83,12 +78,17 @@ def main() -> int:
     metrics: dict[str, float] = {}
     rows = []
     for name, values in ratios.items():
-        found = np.array(values)
-        row = {"mean": found.mean(), "p50": np.median(found), "p99": np.quantile(found, 0.99), "max": found.max()}
+        over_exact = np.array(values)
+        row = {
+            "mean": over_exact.mean(),
+            "p50": np.median(over_exact),
+            "p99": np.quantile(over_exact, 0.99),
+            "max": over_exact.max(),
+        }
         metrics |= {f"{name}_over_exact/{key}": float(value) for key, value in row.items()}
-        metrics[f"{name}_over_exact/min"] = float(found.min())
-        metrics[f"{name}_over_exact/wins"] = float((found > 1.001).mean())
-        rows.append((name, *(f"{value:.3f}" for value in row.values()), f"{100 * (found > 1.001).mean():.0f} %"))
+        metrics[f"{name}_over_exact/min"] = float(over_exact.min())
+        metrics[f"{name}_over_exact/wins"] = float((over_exact > 1.001).mean())
+        rows.append((name, *(f"{value:.3f}" for value in row.values()), f"{100 * (over_exact > 1.001).mean():.0f} %"))
     times = plan_times(3 if args.quick else 50)
     metrics["plan_ms"] = float(np.median(times))
     print(markdown_table(("rule over exact", "mean", "median", "p99", "max", "exact is better"), rows))

@@ -1,36 +1,30 @@
 #!/usr/bin/env python3
 """Loss curves of clipping modes side by side: the same config, seeds and number of steps, modes in turn.
 
-    python scripts/compare_clipping.py --config configs/mini_cpu.yaml --seeds 5 --out results/overlap/clipping
+    python -m scripts.benchmarks.clipping --config configs/mini_cpu.yaml --seeds 5 --out results/overlap/clipping
 
-Writes clipping.json (figures by name, curves of every run), clipping.md (a table) and clipping.svg.
+Writes clipping.json (metrics by name, curves of every run), clipping.md (a table) and clipping.svg.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.communication.clip import MODES
+from bert_fast.files import write_atomically
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from bert_fast.report.metrics import read_metrics
 
-guard_imports()
-
-from run_seeds import run_one  # noqa: E402
-
-from bert_fast.communication.clip import MODES  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
-from bert_fast.report.metrics import read_metrics  # noqa: E402
+from ..plots import svg_figure
+from ..runs import pretrain
 
 COLOURS = {"bucket_before_reduce": "#e6550d", "global_before_reduce": "#3182bd", "none": "#969696"}
 
@@ -51,27 +45,18 @@ def curves_of(folder: Path) -> dict[str, Any]:
 
 def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     """Thin lines are seeds, the thick one their mean."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "bert_fast"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for mode, found in runs.items():
-        colour = COLOURS.get(mode, "#31a354")
-        for axis, x, y in ((left, "step", "loss"), (right, "samples", "accuracy")):
-            for run in found:
-                axis.plot(run[x], run[y], color=colour, lw=0.5, alpha=0.5)
-            mean = [statistics.fmean(values) for values in zip(*(run[y] for run in found), strict=True)]
-            axis.plot(found[0][x], mean, color=colour, lw=2, label=mode)
-    left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="samples", ylabel="masked-LM accuracy")
-    left.legend(fontsize=8)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomically(path, buffer.getvalue())
+    with svg_figure(path, (11, 4), columns=2) as axes:
+        left, right = axes[0]
+        for mode, curves in runs.items():
+            colour = COLOURS.get(mode, "#31a354")
+            for axis, x, y in ((left, "step", "loss"), (right, "samples", "accuracy")):
+                for curve in curves:
+                    axis.plot(curve[x], curve[y], color=colour, lw=0.5, alpha=0.5)
+                mean = [statistics.fmean(values) for values in zip(*(curve[y] for curve in curves), strict=True)]
+                axis.plot(curves[0][x], mean, color=colour, lw=2, label=mode)
+        left.set(xlabel="step", ylabel="training loss")
+        right.set(xlabel="samples", ylabel="masked-LM accuracy")
+        left.legend(fontsize=8)
 
 
 @guarded
@@ -88,7 +73,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.steps = 1, 60
-    facts = environment()
+    machine = environment()
     common = [
         f"train.max_steps={args.steps}", "evaluation.target_accuracy=null", "mlperf.enabled=false", "run.tensorboard=false",
         *args.overrides,
@@ -98,22 +83,19 @@ def main() -> int:
         for seed in range(1, args.seeds + 1):
             for mode in args.modes:
                 folder = Path(scratch) / f"{mode}-{seed}"
-                try:
-                    run_one(args.config, [*common, f"communication.clip={mode}"], seed, folder)
-                except UserError as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    return 3
+                overrides = [*common, f"communication.clip={mode}", f"train.seed={seed}"]
+                pretrain(args.config, overrides, folder, f"seed {seed} with {mode}")
                 runs[mode].append(curves_of(folder))
                 last = runs[mode][-1]
                 print(f"seed {seed}, {mode}: loss {last['loss'][-1]:.4f}, accuracy {last['accuracy'][-1:]}", flush=True)
     metrics: dict[str, float] = {}
     rows = []
-    for mode, found in runs.items():
-        losses = [statistics.fmean(run["loss"][-5:]) for run in found]
-        accuracies = [run["accuracy"][-1] if run["accuracy"] else float("nan") for run in found]
+    for mode, curves in runs.items():
+        losses = [statistics.fmean(curve["loss"][-5:]) for curve in curves]
+        accuracies = [curve["accuracy"][-1] if curve["accuracy"] else float("nan") for curve in curves]
         metrics |= {
             f"{mode}/final_loss": statistics.fmean(losses), f"{mode}/final_accuracy": statistics.fmean(accuracies),
-            f"{mode}/clipped_share": statistics.fmean(run["clipped_share"] for run in found),
+            f"{mode}/clipped_share": statistics.fmean(curve["clipped_share"] for curve in curves),
         }  # fmt: skip
         spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in (losses, accuracies)]
         rows.append((
@@ -133,7 +115,7 @@ def main() -> int:
     write_atomically(out / "clipping.md", text + "\n")
     draw(out / "clipping.svg", runs)
     config = {"config": args.config, "seeds": args.seeds, "steps": args.steps, "overrides": common}
-    write_result(args.json or out / "clipping.json", metrics, config, facts, runs)
+    write_result(args.json or out / "clipping.json", metrics, config, machine, runs)
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the engines cost the host in a step, and what they keep in memory, without any communication.
 
-    python scripts/bench_hooks.py --json results/overlap/hooks.json
+    python -m scripts.benchmarks.hooks --json results/overlap/hooks.json
 
 Host time: a model with as many tensors as BERT-large in its original form (392), each 1/1024 of its size, backward plus
 reduction with torch's fake process group (collectives are no-ops), less the same backward without an engine. Engines and the
@@ -22,16 +22,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
-
-guard_imports()
-
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
 WORLD, BUCKET_MIB = 1024, 25.0
 ENGINES = ("plain", "ours", "ddp", "ours_none", "ddp_none", "ddp_plain")
@@ -189,7 +184,7 @@ def main() -> int:
     if args.memory_of:
         memory_of(args.memory_of)
         return 0
-    facts = environment()
+    machine = environment()
     samples = host_times(20 if args.quick else args.repeats)
     base = statistics.median(samples["plain"])
     metrics: dict[str, float] = {"tensors": len(large_shapes()), "host_us_per_step/backward_alone": base}
@@ -201,7 +196,7 @@ def main() -> int:
     print(f"392 tensors in 25 MiB buckets, backward alone {base:,.0f} us")
     memory = []
     for name in ("plain", "ours", "ddp", "copy"):
-        command = [sys.executable, __file__, "--memory-of", name]
+        command = [sys.executable, "-m", "scripts.benchmarks.hooks", "--memory-of", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         mib, gradients = map(float, done.stdout.split()[-2:])
         metrics[f"memory_mib/{name}"], metrics["memory_mib/gradients"] = mib, gradients
@@ -211,7 +206,7 @@ def main() -> int:
     if args.json:
         config = {"repeats": args.repeats, "world_size": WORLD, "bucket_mib": BUCKET_MIB}
         write_result(
-            args.json, metrics, config, facts, {key: [round(x, 1) for x in values] for key, values in samples.items()}
+            args.json, metrics, config, machine, {key: [round(x, 1) for x in values] for key, values in samples.items()}
         )
         print(json.dumps({"written": args.json}))
     return 0

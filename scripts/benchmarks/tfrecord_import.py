@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """TFRecord into the store: samples/s of one core and resident memory, against TensorFlow's own reader and parser.
 
-    python scripts/bench_import.py --tensorflow /path/to/env/bin/python --json results/import/import.json
+    python -m scripts.benchmarks.tfrecord_import --tensorflow /path/to/env/bin/python --json results/import/import.json
 
 `--tensorflow` names a Python with TensorFlow (an environment of its own); it writes the file (MLPerf's features, 512 tokens,
 76 masks, Wikipedia-like lengths) and reads it in turn with ours. Without it we write the file and only we read it. TensorFlow
@@ -21,14 +21,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+from bert_fast.command import guarded, whole
 
-guard_imports()
-
-WIDTH, MOST, VOCABULARY = 512, 76, 30_522
+WIDTH, MAX_PREDICTIONS, VOCAB_SIZE = 512, 76, 30_522
+READ_OURS = (sys.executable, "-m", "scripts.benchmarks.tfrecord_import", "--read-ours")
 
 WRITE = """
 import sys
@@ -79,9 +77,9 @@ def read_ours(path: str, part: str) -> None:
     from bert_fast.data.formats.convert import import_part
 
     start = time.perf_counter()
-    found = import_part(path, part, VOCABULARY)
+    part_of_store = import_part(path, part, VOCAB_SIZE)
     seconds = time.perf_counter() - start
-    print(found.num_samples / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(part_of_store.num_samples / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def make_rows(count: int, path: Path) -> None:
@@ -93,15 +91,15 @@ def make_rows(count: int, path: Path) -> None:
 
     rng = np.random.default_rng(0)
     lengths = np.maximum(8, wikipedia_like(count)).astype(np.int64)
-    masked = np.minimum(MOST, np.maximum(1, (0.15 * lengths).astype(np.int64)))
+    masked = np.minimum(MAX_PREDICTIONS, np.maximum(1, (0.15 * lengths).astype(np.int64)))
     positions = np.concatenate(
         [np.sort(rng.choice(n - 1, m, replace=False)) + 1 for n, m in zip(lengths, masked, strict=True)]
     )
-    tokens, labels = (rng.integers(1000, VOCABULARY, n.sum()) for n in (lengths, masked))
+    tokens, labels = (rng.integers(1000, VOCAB_SIZE, n.sum()) for n in (lengths, masked))
     table = SampleTable(
         tokens, lengths, lengths // 2, positions, labels, masked, rng.integers(0, 2, count)
     )  # fmt: skip
-    np.savez(path, **to_padded(table, WIDTH, MOST))  # type: ignore[arg-type]
+    np.savez(path, **to_padded(table, WIDTH, MAX_PREDICTIONS))  # type: ignore[arg-type]
 
 
 def run(command: list[str], core: int) -> list[float]:
@@ -130,13 +128,11 @@ def main() -> int:
         return 0
     if args.quick:
         args.samples, args.repeats = 4000, 2
-    facts = environment()
+    machine = environment()
     core = sorted(os.sched_getaffinity(0))[-1]
     ours, memory = [], []
-    theirs: dict[str, list[float]] = {
-        "one": [],
-        "batch": [],
-    }  # parsed record by record, as the reference does, or 1,024
+    # Parsed record by record, as the reference does, or 1,024 records together
+    theirs: dict[str, list[float]] = {"one": [], "batch": []}
     with tempfile.TemporaryDirectory() as scratch:
         rows, path = Path(scratch, "rows.npz"), Path(scratch, "part-00000.tfrecord")
         make_rows(args.samples, rows)
@@ -147,22 +143,24 @@ def main() -> int:
 
             from bert_fast.data.formats.table import from_padded
 
-            with np.load(rows) as found:
-                counts = (found["masked_lm_weights"] > 0).sum(axis=1)
+            with np.load(rows) as features:
+                counts = (features["masked_lm_weights"] > 0).sum(axis=1)
                 table = from_padded(
-                    found["input_ids"], found["input_mask"], found["segment_ids"], found["masked_lm_positions"],
-                    found["masked_lm_ids"], counts, found["next_sentence_labels"],
+                    features["input_ids"], features["input_mask"], features["segment_ids"], features["masked_lm_positions"],
+                    features["masked_lm_ids"], counts, features["next_sentence_labels"],
                 )  # fmt: skip
-            write_tfrecord(path, [table], WIDTH, MOST)
+            write_tfrecord(path, [table], WIDTH, MAX_PREDICTIONS)
         size = path.stat().st_size
         for number in range(args.repeats):
-            command = [sys.executable, __file__, "--read-ours", str(path), str(Path(scratch, f"part-{number}.bin"))]
+            command = [*READ_OURS, str(path), str(Path(scratch, f"part-{number}.bin"))]
             rate, mib = run(command, core)
             ours.append(rate)
             memory.append(mib)
             if args.tensorflow:
                 for kind, rates in theirs.items():
-                    rates.append(run([args.tensorflow, "-c", READ, path, str(WIDTH), str(MOST), kind], core)[-1])
+                    rates.append(
+                        run([args.tensorflow, "-c", READ, path, str(WIDTH), str(MAX_PREDICTIONS), kind], core)[-1]
+                    )
     metrics = {
         "import_samples_per_s": statistics.median(ours),
         "import_rss_mib": max(memory),
@@ -176,15 +174,15 @@ def main() -> int:
         metrics["import_samples_per_s_tensorflow_batches"] = statistics.median(theirs["batch"])
         for kind, name in (("one", "record by record (the reference's way)"), ("batch", "1,024 records together")):
             rates = theirs[kind]
-            figures = (f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}")
-            table_rows.append((f"TensorFlow, read and parse only, {name}", *figures))
+            cells = (f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}")
+            table_rows.append((f"TensorFlow, read and parse only, {name}", *cells))
     print(markdown_table(("reader, one core", "samples/s", "range"), table_rows))
     print(
         f"{args.samples:,} samples of {metrics['bytes_per_sample']:,.0f} bytes; resident at most {max(memory):,.0f} MiB"
     )
     if args.json:
-        config = {"samples": args.samples, "repeats": args.repeats, "width": WIDTH, "most_masked": MOST}
-        write_result(args.json, metrics, config, facts, {"ours": ours, "tensorflow": theirs, "rss_mib": memory})
+        config = {"samples": args.samples, "repeats": args.repeats, "width": WIDTH, "max_predictions": MAX_PREDICTIONS}
+        write_result(args.json, metrics, config, machine, {"ours": ours, "tensorflow": theirs, "rss_mib": memory})
         print(json.dumps({"written": args.json}))
     return 0
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Break runs on purpose and see whether what is promised of failures is true: a table, and figures by name.
 
-    python scripts/fault_drill.py --kills 50 --json results/faults/drill.json --out results/faults
-    python scripts/fault_drill.py --kills 0 --only stop,nan
+    python -m scripts.faults.drill --kills 50 --json results/faults/drill.json --out results/faults
+    python -m scripts.faults.drill --kills 0 --only stop,nan
 
 Every run is of the mini benchmark's data with a small model and two ranks; after each fault its losses and final weights
 are compared, bit for bit, with those of a run that was left alone. Some drills mount file systems or cut a link between two
@@ -23,26 +23,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.errors import UserError
+from bert_fast.files import write_atomically, write_json
+from bert_fast.report.bench import cpu_name, environment
+from bert_fast.report.metrics import read_metrics
 
-guard_imports()
+from . import drills
+from .watched import Drill
 
-from faults import drills  # noqa: E402
-from faults.watched import Drill  # noqa: E402
-
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.files import write_atomically, write_json  # noqa: E402
-from bert_fast.report.bench import cpu_name, environment  # noqa: E402
-from bert_fast.report.metrics import read_metrics  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = (
-    "checkpoint.init_from=null", "evaluation.target_accuracy=null", "evaluation.every_samples=1600", "evaluation.num_samples=256",
-    "model.hidden_size=64", "model.num_layers=2", "model.num_heads=2", "model.intermediate_size=128",
-    "batch.global_batch_size=16", "batch.micro_batch_size=8", "run.measure_peak_flops=false", "run.tensorboard=false",
-    "mlperf.enabled=true", "train.warmup_batches=1",
+    "checkpoint.init_from=null", "evaluation.target_accuracy=null", "evaluation.every_samples=1600",
+    "evaluation.num_samples=256", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=2",
+    "model.intermediate_size=128", "batch.global_batch_size=16", "batch.micro_batch_size=8", "run.measure_peak_flops=false",
+    "run.tensorboard=false", "mlperf.enabled=true", "train.warmup_batches=1",
 )  # fmt: skip
 BIG = (
     "checkpoint.init_from=null", "evaluation.target_accuracy=null", "evaluation.every_samples=100000000",
@@ -233,7 +231,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     record = {
-        "command": "python scripts/fault_drill.py " + " ".join(sys.argv[1:]), "machine": environment(),
+        "command": "python -m scripts.faults.drill " + " ".join(sys.argv[1:]), "machine": environment(),
         "settings": list(SMALL), "seconds": round(time.monotonic() - began, 1), "figures": figures(rows, stall),
         "checkpoint": stall, "rows": rows,
     }  # fmt: skip

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Every balancing strategy over ranks and local batches: imbalance, planning time, traffic, randomness; planner start-up.
+"""Every balancing strategy over ranks and micro-batch sizes: imbalance, planning time, traffic, randomness; planner start-up.
 
-    python scripts/bench_balance.py --json results/balance/balance.json --out results/balance
+    python -m scripts.benchmarks.balance.imbalance --json results/balance/balance.json --out results/balance
 
 Costs are FLOPs of BERT-large, unpadded. One thread. `--out` writes the table (README-ready Markdown) and a plot.
 """
@@ -21,34 +21,33 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, share, whole  # noqa: E402
+import numpy as np
 
-guard_imports()
+from bert_fast.balance import assign
+from bert_fast.balance.cost import CostModel
+from bert_fast.balance.lengths import wikipedia_like
+from bert_fast.balance.planner import Plan, Planner
+from bert_fast.command import guarded, share, whole
+from bert_fast.config import BalanceConfig
+from bert_fast.errors import UserError
+from bert_fast.files import write_atomically
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
-import numpy as np  # noqa: E402
+from ...plots import svg_figure
+from ..common import peak_resident_mib, pin_to_one_core
+from .strategies import STRATEGIES
 
-from bert_fast.balance import assign  # noqa: E402
-from bert_fast.balance.cost import CostModel  # noqa: E402
-from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
-from bert_fast.balance.planner import Plan, Planner  # noqa: E402
-from bert_fast.config import BalanceConfig  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
-
-STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
 RANKS, BATCHES = (8, 64, 256, 1024, 4096), (2, 4, 8, 16, 48)
-BERT_LARGE = CostModel(3 * 613.7e6, 3 * 98_304)  # training FLOPs a token and a squared token
-NODE = 8
-BINS = 16
+BERT_LARGE = CostModel(3 * 613.7e6, 3 * 98_304)  # training FLOPs per token and per squared token
+NODE_SIZE = 8
+NUM_BINS = 16
 TRAFFIC_STEPS = 20
-MANY = 160_000_000
-# strategy, ranks, local batch: most imbalance (p99), most planning time (ms)
+NUM_SAMPLES_AT_START = 160_000_000
+# strategy, ranks, micro-batch size: most imbalance (p99), most planning time (ms)
 BARS = (
     ("balanced", 1024, 16, 1.001, 5.0), ("balanced", 1024, 8, 1.005, None), ("balanced", 4096, 16, 1.001, 25.0),
     ("balanced_free", 1024, 4, 1.02, None), ("balanced_free", 1024, 2, 1.04, None),
@@ -71,15 +70,23 @@ class Case:
 def make_planner(lengths: np.ndarray, case: Case) -> Planner:
     longest = int(lengths.max())
     return Planner(
-        lengths, BalanceConfig(strategy=case.strategy), BERT_LARGE, world_size=case.ranks, accumulation=1,
-        micro_batch_size=case.batch, node_size=min(NODE, case.ranks), max_seq_len=longest, seed=0, longest=longest,
-    )  # fmt: skip
+        lengths,
+        BalanceConfig(strategy=case.strategy),
+        BERT_LARGE,
+        world_size=case.ranks,
+        gradient_accumulation_steps=1,
+        micro_batch_size=case.batch,
+        node_size=min(NODE_SIZE, case.ranks),
+        max_seq_len=longest,
+        seed=0,
+        longest=longest,
+    )
 
 
 def measure(lengths: np.ndarray, case: Case, steps: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Figures of a case, and the raw imbalance and planning time of every step."""
+    """Metrics of a case, and the raw imbalance and planning time of every step."""
     planner = make_planner(lengths, case)
-    edges = np.quantile(lengths[: 2**20], np.linspace(0, 1, BINS + 1)[1:-1])
+    edges = np.quantile(lengths[: 2**20], np.linspace(0, 1, NUM_BINS + 1)[1:-1])
     bin_of = np.searchsorted(np.unique(edges), np.arange(int(lengths.max()) + 1))
     histogram = np.zeros((steps, int(bin_of.max()) + 1))
     rank_sums, rank_counts = np.zeros(case.ranks), np.zeros(case.ranks)
@@ -99,7 +106,7 @@ def measure(lengths: np.ndarray, case: Case, steps: int) -> tuple[dict[str, floa
         if step < TRAFFIC_STEPS:
             traffic.append(bytes_moved(plan, planner.draw(step), long))
     spread, mean = float(lengths.std(dtype=np.float64)), float(lengths.mean(dtype=np.float64))
-    figures = {
+    metrics = {
         "imbalance_mean": np.mean(imbalances), "imbalance_p99": np.quantile(imbalances, 0.99),
         "over_ideal_mean": np.mean(over_ideal), "lower_bound_p99": np.quantile(floors, 0.99),
         "plan_ms": np.median(times), "plan_ms_p99": np.quantile(times, 0.99), "bytes_moved_per_rank": np.mean(traffic),
@@ -108,7 +115,7 @@ def measure(lengths: np.ndarray, case: Case, steps: int) -> tuple[dict[str, floa
         "rank_bias_standard_errors": np.max(np.abs(rank_sums / rank_counts - mean) * np.sqrt(rank_counts) / spread),
     }  # fmt: skip
     raw = {"imbalance": [round(x, 6) for x in imbalances], "plan_ms": [round(x, 3) for x in times]}
-    return {name: float(value) for name, value in figures.items()}, raw
+    return {name: float(value) for name, value in metrics.items()}, raw
 
 
 def mutual_information(histogram: np.ndarray) -> float:
@@ -116,16 +123,16 @@ def mutual_information(histogram: np.ndarray) -> float:
     total = histogram.sum()
     joint = histogram / total
     outer = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    there = joint > 0
-    information = float((joint[there] * np.log2(joint[there] / outer[there])).sum())
+    occurs = joint > 0
+    information = float((joint[occurs] * np.log2(joint[occurs] / outer[occurs])).sum())
     bins = int((histogram.sum(axis=0) > 0).sum())
     return information - (bins - 1) * (len(histogram) - 1) / (2 * total * np.log(2))
 
 
 def bytes_moved(plan: Plan, drawn: np.ndarray, lengths: np.ndarray) -> float:
-    """Bytes that a rank would receive in the step if every rank held the samples that were drawn for it in order.
+    """Bytes that each rank would receive in a step, on average, if every rank held the samples drawn for it, in order.
 
-    (With the shared store of this project nothing is sent: every rank reads what is its own.)
+    With the shared store of this project nothing is sent: every rank reads its own samples.
     """
     owner_of = np.argsort(drawn, kind="stable") // (len(drawn) // len(plan.counts()))
     owner = owner_of[np.searchsorted(np.sort(drawn), plan.ids)]
@@ -160,7 +167,7 @@ def lengths_with_spike(count: int, share: float, longest: int = 512, seed: int =
 
 def measure_start(count: int) -> dict[str, dict[str, float]]:
     """Seconds to a first plan and resident MiB for a table of `count` samples, each strategy in its own process."""
-    found = {}
+    starts = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lengths.npy"
         table = np.lib.format.open_memmap(path, "w+", np.uint16, (count,))
@@ -168,10 +175,17 @@ def measure_start(count: int) -> dict[str, dict[str, float]]:
         table.flush()
         del table
         for strategy in STRATEGIES:
-            command = [sys.executable, __file__, "--start-child", strategy, str(path)]
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.benchmarks.balance.imbalance",
+                "--start-child",
+                strategy,
+                str(path),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[strategy] = json.loads(done.stdout)
-    return found
+            starts[strategy] = json.loads(done.stdout)
+    return starts
 
 
 def start_child(strategy: str, path: str) -> None:
@@ -179,44 +193,37 @@ def start_child(strategy: str, path: str) -> None:
     start = time.perf_counter()
     lengths = np.load(path, mmap_mode="r")
     planner = Planner(
-        lengths, BalanceConfig(strategy=strategy), BERT_LARGE, world_size=1024, gradient_accumulation_steps=1, micro_batch_size=16,
-        node_size=NODE, max_seq_len=512, seed=0,
-    )  # fmt: skip
+        lengths,
+        BalanceConfig(strategy=strategy),
+        BERT_LARGE,
+        world_size=1024,
+        gradient_accumulation_steps=1,
+        micro_batch_size=16,
+        node_size=NODE_SIZE,
+        max_seq_len=512,
+        seed=0,
+    )
     planner.plan(0)
     first = time.perf_counter() - start
     planner.plan(9_000)
     print(json.dumps({"startup_s": first, "rss_mib": peak_resident_mib()}))
 
 
-def peak_resident_mib() -> float:
-    """Of this process alone: what getrusage says begins with the size of the process that started it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
-
-
-def plot(metrics: dict[str, float], ranks: tuple[int, ...], batches: tuple[int, ...], path: Path) -> None:
-    """Mean imbalance against ranks, a panel a local batch."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "balance", "font.size": 9, "svg.fonttype": "none"})
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(batches), figsize=(4.2 * len(batches), 3.8), sharey=True, squeeze=False)
-    styles = ("-", "--", "-.", ":")
-    for axis, batch in zip(axes[0], batches, strict=True):
-        for number, strategy in enumerate(STRATEGIES):
-            values = [metrics[f"{strategy}/{r}x{batch}/over_ideal_mean"] for r in ranks]
-            axis.loglog(ranks, np.array(values) - 1, styles[number % 4], marker="o", markersize=3, label=strategy)
-        axis.set_title(f"local batch {batch}")
-        axis.set_xlabel("ranks")
-        axis.set_xticks(ranks, [f"{r:,}" for r in ranks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("slowest rank over even, unpadded work, less 1")
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+def draw(metrics: dict[str, float], ranks: tuple[int, ...], batches: tuple[int, ...], path: Path) -> None:
+    """Mean imbalance against ranks, one panel per micro-batch size."""
+    with svg_figure(path, (4.2 * len(batches), 3.8), columns=len(batches), sharey=True) as axes:
+        styles = ("-", "--", "-.", ":")
+        for axis, batch in zip(axes[0], batches, strict=True):
+            for number, strategy in enumerate(STRATEGIES):
+                values = [metrics[f"{strategy}/{r}x{batch}/over_ideal_mean"] for r in ranks]
+                axis.loglog(ranks, np.array(values) - 1, styles[number % 4], marker="o", markersize=3, label=strategy)
+            axis.set_title(f"micro-batch size {batch}")
+            axis.set_xlabel("ranks")
+            axis.set_xticks(ranks, [f"{r:,}" for r in ranks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel("slowest rank over even, unpadded work, less 1")
+        axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def tables(metrics: dict[str, float], ranks: tuple[int, ...], batches: tuple[int, ...]) -> str:
@@ -259,7 +266,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=whole(1, 10**6), nargs="+", default=RANKS, help="default %(default)s")
     parser.add_argument(
-        "--batches", type=whole(1, 10**6), nargs="+", default=BATCHES, help="local batches, default %(default)s"
+        "--batches", type=whole(1, 10**6), nargs="+", default=BATCHES, help="micro-batch sizes, default %(default)s"
     )
     parser.add_argument(
         "--steps", type=whole(2, 10**6), default=200, help="global batches planned (default %(default)s)"
@@ -282,18 +289,11 @@ def main() -> int:
     if args.quick:
         args.ranks, args.batches, args.steps = (8, 1024), (4, 16), 20
     ranks, batches = tuple(args.ranks), tuple(args.batches)
-    if args.steps < 2 or min(*ranks, *batches) < 1:
-        print("error: --steps must be at least 2, ranks and batches at least 1", file=sys.stderr)
-        return 2
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+    pin_to_one_core()
     if args.budget:
         print(f"refining with a budget of 20 ms takes {measure_budget():.1f} ms of this core")
         return 0
-    if args.share_at_maximum is not None and not 0 <= args.share_at_maximum <= 1:
-        print(f"error: --share-at-maximum {args.share_at_maximum} is no share; give 0 to 1", file=sys.stderr)
-        return 2
-    facts = environment()
+    machine = environment()
     try:
         if args.share_at_maximum is not None and not args.lengths:
             lengths = lengths_with_spike(4_000_000, args.share_at_maximum)
@@ -312,38 +312,40 @@ def main() -> int:
             for strategy in STRATEGIES:
                 case = Case(strategy, rank, batch)
                 try:
-                    figures, raw = measure(lengths, case, args.steps)
+                    of_case, raw = measure(lengths, case, args.steps)
                 except UserError as error:
-                    print(f"error: {case.name}: {error}", file=sys.stderr)
-                    return 2
-                metrics |= {f"{case.name}/{name}": value for name, value in figures.items()}
+                    raise UserError(f"{case.name}: {error}") from None
+                metrics |= {f"{case.name}/{name}": value for name, value in of_case.items()}
                 samples |= {f"{case.name}/{name}": values for name, values in raw.items()}
-                print(f"{case.name}: p99 {figures['imbalance_p99']:.4f}, plan {figures['plan_ms']:.2f} ms", flush=True)
+                print(f"{case.name}: p99 {of_case['imbalance_p99']:.4f}, plan {of_case['plan_ms']:.2f} ms", flush=True)
     text = tables(metrics, ranks, batches) + "\n" + bars(metrics) + "\n"
     if not args.no_start:
-        starts = measure_start(MANY)
-        for strategy, figures in starts.items():
-            metrics |= {f"planner/{strategy}/{name}_160m": value for name, value in figures.items()}
+        starts = measure_start(NUM_SAMPLES_AT_START)
+        for strategy, of_start in starts.items():
+            metrics |= {f"planner/{strategy}/{name}_160m": value for name, value in of_start.items()}
         metrics["planner/startup_s_160m"] = max(f["startup_s"] for f in starts.values())
         metrics["planner/rss_mib_160m"] = max(f["rss_mib"] for f in starts.values())
         rows = [(name, f"{f['startup_s']:.2f}", f"{f['rss_mib']:,.0f}") for name, f in starts.items()]
-        text += "\n" + markdown_table((f"{MANY:,} samples", "s to the first plan", "resident MiB"), rows) + "\n"
+        text += (
+            "\n"
+            + markdown_table((f"{NUM_SAMPLES_AT_START:,} samples", "s to the first plan", "resident MiB"), rows)
+            + "\n"
+        )
     print("\n" + text)
     if args.out:
         folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "balance.md", text)
         shown = tuple(b for b in (2, 4, 16) if b in batches) or batches[:3]
-        plot(metrics, ranks, shown, folder / "imbalance.svg")
+        draw(metrics, ranks, shown, folder / "imbalance.svg")
     if args.json:
         spike = args.share_at_maximum
         law = args.lengths or ("Wikipedia-like" if spike is None else f"uniform, {spike} of them 512")
         config = {
             "ranks": ranks, "batches": batches, "steps": args.steps, "lengths": law,
             "num_samples": len(lengths), "cost": {"linear": BERT_LARGE.linear, "quadratic": BERT_LARGE.quadratic},
-            "node_size": NODE, "threads": 1,
+            "node_size": NODE_SIZE, "threads": 1,
         }  # fmt: skip
-        write_result(args.json, metrics, config, facts, samples)
+        write_result(args.json, metrics, config, machine, samples)
     return 0
 
 

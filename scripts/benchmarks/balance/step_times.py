@@ -1,48 +1,44 @@
 #!/usr/bin/env python3
 """Balance in measured time: forward and backward of what each strategy gives the slowest and the mean rank of 1,024.
 
-    python scripts/bench_step_balance.py --json results/balance/step.json
+    python -m scripts.benchmarks.balance.step_times --json results/balance/step.json
 
-A small BERT on one core. Its cost model is fitted first, as `balance.fit_cost` does; every strategy plans with it. Then, one
-global batch after another, the batch of the slowest rank, of the mean rank, a copy of the latter (the noise floor) and of
-`balanced`'s mean rank are timed in turn; figures are medians over repeats, then means over global batches. As the slowest rank
-by the plan need not be the slowest by the clock, ranks drawn at random are timed, too.
+A small BERT on one core. Its cost model is fitted first, as `balance.cost: measure` does; every strategy plans with it. Then,
+one global batch after another, four batches are timed in turn: that of the slowest rank, that of the mean rank, a copy of the
+latter (the noise floor) and that of `balanced`'s mean rank. The results are medians over repeats, then means over global
+batches. As the slowest rank by the plan need not be the slowest by the clock, ranks drawn at random are timed, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+import numpy as np
+import torch
 
-guard_imports()
+from bert_fast.allocator import keep_freed_memory
+from bert_fast.balance.cost import CostModel, fit_cost, imbalance
+from bert_fast.balance.lengths import wikipedia_like
+from bert_fast.balance.planner import Plan, Planner
+from bert_fast.command import guarded, whole
+from bert_fast.config import BalanceConfig, ModelConfig
+from bert_fast.data.batch import Batch
+from bert_fast.model.bert import BertForPretraining, BertInput
+from bert_fast.model.flops import cost_coefficients
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from bert_fast.train.batches import batch_of_lengths, lay_out, to_device
+from bert_fast.train.environment import pick_dtype
+from bert_fast.train.setup.cost_model import probe_lengths
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+from ..common import pin_to_one_core
+from .strategies import STRATEGIES
 
-from bert_fast.allocator import keep_freed_memory  # noqa: E402
-from bert_fast.balance.cost import CostModel, fit_cost, imbalance  # noqa: E402
-from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
-from bert_fast.balance.planner import Plan, Planner  # noqa: E402
-from bert_fast.config import BalanceConfig, ModelConfig  # noqa: E402
-from bert_fast.data.batch import Batch  # noqa: E402
-from bert_fast.model.bert import BertForPretraining, BertInput  # noqa: E402
-from bert_fast.model.flops import cost_coefficients  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
-from bert_fast.train.batches import batch_of_lengths, lay_out, to_device  # noqa: E402
-from bert_fast.train.environment import pick_dtype  # noqa: E402
-from bert_fast.train.setup.cost_model import probe_lengths  # noqa: E402
-
-STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
 CPU = torch.device("cpu")
 MAX_LEN = 512
 
@@ -104,18 +100,26 @@ class Bench:
         return fit_cost(np.array(rows, np.float64))
 
 
-def planner_of(lengths: np.ndarray, strategy: str, cost: CostModel, ranks: int, micro_batch_size: int) -> Planner:
+def make_planner(lengths: np.ndarray, strategy: str, cost: CostModel, ranks: int, micro_batch_size: int) -> Planner:
     return Planner(
-        lengths, BalanceConfig(strategy=strategy), cost, world_size=ranks, gradient_accumulation_steps=1, micro_batch_size=micro_batch_size,
-        node_size=8, max_seq_len=MAX_LEN, seed=0, longest=MAX_LEN,
-    )  # fmt: skip
+        lengths,
+        BalanceConfig(strategy=strategy),
+        cost,
+        world_size=ranks,
+        gradient_accumulation_steps=1,
+        micro_batch_size=micro_batch_size,
+        node_size=8,
+        max_seq_len=MAX_LEN,
+        seed=0,
+        longest=MAX_LEN,
+    )
 
 
 @guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=whole(1, 10**6), default=1024, help="default %(default)s")
-    parser.add_argument("--local-batch", type=whole(1, 10**6), default=16, help="default %(default)s")
+    parser.add_argument("--micro-batch-size", type=whole(1, 10**6), default=16, help="default %(default)s")
     parser.add_argument(
         "--global-batches", type=whole(1, 10**6), default=4, help="planned and measured (default %(default)s)"
     )
@@ -134,9 +138,8 @@ def main() -> int:
         args.global_batches, args.repeats, args.random_ranks, args.hidden = 1, 3, 4, 128
     keep_freed_memory()
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
-    facts = environment()
+    pin_to_one_core()
+    machine = environment()
     shape = ModelConfig(
         vocab_size=2048, hidden_size=args.hidden, num_layers=args.layers, num_heads=max(1, args.hidden // 64),
         intermediate_size=4 * args.hidden, hidden_dropout=0.0, attention_dropout=0.0,
@@ -146,7 +149,7 @@ def main() -> int:
     fit = bench.fit(args.micro_batch_size, args.repeats)
     flops = CostModel(*cost_coefficients(shape))
     print(
-        f"cost fitted to this machine: {1e3 * fit.linear:.3f} us a token, {1e6 * fit.quadratic:.2f} ns a squared token, "
+        f"cost fitted to this machine: {1e3 * fit.linear:.3f} us per token, {1e6 * fit.quadratic:.2f} ns per squared token, "
         f"linear / quadratic {fit.linear / max(fit.quadratic, 1e-12):,.0f} tokens (FLOPs: "
         f"{flops.linear / flops.quadratic:,.0f}), "
         f"{fit.fixed:.1f} ms fixed, residual {100 * fit.residual:.1f} %"
@@ -161,9 +164,9 @@ def main() -> int:
     def note(name: str, value: float) -> None:
         samples.setdefault(name, []).append(float(value))
 
-    ideal = planner_of(lengths, "balanced", fit.model, args.ranks, args.micro_batch_size)
+    ideal = make_planner(lengths, "balanced", fit.model, args.ranks, args.micro_batch_size)
     for strategy in STRATEGIES:
-        planner = planner_of(lengths, strategy, fit.model, args.ranks, args.micro_batch_size)
+        planner = make_planner(lengths, strategy, fit.model, args.ranks, args.micro_batch_size)
         for step in range(args.global_batches):
             plan, even = planner.plan(step), ideal.plan(step)
             mean = int(np.abs(plan.costs - plan.costs.mean()).argmin())
@@ -224,7 +227,7 @@ def main() -> int:
             "model": shape.model_dump(),
             "dtype": str(dtype),
         }
-        write_result(args.json, metrics, config, facts, samples)
+        write_result(args.json, metrics, config, machine, samples)
     return 0
 
 

@@ -1,1 +1,1 @@
-"""The parts of bench_overlap.py: hosts, models that wait instead of compute, variants, predictions, pictures."""
+"""How much communication is hidden, over slow links: hosts, models that wait instead of compute, variants, predictions."""

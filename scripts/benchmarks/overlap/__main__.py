@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """How much communication each engine and bucket plan hides: hosts made of network namespaces, joined by slow links.
 
-    sudo python scripts/bench_overlap.py --json results/overlap/overlap.json --out results/overlap
+    sudo python -m scripts.benchmarks.overlap --json results/overlap/overlap.json --out results/overlap
 
 Two or four namespaces joined by veth pairs and a bridge, both ends of a link limited by a token bucket; gloo between them.
 Forward, backward and updates are modelled as waiting time, as on a host beside a GPU: they need no CPU, and what is measured
 is scheduling. `--model layers`: eight equal layers of 4.2 MB; `base` and `large`: BERT's clip groups, scaled to half as many
-bytes, the time of backward spread by FLOPs, the tied word embedding last; `real`: a small BERT computed on this CPU, a thread a
-rank (so its times are noisy).
+bytes, the time of backward spread by FLOPs, the tied word embedding last; `real`: a small BERT computed on this CPU, one
+thread per rank (so its times are noisy).
 
 The time of backward follows from the ratio of communication to backward; forward takes half as long, all updates a tenth. A
-cycle is a whole step. Variants run in turn; figures are medians. Exposed is what a cycle takes beyond a cycle without
+cycle is a whole step. Variants run in turn; the results are medians. Exposed is what a cycle takes beyond a cycle without
 communication; hidden = (compute + communication - cycle) / min(backward, communication). Predictions are the bucket planner's
 timeline over links measured in place and host work measured without communication. Needs root and iproute2.
 """
@@ -22,78 +22,21 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, positive, whole  # noqa: E402
+from bert_fast.command import guarded, positive, whole
+from bert_fast.files import write_atomically
+from bert_fast.report.bench import add_arguments, environment, write_result
 
-guard_imports()
-
-from overlap.hosts import run_hosts  # noqa: E402
-
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from .hosts import run_hosts
+from .report import NAMES, metrics_of, table_of, title_of
 
 LINKS = {"200mbit": 200, "1gbit": 1000, "unshaped": None}
 MODELS = ("layers", "base", "large", "real")
-NAMES = (
-    "one_bucket", "ddp_default", "ddp_plan", "25mib", "auto", "auto_shadow", "auto_sharded", "auto_sharded_shadow",
-    "auto_bf16", "auto_clip_none", "auto_clip_global_before", "auto_clip_global_after",
-)  # fmt: skip
-
-
-def figures(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Per variant: medians, and what share of the communication was hidden."""
-    middle = {name: statistics.median(values) for name, values in found["samples"].items()}
-    compute, communication = middle["compute"], middle["communication"]
-    result = {}
-    for name in found["samples"]:
-        if name in ("compute", "communication"):
-            continue
-        values = {
-            "step_ms": middle[name],
-            "exposed_ms": middle[name] - compute,
-            "hidden_share": (compute + communication - middle[name]) / min(found["backward_ms"], communication),
-        }
-        if name in found["predicted_ms"]:
-            values["predicted_ms"] = found["predicted_ms"][name]
-            values["over_predicted"] = middle[name] / found["predicted_ms"][name]
-        if name in found["bound_ms"]:
-            values["over_bound"] = middle[name] / found["bound_ms"][name]
-        result[name] = values
-    return result
-
-
-def table_of(title: str, found: dict[str, Any], by_variant: dict[str, dict[str, float]]) -> str:
-    """Markdown."""
-    rows = []
-    for name, values in by_variant.items():
-        raw = found["samples"][name]
-        rows.append((
-            name, found["buckets"][name], f"{values['step_ms']:,.0f}", f"{min(raw):,.0f}-{max(raw):,.0f}",
-            f"{values['predicted_ms']:,.0f}" if "predicted_ms" in values else "-",
-            f"{values['over_predicted']:.3f}" if "predicted_ms" in values else "-",
-            f"{values['over_bound']:.3f}" if "over_bound" in values else "-",
-            f"{values['exposed_ms']:,.0f}", f"{100 * values['hidden_share']:.0f} %",
-        ))  # fmt: skip
-    headers = ("variant", "buckets", "step ms", "range", "predicted", "/ predicted", "/ bound", "exposed ms", "hidden")
-    return f"### {title}\n\n{markdown_table(headers, rows)}\n"
-
-
-def title_of(model: str, hosts: int, link: str, ratio: float, found: dict[str, Any]) -> str:
-    compute, communication = (statistics.median(found["samples"][name]) for name in ("compute", "communication"))
-    latency, rate = found["links"]["all_reduce"]
-    return (
-        f"{model}, {hosts} hosts, {link}, ratio {ratio:g}: a cycle without communication {compute:,.0f} ms, of that backward "
-        f"{found['backward_ms']:,.0f}; all-reduce alone {communication:,.0f} ms; link {latency:.1f} ms + {rate:.1f} MB/s"
-    )
 
 
 @guarded
@@ -115,9 +58,9 @@ def main() -> int:
     if args.worker:
         settings = json.loads(args.worker)
         if settings["model"] == "real":
-            from overlap.real import work
+            from .real import work
         else:
-            from overlap.worker import work
+            from .worker import work
         work(settings)
         return 0
     if os.geteuid() != 0:
@@ -130,7 +73,7 @@ def main() -> int:
         args.links, args.ratios, args.repeats = ["1gbit"], [1], 3
         args.variants = ["one_bucket", "ddp_default", "auto", "auto_sharded"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
-    facts = environment()
+    machine = environment()
     metrics: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
     parts, pictures = [], {}
@@ -143,7 +86,7 @@ def main() -> int:
     ):
         settings = {"model": model, "ratio": ratio, "variants": args.variants, "repeats": args.repeats}
         try:
-            found = run_hosts(Path(__file__), hosts, LINKS[link], settings)
+            record = run_hosts(hosts, LINKS[link], settings)
         except (subprocess.CalledProcessError, RuntimeError, subprocess.TimeoutExpired) as error:
             why = getattr(error, "stderr", None) or error
             print(f"error: {model}, {hosts} hosts, {link}: {str(why).strip()}", file=sys.stderr)
@@ -151,21 +94,21 @@ def main() -> int:
         prefix = "/".join(
             [link, f"{ratio:g}", *([model] if model != "layers" else []), *([f"{hosts}hosts"] if hosts != 2 else [])]
         )
-        by_variant = figures(found)
+        by_variant = metrics_of(record)
         for name, values in by_variant.items():
             metrics |= {f"{prefix}/{name}/{key}": value for key, value in values.items()}
-        samples |= {f"{prefix}/{name}/step_ms": raw for name, raw in found["samples"].items()}
-        title = title_of(model, hosts, link, ratio, found)
-        pictures[title] = found["traces"]
-        parts.append(table_of(title, found, by_variant))
+        samples |= {f"{prefix}/{name}/step_ms": raw for name, raw in record["samples"].items()}
+        title = title_of(model, hosts, link, ratio, record)
+        pictures[title] = record["traces"]
+        parts.append(table_of(title, record, by_variant))
         print("\n" + parts[-1], flush=True)
         if args.json:  # after every part: a long run that is cut keeps what it has
             config = {key: value for key, value in vars(args).items() if key not in ("json", "worker")}
-            write_result(args.json, metrics, config, facts, samples)
+            write_result(args.json, metrics, config, machine, samples)
         if args.out:
             write_atomically(Path(args.out) / f"{args.name}.md", "\n".join(parts))
     if args.out:
-        from overlap.picture import draw
+        from .picture import draw
 
         drawn = {title: traces for title, traces in pictures.items() if traces}
         if drawn:

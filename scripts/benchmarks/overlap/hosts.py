@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 _SUBNET, _PORT = "10.77.0", 29511
@@ -50,8 +49,8 @@ def hosts(number: int, rate_mbit: int | None) -> Iterator[list[str]]:
         subprocess.run(["ip", "link", "del", bridge], capture_output=True)
 
 
-def run_hosts(script: Path, number: int, rate_mbit: int | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Start `script --worker SETTINGS` on every host; what rank 0 prints.
+def run_hosts(number: int, rate_mbit: int | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Start the overlap benchmark with `--worker SETTINGS` on every host; the JSON object that rank 0 prints.
 
     Raises:
         RuntimeError: a worker ended with an error; its last line.
@@ -64,7 +63,8 @@ def run_hosts(script: Path, number: int, rate_mbit: int | None, settings: dict[s
                 **os.environ, "GLOO_SOCKET_IFNAME": name, "MASTER_ADDR": f"{_SUBNET}.1", "MASTER_PORT": str(_PORT),
                 "RANK": str(rank), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1",
             }  # fmt: skip
-            command = ["ip", "netns", "exec", name, sys.executable, str(script), "--worker", json.dumps(settings)]
+            module = [sys.executable, "-m", "scripts.benchmarks.overlap", "--worker", json.dumps(settings)]
+            command = ["ip", "netns", "exec", name, *module]
             processes.append(
                 subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from bert_fast.files import write_atomically
+from ...plots import svg_figure
 
 _ROWS = {"compute": 3, "collectives": 2, "optimizer": 1, "weights": 0}
 _COLOURS = {
@@ -20,32 +20,24 @@ _COLOURS = {
 
 def draw(path: Path, title: str, traces: dict[str, Sequence[Sequence]]) -> None:
     """Write an SVG. Spans are (track, name, start, end) in seconds."""
-    import matplotlib
+    with svg_figure(path, (11, 1.7 * len(traces)), rows=len(traces), sharex=True) as axes:
+        for axis, (name, spans) in zip(axes[:, 0], traces.items(), strict=True):
+            _draw_spans(axis, spans)
+            axis.set_title(name, fontsize=9, loc="left")
+        axes[-1, 0].set_xlabel("seconds of one cycle")
+        axes[0, 0].figure.suptitle(title.split(":")[0], fontsize=10)
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "bert_fast"
-    figure, axes = plt.subplots(len(traces), 1, figsize=(11, 1.7 * len(traces)), sharex=True, squeeze=False)
-    for axis, (name, spans) in zip(axes[:, 0], traces.items(), strict=True):
-        free = 0.0
-        for track, what, start, end in spans:
-            if track not in _ROWS:
-                continue
-            if track == "collectives":  # queued behind the one before; from there it travels
-                start, free = max(start, min(free, end)), end
-            kind = what.split()[0] if track == "compute" else track
-            axis.barh(
-                _ROWS[track], end - start, left=start, height=0.8, color=_COLOURS[kind], edgecolor="white", lw=0.5
-            )
-        axis.set_yticks(
-            list(_ROWS.values()), ["compute", "gradients on the wire", "updates", "weights on the wire"], fontsize=7
-        )
-        axis.set_ylim(-0.5, 3.5)
-        axis.set_title(name, fontsize=9, loc="left")
-    axes[-1, 0].set_xlabel("seconds of one cycle")
-    figure.suptitle(title.split(":")[0], fontsize=10)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomically(path, buffer.getvalue())
+def _draw_spans(axis: Any, spans: Sequence[Sequence]) -> None:
+    free = 0.0
+    for track, what, start, end in spans:
+        if track not in _ROWS:
+            continue
+        if track == "collectives":  # queued behind the one before; from there it travels
+            start, free = max(start, min(free, end)), end
+        kind = what.split()[0] if track == "compute" else track
+        axis.barh(_ROWS[track], end - start, left=start, height=0.8, color=_COLOURS[kind], edgecolor="white", lw=0.5)
+    axis.set_yticks(
+        list(_ROWS.values()), ["compute", "gradients on the wire", "updates", "weights on the wire"], fontsize=7
+    )
+    axis.set_ylim(-0.5, 3.5)

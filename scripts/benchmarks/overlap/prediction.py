@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from overlap.variants import Instance, Links, SilentWire
+from .variants import Instance, Links, SilentWire
 
 
 def measure_host(silent: Instance, repeats: int = 2) -> dict[str, list[float] | float]:

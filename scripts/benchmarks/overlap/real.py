@@ -16,7 +16,8 @@ from bert_fast.config.load import config_from_tree
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.bucket_sizes import all_reduce, measure_link
 from bert_fast.train.setup.build import TrainComponents, build, synthetic_input
-from overlap.variants import VARIANTS, SilentWire, Variant
+
+from .variants import VARIANTS, SilentWire, Variant
 
 # 6.3 million parameters, 24 MiB of gradients: large enough for several buckets, small enough for a core a rank
 MODEL = {

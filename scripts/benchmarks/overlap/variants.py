@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,8 @@ from bert_fast.train.environment import Environment
 from bert_fast.train.setup.bucket_sizes import measure_need_times, measure_ready_times
 from bert_fast.train.sharded_optimizer import ShardedOptimizer
 from bert_fast.train.step import StepInput, TrainStep
-from overlap.waiting import UPDATE_SHARE, Unit, WaitingModel, slow_updates
+
+from .waiting import UPDATE_SHARE, Unit, WaitingModel, slow_updates
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ class Instance:
     wire: WireFormat | None = None
     engine: Any = None
     model: WaitingModel | None = None
-    marks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

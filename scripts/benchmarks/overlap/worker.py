@@ -15,9 +15,10 @@ import torch.distributed as dist
 from bert_fast.trace import Trace
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.bucket_sizes import all_reduce, gather, measure_link, reduce_scatter
-from overlap.prediction import lower_bound, measure_host, predict
-from overlap.variants import VARIANTS, Instance, Links, Variant, make, measure_passes, plan_ends, without_engine
-from overlap.waiting import FORWARD_SHARE, UPDATE_SHARE, numel_of, scale_of, units_of
+
+from .prediction import lower_bound, measure_host, predict
+from .variants import VARIANTS, Instance, Links, Variant, make, measure_passes, plan_ends, without_engine
+from .waiting import FORWARD_SHARE, UPDATE_SHARE, numel_of, scale_of, units_of
 
 _TRACED = ("one_bucket", "25mib", "auto", "auto_shadow", "auto_sharded_shadow")
 

@@ -1,1 +1,1 @@
-"""Parts of scripts/bench_step.py and scripts/profile_step.py: sizes and batches, variants to measure, where the time goes."""
+"""One training step: sizes and batches, variants to measure, where the time goes. scripts/profile_step.py uses it too."""

@@ -1,39 +1,35 @@
 #!/usr/bin/env python3
 """One rank's training step against peers on the same machine: tokens/s, model-FLOPs utilisation, peak memory, breakdown.
 
-    python scripts/bench_step.py --size base --json results/step/base.json --out results/step
-    python scripts/bench_step.py --size mini --variants all --json results/step/mini.json     # what each choice bought
-    python scripts/bench_step.py --size large --device cuda --precision bf16                   # on a GPU
+    python -m scripts.benchmarks.step --size base --json results/step/base.json --out results/step
+    python -m scripts.benchmarks.step --size mini --variants all --json results/step/mini.json     # what each choice bought
+    python -m scripts.benchmarks.step --size large --device cuda --precision bf16                   # on a GPU
 
 Every variant gets the same samples, dropout, optimizer and clipping, and runs in a process of its own (an allocator setting
-cannot be taken back); the variants run in turn, several rounds, figures are medians and ratios those of the same round. MFU
-counts the FLOPs that the mathematics needs for the real tokens, over the best matmul measured in the same process.
+cannot be taken back). The variants run in turn, for several rounds; the results are medians, and ratios are of the same round.
+MFU counts the FLOPs that the mathematics needs for the real tokens, over the best matmul measured in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.files import write_atomically
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
-guard_imports()
+from ...plots import svg_figure
+from .setting import add_setting
+from .variants import PEERS, VARIANTS
 
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
-from scripts.step.setting import add_setting  # noqa: E402
-from scripts.step.variants import PEERS, VARIANTS  # noqa: E402
-
-FIGURES = ("tokens_per_s", "samples_per_s", "mfu", "peak_mib", "step_s")
+METRICS = ("tokens_per_s", "samples_per_s", "mfu", "peak_mib", "step_s")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,70 +51,53 @@ def child(args: argparse.Namespace) -> dict[str, float]:
     """What a process of one variant prints."""
     what, precision = args.child
     if what == "data":
-        from scripts.step.measure import data_seconds
+        from .measure import data_seconds
 
         return {"data_s": data_seconds(args, precision)}
     if what == "breakdown":
-        from scripts.step.breakdown import profile
+        from .breakdown import profile
 
         return profile(args, precision)[0]
-    from scripts.step.measure import measure
+    from .measure import measure
 
     return measure(args, what, precision)
 
 
 def run_child(args: argparse.Namespace, what: str, precision: str) -> dict[str, float]:
     """One process. Raises RuntimeError with its last words."""
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        what,
-        precision,
-        "--warmup",
-        str(args.warmup),
-        "--steps",
-        str(args.steps),
-    ]
+    command = [sys.executable, "-m", "scripts.benchmarks.step", "--child", what, precision]
+    command += ["--warmup", str(args.warmup), "--steps", str(args.steps)]
     for name in ("size", "mix", "batch", "layers", "dropout", "threads", "device"):
         if getattr(args, name) is not None:
             command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{what}, {precision}: {done.stderr.strip()[-400:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    metrics: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return metrics
 
 
-def draw(metrics: dict[str, float], args: argparse.Namespace) -> str:
+def draw(metrics: dict[str, float], args: argparse.Namespace, path: Path) -> None:
     """Tokens/s of every variant, and the breakdown of our step, as SVG."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "bert_fast"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 * len(args.variants) + 2.2))
-    for offset, precision in enumerate(args.precision):
-        rates = [metrics[f"{args.size}/{precision}/{name}/tokens_per_s"] for name in args.variants]
-        places = [n + 0.38 * offset for n in range(len(rates))]
-        left.barh(places, rates, height=0.36, label=precision)
-    left.set(yticks=range(len(args.variants)), yticklabels=args.variants, xlabel="real tokens/s")
-    left.invert_yaxis()
-    left.legend()
-    for row, precision in enumerate(args.precision):
-        at = 0.0
-        prefix = f"{args.size}/{precision}/breakdown/"
-        for number, name in enumerate(n for n in metrics if n.startswith(prefix)):
-            share = metrics[name]
-            right.barh(row, share, left=at, color=f"C{number}", label=name.removeprefix(prefix) if row == 0 else None)
-            at += share
-    right.set(yticks=range(len(args.precision)), yticklabels=args.precision, xlabel="share of our step", xlim=(0, 1))
-    right.legend(fontsize=7)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    with svg_figure(path, (10, 0.5 * len(args.variants) + 2.2), columns=2) as axes:
+        left, right = axes[0]
+        for offset, precision in enumerate(args.precision):
+            rates = [metrics[f"{args.size}/{precision}/{name}/tokens_per_s"] for name in args.variants]
+            left.barh([n + 0.38 * offset for n in range(len(rates))], rates, height=0.36, label=precision)
+        left.set(yticks=range(len(args.variants)), yticklabels=args.variants, xlabel="real tokens/s")
+        left.invert_yaxis()
+        left.legend()
+        for row, precision in enumerate(args.precision):
+            at = 0.0
+            prefix = f"{args.size}/{precision}/breakdown/"
+            for number, name in enumerate(n for n in metrics if n.startswith(prefix)):
+                share, label = metrics[name], name.removeprefix(prefix)
+                right.barh(row, share, left=at, color=f"C{number}", label=label if row == 0 else None)
+                at += share
+        right.set(
+            yticks=range(len(args.precision)), yticklabels=args.precision, xlabel="share of our step", xlim=(0, 1)
+        )
+        right.legend(fontsize=7)
 
 
 @guarded
@@ -135,17 +114,19 @@ def main() -> int:
         return 2
     if args.quick:
         args.rounds, args.steps, args.layers, args.batch = 1, 1, 1, 4
-    facts = environment()
+    machine = environment()
     samples: dict[str, list[float]] = {}
     try:
         for number in range(args.rounds):
             for precision in args.precision:
                 for name in args.variants:
-                    found = run_child(args, name, precision)
-                    for figure in FIGURES:
-                        samples.setdefault(f"{args.size}/{precision}/{name}/{figure}", []).append(found[figure])
-                    samples.setdefault(f"ceiling_tflops/{precision}", []).append(found["ceiling_tflops"])
-                    print(f"round {number + 1}: {precision} {name}: {found['tokens_per_s']:,.0f} tokens/s", flush=True)
+                    measured = run_child(args, name, precision)
+                    for metric in METRICS:
+                        samples.setdefault(f"{args.size}/{precision}/{name}/{metric}", []).append(measured[metric])
+                    samples.setdefault(f"ceiling_tflops/{precision}", []).append(measured["ceiling_tflops"])
+                    print(
+                        f"round {number + 1}: {precision} {name}: {measured['tokens_per_s']:,.0f} tokens/s", flush=True
+                    )
         metrics = {name: statistics.median(values) for name, values in samples.items()}
         for precision in args.precision:
             if "ours" in args.variants:
@@ -163,10 +144,10 @@ def main() -> int:
     print(table)
     if args.out:
         write_atomically(Path(args.out) / f"{args.size}-{args.mix}.md", table + "\n")
-        write_atomically(Path(args.out) / f"{args.size}-{args.mix}.svg", draw(metrics, args))
+        draw(metrics, args, Path(args.out) / f"{args.size}-{args.mix}.svg")
     if args.json:
         write_result(
-            args.json, metrics, {key: value for key, value in vars(args).items() if key != "child"}, facts, samples
+            args.json, metrics, {key: value for key, value in vars(args).items() if key != "child"}, machine, samples
         )
     return 0
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from bert_fast.model import attention, bert, loss
-from scripts.step.measure import set_up
-from scripts.step.variants import VARIANTS
+
+from .measure import set_up
+from .variants import VARIANTS
 
 PARTS = ("embedding", "attention", "GEMMs", "elementwise", "head", "optimizer", "host gaps")
 _MARKS = {

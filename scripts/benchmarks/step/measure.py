@@ -17,8 +17,10 @@ from bert_fast.data.formats.table import SampleTable, to_records
 from bert_fast.data.store import Store, merge_parts, write_part_of_records
 from bert_fast.model.flops import train_flops
 from bert_fast.train.batches import to_device
-from scripts.step.setting import make_batch, make_config
-from scripts.step.variants import VARIANTS
+
+from ..common import peak_resident_mib
+from .setting import make_batch, make_config
+from .variants import VARIANTS
 
 
 def set_up(args: argparse.Namespace) -> None:
@@ -84,8 +86,7 @@ def _reset_peak(cuda: bool) -> None:
 def _peak_mib(cuda: bool) -> float:
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return peak_resident_mib()
 
 
 def data_seconds(args: argparse.Namespace, precision: str, steps: int = 30) -> float:

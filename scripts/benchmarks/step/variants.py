@@ -23,7 +23,8 @@ from bert_fast.train.batches import to_device
 from bert_fast.train.environment import Environment, pick_dtype
 from bert_fast.train.setup import build as building
 from bert_fast.train.step import StepInput
-from scripts.step.setting import make_batch, make_config
+
+from .setting import make_batch, make_config
 
 Step = Callable[[], torch.Tensor]
 _IGNORED = -100

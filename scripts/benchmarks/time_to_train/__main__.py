@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Time to train, ours against the transformers baseline: interleaved pairs of runs with the same seed.
 
-    python scripts/bench_time_to_train.py --json results/mini_cpu/time_to_train.json      # 5 pairs
-    python scripts/bench_time_to_train.py --quick                                         # under a minute
-    python scripts/bench_time_to_train.py --config configs/mini_cpu.yaml --pairs 3 optimizer.lr=0.002 --out raw/
+    python -m scripts.benchmarks.time_to_train --json results/mini_cpu/time_to_train.json      # 5 pairs
+    python -m scripts.benchmarks.time_to_train --quick                                         # under a minute
+    python -m scripts.benchmarks.time_to_train --config configs/mini_cpu.yaml --pairs 3 optimizer.lr=0.002 --out raw/
 
-A pair is run_pretraining.py and scripts/baseline_hf.py one after the other with one config and one seed; who goes first
-alternates, so that a slow drift of the machine falls on both. The result is the median over pairs of the ratio of their
-times. A pair of which a run missed the target gives no ratio. With --quick both are cut after a fixed number of steps,
-no target can be reached, and the ratio is of the training time per sample.
+A pair is run_pretraining.py and the baseline (baseline_hf.py beside this file), one after the other with one config and one
+seed. Who goes first alternates, so that a slow drift of the machine falls on both. The result is the median over pairs of the
+ratio of their times. A pair of which a run missed the target gives no ratio. With --quick both are cut after a fixed number of
+steps, no target can be reached, and the ratio is of the training time per sample.
 """
 
 from __future__ import annotations
@@ -16,44 +16,40 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import scripts.guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.config import Config, as_plain
+from bert_fast.config.load import load_config
+from bert_fast.errors import UserError
+from bert_fast.files import write_json
+from bert_fast.launch.provenance import commit
+from bert_fast.report import bench
+from bert_fast.train import main as entry
+from bert_fast.train.setup.inputs import check_inputs
 
-guard_imports()
-
-from bert_fast.config import Config, as_plain  # noqa: E402
-from bert_fast.config.load import load_config  # noqa: E402
-from bert_fast.errors import TrainingError, UserError  # noqa: E402
-from bert_fast.files import write_json  # noqa: E402
-from bert_fast.launch.provenance import commit  # noqa: E402
-from bert_fast.report import bench  # noqa: E402
-from bert_fast.train import main as entry  # noqa: E402
-from bert_fast.train.setup.inputs import check_inputs  # noqa: E402
+from ... import runs
 
 SIDES = ("ours", "hf")
-_FIGURES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "tokens_per_s")
+_METRICS = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "tokens_per_s")
 _PAIRS = 5
 _QUICK_STEPS = 40
 _QUICK = (
     f"train.max_steps={_QUICK_STEPS}", "evaluation.target_accuracy=0.999", "evaluation.every_samples=1000000000",
     "evaluation.start_samples=null", "evaluation.at_start=false",
 )  # fmt: skip
-_TAIL = 15  # lines of a failed run that are shown
 
 Metrics = dict[str, Any]
 Pair = dict[str, Metrics]
 
 
 def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run one side to its end; returns its record. Raises TrainingError, its last lines shown, if it failed."""
+    """Run one side to its end; its record. Raises UserError if it failed."""
     name = f"pair-{pair}-{side}"
     kept = Path(args.out) / f"{name}.json" if args.out else None
     if args.resume and kept and kept.is_file():
@@ -62,21 +58,12 @@ def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dic
     settings = ["--config", args.config, *args.overrides, *(_QUICK if args.quick else ()), f"train.seed={pair}"]
     if side == "ours":
         result = folder / name / "metrics.json"
-        command = [str(ROOT / "run_pretraining.py"), *settings, f"run.folder={folder / name}"]
+        program = [str(runs.ROOT / "run_pretraining.py"), *settings, f"run.folder={folder / name}"]
     else:
         result = folder / f"{name}.json"
         allocator = ["--our-allocator"] if args.our_allocator else []
-        command = [str(ROOT / "scripts" / "baseline_hf.py"), *settings, "--json", str(result), *allocator]
-    log = folder / f"{name}.log"
-    with open(log, "wb") as output:
-        done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode not in (0, entry.EXIT_TARGET_MISSED) or not result.is_file():
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
-        print("\n".join(f"    {line}" for line in tail), file=sys.stderr)
-        raise TrainingError(
-            f"pair {pair}: {_title(side)} ended with exit code {done.returncode}; its last lines are above"
-        )
-    record = json.loads(result.read_text(encoding="utf-8"))
+        program = ["-m", "scripts.benchmarks.time_to_train.baseline_hf", *settings, "--json", str(result), *allocator]
+    record = runs.run(program, result, f"pair {pair}: {_title(side)}")
     if kept:
         record["config"]["run"]["folder"] = None  # a temporary folder that will be gone
         write_json(kept, record)
@@ -84,14 +71,14 @@ def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dic
 
 
 def run_pairs(args: argparse.Namespace) -> list[Pair]:
-    """All runs, one after the other; the figures of every pair by side."""
+    """All runs, one after the other; the metrics of every pair by side."""
     pairs: list[Pair] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(1, args.pairs + 1):
             pair: Pair = {}
             for side in _order(number):
                 metrics = run_one(side, number, args, Path(folder))["metrics"]
-                pair[side] = {name: metrics[name] for name in _FIGURES}
+                pair[side] = {name: metrics[name] for name in _METRICS}
                 print(f"pair {number}/{args.pairs}, {_title(side)}: {_one_line(metrics, args.quick)}", flush=True)
             pairs.append(pair)
     return pairs
@@ -128,9 +115,9 @@ def throughput_ratio(pair: Pair) -> float:
 
 
 def raw_samples(pairs: list[Pair], quick: bool) -> dict[str, list[Any]]:
-    """The repeats behind every figure, in the order of pairs."""
+    """The repeats behind every metric, in the order of pairs."""
     samples: dict[str, list[Any]] = {
-        f"{name}/{side}": [pair[side][name] for pair in pairs] for name in _FIGURES for side in SIDES
+        f"{name}/{side}": [pair[side][name] for pair in pairs] for name in _METRICS for side in SIDES
     }
     samples["time_to_train_ratio_hf_over_ours"] = [time_ratio(pair, quick) for pair in pairs]
     samples["throughput_ratio_ours_over_hf"] = [throughput_ratio(pair) for pair in pairs]
@@ -140,14 +127,14 @@ def raw_samples(pairs: list[Pair], quick: bool) -> dict[str, list[Any]]:
 
 
 def summarise(samples: dict[str, list[Any]]) -> dict[str, float | None]:
-    """Medians over pairs; None where no pair has the figure."""
+    """Medians over pairs; None where no pair has the metric."""
     ratios = [ratio for ratio in samples["time_to_train_ratio_hf_over_ours"] if ratio is not None]
     metrics: dict[str, float | None] = {
         "time_to_train_ratio_hf_over_ours": statistics.median(ratios) if ratios else None,
         "throughput_ratio_ours_over_hf": statistics.median(samples["throughput_ratio_ours_over_hf"]),
         "num_ratios": len(ratios),
     }
-    for name in _FIGURES:
+    for name in _METRICS:
         for side in SIDES:
             metrics[f"{name}/{side}"] = statistics.median(samples[f"{name}/{side}"])
     return metrics

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The baseline: the same training as a user of transformers and torch would write it.
 
-    python scripts/baseline_hf.py --config configs/mini_cpu.yaml                 # starts the config's ranks here
-    python scripts/baseline_hf.py --config configs/mini_cpu.yaml train.seed=3 --json baseline.json
+    python -m scripts.benchmarks.time_to_train.baseline_hf --config configs/mini_cpu.yaml       # starts the config's ranks
+    python -m scripts.benchmarks.time_to_train.baseline_hf --config configs/mini_cpu.yaml train.seed=3 --json baseline.json
 
 Same config file, data, starting weights, batch, schedule, precision, ranks, cores, evaluation interval and target as
 run_pretraining.py. What differs is how it is done: transformers' BertForPreTraining over batches padded to their
@@ -11,7 +11,7 @@ hooks, clipping of the averaged gradient, torch's AdamW, a DistributedSampler an
 allocator as it comes (--our-allocator: set as ours). The sections `balance` and `communication` of the config,
 train.compile and checkpoints have no counterpart here (but for max_norm and clip=none).
 
-Exit codes: 0 the run ended; 1 the target was not reached; 2 something to mend in config, data or machine.
+Exit codes: 0 the run ended; 1 the target was not reached; 2 something to fix in config, data or machine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bert_fast.command import guard_imports, guarded, whole
-
-guard_imports()
+import scripts.guard  # noqa: F401
 
 import numpy as np
 import torch
@@ -40,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import BertConfig, BertForPreTraining
 
+from bert_fast.command import guarded, whole
 from bert_fast.config import Config, ModelConfig, as_plain
 from bert_fast.config.load import load_config
 from bert_fast.data.samples import Sample
@@ -343,7 +339,7 @@ def _sum_over_ranks(value: int, environment: Environment) -> int:
 
 
 def be_a_rank(config: Config, args: argparse.Namespace) -> int:
-    """Join, train, write and print the figures."""
+    """Join, train, write and print the metrics."""
     sets_allocator = sys.platform == "linux" and pick_device(config.system.device, 0).type == "cpu"
     environment = join_plainly(config) if sets_allocator and not args.our_allocator else join(config)
     if environment.dtype == torch.float16:
@@ -377,7 +373,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_launched():
         check_inputs(config)
         if config.system.world_size > 1:
-            return run_local(config, sys.argv)
+            return run_local(config, ["-m", "scripts.benchmarks.time_to_train.baseline_hf", *sys.argv[1:]])
     warnings.simplefilter("ignore")  # of the libraries, about themselves
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import watch as watch_script
 import yaml
 from rich.console import Console
 from support.paths import ROOT
@@ -22,9 +23,6 @@ from bert_fast.errors import UserError
 from bert_fast.report.live import RunWatch, Tail, forecast, sparkline
 
 SCRIPT = ROOT / "scripts" / "watch.py"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import watch as watch_script  # noqa: E402
 
 CONFIG = """
 run: {name: made_up}

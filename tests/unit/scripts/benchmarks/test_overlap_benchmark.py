@@ -1,4 +1,4 @@
-"""The overlap benchmarks: figures by name, predictions of simple cases, and what they say where they cannot run."""
+"""The overlap benchmarks: metrics by name, predictions of simple cases, and what they say where they cannot run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 from support.paths import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from bench_overlap import NAMES, figures, table_of  # noqa: E402
-from overlap.prediction import lower_bound, predict  # noqa: E402
-from overlap.variants import VARIANTS, Instance, Links  # noqa: E402
-from overlap.waiting import BERT_NUMEL, units_of  # noqa: E402
-
-from bert_fast.communication.plan import Link  # noqa: E402
+from bert_fast.communication.plan import Link
+from scripts.benchmarks.overlap.prediction import lower_bound, predict
+from scripts.benchmarks.overlap.report import NAMES, metrics_of, table_of
+from scripts.benchmarks.overlap.variants import VARIANTS, Instance, Links
+from scripts.benchmarks.overlap.waiting import BERT_NUMEL, units_of
 
 
 def test_every_variant_has_its_name() -> None:
@@ -28,16 +25,16 @@ def test_every_variant_has_its_name() -> None:
 
 def test_hidden_share_and_exposed_time() -> None:
     samples = {"compute": [200.0], "communication": [100.0], "one_bucket": [300.0], "auto": [310.0, 210.0, 212.0]}
-    found = {
+    record = {
         "samples": samples, "backward_ms": 120.0, "predicted_ms": {"auto": 200.0}, "bound_ms": {"auto": 211.0},
         "buckets": {"one_bucket": 1, "auto": 8},
     }  # fmt: skip
-    by_variant = figures(found)
+    by_variant = metrics_of(record)
     assert by_variant["one_bucket"] == {"step_ms": 300.0, "exposed_ms": 100.0, "hidden_share": 0.0}
     auto = by_variant["auto"]
     assert (auto["step_ms"], auto["exposed_ms"], auto["hidden_share"]) == (212.0, 12.0, pytest.approx(0.88))
     assert (auto["over_predicted"], auto["over_bound"]) == (pytest.approx(1.06), pytest.approx(212 / 211))
-    assert "| auto" in table_of("title", found, by_variant)
+    assert "| auto" in table_of("title", record, by_variant)
 
 
 def test_predictions_of_a_case_by_hand() -> None:
@@ -72,18 +69,18 @@ def test_units_of_a_model(model: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="as root the next step is to make the hosts")
 def test_without_iproute2_it_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/bench_overlap.py"), "--quick"]
+    command = [sys.executable, "-m", "scripts.benchmarks.overlap", "--quick"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PATH": str(tmp_path)}, timeout=60
+        command, capture_output=True, text=True, env={**os.environ, "PATH": str(tmp_path)}, timeout=60, cwd=ROOT
     )
     assert done.returncode == 2
     assert done.stderr == "error: ip and tc are missing; install iproute2\n"
 
 
 @pytest.mark.slow
-def test_hook_benchmark_has_its_figures(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/bench_hooks.py"), "--quick", "--json", str(tmp_path / "a.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_hook_benchmark_has_its_metrics(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.benchmarks.hooks", "--quick", "--json", str(tmp_path / "a.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["tensors"] == 392

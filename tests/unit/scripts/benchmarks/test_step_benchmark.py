@@ -1,4 +1,4 @@
-"""scripts/bench_step.py: every variant computes the same loss, figures have their names, shares add up."""
+"""The step benchmark: every variant computes the same loss, figures have their names, shares add up."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ import pytest
 import torch
 from support.paths import ROOT
 
-sys.path.insert(0, str(ROOT))
-
-
-from scripts.step.breakdown import PARTS, profile  # noqa: E402
-from scripts.step.measure import data_seconds  # noqa: E402
-from scripts.step.setting import MIXES, make_batch, make_config  # noqa: E402
-from scripts.step.variants import VARIANTS, huggingface, ours  # noqa: E402
+from scripts.benchmarks.step.breakdown import PARTS, profile
+from scripts.benchmarks.step.measure import data_seconds
+from scripts.benchmarks.step.setting import MIXES, make_batch, make_config
+from scripts.benchmarks.step.variants import VARIANTS, huggingface, ours
 
 
 def arguments(**changes: object) -> argparse.Namespace:
@@ -73,9 +70,9 @@ def test_the_breakdown_adds_up_and_the_data_path_is_measured() -> None:
 @pytest.mark.slow
 def test_the_command_writes_figures_by_name(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/bench_step.py"), "--size", "mini", "--quick", "--json", str(tmp_path / "a.json"),
+        [sys.executable, "-m", "scripts.benchmarks.step", "--size", "mini", "--quick", "--json", str(tmp_path / "a.json"),
          "--out", str(tmp_path)],
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=280, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "a.json").read_text())["metrics"]
@@ -102,10 +99,11 @@ def test_profile_step_writes_a_trace_and_a_table(tmp_path: Path) -> None:
 
 def test_an_unknown_variant_is_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/bench_step.py"), "--variants", "faster"],
+        [sys.executable, "-m", "scripts.benchmarks.step", "--variants", "faster"],
         capture_output=True,
         text=True,
         timeout=60,
+        cwd=ROOT,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: no variant faster; known: ours, hf_default")
