@@ -11,13 +11,14 @@ import torch
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.errors import UserError
 from bert_fast.model.attention import BACKENDS, SequenceLayout, choose_backend
-from scripts.gpu.stage import CheckFailed, Context, NotAvailable
-from scripts.gpu.timing import median_seconds, peak_mib, reset_peak
+
+from .stage import CheckFailed, Context, NotAvailable
+from .timing import median_seconds, peak_mib, reset_peak
 
 _LENGTHS = (1, 2, 3, 7, 16, 17, 31, 64, 65, 127, 128, 129, 200, 255, 256, 257, 384, 511, 512)
 _DRAWS, _TINY_DRAWS = 48, 12  # of dropout, for a mean
 _P = 0.1
-# Relative error |found - exact| / |exact| that a format may have
+# Relative error |computed - exact| / |exact| that a format may have
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
 
 
@@ -79,7 +80,7 @@ def run(context: Context) -> None:
                 context.case(label, partial(_timed, context, timed, name, dtypes[0], dropout, device))
     times = {k: v for k, v in result.metrics.items() if k.startswith("attention_ms/")}
     fastest = min(times, key=lambda k: times[k], default="")
-    result.figure = (
+    result.summary = (
         f"{agreed} of {len(names) * len(dtypes)} agree with fp64; fastest {fastest.removeprefix('attention_ms/')}"
     )
 
@@ -91,15 +92,15 @@ def _require(name: str, device: torch.device, dtype: torch.dtype, dropout: float
         raise NotAvailable(str(missing)) from None
 
 
-def _gap(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def _gap(computed: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((computed.double() - exact).norm() / exact.norm())
 
 
 def _agrees(case: Case, name: str, dtype: torch.dtype, device: torch.device) -> None:
     _require(name, device, dtype, 0.0)
     exact = case.compute("loop", torch.float64)
-    for what, found, wanted in zip(("output", "gradient"), case.compute(name, dtype), exact, strict=True):
-        gap = _gap(found, wanted)
+    for what, computed, wanted in zip(("output", "gradient"), case.compute(name, dtype), exact, strict=True):
+        gap = _gap(computed, wanted)
         if not gap <= _TOLERANCE[dtype]:
             raise CheckFailed(f"{what} is {gap:.2g} off the loop in fp64, may be {_TOLERANCE[dtype]:g}")
 

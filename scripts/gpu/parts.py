@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.step.setting import make_config
 from bert_fast.config import Config
 from bert_fast.train.environment import Environment, pick_dtype
-from scripts.gpu.stage import Context
-from scripts.step.setting import make_config
+
+from .stage import Context
 
 BEST_DROPOUT = 0.1
 

@@ -9,9 +9,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-import fault_drill
 import pytest
-from faults import drills
+
+from scripts.faults import drill as fault_drill
+from scripts.faults import drills
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import watch as watch_script
 import yaml
 from rich.console import Console
 from support.paths import ROOT
@@ -29,9 +30,6 @@ from bert_fast.report.schema import FORMAT, EvaluationLine, SkippedLine, StepLin
 from bert_fast.report.tail import Tail
 
 SCRIPT = ROOT / "scripts" / "watch.py"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import watch as watch_script  # noqa: E402
 
 CONFIG = """
 run: {name: made_up}
