@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,11 +37,11 @@ from bert_fast.balance.cost import CostModel  # noqa: E402
 from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
 from bert_fast.balance.planner import Plan, Planner  # noqa: E402
 from bert_fast.config import BalanceConfig  # noqa: E402
+from bert_fast.config.choices import STRATEGIES  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 
-STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
 RANKS, BATCHES = (8, 64, 256, 1024, 4096), (2, 4, 8, 16, 48)
 BERT_LARGE = CostModel(3 * 613.7e6, 3 * 98_304)  # training FLOPs a token and a squared token
 NODE = 8

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +34,7 @@ from bert_fast.balance.cost import CostModel, fit_cost, imbalance  # noqa: E402
 from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
 from bert_fast.balance.planner import Plan, Planner  # noqa: E402
 from bert_fast.config import BalanceConfig, ModelConfig  # noqa: E402
+from bert_fast.config.choices import STRATEGIES  # noqa: E402
 from bert_fast.data.batch import Batch  # noqa: E402
 from bert_fast.model.bert import BertForPretraining, BertInput  # noqa: E402
 from bert_fast.model.flops import cost_coefficients  # noqa: E402
@@ -42,7 +43,6 @@ from bert_fast.train.batches import batch_of_lengths, lay_out, to_device  # noqa
 from bert_fast.train.environment import pick_dtype  # noqa: E402
 from bert_fast.train.setup.cost_model import probe_lengths  # noqa: E402
 
-STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
 CPU = torch.device("cpu")
 MAX_LEN = 512
 

@@ -26,7 +26,7 @@ guard_imports()
 
 from run_seeds import run_one  # noqa: E402
 
-from bert_fast.communication.clip import MODES  # noqa: E402
+from bert_fast.config.choices import CLIP_MODES  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
@@ -81,7 +81,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=whole(1, 10**6), default=5, help="default %(default)s")
     parser.add_argument("--steps", type=whole(1, 10**9), default=750, help="of every run (default %(default)s)")
     default = ["bucket_before_reduce", "global_before_reduce"]
-    parser.add_argument("--modes", nargs="+", default=default, choices=MODES, help="default: both that clip before")
+    parser.add_argument(
+        "--modes", nargs="+", default=default, choices=CLIP_MODES, help="default: both that clip before"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     add_arguments(parser)

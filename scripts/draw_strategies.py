@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,9 +27,9 @@ from bert_fast.balance.cost import CostModel  # noqa: E402
 from bert_fast.balance.lengths import wikipedia_like  # noqa: E402
 from bert_fast.balance.planner import Plan, Planner  # noqa: E402
 from bert_fast.config import BalanceConfig  # noqa: E402
+from bert_fast.config.choices import STRATEGIES  # noqa: E402
 
 RANKS, MICRO_BATCH_SIZE, NODE, MAX_LEN = 8, 6, 4, 512
-STRATEGIES: tuple[str, ...] = get_args(BalanceConfig.model_fields["strategy"].annotation)
 
 
 def segments(plan: Plan, lengths: np.ndarray, rank: int, strategy: str) -> list[tuple[int, bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bert_fast.config import Config
+from bert_fast.config.choices import CLIP_MODES, STRATEGIES
 from bert_fast.errors import UserError
 
 RULESET = "5.0.0"  # BERT's last: later rulesets no longer admit it
@@ -15,7 +16,6 @@ _SHAPE = {
     "type_vocab_size": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1,
 }  # fmt: skip
 _VOCABULARIES = (30_522, 30_528)  # as published, and padded to a multiple of 64
-_CLIPS = ("global_before_reduce", "global_after_reduce")
 
 
 def evaluation_interval(global_batch_size: int) -> int:
@@ -77,14 +77,14 @@ def open_because(config: Config) -> list[str]:
         "the model is the reference's, with 1e-12",
     )  # fmt: skip
     must(
-        config.balance.strategy != "stratified_presort", "balance.strategy=stratified_presort",
+        not STRATEGIES[config.balance.strategy].draws_by_rank, f"balance.strategy={config.balance.strategy}",
         "every sample is as likely in every batch; strata fix how many of each length",
     )  # fmt: skip
     must(not evaluation.at_start, "evaluation.at_start=true", "evaluations are at the interval, none before the first")
     must(not data.allow_shared_text, "data.allow_shared_text=true", "the evaluation set is held out of training")
     must(not data.dynamic_masking, "data.dynamic_masking=true", "masks are those of the given samples")
     must(
-        communication.clip in _CLIPS, f"communication.clip={communication.clip}",
+        CLIP_MODES[communication.clip].clips == "gradient", f"communication.clip={communication.clip}",
         "a rank's whole gradient or the averaged one is clipped; per group is not the reference's mathematics",
     )  # fmt: skip
     must(
