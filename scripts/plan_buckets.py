@@ -36,7 +36,7 @@ from bert_fast.communication.plan import (  # noqa: E402
     timeline,
     uniform_ends,
 )
-from bert_fast.config.load import to_yaml  # noqa: E402
+from bert_fast.config.yaml_files import to_yaml  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
 

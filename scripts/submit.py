@@ -30,7 +30,8 @@ guard_imports()
 
 from bert_fast.claims import claimed  # noqa: E402
 from bert_fast.config import as_plain  # noqa: E402
-from bert_fast.config.load import load_config, to_yaml  # noqa: E402
+from bert_fast.config.load import load_config  # noqa: E402
+from bert_fast.config.yaml_files import to_yaml  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import create_atomically, write_json  # noqa: E402
 from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402

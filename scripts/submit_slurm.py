@@ -30,7 +30,8 @@ from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
 guard_imports()
 
 from bert_fast.config import Config, as_plain  # noqa: E402
-from bert_fast.config.load import load_config, to_yaml  # noqa: E402
+from bert_fast.config.load import load_config  # noqa: E402
+from bert_fast.config.yaml_files import to_yaml  # noqa: E402
 from bert_fast.errors import UserError  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.launch.provenance import COMMIT, commit  # noqa: E402

@@ -23,7 +23,7 @@ from mlperf_logging.mllog import constants
 from bert_fast.balance.cost import CostModel, cost_record
 from bert_fast.balance.planner import Plan
 from bert_fast.config import Config
-from bert_fast.config.load import to_yaml
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.batch import Batch
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.masking import mask_id_of, redraw

@@ -25,7 +25,8 @@ from bert_fast.command import (
     one_line,
 )
 from bert_fast.config import Config, as_plain
-from bert_fast.config.load import load_config, to_yaml
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import LostRankError, TrainingError, UserError
 from bert_fast.files import write_json
 from bert_fast.launch import local as launch

@@ -23,8 +23,8 @@ def check_inputs(config: Config) -> None:
                 f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
                 "config file, or `make data` for the mini benchmark"
             )
-    if isinstance(config.balance.cost, str) and config.balance.cost not in ("flops", "measure"):
-        read_cost(config.balance.cost)
+    if config.balance.cost_path is not None:
+        read_cost(config.balance.cost_path)
     checkpoint = config.checkpoint.init_from
     if checkpoint and not is_bundle(checkpoint) and not (Path(checkpoint) / "model.safetensors").is_file():
         raise UserError(
