@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,8 +71,10 @@ def _type_name(annotation: Any) -> str:
         return "|".join(str(a) for a in args)
     if origin is typing.Annotated:
         return _type_name(args[0])
-    if args and (origin is typing.Union or str(origin) == "<class 'types.UnionType'>"):
+    if args and (origin is typing.Union or origin is types.UnionType):
         return "|".join(_type_name(a) for a in args)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if origin in (list, dict):
         return f"{origin.__name__}[{', '.join(_type_name(a) for a in args)}]"
     return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

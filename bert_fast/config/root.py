@@ -225,7 +225,7 @@ def _precision_has_its_device(config: Config) -> str | None:
     precision = config.train.precision
     if precision not in ("fp16", "fp8") or config.system.device != "cpu":
         return None
-    return f"train.precision={precision} needs CUDA; on the CPU set train.precision=bf16 or fp32"
+    return f"train.precision={precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
 
 
 CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (

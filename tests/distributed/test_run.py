@@ -179,7 +179,7 @@ def test_cost_model_is_stored_with_the_run(to_target: Path) -> None:
 
 def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace: Workspace) -> None:
     code, run = workspace.run("run.folder=fitted", "balance.cost=measure", "train.max_steps=4")
-    if code == 3 and "balance.fit_cost" in run.stderr:  # a busy machine: times that say nothing are refused
+    if code == 3 and "balance.cost=measure" in run.stderr:  # a busy machine: times that say nothing are refused
         pytest.skip(run.stderr)
     assert code == 0, run.stderr
     cost = json.loads((workspace.folder / "fitted/cost.json").read_text(encoding="utf-8"))["planned_with"]
@@ -195,7 +195,8 @@ def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace
 @pytest.mark.parametrize("strategy", ["pad_to_longest", "stratified_presort", "packed"])
 def test_a_run_under_every_kind_of_strategy(workspace: Workspace, strategy: str) -> None:
     folder = f"run.folder={strategy}"
-    code, run = workspace.run(folder, f"balance.strategy={strategy}", "balance.num_strata=2", "train.max_steps=6")
+    strata = ["balance.num_strata=2"] if strategy == "stratified_presort" else []
+    code, run = workspace.run(folder, f"balance.strategy={strategy}", *strata, "train.max_steps=6")
     assert code == 0, run.stderr
     assert all(math.isfinite(loss) for loss in losses_of(workspace.folder / strategy))
 
@@ -204,5 +205,5 @@ def test_missing_cost_file_is_found_before_ranks_are_started(workspace: Workspac
     code, run = workspace.run("run.folder=no_cost", "balance.cost=nowhere.json")
     assert code == 2
     assert run.stderr.strip().splitlines() == [
-        "error: balance.cost_file nowhere.json: No such file or directory; give the cost.json of a finished run"
+        "error: balance.cost nowhere.json: No such file or directory; give the cost.json of a finished run"
     ]

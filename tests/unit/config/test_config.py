@@ -12,10 +12,13 @@ from typing import Any, get_args
 import pydantic
 import pytest
 import yaml
+from pydantic import Field
 
-from bert_fast.config import BalanceConfig, Config, as_plain, sections
+from bert_fast.config import BalanceConfig, Config, Section, as_plain, sections
+from bert_fast.config import load as load_module
+from bert_fast.config.choices import Choice, one_of
 from bert_fast.config.load import config_from_tree, describe_fields, load_config
-from bert_fast.config.yaml_files import to_yaml
+from bert_fast.config.yaml_files import to_yaml, validate
 from bert_fast.errors import UserError
 
 BASE: dict[str, dict[str, Any]] = {
@@ -330,6 +333,31 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
     assert "optimizer.lr (float, default 0.0001)" in text
     assert "balance.strategy (random|pad_to_longest|exchange|exchange_snake|stratified_presort|balanced|" in text
     assert "communication.bucket_mb (auto|float|list[float], default 25.0)" in text
+    assert "balance.cost (flops|measure|{linear, quadratic}|str, default flops)" in text
+    assert "run.profile (bool, default false)" in text
+    assert "run.folder (str|none, default unset)" in text
+
+
+class Colours(Section):
+    colour: one_of({"red": Choice("paints:red", "the warm one"), "blue": Choice("paints:blue", "the cold one")}) = (
+        Field("red", description="colour of the wall")
+    )  # type: ignore[valid-type]
+
+
+def test_help_lists_the_names_of_a_table_with_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_module, "sections", lambda: {"run": Colours})
+    assert describe_fields().splitlines()[2:] == [
+        "  run.colour (red|blue, default red)",
+        "      colour of the wall",
+        "      red   the warm one",
+        "      blue  the cold one",
+    ]
+
+
+def test_a_name_that_is_not_in_the_table_gets_the_nearest() -> None:
+    with pytest.raises(UserError) as refused:
+        validate(Colours, {"colour": "bleu"}, "wall.yaml")
+    assert str(refused.value) == "wall.yaml: colour: must be one of red, blue, not 'bleu'; did you mean blue?"
 
 
 @pytest.mark.parametrize("as_overrides", [False, True])
