@@ -301,7 +301,9 @@ def test_a_file_of_the_users_is_not_laid_over(make: Callable[..., Path], tmp_pat
 
 @pytest.mark.parametrize("ruleset", ["1.1.0", "2.0.0", "2.1.0", "4.1.0", "5.0.0"])
 def test_a_closed_log_passes_older_rulesets(tmp_path: Path, make_config: Callable[..., Config], ruleset: str) -> None:
-    config = make_config("mlperf.division=closed", "optimizer.name=lamb", f"mlperf.ruleset={ruleset}")
+    config = make_config(
+        "mlperf.enabled=true", "mlperf.division=closed", "optimizer.name=lamb", f"mlperf.ruleset={ruleset}"
+    )
     verdict = check_log(write_log(tmp_path / "result_0.txt", config, ruleset=ruleset), ruleset)
     assert verdict.passed, verdict.text
 
