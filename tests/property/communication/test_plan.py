@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-from bench_planner import random_timeline as random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from bert_fast.communication.plan import (
 
 def brute_force(ready: np.ndarray, sizes: np.ndarray, link: Link) -> float:
     inner = range(1, len(ready))
+from scripts.benchmarks.bucket_planner import random_timeline as random_case
     cuts = itertools.chain.from_iterable(itertools.combinations(inner, k) for k in range(len(ready)))
     return min(timeline(ready, sizes, [*cut, len(ready)], link).exposed_s for cut in cuts)
 
