@@ -5,7 +5,7 @@
     python run_pretraining.py --config configs/mini_cpu.yaml train.seed=3 communication.bucket_mb=4
     torchrun --nproc-per-node 8 run_pretraining.py --config configs/X.yaml       # takes the ranks it is given
 
-Exit codes: 0 the run ended (target reached, or last step done); 1 the target was not reached; 2 something to mend in
+Exit codes: 0 the run ended (target reached, or last step done); 1 the target was not reached; 2 something to fix in
 config, data or machine; 3 training cannot go on; 4 a rank was lost; 70 a bug; 128 + n stopped by signal n.
 """
 

@@ -1,4 +1,4 @@
-"""Between a program and the person who started it: every failure that a person can fix is one line and an exit code.
+"""Between a program and its user: every failure that a user can fix is one line and an exit code.
 
 Standard library only, so that a program can guard itself before it imports anything that may be missing:
 
@@ -24,9 +24,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from bert_fast.errors import LostRankError, TrainingError, UserError
+from bert_fast.exit_codes import ExitCode
 
-EXIT_USER, EXIT_TRAINING, EXIT_LOST_RANK, EXIT_BUG = 2, 3, 4, 70
-EXIT_INTERRUPTED, EXIT_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 _LONGEST_LINE = 2000  # characters
 _OURS = ("bert_fast", "scripts")
 _DISTRIBUTIONS = {  # where a package is installed under another name than it is imported by
@@ -45,32 +44,32 @@ def one_line(text: object, longest: int = _LONGEST_LINE) -> str:
     return shown + (f"... ({len(text):,} characters)" if len(text) > longest else "")
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
-    """What to tell the person, and the exit code; None for what can only be a bug."""
+def explain(error: BaseException) -> tuple[str, ExitCode] | None:
+    """What to tell the user, and the exit code; None for what can only be a bug."""
     if isinstance(error, UserError):
-        return str(error), EXIT_USER
+        return str(error), ExitCode.USER_ERROR
     if isinstance(error, TrainingError):
-        return str(error), EXIT_TRAINING
+        return str(error), ExitCode.TRAINING_ERROR
     if isinstance(error, LostRankError):
-        return str(error), EXIT_LOST_RANK
+        return str(error), ExitCode.LOST_RANK
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on, or starts again", EXIT_INTERRUPTED
+        return "interrupted; the same command goes on, or starts again", ExitCode.INTERRUPTED
     if isinstance(error, ImportError):
         text = _missing_package(error)
-        return (text, EXIT_USER) if text else None
+        return (text, ExitCode.USER_ERROR) if text else None
     if isinstance(error, MemoryError):
         return (
             f"there is not enough memory ({error or 'no details'}); give it a smaller input or fewer workers",
-            EXIT_USER,
+            ExitCode.USER_ERROR,
         )
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return (
                 f"disk full ({error.filename or 'no file named'}); free space and run the same command again",
-                EXIT_USER,
+                ExitCode.USER_ERROR,
             )
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}; check the path, its permissions and its disk", EXIT_USER
+        return f"{where}{error.strerror or error}; check the path, its permissions and its disk", ExitCode.USER_ERROR
     return None
 
 
@@ -89,10 +88,10 @@ def _missing_package(error: ImportError) -> str | None:
 
 
 def guarded(main: Callable[..., int]) -> Callable[..., int]:
-    """A `main` whose failures are one line on stderr and an exit code.
+    """A `main` whose failures are one line on stderr and one of the `ExitCode`s.
 
-    Exit codes: 2 something to fix (arguments, files, a missing package), 3 training cannot go on, 4 a rank was lost, 70 a bug
-    (with its traceback), 130 interrupted, 141 nobody reads the output any more (silent, as programs of the shell are).
+    A bug has its traceback before that line. Where nobody reads the output any more nothing is printed, as by the programs
+    of the shell.
     """
 
     @functools.wraps(main)
@@ -108,14 +107,14 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
-def report(error: BaseException) -> int:
+def report(error: BaseException) -> ExitCode:
     """Print the line of an error, after its traceback if it is a bug; nothing if nobody reads. Returns the exit code."""
     if isinstance(error, BrokenPipeError) and drop_output_without_reader():
-        return EXIT_PIPE
+        return ExitCode.PIPE
     explained = explain(error)
     if explained is None:
         traceback.print_exception(error)
-        explained = f"unexpected {type(error).__name__}: {error} (traceback above; please report it)", EXIT_BUG
+        explained = f"unexpected {type(error).__name__}: {error} (traceback above; please report it)", ExitCode.BUG
     text, code = explained
     print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
     return code
@@ -153,7 +152,7 @@ def whole(least: int, most: int = 2**31) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is no whole number") from None
+            raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not a whole number") from None
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not between {least:,} and {most:,}")
         return value
@@ -174,7 +173,7 @@ def not_negative(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is no number") from None
+        raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not a number") from None
     if not 0 <= value < 1e12:
         raise argparse.ArgumentTypeError(f"{one_line(text, 80)} is not positive, or far too large")
     return value

@@ -19,6 +19,7 @@ import numpy as np
 
 from bert_fast.balance.cost import cost_record, fit_cost
 from bert_fast.command import guarded
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_json
 from bert_fast.report.metrics import cost_rows
 
@@ -34,10 +35,10 @@ def main() -> int:
         fit = fit_cost(np.array(rows))
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; give folders of runs", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     except ValueError as error:
         print(f"error: {', '.join(args.folders)}: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     for name, value in asdict(fit).items():
         print(f"{name:10} {value:.6g}")
     if args.out:

@@ -31,6 +31,7 @@ import guard  # noqa: F401
 from bert_fast.claims import Kind, claimed
 from bert_fast.command import guarded, positive
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically, write_json
 from bert_fast.report.bench import environment, markdown_table
 from gpu.stage import (
@@ -332,7 +333,8 @@ def run_stages(args: argparse.Namespace, names: list[str], out: Path, target: Pa
     for metric, goal in whole["goals"].items():
         print(f"goal {metric}: {goal['measured']:.3f}, {'met' if goal['met'] else 'not met'}")
     print(f"record: {target}")
-    return int(any(records[name]["status"] == FAILED for name in names if name in records))
+    failed = any(records[name]["status"] == FAILED for name in names if name in records)
+    return ExitCode.TARGET_MISSED if failed else ExitCode.OK
 
 
 @guarded

@@ -33,6 +33,7 @@ from bert_fast.communication.plan import (
     uniform_ends,
 )
 from bert_fast.config.load import to_yaml
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 from plots import svg_figure
@@ -123,10 +124,10 @@ def main() -> int:
             raise ValueError("no link; give --link MS,MB/S")
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"error: --trace {args.trace or args.model}, --link {args.link}: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     least, most = args.min_mb * 2**20, args.max_mb * 2**20
     times = []
     for _ in range(3 if args.quick else 20):
@@ -135,7 +136,7 @@ def main() -> int:
             exact_plan(ready, sizes, link, min_bytes=least, max_bytes=most)
         except ValueError as error:
             print(f"error: {error}; change --min-mb or --max-mb", file=sys.stderr)
-            return 2
+            return ExitCode.USER_ERROR
         times.append(1e3 * (time.perf_counter() - start))
     plans = compare(ready, sizes, link, least, most)
     bound = lower_bound(ready, sizes, link)

@@ -31,6 +31,7 @@ from bert_fast.data.store import Store
 from bert_fast.data.verify import check_hashes, verify_store
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.report.bench import markdown_table
 
 
@@ -140,7 +141,7 @@ def export_samples(arguments: list[str]) -> None:
 
 
 def verify_samples(arguments: list[str]) -> int:
-    """`verify`: do stores look like BERT's samples, and are their bytes as they were written? Exit code 1 if not."""
+    """`verify`: do stores look like BERT's samples, and are their bytes as they were written? `ExitCode.TARGET_MISSED` if not."""
     parser = argparse.ArgumentParser("prepare_data.py verify", description=verify_samples.__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a store, or a folder with train/ and eval/")
     parser.add_argument("--vocab", metavar="FILE", help="the vocab.txt it should be of (default: the one beside it)")
@@ -167,7 +168,7 @@ def verify_samples(arguments: list[str]) -> int:
         wrong = [each.name for each in findings if not each.passed]
         print(f"{folder}: {'looks wrong: ' + ', '.join(wrong) if wrong else 'looks right'}")
         failed += bool(wrong)
-    return 1 if failed else 0
+    return ExitCode.TARGET_MISSED if failed else ExitCode.OK
 
 
 def _stores_in(folders: list[str]) -> list[Path]:

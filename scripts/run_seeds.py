@@ -25,6 +25,7 @@ from bert_fast.command import guarded, whole
 from bert_fast.config import Config, as_plain
 from bert_fast.config.load import load_config
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 from runs import pretrain
 
@@ -110,7 +111,7 @@ def main() -> int:
         f"median, {metrics['time_to_train_s/olympic_mean']:.1f} s olympic mean; samples "
         f"{metrics['samples_to_target']:,.0f} median"
     )
-    return 0 if metrics["targets_reached"] == len(records) or args.quick else 1
+    return ExitCode.OK if metrics["targets_reached"] == len(records) or args.quick else ExitCode.TARGET_MISSED
 
 
 if __name__ == "__main__":

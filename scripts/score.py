@@ -20,6 +20,7 @@ import guard  # noqa: F401
 
 from bert_fast.command import guarded
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.foreign import shown
 from bert_fast.mlperf.convergence import judge
@@ -105,7 +106,7 @@ def main() -> int:
         rows = [row_of(score, args.ruleset) for score in scores]
     except UserError as error:
         print(f"error: {shown(str(error), 1000)}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     print(markdown_table(COLUMNS, rows))
     if args.csv:
         out = io.StringIO()

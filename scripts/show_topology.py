@@ -18,9 +18,11 @@ import guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_json
+from bert_fast.launch.binding import bind
 from bert_fast.launch.machine_file import nic_variables
-from bert_fast.launch.topology import Topology, bind, format_cpulist, read_topology
+from bert_fast.launch.topology import Topology, format_cpulist, read_topology
 
 SYSFS = Path("/sys")
 
@@ -77,7 +79,7 @@ def main() -> int:
             write_json(args.json, {"topology": asdict(topology), "device": device, "ranks": ranked})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     return 0
 
 

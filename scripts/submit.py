@@ -26,6 +26,7 @@ from bert_fast.command import guarded, whole
 from bert_fast.config import as_plain
 from bert_fast.config.load import load_config, to_yaml
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import create_atomically, write_json
 from bert_fast.mlperf.convergence import NUM_RUNS
 from bert_fast.mlperf.rules import RULESET
@@ -188,10 +189,10 @@ def main() -> int:
         rows, metrics = verdict_of(package, args.ruleset)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+        return ExitCode.INTERRUPTED
     for row in rows:
         if row.passed is False:
             print(f"FAILED {row.check}: {row.detail}")
@@ -203,7 +204,7 @@ def main() -> int:
     print(f"{package}: {'every check passed' if passed else 'not to be submitted as it is'}")
     if args.json:
         write_json(args.json, {"metrics": metrics, "rows": [[row.check, row.word, row.detail] for row in rows]})
-    return 0 if passed else 1
+    return ExitCode.OK if passed else ExitCode.TARGET_MISSED
 
 
 if __name__ == "__main__":

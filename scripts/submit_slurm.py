@@ -28,6 +28,7 @@ from bert_fast.command import guarded, whole
 from bert_fast.config import Config, as_plain
 from bert_fast.config.load import load_config, to_yaml
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.launch.provenance import COMMIT, commit
 from bert_fast.launch.slurm import STYLES, job_fields, nodes_needed
@@ -171,7 +172,7 @@ def follow(job_id: int, log: Path) -> int:
             sys.stdout.flush()
         if ended:
             print(f"job {job_id} ended: {state if state in ENDED else 'Slurm knows it no more'}", flush=True)
-            return 0 if state == "COMPLETED" else 1
+            return ExitCode.OK if state == "COMPLETED" else ExitCode.TARGET_MISSED
         now = job_fields(job_id).get("JobState")
         unanswered = 0 if now else unanswered + 1
         if now is not None and now != state and now in ("PENDING", "RUNNING"):
@@ -214,7 +215,7 @@ def main() -> int:
         job_id = submit(config, folder, script)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     log = folder / f"slurm-{job_id}.out"
     print(f"job {job_id}, folder {folder}, output {log}", flush=True)
     if args.no_tail:
@@ -223,7 +224,7 @@ def main() -> int:
         return follow(job_id, log)
     except KeyboardInterrupt:
         print(f"\njob {job_id} goes on; end it with scancel {job_id}", file=sys.stderr)
-        return 130
+        return ExitCode.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from bert_fast.command import guarded, positive
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.foreign import shown
 from bert_fast.report.console import seconds_text
 from bert_fast.report.live import RunWatch
@@ -207,7 +208,7 @@ def main() -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {shown(str(error), 1000)}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:  # `watch.py RUN | head`; Python would complain once more when it closes its output

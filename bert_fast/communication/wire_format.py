@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bert_fast.communication import p2p as exchange
+from bert_fast.communication import p2p
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # torch 2.13 renamed it; images with older versions have only the old name
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Work = dist.Work | exchange.Exchange
+Work = dist.Work | p2p.P2PWork
 
 
 class WireFormat:
@@ -71,7 +71,7 @@ class WireFormat:
         self.count(wire)
         if dist.get_backend(group) == "gloo":
             received = torch.empty_like(wire)
-            yield exchange.all_to_all(received, wire, 2 * number, group)
+            yield p2p.all_to_all(received, wire, 2 * number, group)
             torch.sum(received.view(-1, len(shard)), dim=0, dtype=shard.dtype, out=shard)
             if self.scale != 1.0:
                 shard.mul_(1.0 / self.scale)

@@ -28,6 +28,23 @@ OPTIMIZERS = {
     "lamb": Choice("bert_fast.optim.lamb:build", "LAMB as MLPerf's reference has it"),
 }
 
+# A subclass of bert_fast.communication.engine.Engine. In SHARDED_ENGINES: what takes its place with
+# communication.shard_optimizer, where each rank updates a part of the weights.
+ENGINES = {
+    "bucketed": Choice("bert_fast.communication.reducer:BucketReducer", "our reducer, overlapped with backward"),
+    "ddp": Choice("bert_fast.communication.ddp:DdpEngine", "torch's DistributedDataParallel with the same clipping"),
+}
+SHARDED_ENGINES = {
+    "bucketed": Choice(
+        "bert_fast.communication.sharded:ShardedReducer", "reduce-scatter, update of shards, all-gather"
+    ),
+}
+
+# A class as bert_fast.model.objective.Objective describes it.
+OBJECTIVES = {
+    "mlm_nsp": Choice("bert_fast.model.objective:MlmNsp", "masked-token and next-sentence prediction, as BERT has it"),
+}
+
 
 def one_of(table: Mapping[str, Choice]) -> Any:
     """The type of a config field whose values are the names of a table, checked when a config is read."""

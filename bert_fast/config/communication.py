@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bert_fast.config.choices import ENGINES, one_of
 from bert_fast.config.section import Mebibytes, PositiveFloat, Seconds, Section
 
 
 class CommunicationConfig(Section):
-    engine: Literal["bucketed", "ddp"] = Field(
-        "bucketed", description="our overlapped reducer, or torch DistributedDataParallel with the same clipping"
+    engine: one_of(ENGINES) = Field(  # type: ignore[valid-type]
+        "bucketed", description="what averages gradients over ranks"
     )
     bucket_mb: Literal["auto"] | Mebibytes | list[Mebibytes] = Field(
         25.0,

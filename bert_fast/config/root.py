@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
+from bert_fast.config.choices import SHARDED_ENGINES
 from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.evaluation import EvaluationConfig
@@ -114,9 +115,10 @@ class Config(Section):
                 "optimizer.step_per_bucket=true steps over some tensors at a time, and apex's optimizers count their steps as a whole; "
                 "set optimizer.step_per_bucket=false or optimizer.use_apex=false"
             )
-        if communication.shard_optimizer and communication.engine != "bucketed":
+        if communication.shard_optimizer and communication.engine not in SHARDED_ENGINES:
             raise ValueError(
-                f"communication.shard_optimizer needs communication.engine=bucketed, not {communication.engine}; change one"
+                f"communication.shard_optimizer needs communication.engine={' or '.join(SHARDED_ENGINES)}, not "
+                f"{communication.engine}; change one"
             )
         if communication.shard_optimizer and self.optimizer.use_apex:
             raise ValueError(

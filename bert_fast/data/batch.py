@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bert_fast.data.record import read_headers, sections_of
+from bert_fast.integers import ceil_div, segment_positions, segment_ranges
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,7 +75,7 @@ def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> B
     # A row's dummy comes after its samples: sort (row, is dummy).
     place = np.argsort(np.concatenate([2 * rows, 2 * filled + 1]), kind="stable")
     spread = _spread(batch, np.concatenate([lengths, gaps[filled]])[place], place < len(lengths))
-    return _more_masks(spread, -len(batch.masked_labels) % (num_rows * -(-16 * row_length // 100)))
+    return _more_masks(spread, -len(batch.masked_labels) % (num_rows * ceil_div(16 * row_length, 100)))
 
 
 def to_longest(batch: Batch) -> Batch:
@@ -123,21 +126,27 @@ def assemble(
 ) -> Batch:
     """Join the records tokens[start:end] of samples into a batch, without a Python loop over samples.
 
-    A record is uint16: len_a, M, is_random_next, M positions, M labels, L tokens (`data.store`). Samples are laid longest
-    first, so that neighbours of like length share an attention group, unless `keep_order`.
+    Args:
+        tokens: uint16, the records of a store (`data.record`).
+        starts, ends: int64 [B], where the records lie in `tokens`.
+        sample_ids: int64 [B].
+        keep_order: keep the given order; else samples are laid longest first, so that neighbours of similar length share
+            an attention group.
     """
-    headers = tokens[starts[:, None] + np.arange(3)].astype(np.int64)
-    lengths = ends - starts - 3 - 2 * headers[:, 1]
+    headers = read_headers(tokens, starts)
+    sections = sections_of(starts, headers.num_masked)
+    lengths = ends - sections.tokens
     order = np.arange(len(lengths)) if keep_order else np.argsort(-lengths, kind="stable")
-    starts, headers, lengths = starts[order], headers[order], lengths[order]
-    len_a, num_masked = headers[:, 0], headers[:, 1]
+    lengths = lengths[order]
+    len_a, num_masked, is_random_next = (column[order] for column in headers)
+    positions_at, _, tokens_at = (column[order] for column in sections)
     cu_seqlens = np.zeros(len(order) + 1, dtype=np.int64)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    position_ids = _counting(lengths)
-    mask_places = np.repeat(starts + 3, num_masked) + _counting(num_masked)
+    position_ids = segment_positions(lengths)
+    mask_places = segment_ranges(positions_at, num_masked)
     positions = tokens[mask_places].astype(np.int64)
     labels = tokens[mask_places + np.repeat(num_masked, num_masked)].astype(np.int64)
-    token_places = np.repeat(starts + 3 + 2 * num_masked, lengths) + position_ids
+    token_places = np.repeat(tokens_at, lengths) + position_ids
     return Batch(
         input_ids=tokens[token_places].astype(np.int64),
         token_type_ids=(position_ids >= np.repeat(len_a, lengths)).astype(np.int64),
@@ -145,13 +154,7 @@ def assemble(
         cu_seqlens=cu_seqlens.astype(np.int32),
         masked_positions=positions + np.repeat(cu_seqlens[:-1], num_masked),
         masked_labels=labels,
-        next_sentence_labels=headers[:, 2].copy(),
+        next_sentence_labels=is_random_next,
         lengths=lengths.tolist(),
         sample_ids=np.asarray(sample_ids)[order],
     )
-
-
-def _counting(counts: np.ndarray) -> np.ndarray:
-    """0 ... counts[0] - 1, 0 ... counts[1] - 1, and so on, end to end."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - counts, counts)

@@ -23,7 +23,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from bert_fast.data.docstrings import clean_docstring, documentation
 from bert_fast.data.folders import files_below, is_part_of_dataset
@@ -33,7 +33,8 @@ from bert_fast.data.text import detect_language, num_words, split_sentences, str
 from bert_fast.data.wikitext import Page, TooCostlyError, clean, is_dump, read_pages
 from bert_fast.errors import UserError
 
-KINDS = ("pydocs", "prose", "mlcommons", "jsonl", "wikiextractor", "mediawiki", "parquet")
+CorpusKind = Literal["pydocs", "prose", "mlcommons", "jsonl", "wikiextractor", "mediawiki", "parquet"]
+KINDS: tuple[str, ...] = get_args(CorpusKind)
 
 AUTO = "auto"  # a language that each text's script and words tell
 PYDOCS_PACKAGES = ("torch", "numpy", "transformers")

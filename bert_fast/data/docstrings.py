@@ -30,7 +30,7 @@ def documentation(path: str) -> Iterator[list[str]]:
             yield list(_docstrings(node))
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             function = node.value.func
-            called = getattr(function, "id", None) or getattr(function, "attr", "")
+            called = str(getattr(function, "id", None) or getattr(function, "attr", ""))
             if "doc" in called:  # add_docstr(torch.abs, "..."), add_newdoc("numpy", "abs", "...")
                 yield [text for argument in node.value.args for text in _long_strings(argument)]
         elif isinstance(node, ast.If | ast.Try | ast.With):

@@ -28,10 +28,16 @@ PIECE_FILES = (
 )  # the latter of older versions: never read, but ours to remove
 PARTS_FOLDER = f"parts-{{}}-{_HEX}"  # of a split
 PART_FILES = (
-    f"{digits(5)}.bin", f"{digits(5)}.bin.npz", "head.bin", "head.bin.npz", "picked.bin", "picked.bin.npz",
-    f"tokens/{digits(5)}.npz", f"tokens/{digits(5)}.npz.json",
+    f"{digits(5)}.bin",
+    f"{digits(5)}.bin.npz",
+    "head.bin",
+    "head.bin.npz",
+    "picked.bin",
+    "picked.bin.npz",
+    f"tokens/{digits(5)}.npz",
+    f"tokens/{digits(5)}.npz.json",
     *(f"tokens/{name}.bin" for name in ("tokens", "sentences", "documents")),
-)  # fmt: skip
+)
 
 
 def _is_older(folder: Path) -> bool:
@@ -46,21 +52,29 @@ def _is_older(folder: Path) -> bool:
 PREPARATION = Kind(
     "a preparation",
     (
-        *TEXT_FILES, "vocab.txt", "vocab.stamp.json", *(f"{split}/{name}" for split in SPLITS for name in FILES),
+        *TEXT_FILES,
+        "vocab.txt",
+        "vocab.stamp.json",
+        *(f"{split}/{name}" for split in SPLITS for name in FILES),
         *(f"{PIECES_FOLDER}/{name}" for name in PIECE_FILES),
         *(f"{PARTS_FOLDER.format(split)}/{name}" for split in SPLITS for name in PART_FILES),
     ),
     "choose another --out",
     is_older=_is_older,
-)  # fmt: skip
+)
 STORE = Kind("a store", FILES, "choose another --out", is_older=is_store)
 IMPORT_PARTS = Kind(
     "an unfinished import",
     (
-        f"*-{_HEX}.bin", f"*-{_HEX}.bin.npz", "head.bin", "head.bin.npz", "picked.bin", "picked.bin.npz",
+        f"*-{_HEX}.bin",
+        f"*-{_HEX}.bin.npz",
+        "head.bin",
+        "head.bin.npz",
+        "picked.bin",
+        "picked.bin.npz",
     ),
     "move it, or choose another --out",
-)  # fmt: skip
+)
 EXPORT = Kind(
     "an export",
     tuple(f"part-{digits(n)}-of-{digits(n)}.{suffix}" for n in (5, 6) for suffix in ("tfrecord", "hdf5")),

@@ -5,9 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Made(Generic[T]):
+    result: T
 
 
 class Prefetcher(Generic[T]):
@@ -17,7 +23,7 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, make: Callable[[int], T], start: int, end: int, depth: int) -> None:
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self._queue: queue.Queue[_Made[T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make, start, end), daemon=True, name="prefetch")
         self._thread.start()
@@ -25,24 +31,24 @@ class Prefetcher(Generic[T]):
     def _run(self, make: Callable[[int], T], start: int, end: int) -> None:
         for step in range(start, end):
             try:
-                item: tuple[Any, BaseException | None] = (make(step), None)
+                item: _Made[T] | BaseException = _Made(make(step))
             except BaseException as error:  # handed to the consumer, which raises it
-                item = (None, error)
+                item = error
             while not self._stop.is_set():
                 try:
                     self._queue.put(item, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if self._stop.is_set() or item[1] is not None:
+            if self._stop.is_set() or isinstance(item, BaseException):
                 return
 
     def next(self) -> T:
         """The next step's result; waits for it if need be."""
-        item, error = self._queue.get()
-        if error is not None:
-            raise error
-        return item  # type: ignore[return-value]
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item.result
 
     def close(self) -> None:
         self._stop.set()

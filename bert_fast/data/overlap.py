@@ -16,6 +16,7 @@ import numpy as np
 from bert_fast.data.batch import Batch
 from bert_fast.data.store import Store
 from bert_fast.files import write_json
+from bert_fast.integers import SPLITMIX64, ceil_div
 
 _WINDOW = 12  # tokens: more than a phrase, less than a short segment
 _ENOUGH = 0.7  # of a sample's tokens; the rest may lie beside a cut
@@ -95,7 +96,7 @@ def _pieces(store: Store) -> list[np.ndarray]:
     count = min(len(store), max(1, int(_TRAIN_TOKENS / mean)))
     pieces = min(_PIECES, count)
     starts = np.linspace(0, len(store), pieces + 1).astype(np.int64)
-    return [np.arange(a, min(b, a + -(-count // pieces))) for a, b in pairwise(starts)]
+    return [np.arange(a, min(b, a + ceil_div(count, pieces))) for a, b in pairwise(starts)]
 
 
 def _stretches(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +112,6 @@ def _stretches(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     starts = np.flatnonzero(ends[_WINDOW : _WINDOW + count] == ends[:count])
     hashes = np.zeros(count, np.uint64)
     for offset in range(_WINDOW):  # wraps in 64 bits
-        hashes = (hashes + tokens[offset : offset + count] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        hashes = (hashes + tokens[offset : offset + count] + np.uint64(1)) * SPLITMIX64[0]
         hashes ^= hashes >> np.uint64(29)
     return hashes[starts], starts

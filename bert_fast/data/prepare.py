@@ -47,16 +47,14 @@ from bert_fast.data.wordpiece import (
     load_vocabulary,
     normalization_of,
     train_vocabulary,
-)  # fmt: skip
+)
 from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 
 _TEXT_FILE_BYTES = 1 << 19
 # Bytes of text, pieces, token ids and stores together over those of the sources, at ten passes. A compressed dump becomes
 # five times as much text; a byte of text becomes about half a byte a pass, twice for a while, and a byte of token ids.
-_SPACE = {
-    "pydocs": 3, "prose": 13, "mlcommons": 13, "jsonl": 13, "wikiextractor": 13, "mediawiki": 22, "parquet": 22,
-}  # fmt: skip
+_SPACE = {"pydocs": 3, "prose": 13, "mlcommons": 13, "jsonl": 13, "wikiextractor": 13, "mediawiki": 22, "parquet": 22}
 _ALGORITHM = 2  # of samples: a store that an older one made is made anew
 PICKS = ("first", "evenly")
 
@@ -105,9 +103,12 @@ class Recipe:
         """What the text stage depends on."""
         packages = list(self.packages) if self.corpus == "pydocs" else []
         key = {
-            "corpus": self.corpus, "input": self.input, "packages": packages, "eval_fraction": self.eval_fraction,
+            "corpus": self.corpus,
+            "input": self.input,
+            "packages": packages,
+            "eval_fraction": self.eval_fraction,
             "seed": self.params.seed,
-        }  # fmt: skip
+        }
         if self.corpus in ("parquet", "jsonl"):
             key["column"] = self.column
         if self.corpus != "pydocs":
@@ -483,9 +484,12 @@ class _TextWriter:
         if self._lines:
             self._flush()
         return {
-            "files": self.files, "documents": self._documents, "sentences": self._sentences, "bytes": self._bytes,
+            "files": self.files,
+            "documents": self._documents,
+            "sentences": self._sentences,
+            "bytes": self._bytes,
             "sha256": self._digest.hexdigest(),
-        }  # fmt: skip
+        }
 
 
 def _vocab_stage(recipe: Recipe, out: Path, text: dict[str, Any], log: Log) -> Path:
@@ -538,9 +542,12 @@ def _sample_stage(
     vocabulary = load_vocabulary(vocab_path)
     normalization = asdict(normalization_of(vocabulary.tokens, recipe.cased))
     key = {
-        "algorithm": _ALGORITHM, "text": text[split]["sha256"], "vocab": vocabulary.sha256, **normalization,
+        "algorithm": _ALGORITHM,
+        "text": text[split]["sha256"],
+        "vocab": vocabulary.sha256,
+        **normalization,
         **recipe.params.as_dict(),
-    }  # fmt: skip
+    }
     if split == "eval":
         key["eval_max_samples"] = recipe.eval_max_samples
         if recipe.eval_pick != "first":
@@ -564,11 +571,15 @@ def _sample_stage(
     ends = list(accumulate(part.num_documents for part in token_parts))
     jobs = (
         (
-            str(parts_folder / "tokens"), str(vocab_path), recipe.params, chunk, range(begin, end),
+            str(parts_folder / "tokens"),
+            str(vocab_path),
+            recipe.params,
+            chunk,
+            range(begin, end),
             str(parts_folder / f"{chunk:05d}.bin"),
         )
         for chunk, (begin, end) in enumerate(pairwise([0, *ends]))
-    )  # fmt: skip
+    )
     parts: list[Part] = []
     samples = 0
     last_line = start
@@ -583,15 +594,22 @@ def _sample_stage(
         take = take_first if recipe.eval_pick == "first" else take_evenly
         parts = take(parts, recipe.eval_max_samples, parts_folder)
     manifest = merge_parts(
-        folder, parts,
+        folder,
+        parts,
         {
-            "key": key, "corpus": recipe.corpus, "text_sha256": text[split]["sha256"],
-            "documents": text[split]["documents"], "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
-            "mask_id": vocabulary.mask_id, **normalization, "num_words": words.words,
+            "key": key,
+            "corpus": recipe.corpus,
+            "text_sha256": text[split]["sha256"],
+            "documents": text[split]["documents"],
+            "vocab_sha256": vocabulary.sha256,
+            "vocab_size": len(vocabulary),
+            "mask_id": vocabulary.mask_id,
+            **normalization,
+            "num_words": words.words,
             "num_unknown_words": words.unknown,
             "params": asdict(recipe.params),
         },
-    )  # fmt: skip
+    )
     remove_own(out, [f"{parts_folder.name}/{name}" for name in PART_FILES])
     seconds = time.perf_counter() - start
     log(

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from bert_fast.config import Section
 from bert_fast.config.load import read_yaml, validate
 from bert_fast.config.section import Seed, Tokens
-from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
+from bert_fast.data.corpus import AUTO, PYDOCS_PACKAGES, CorpusKind
 from bert_fast.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -21,7 +21,7 @@ Package = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Z
 class RecipeFile(Section):
     """One line a field; the names are those of the command's flags with underscores, which say what they mean."""
 
-    corpus: Literal[KINDS] = "pydocs"  # type: ignore[valid-type]
+    corpus: CorpusKind = "pydocs"
     input: Text | None = None
     column: Text = "text"
     packages: list[Package] = Field(list(PYDOCS_PACKAGES), min_length=1, max_length=1000)

@@ -71,9 +71,12 @@ _TRIES = 10  # for text of another place where a single document must be its own
 
 
 def make_samples(
-    documents: Sequence[TokenDocument], vocabulary: Vocabulary, params: SampleParams, chunk: int,
+    documents: Sequence[TokenDocument],
+    vocabulary: Vocabulary,
+    params: SampleParams,
+    chunk: int,
     chosen: range | None = None,
-) -> Iterator[Sample]:  # fmt: skip
+) -> Iterator[Sample]:
     """Samples of a chunk of documents, `dupe_factor` passes over it.
 
     documents: all of the split: random next sentences are drawn from all of it. May be read from disk as it is used.
@@ -130,10 +133,11 @@ def _random_text(documents: Sequence[TokenDocument], index: int, target: int, rn
     end is drawn again there.
     """
     if len(documents) == 1:
-        for _ in range(_TRIES):
-            tokens = _text_from_random_place(documents[0], target, rng)
+        tokens = _text_from_random_place(documents[0], target, rng)
+        for _ in range(_TRIES - 1):
             if len(tokens) >= target:
                 break
+            tokens = _text_from_random_place(documents[0], target, rng)
         return tokens
     other = rng.randrange(len(documents) - 1)
     return _text_from_random_place(documents[other + (other >= index)], target, rng)
@@ -163,9 +167,13 @@ def _trim(tokens_a: Tokens, tokens_b: Tokens, budget: int, rng: random.Random) -
 
 
 def _mask(
-    tokens_a: Tokens, tokens_b: Tokens, is_random: int, vocabulary: Vocabulary, params: SampleParams,
+    tokens_a: Tokens,
+    tokens_b: Tokens,
+    is_random: int,
+    vocabulary: Vocabulary,
+    params: SampleParams,
     rng: np.random.Generator,
-) -> Sample:  # fmt: skip
+) -> Sample:
     len_a = len(tokens_a) + 2
     ids = np.array([vocabulary.cls_id, *tokens_a, vocabulary.sep_id, *tokens_b, vocabulary.sep_id], dtype=np.uint16)
     length = len(ids)

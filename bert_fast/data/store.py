@@ -1,10 +1,9 @@
 """The store: one memory-mapped token file, a table of offsets, a length table, a manifest.
 
-`samples.bin` is uint16. A sample's record is
-    len_a, number of masks M, is_random_next, M masked positions, M masked labels, L tokens
+`samples.bin` is uint16, the record of one sample after that of another (`data.record`).
 `offsets.npy` (int64, N+1) says where records start, in uint16 units. `lengths.npy` (uint16, N) and `num_masked.npy`
 (uint16, N) are what the planner needs of every sample; all ranks of a node share them through the page cache.
-`blocks.npy` (uint32) is the CRC-32 of every 4 MiB of `samples.bin`: a run compares them while it goes (data.blocks).
+`blocks.npy` (uint32) is the CRC-32 of every 4 MiB of `samples.bin`: a run compares them while it goes (`data.scrub`).
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import numpy as np
 
 from bert_fast.command import one_line
 from bert_fast.data.batch import Batch, assemble
+from bert_fast.data.record import count_random_next, num_masked_at, pack_record, record_sizes, unpack_record
 from bert_fast.data.samples import Sample
 from bert_fast.errors import UserError
 from bert_fast.files import atomic_file, read_json, sha256_of, write_json
@@ -34,7 +34,6 @@ _TABLES = ("offsets.npy", "lengths.npy", "num_masked.npy")
 _BLOCKS = "blocks.npy"
 FILES = ("samples.bin", *_TABLES, _BLOCKS, "manifest.json")  # of a store
 BLOCK_BYTES = 1 << 22  # of samples.bin that share a checksum
-_HEADER = 3
 # What np.load raises for a damaged header of a .npy file: it evaluates it as a Python literal
 _DAMAGED = (
     OSError,
@@ -49,28 +48,20 @@ _DAMAGED = (
 )
 _NEEDED = ("num_samples", "max_length", "vocab_size", "vocab_sha256", "sha256")
 _MANIFEST: dict[str, type] = {
-    "num_samples": int, "num_tokens": int, "num_masked": int, "num_random_next": int, "max_length": int, "vocab_size": int,
-    "mask_id": int, "vocab_sha256": str, "sha256": str, "tables_sha256": dict, "length_histogram": dict,
-}  # fmt: skip
+    "num_samples": int,
+    "num_tokens": int,
+    "num_masked": int,
+    "num_random_next": int,
+    "max_length": int,
+    "vocab_size": int,
+    "mask_id": int,
+    "vocab_sha256": str,
+    "sha256": str,
+    "tables_sha256": dict,
+    "length_histogram": dict,
+}
 _BLOCK_SAMPLES = 4096
 _BYTES = np.dtype(np.uint16).itemsize
-
-
-def pack_record(sample: Sample) -> np.ndarray:
-    """A sample as its uint16 record."""
-    header = np.array([sample.len_a, len(sample.masked_positions), sample.is_random_next], dtype=np.uint16)
-    return np.concatenate([header, sample.masked_positions, sample.masked_labels, sample.input_ids])
-
-
-def unpack_record(record: np.ndarray) -> Sample:
-    """The sample in a record (views into it)."""
-    num_masked = int(record[1])
-    positions_end = _HEADER + num_masked
-    labels_end = positions_end + num_masked
-    return Sample(
-        record[labels_end:], int(record[0]), record[_HEADER:positions_end], record[positions_end:labels_end],
-        int(record[2]),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,7 @@ def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
             break
         if part.num_samples > limit:
             lengths, num_masked = part.tables()
-            ends = np.cumsum(_record_sizes(lengths, num_masked))
+            ends = np.cumsum(record_sizes(lengths, num_masked))
             part = write_part_of_records(folder / "head.bin", _head(part.path, ends[:limit], lengths, num_masked))
         kept.append(part)
         limit -= part.num_samples
@@ -154,11 +145,11 @@ def _picked(parts: list[Part], wanted: np.ndarray) -> Iterator[tuple[np.ndarray,
         first += part.num_samples
         if len(ids):
             lengths, num_masked = part.tables()
-            ends = np.cumsum(_record_sizes(lengths, num_masked))
-            starts = ends - _record_sizes(lengths, num_masked)
+            ends = np.cumsum(record_sizes(lengths, num_masked))
+            starts = ends - record_sizes(lengths, num_masked)
             data = np.fromfile(part.path, dtype=np.uint16)
             records = np.concatenate([data[starts[i] : ends[i]] for i in ids])
-            yield records, lengths[ids], num_masked[ids], int(data[starts[ids] + 2].sum())
+            yield records, lengths[ids], num_masked[ids], count_random_next(data, starts[ids])
 
 
 def _head(
@@ -170,7 +161,7 @@ def _head(
         rows = slice(first, min(first + _BLOCK_SAMPLES, len(ends)))
         starts = np.concatenate([[ends[first - 1] if first else 0], ends[rows][:-1]])
         records = data[int(starts[0]) : int(ends[rows][-1])]
-        yield records, lengths[rows], num_masked[rows], int(data[starts + 2].sum())
+        yield records, lengths[rows], num_masked[rows], count_random_next(data, starts)
 
 
 def read_part(path: str | Path) -> Part | None:
@@ -181,14 +172,10 @@ def read_part(path: str | Path) -> Part | None:
     try:
         with np.load(tables, allow_pickle=False) as loaded:
             part = Part(str(path), len(loaded["lengths"]), int(loaded["num_random"]))
-            expected = _record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
+            expected = record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
     except (*_DAMAGED, zipfile.BadZipFile, zlib.error):  # not what we write: it is made again
         return None
     return part if Path(path).stat().st_size == expected else None
-
-
-def _record_sizes(lengths: np.ndarray, num_masked: np.ndarray) -> np.ndarray:
-    return _HEADER + 2 * num_masked.astype(np.int64) + lengths.astype(np.int64)
 
 
 def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +204,7 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
         end = 0
         for part in parts:  # one part's tables in memory at a time
             lengths, num_masked = part.tables()
-            ends = end + np.cumsum(_record_sizes(lengths, num_masked))
+            ends = end + np.cumsum(record_sizes(lengths, num_masked))
             end = int(ends[-1]) if len(ends) else end
             offsets.write(ends.astype("<i8").tobytes())
             lengths_file.write(lengths.astype("<u2").tobytes())
@@ -276,7 +263,7 @@ def _table(path: Path) -> np.ndarray:
     """A memory-mapped list of whole numbers. Raises one of `_DAMAGED`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of headers that are parsed in another way
-        table: np.ndarray = np.load(path, mmap_mode="r")
+        table: object = np.load(path, mmap_mode="r")
     if not isinstance(table, np.ndarray) or table.ndim != 1 or table.dtype.kind not in "iu" or table.dtype.itemsize > 8:
         raise ValueError(f"{path.name} is no list of whole numbers")
     return table
@@ -336,10 +323,10 @@ class Store:
     def _check_records(self, ids: np.ndarray, headers: bool = True) -> None:
         """Refuse samples that the tables and the tokens do not agree about: a damaged store would be read elsewhere."""
         starts, ends = self._offsets[ids], self._offsets[ids + 1]
-        sizes = _record_sizes(self.lengths[ids], self.num_masked[ids])
+        sizes = record_sizes(self.lengths[ids], self.num_masked[ids])
         wrong = (starts < 0) | (ends > len(self._tokens)) | (ends - starts != sizes)
         if headers and not wrong.any():
-            wrong = self._tokens[starts + 1] != self.num_masked[ids]
+            wrong = num_masked_at(self._tokens, starts) != self.num_masked[ids]
         if wrong.any():
             raise UserError(
                 f"store {self.folder} is damaged: the tables and the record of sample {int(ids[np.flatnonzero(wrong)[0]])} do "
@@ -365,7 +352,7 @@ class Store:
         """First and last sample with bytes in [begin, end) of samples.bin."""
         first = np.searchsorted(self._offsets, begin // _BYTES, side="right") - 1
         last = np.searchsorted(self._offsets, (end - 1) // _BYTES, side="right") - 1
-        return int(first), int(min(last, len(self) - 1))
+        return int(first), min(int(last), len(self) - 1)
 
     def check(self, *, vocab_size: int, max_seq_len: int, vocab_sha256: str | None, sha256: str | None) -> None:
         """Refuse a store that does not fit the config. Raises UserError."""
@@ -395,8 +382,8 @@ class Store:
         found = sha256_of(self.folder / "samples.bin")
         if found != sha256:
             raise UserError(
-                f"store {self.folder}: samples.bin has the hash {found[:16]}..., expected {sha256[:16]}... (evaluation.sha256); "
-                "prepare the data again"
+                f"store {self.folder}: samples.bin has the hash {found[:16]}..., expected {sha256[:16]}... "
+                "(evaluation.sha256); prepare the data again"
             )
 
     def verify(self) -> None:

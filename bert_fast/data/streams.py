@@ -120,7 +120,7 @@ def _lines(source: Source, whole: bool = False) -> Iterator[tuple[int, str]]:
 
 def _opened(source: Source) -> BinaryIO:
     opener = COMPRESSED.get(os.path.splitext(source.name.lower())[1], open)
-    return opener(source.path, "rb")  # type: ignore[no-any-return]
+    return opener(source.path, "rb")
 
 
 def _missing_bytes(raw: bytes) -> int:

@@ -115,15 +115,33 @@ class _Script(NamedTuple):
 _SCRIPTS = tuple(
     _Script(language, re.compile(f"[{letters}]"))
     for language, letters in (
-        ("ja", "\u3041-\u30ff"), ("zh", "\u3400-\u9fff"), ("ko", "\uac00-\ud7a3"), ("th", "\u0e00-\u0e7f"),
-        ("lo", "\u0e80-\u0eff"), ("bo", "\u0f00-\u0fff"), ("my", "\u1000-\u109f"), ("km", "\u1780-\u17ff"),
-        ("hi", "\u0900-\u097f"), ("bn", "\u0980-\u09ff"), ("pa", "\u0a00-\u0a7f"), ("gu", "\u0a80-\u0aff"),
-        ("or", "\u0b00-\u0b7f"), ("ta", "\u0b80-\u0bff"), ("te", "\u0c00-\u0c7f"), ("kn", "\u0c80-\u0cff"),
-        ("ml", "\u0d00-\u0d7f"), ("si", "\u0d80-\u0dff"), ("ar", "\u0600-\u06ff"), ("he", "\u0590-\u05ff"),
-        ("ru", "\u0400-\u04ff"), ("el", "\u0370-\u03ff"), ("hy", "\u0530-\u058f"), ("ka", "\u10a0-\u10ff"),
+        ("ja", "\u3041-\u30ff"),
+        ("zh", "\u3400-\u9fff"),
+        ("ko", "\uac00-\ud7a3"),
+        ("th", "\u0e00-\u0e7f"),
+        ("lo", "\u0e80-\u0eff"),
+        ("bo", "\u0f00-\u0fff"),
+        ("my", "\u1000-\u109f"),
+        ("km", "\u1780-\u17ff"),
+        ("hi", "\u0900-\u097f"),
+        ("bn", "\u0980-\u09ff"),
+        ("pa", "\u0a00-\u0a7f"),
+        ("gu", "\u0a80-\u0aff"),
+        ("or", "\u0b00-\u0b7f"),
+        ("ta", "\u0b80-\u0bff"),
+        ("te", "\u0c00-\u0c7f"),
+        ("kn", "\u0c80-\u0cff"),
+        ("ml", "\u0d00-\u0d7f"),
+        ("si", "\u0d80-\u0dff"),
+        ("ar", "\u0600-\u06ff"),
+        ("he", "\u0590-\u05ff"),
+        ("ru", "\u0400-\u04ff"),
+        ("el", "\u0370-\u03ff"),
+        ("hy", "\u0530-\u058f"),
+        ("ka", "\u10a0-\u10ff"),
         ("am", "\u1200-\u137f"),
     )
-)  # fmt: skip
+)
 # Frequent words that tell languages of the Latin script apart.
 _WORDS = {
     "en": "the and of to is in that it was for with as his he be not by are this have from she which",

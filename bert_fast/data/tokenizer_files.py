@@ -35,9 +35,10 @@ def tokenizer_files(vocab_path: str | Path, max_length: int, normalization: dict
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[("[CLS]", vocabulary.cls_id), ("[SEP]", vocabulary.sep_id)],
-    )  # fmt: skip
+    )
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json; BertTokenizer makes one with other limits
         "do_lower_case": described["normalizer"]["lowercase"],
@@ -48,7 +49,9 @@ def tokenizer_files(vocab_path: str | Path, max_length: int, normalization: dict
         **_ROLES,
     }
     contents = (
-        as_text(vocabulary.tokens), tokenizer.to_str(pretty=True) + "\n", json.dumps(settings, indent=2) + "\n",
+        as_text(vocabulary.tokens),
+        tokenizer.to_str(pretty=True) + "\n",
+        json.dumps(settings, indent=2) + "\n",
         json.dumps(_ROLES, indent=2) + "\n",
-    )  # fmt: skip
+    )
     return dict(zip(TOKENIZER_FILES, contents, strict=True))

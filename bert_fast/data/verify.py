@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from bert_fast.data.batch import Batch
+from bert_fast.data.record import read_headers, sections_of
 from bert_fast.data.store import Store
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.errors import UserError
+from bert_fast.integers import SPLITMIX64, mix64, segment_ids, segment_ranges
 
 _STRETCH = 1000  # samples read together
 _WINDOW = 32  # samples in a row whose lengths are a fingerprint
@@ -87,13 +89,11 @@ def damaged_records(store: Store, places: list[tuple[int, int]]) -> int:
     for begin, end in places:
         records, starts = store.records(begin, end)
         lengths, masked = (np.asarray(table[begin:end]).astype(np.int64) for table in (store.lengths, store.num_masked))
-        len_a, count, label = (records[starts + place].astype(np.int64) for place in range(3))
+        len_a, count, label = read_headers(records, starts)
         bad += int(((count != masked) | (label > 1) | (len_a < 1) | (len_a > lengths)).sum())
-        inside = np.repeat(np.arange(end - begin), masked)
-        places_of = (
-            np.repeat(starts + 3, masked) + np.arange(len(inside)) - np.repeat(np.cumsum(masked) - masked, masked)
-        )
-        bad += len(np.unique(inside[records[places_of] >= lengths[inside]]))
+        owner = segment_ids(masked)
+        positions = records[segment_ranges(sections_of(starts, masked).positions, masked)]
+        bad += len(np.unique(owner[positions >= lengths[owner]]))
     return bad
 
 
@@ -116,9 +116,11 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
     lengths, masked = np.asarray(store.lengths), np.asarray(store.num_masked)
     longest, shortest = int(lengths.max()), int(lengths.min())
     yield Finding(
-        "lengths", f"{shortest} to {longest}, mean {lengths.mean():.0f}", f"5 to {expected.max_seq_len}, not all alike",
+        "lengths",
+        f"{shortest} to {longest}, mean {lengths.mean():.0f}",
+        f"5 to {expected.max_seq_len}, not all alike",
         shortest >= 5 and longest <= expected.max_seq_len and (len(lengths) < 100 or shortest < longest),
-    )  # fmt: skip
+    )
     # One that was cut short on purpose is uniform between 2 and the longest; one at the end of a document is short too.
     short = float((lengths < expected.max_seq_len // 2).mean())
     least, most = expected.short_share()
@@ -127,9 +129,11 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
     wanted = np.minimum(np.clip(rounded, 1, expected.max_predictions), lengths.astype(np.int64) - 3)
     off = int((np.abs(masked - wanted) > 0).sum())
     yield Finding(
-        "number of masks", f"{off:,} samples differ", f"min({expected.max_predictions}, {expected.mask_prob:g} L) of each",
+        "number of masks",
+        f"{off:,} samples differ",
+        f"min({expected.max_predictions}, {expected.mask_prob:g} L) of each",
         off <= 1e-4 * len(lengths),
-    )  # fmt: skip
+    )
     repeated = repeated_stretches(lengths)
     yield Finding(
         "stretches that occur twice", f"{repeated:,}", "0", repeated == 0
@@ -145,7 +149,7 @@ def repeated_stretches(lengths: np.ndarray) -> int:
     kept: list[np.ndarray] = []
     size = 1 << 20
     with np.errstate(over="ignore"):
-        weights = np.uint64(0x9E3779B97F4A7C15) ** np.arange(_WINDOW, dtype=np.uint64)
+        weights = SPLITMIX64[0] ** np.arange(_WINDOW, dtype=np.uint64)
         for begin in range(0, max(0, len(lengths) - _WINDOW + 1), size):
             piece = lengths[begin : begin + size + _WINDOW - 1].astype(np.uint64)
             count = len(piece) - _WINDOW + 1
@@ -155,7 +159,7 @@ def repeated_stretches(lengths: np.ndarray) -> int:
                 if offset:
                     changes += piece[offset : offset + count] != piece[offset - 1 : offset - 1 + count]
             hashes ^= hashes >> np.uint64(29)
-            hashes *= np.uint64(0xBF58476D1CE4E5B9)
+            hashes *= SPLITMIX64[1]
             kept.append(hashes[(changes >= _WINDOW // 2) & (hashes >> np.uint64(60) == 0)])
     every = np.concatenate([*kept, np.zeros(0, np.uint64)])
     return len(every) - len(np.unique(every))
@@ -184,13 +188,17 @@ def _check_records(
         _count(sums, store.batch(np.arange(begin, end), keep_order=True), special, begin, expected.full_length())
     size = store.manifest["vocab_size"]
     yield Finding(
-        "token ids", f"up to {sums.highest:,}", f"below {size:,} and most of them used",
+        "token ids",
+        f"up to {sums.highest:,}",
+        f"below {size:,} and most of them used",
         sums.highest < size and (sums.samples < 10_000 or sums.highest > size // 2),
-    )  # fmt: skip
+    )
     yield Finding(
-        "[CLS] A [SEP] B [SEP]", f"{sums.badly_framed:,} of {sums.samples:,} otherwise", "0: else another vocabulary",
+        "[CLS] A [SEP] B [SEP]",
+        f"{sums.badly_framed:,} of {sums.samples:,} otherwise",
+        "0: else another vocabulary",
         sums.badly_framed == 0,
-    )  # fmt: skip
+    )
     unknown = sums.unknown / max(1, sums.tokens)
     yield Finding("share of [UNK]", f"{unknown:.4f}", "below 0.05: else another vocabulary", unknown < 0.05)
     for name, count, share in (
@@ -260,12 +268,9 @@ def _count(sums: _Sums, batch: Batch, special: tuple[int, int, int, int], begin:
 def _hashes(ids: np.ndarray, starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """64 bits of every sample's tokens, in order."""
     with np.errstate(over="ignore"):
-        mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0xC2B2AE3D27D4EB4F)
-        mixed ^= mixed >> np.uint64(31)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(27)
-        return np.add.reduceat(mixed, starts)
+        tokens = (ids.astype(np.uint64) + np.uint64(1)) * SPLITMIX64[0]
+        places = (positions.astype(np.uint64) + np.uint64(1)) * SPLITMIX64[2]
+        return np.add.reduceat(mix64(tokens ^ places), starts)
 
 
 def _share(name: str, count: int, total: int, expected: float) -> Finding:

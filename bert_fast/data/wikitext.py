@@ -11,8 +11,9 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from xml.parsers import expat
 
 from bert_fast.data.text import num_words, whole_characters
@@ -22,17 +23,34 @@ _DUMP_NAME = re.compile(r"\.xml(-p\d+p\d+)?(\.bz2|\.gz)?$")  # a dump in parts s
 _ALWAYS_DROPPED = {"file", "image", "media", "category"}  # these names work in every language's dump
 # Tags whose content is no running text. Of the others (b, small, span, ...) the content stays.
 _DROPPED_TAGS = {
-    "ref", "references", "table", "gallery", "math", "chem", "timeline", "score", "syntaxhighlight", "source", "pre", "code",
-    "graph", "imagemap", "mapframe", "templatedata", "hiero", "inputbox",
-}  # fmt: skip
+    "ref",
+    "references",
+    "table",
+    "gallery",
+    "math",
+    "chem",
+    "timeline",
+    "score",
+    "syntaxhighlight",
+    "source",
+    "pre",
+    "code",
+    "graph",
+    "imagemap",
+    "mapframe",
+    "templatedata",
+    "hiero",
+    "inputbox",
+}
 _MEDIA_NAME = re.compile(
     r":.*\.(jpe?g|png|gif|svg|webp|tiff?|bmp|xcf|djvu|pdf|og[agv]|webm|mp[34g]|mpeg|wav|flac|opus|mid|midi|stl)$",
     re.I | re.S,
 )
 _MEDIA_PARAMETER = re.compile(
     r"\s*(thumb(nail)?|mini(atur)?|frame(d|less)?|border|upright(\s*=?\s*[\d.]+)?|(alt|link|lang|page|class)\s*=.*|"
-    r"\d*(x\d+)?\s*px|thumb(nail)?\s*=.*)\s*", re.I | re.S,
-)  # fmt: skip
+    r"\d*(x\d+)?\s*px|thumb(nail)?\s*=.*)\s*",
+    re.I | re.S,
+)
 _READ_BYTES = 1 << 16
 _LONGEST_TEXT = 1 << 22  # characters; MediaWiki itself takes 2 MiB a page
 # Where markup is opened and never closed, the parser reads to the end of the page and comes back, for every such place:
@@ -91,11 +109,11 @@ def read_pages(path: str | Path) -> Iterator[Page]:
         raise UserError(f"{path}: no article in it; give a pages-articles dump")
 
 
-def _opened(path: str | Path) -> BinaryIO:
+def _opened(path: str | Path) -> BufferedIOBase:
     name = str(path)
     if name.endswith(".bz2"):
-        return bz2.open(name, "rb")  # type: ignore[return-value]  # of one stream or many
-    return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")  # type: ignore[return-value]
+        return bz2.open(name, "rb")  # of one stream or many
+    return gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb")
 
 
 class _DumpReader:

@@ -1,1 +1,4 @@
-"""Starting ranks: on this machine, under Slurm; which cores and which network cards a rank gets. Imports no torch."""
+"""Starting ranks: on this machine, under Slurm or MPI; which cores and network card each gets; what it reports if it fails.
+
+Imports no torch.
+"""

@@ -17,24 +17,30 @@ from types import FrameType
 from bert_fast.claims import CLAIM, claim_name
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode, is_restartable, of_signal
+from bert_fast.launch.error_report import ERROR_FOLDER, causes_of, format_ranks, last_seen, read_reports
 from bert_fast.launch.rendezvous_check import SECRET, new_secret
-from bert_fast.run_folder import checkpoints_in, run_folder
+from bert_fast.run_folder import CHECKPOINTS, checkpoints_in, run_folder
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_LOST_RANK = 4
-RESTARTED = (3, EXIT_LOST_RANK, 70)  # training cannot go on, a rank was lost, a bug: what another try may mend
-ERROR_FOLDER = "BERT_FAST_ERROR_FOLDER"  # variable: where ranks leave their error texts for the launcher
 LAUNCHER_PID = "BERT_FAST_LAUNCHER_PID"  # variable: the process that a rank must not outlive
-_REAP_S = 5.0
+_REAP_S = 5.0  # in which ranks may end by themselves once one has failed, and again after each signal
 
 
 def run_local(config: Config, arguments: list[str], finished: Callable[[], int | None] = lambda: None) -> int:
-    """Run `python arguments` once for every rank of the config; returns the exit code of the run.
-
-    `finished` says before another try that there is nothing left to do, by the run's exit code.
+    """Run `python arguments` once for every rank of the config.
 
     Signals are passed on to the ranks, which end at a step boundary. If a rank dies, the others are stopped and the
     message names it; then all start again from the last checkpoint, up to `recovery.max_restarts` times.
+
+    Args:
+        finished: asked before another start; the exit code of a run that has nothing left to do, else None.
+
+    Returns:
+        The exit code of the run: an `ExitCode`, or that of a signal.
+
+    Raises:
+        UserError: the config's ranks are for several nodes, or its port is taken.
     """
     world = config.system.world_size
     if config.system.node_size != world:
@@ -42,17 +48,18 @@ def run_local(config: Config, arguments: list[str], finished: Callable[[], int |
             f"system.world_size={world} spans {world // config.system.node_size} nodes; start it with torchrun or "
             "srun on each node (docs/cluster.md, Ranks by hand), or set system.ranks_per_node=null to run all ranks here"
         )
-    for attempt in range(config.recovery.max_restarts + 1):
+    max_restarts = config.recovery.max_restarts
+    for attempt in range(max_restarts + 1):
         code, signalled = _run_once(config, arguments)
-        if code not in RESTARTED or signalled or attempt == config.recovery.max_restarts:
+        if not is_restartable(code) or signalled or attempt == max_restarts:
             break
         done = finished()
         if done is not None:
             return done
-        has_checkpoint = bool(checkpoints_in(run_folder(config) / "checkpoints"))
+        has_checkpoint = bool(checkpoints_in(run_folder(config) / CHECKPOINTS))
         arguments = [each for each in arguments if each != "--resume"] + ["--resume"] * has_checkpoint
         where = "the last checkpoint" if has_checkpoint else "the beginning: there is no checkpoint yet"
-        print(f"restart {attempt + 1} of {config.recovery.max_restarts} from {where}", flush=True)
+        print(f"restart {attempt + 1} of {max_restarts} from {where}", flush=True)
     return code
 
 
@@ -61,30 +68,45 @@ def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:
     world = config.system.world_size
     port = config.system.master_port or _free_port()
     _check_port(port)
-    secret = new_secret()
     with tempfile.TemporaryDirectory() as errors:
-        ranks = _Ranks(Path(errors))
+        for_all = {
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            ERROR_FOLDER: errors,
+            LAUNCHER_PID: str(os.getpid()),
+            CLAIM: claim_name(run_folder(config)),
+            SECRET: new_secret(),
+            # A lost rank is named in one line; torch's own warnings of it are stack traces
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        }
+        ranks = RankProcesses(Path(errors))
         with ranks.signals_forwarded():
             for rank in range(world):
-                ranks.start(arguments, {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                    "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    ERROR_FOLDER: errors, LAUNCHER_PID: str(os.getpid()), CLAIM: claim_name(run_folder(config)),
-                    SECRET: secret,
-                    # A lost rank is named in one line; torch's own warnings of it are stack traces
-                    "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-                })  # fmt: skip
+                ranks.start(arguments, {**for_all, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             return ranks.watch(), ranks.signalled
 
 
-class _Ranks:
+class RankProcesses:
     """The rank processes of a run on this machine."""
 
-    def __init__(self, errors: Path) -> None:
-        self._errors = errors
+    def __init__(
+        self,
+        errors: Path,
+        start_process: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+        reap_s: float = _REAP_S,
+    ) -> None:
+        """
+        Args:
+            errors: the folder of the ranks' error reports.
+            start_process: called as `subprocess.Popen` is.
+            reap_s: seconds in which ranks may end by themselves once one has failed, and again after each signal.
+        """
+        self._errors, self._start_process, self._reap_s = errors, start_process, reap_s
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._forwarded: int | None = None
-        self._interrupts = 0
+        self._forwarded: int | None = None  # the last signal that was passed on
+        self._num_interrupts = 0
         self._ended_by_us: set[int] = set()
 
     @property
@@ -95,9 +117,9 @@ class _Ranks:
     def start(self, arguments: list[str], variables: dict[str, str]) -> None:
         """Start one rank, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which passes it on."""
         if self._forwarded is None:
-            self._processes.append(
-                subprocess.Popen([sys.executable, *arguments], env={**os.environ, **variables}, start_new_session=True)
-            )
+            environment = {**os.environ, **variables}
+            command = [sys.executable, *arguments]
+            self._processes.append(self._start_process(command, env=environment, start_new_session=True))
             if self._forwarded is not None:  # it came before the process was in the list
                 self._processes[-1].send_signal(self._forwarded)
 
@@ -117,19 +139,19 @@ class _Ranks:
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self._forwarded = number
-        self._interrupts += number == signal.SIGINT
+        self._num_interrupts += number == signal.SIGINT
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL if self._interrupts > 2 else number)
+                process.send_signal(signal.SIGKILL if self._num_interrupts > 2 else number)
 
     def watch(self) -> int:
-        """Wait for the ranks; the exit code of the run."""
+        """Wait for the ranks to end. Returns the exit code of the run; why it failed is printed."""
         while True:
             codes = [process.poll() for process in self._processes]
-            if any(code not in (None, 0) for code in codes) or not codes:
+            if any(code not in (None, ExitCode.OK) for code in codes) or not codes:
                 return self._end()
-            if all(code == 0 for code in codes):
-                return 0
+            if all(code == ExitCode.OK for code in codes):
+                return ExitCode.OK
             time.sleep(0.05)
 
     def _end(self) -> int:
@@ -146,44 +168,37 @@ class _Ranks:
         if self._forwarded is not None and (not codes or any(code == -self._forwarded for code in codes)):
             name = signal.Signals(self._forwarded).name
             print(f"error: stopped by {name} before the first step; nothing was written", file=sys.stderr)
-            return 128 + self._forwarded
+            return of_signal(self._forwarded)
         killed = [rank for rank, code in enumerate(codes) if code < 0 and rank not in self._ended_by_us]
         if killed:
-            names = ", ".join(f"rank {rank} by {signal.Signals(-codes[rank]).name}" for rank in killed)
-            print(
-                f"error: a rank was killed: {names}; the others were stopped{self._last_seen(killed)}. Start again, or "
-                "--resume from the last checkpoint",
-                file=sys.stderr,
-            )
-            return EXIT_LOST_RANK
-        return self._explain(codes)
+            self._explain_killed({rank: signal.Signals(-codes[rank]).name for rank in killed})
+            return ExitCode.LOST_RANK
+        return self._explain_failed(codes)
 
-    def _last_seen(self, killed: list[int]) -> str:
-        """Where the others saw the killed ranks last."""
-        for note in sorted(self._errors.glob("rank-*")):
-            _, found, who = note.read_text(encoding="utf-8").partition("another rank: ")
-            if found and who.startswith(f"rank {killed[0]} ("):
-                return f"; {who.partition('. Start again')[0]}"
-        return ""
+    def _explain_killed(self, killed: dict[int, str]) -> None:
+        """Print which ranks were killed, by which signal, and where the others saw the first of them last."""
+        names = ", ".join(f"rank {rank} by {name}" for rank, name in killed.items())
+        seen = last_seen(read_reports(self._errors), min(killed))
+        print(
+            f"error: a rank was killed: {names}; the others were stopped{f'; {seen}' if seen else ''}. Start again, or "
+            "--resume from the last checkpoint",
+            file=sys.stderr,
+        )
 
     def _wait_for_all(self) -> None:
-        deadline = time.monotonic() + _REAP_S
+        deadline = time.monotonic() + self._reap_s
         while time.monotonic() < deadline and any(p.poll() is None for p in self._processes):
             time.sleep(0.02)
 
-    def _explain(self, codes: list[int]) -> int:
-        """Print what the ranks that failed by themselves left to say, each text once."""
-        own = [rank for rank, code in enumerate(codes) if code > 0 and code != EXIT_LOST_RANK]
+    def _explain_failed(self, codes: list[int]) -> int:
+        """Print what the ranks that failed by themselves have reported, each text once. Returns their exit code."""
+        own = [rank for rank, code in enumerate(codes) if code > 0 and code != ExitCode.LOST_RANK]
         culprits = own or [rank for rank, code in enumerate(codes) if code]
-        texts: dict[str, list[int]] = {}
-        for rank in culprits:
-            note = self._errors / f"rank-{rank}"
-            if note.is_file():
-                texts.setdefault(note.read_text(encoding="utf-8"), []).append(rank)
-        for text, ranks in texts.items():
-            who = "" if len(ranks) == len(codes) else f"rank {', '.join(map(str, ranks))}: "
+        reports = [report for report in read_reports(self._errors) if report.rank in culprits]
+        for text, ranks in causes_of(reports).items():
+            who = "" if len(ranks) == len(codes) else f"rank {format_ranks(ranks)}: "
             print(f"error: {who}{text}", file=sys.stderr)
-        return codes[culprits[0]] if codes[culprits[0]] > 0 else EXIT_LOST_RANK
+        return codes[culprits[0]] if codes[culprits[0]] > 0 else ExitCode.LOST_RANK
 
 
 def _free_port() -> int:

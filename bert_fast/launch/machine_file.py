@@ -1,4 +1,4 @@
-"""Settings of machines as data: environment variables and binding, read from configs/systems/*.yaml."""
+"""Kinds of machines as data: environment variables and binding, read from configs/systems/*.yaml."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class MachineFile(Section):
     name: Text = Field(description="short name, the file's")
     description: Text = Field(description="the machine in a sentence")
     source: Text = Field(description="where the values come from, and whether they have been run")
-    ranks_per_node: PositiveInt | None = Field(None, description="ranks that fit a node, one a GPU; null: any number")
+    ranks_per_node: PositiveInt | None = Field(None, description="ranks that fit a node, one per GPU; null: any number")
     environment: dict[Variable, str] = Field(
         {}, description="variables for every rank; one that is set already stays as it is"
     )
-    bind_cpus: bool = Field(True, description="pin every rank to cores at its GPU's NUMA node (launch.topology)")
+    bind_cpus: bool = Field(True, description="pin every rank to cores at its GPU's NUMA node (launch.binding)")
     bind_nics: bool = Field(False, description="show every rank its own network card only: see nic_variables")
 
 
@@ -38,25 +38,25 @@ def load_machine_file(path: str | Path) -> MachineFile:
         UserError: one line naming the file and the field: absent, not YAML, an unknown or missing field, a wrong type.
     """
     tree = read_yaml(
-        path, "settings file", f"fields ({', '.join(MachineFile.model_fields)})", "configs/systems/generic.yaml"
+        path, "machine file", f"fields ({', '.join(MachineFile.model_fields)})", "configs/systems/generic.yaml"
     )
-    return validate(MachineFile, tree, f"settings file {path}")
+    return validate(MachineFile, tree, f"machine file {path}")
 
 
-def apply(settings: MachineFile, environ: MutableMapping[str, str]) -> list[str]:
-    """Set the variables that are not set yet; returns a line a variable for the log.
+def set_variables(machine: MachineFile, environ: MutableMapping[str, str]) -> list[str]:
+    """Set those of the machine's variables that are not set yet; returns one line per variable for the log.
 
     Call it before anything asks CUDA for devices or starts a communicator: both read their variables once.
     """
     lines = []
-    for name, value in settings.environment.items():
+    for name, value in machine.environment.items():
         if name not in environ:
             environ[name] = value
-            lines.append(f"{name}={value} set by {settings.name}")
+            lines.append(f"{name}={value} set by {machine.name}")
         elif environ[name] == value:
             lines.append(f"{name}={value} was set already")
         else:
-            lines.append(f"{name}={environ[name]} left as it was; {settings.name} has {value}")
+            lines.append(f"{name}={environ[name]} left as it was; {machine.name} has {value}")
     return lines
 
 

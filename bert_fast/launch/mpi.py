@@ -1,4 +1,4 @@
-"""mpirun and its kin: what they tell a process. Without it every process would start a whole run of its own."""
+"""MPI launchers such as mpirun: what they tell a process. Without it every process would start a whole run of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from bert_fast.errors import UserError
 from bert_fast.launch.slurm import is_launched
 
-# Of Open MPI, MVAPICH, and the process managers of MPICH and Intel MPI: rank, ranks in all, rank and ranks on this host
+# Of Open MPI, MVAPICH, and the process managers of MPICH and Intel MPI: rank, number of ranks, both on this host
 _FAMILIES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
@@ -19,7 +19,7 @@ def adopt_mpi() -> None:
     """Translate the variables of an MPI launcher into torch's, where it has started more than this process alone.
 
     Raises:
-        UserError: a variable is no number, or one is missing that ranks cannot do without.
+        UserError: a variable is not a number, or one that ranks need is missing.
     """
     variables = os.environ
     family = next((each for each in _FAMILIES if each[0] in variables and each[1] in variables), None)

@@ -1,4 +1,4 @@
-"""Which code runs."""
+"""Which version of the code runs."""
 
 from __future__ import annotations
 

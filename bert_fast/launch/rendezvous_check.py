@@ -1,4 +1,7 @@
-"""What a launcher has set: where ranks meet, what they know each other by. Every rank reads it before it looks for others."""
+"""What a launcher has set for the rendezvous: its address, and the secret by which ranks know each other.
+
+Every rank reads it before it looks for the others.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from collections.abc import Mapping
 
 from bert_fast.errors import UserError
 
-HEAD_ADDRESSES = "BERT_FAST_HEAD_ADDRESSES"  # variable: what MASTER_ADDR resolves to on the first node, comma-separated
-
+RENDEZVOUS_ADDRESSES = (
+    "BERT_FAST_RENDEZVOUS_ADDRESSES"  # variable: what MASTER_ADDR is on the first node, comma-separated
+)
 SECRET = "BERT_FAST_SECRET"  # variable: what the ranks of a job know each other by; never on a command line, which all can read
 
 
@@ -21,7 +25,7 @@ def new_secret() -> str:
 
 
 def on_one_machine(variables: Mapping[str, str]) -> bool:
-    """Whether all ranks run on this machine, as far as their launcher has said: then nothing need listen to the network."""
+    """Whether all ranks run on this machine, by what their launcher has set: then nothing has to listen to the network."""
     world = variables.get("WORLD_SIZE", "1")
     if world == "1" or variables.get("LOCAL_WORLD_SIZE") == world:
         return True
@@ -39,26 +43,19 @@ def addresses_of(name: str) -> list[str]:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)})
 
 
-def check_head() -> None:
+def check_rendezvous_address() -> None:
     """Refuse a MASTER_ADDR that means another machine here than on the first node. Raises UserError naming both."""
-    name, expected = os.environ.get("MASTER_ADDR"), os.environ.get(HEAD_ADDRESSES)
+    name, expected = os.environ.get("MASTER_ADDR"), os.environ.get(RENDEZVOUS_ADDRESSES)
     if not name or not expected:
         return
     try:
-        found = addresses_of(name)
+        addresses = addresses_of(name)
     except OSError as error:
         raise UserError(
             f"{socket.gethostname()} cannot resolve MASTER_ADDR={name} ({error.strerror}); export it as an address: {expected}"
         ) from None
-    if not set(found) & set(expected.split(",")):
+    if not set(addresses) & set(expected.split(",")):
         raise UserError(
-            f"{socket.gethostname()} resolves MASTER_ADDR={name} to {', '.join(found)} and the first node to {expected}; mend "
-            "the name service or export MASTER_ADDR as an address"
+            f"{socket.gethostname()} resolves MASTER_ADDR={name} to {', '.join(addresses)} and the first node to {expected}; "
+            "fix the name service or export MASTER_ADDR as an address"
         )
-
-
-def bound_by_slurm() -> bool:
-    """Whether srun has already given this task cores of its own (`--cpu-bind`)."""
-    return any(
-        kind in os.environ.get("SLURM_CPU_BIND_TYPE", "") for kind in ("mask_cpu", "map_cpu", "mask_ldom", "map_ldom")
-    )

@@ -54,23 +54,20 @@ class Job:
 
     id: int
     node_list: str  # as Slurm abbreviates it: node[1-4]
-    num_nodes: int
-    restarts: int  # how often Slurm has requeued it
+    num_restarts: int  # how often Slurm has requeued it
 
 
 def read_job(variables: Mapping[str, str]) -> Job:
     """The job that this process is the batch script of. Raises UserError if a variable is missing."""
-    count = variables.get("SLURM_JOB_NUM_NODES") or variables.get("SLURM_NNODES")
     missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if not variables.get(name)]
-    missing += [] if count else ["SLURM_JOB_NUM_NODES"]
-    if missing or count is None:
+    if missing:
         raise UserError(
             f"not inside a Slurm job: {', '.join(missing)} not set; start it with sbatch slurm/pretrain.sbatch CONFIG, or "
             "run_pretraining.py without Slurm"
         )
     try:
-        restarts = int(variables.get("SLURM_RESTART_COUNT") or 0)
-        return Job(int(variables["SLURM_JOB_ID"]), variables["SLURM_JOB_NODELIST"], int(count), restarts)
+        num_restarts = int(variables.get("SLURM_RESTART_COUNT") or 0)
+        return Job(int(variables["SLURM_JOB_ID"]), variables["SLURM_JOB_NODELIST"], num_restarts)
     except ValueError as error:
         raise UserError(f"a variable of Slurm's is not a number: {error}") from None
 
@@ -86,7 +83,7 @@ def host_names(node_list: str) -> list[str]:
     return done.stdout.split()
 
 
-def answering(nodes: Sequence[str], timeout_s: float) -> list[str]:
+def answering_nodes(nodes: Sequence[str], timeout_s: float) -> list[str]:
     """Those nodes that start a process within `timeout_s` seconds, in the same order."""
 
     def ask(node: str) -> bool:
@@ -111,8 +108,8 @@ def answering(nodes: Sequence[str], timeout_s: float) -> list[str]:
     return [node for node, answer in zip(nodes, answers, strict=True) if answer]
 
 
-def head_address(node: str, num_nodes: int, given: str | None) -> str:
-    """The address of the rendezvous: `given` (MASTER_ADDR), else the node's own as this host resolves it.
+def rendezvous_address(node: str, num_nodes: int, given: str | None) -> str:
+    """The address of the rendezvous: `given` (MASTER_ADDR), else that of `node`, the first, as this host resolves it.
 
     Resolved here and not by the ranks: a container may know no host names. Raises UserError if it does not resolve, or
     resolves to this machine's loopback, where other nodes would look for it in vain.
@@ -120,12 +117,12 @@ def head_address(node: str, num_nodes: int, given: str | None) -> str:
     if given:
         return given
     try:
-        found = socket.getaddrinfo(node, None, proto=socket.IPPROTO_TCP)
+        records = socket.getaddrinfo(node, None, proto=socket.IPPROTO_TCP)
     except OSError as error:
         raise UserError(
             f"the first node {node} does not resolve here ({error.strerror}); export MASTER_ADDR with its address before sbatch"
         ) from None
-    addresses = sorted((str(info[4][0]) for info in found), key=lambda text: ":" in text)  # IPv4 first
+    addresses = sorted((str(info[4][0]) for info in records), key=lambda text: ":" in text)  # IPv4 first
     reachable = [
         text for text in addresses if num_nodes == 1 or not ipaddress.ip_address(text.split("%")[0]).is_loopback
     ]
@@ -137,8 +134,8 @@ def head_address(node: str, num_nodes: int, given: str | None) -> str:
     return reachable[0]
 
 
-def resolved(address: str) -> str:
-    """What the rendezvous address means on this host, comma-separated, for ranks to compare. Raises UserError."""
+def resolved_addresses(address: str) -> str:
+    """What the rendezvous address resolves to on this host, comma-separated, for ranks to compare. Raises UserError."""
     try:
         return ",".join(addresses_of(address))
     except OSError as error:
@@ -164,38 +161,46 @@ def nodes_needed(config: Config) -> int:
     return config.system.world_size // config.system.node_size
 
 
-def fit_to_nodes(config: Config, available: int) -> tuple[int, list[str]]:
-    """How many of `available` nodes to use, and the overrides that keep the global batch on them.
+def fit_to_nodes(config: Config, num_available: int) -> tuple[int, list[str]]:
+    """How many of `num_available` nodes to use, and the overrides of the config that keep its global batch on them.
 
     All that the config asks for if they are there. Else, with recovery.min_nodes set, the largest number of nodes whose
     ranks divide the global batch; a rank then computes more samples, in micro-batches no larger than before (they fit in
-    memory). Raises UserError if there are too few.
+    memory).
+
+    Returns:
+        The number of nodes, and overrides such as "system.world_size=8".
+
+    Raises:
+        UserError: there are too few nodes, or no number of them divides the global batch.
     """
     needed, least = nodes_needed(config), config.recovery.min_nodes
-    if available >= needed:
+    if num_available >= needed:
         return needed, []
     if least is None:
         raise UserError(
-            f"{available} nodes answer and the config needs {needed}; ask for spares (recovery.spare_nodes and sbatch "
+            f"{num_available} nodes answer and the config needs {needed}; ask for spares (recovery.spare_nodes and sbatch "
             "--nodes=MIN-MAX), or let it go on with fewer (recovery.min_nodes)"
         )
     batch = config.batch
-    for nodes in range(available, least - 1, -1):
+    for nodes in range(num_available, least - 1, -1):
         world = nodes * config.system.node_size
         if nodes == 0 or batch.global_batch_size % world:
             continue
-        of_a_rank = batch.global_batch_size // world
-        local = max(size for size in range(1, batch.micro_batch_size + 1) if of_a_rank % size == 0)
+        samples_per_rank = batch.global_batch_size // world
+        micro_batch_size = max(size for size in range(1, batch.micro_batch_size + 1) if samples_per_rank % size == 0)
         return nodes, [
-            f"system.world_size={world}", f"system.ranks_per_node={config.system.node_size}",
-            f"batch.micro_batch_size={local}", f"batch.gradient_accumulation_steps={of_a_rank // local}",
-        ]  # fmt: skip
-    if available < least:
+            f"system.world_size={world}",
+            f"system.ranks_per_node={config.system.node_size}",
+            f"batch.micro_batch_size={micro_batch_size}",
+            f"batch.gradient_accumulation_steps={samples_per_rank // micro_batch_size}",
+        ]
+    if num_available < least:
         raise UserError(
-            f"{available} nodes answer and recovery.min_nodes={least}; the config's full number is {needed}"
+            f"{num_available} nodes answer and recovery.min_nodes={least}; the config's full number is {needed}"
         )
     raise UserError(
-        f"batch.global_batch_size={batch.global_batch_size} cannot be shared by {least} to {available} nodes of "
+        f"batch.global_batch_size={batch.global_batch_size} cannot be shared by {least} to {num_available} nodes of "
         f"{config.system.node_size} ranks; lower recovery.min_nodes or choose a global batch with more divisors"
     )
 
@@ -203,16 +208,29 @@ def fit_to_nodes(config: Config, available: int) -> tuple[int, list[str]]:
 # ---- starting ranks -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where ranks meet. `id` tells torchrun's agents of one start from those of another."""
+
+    id: str
+    address: str
+    port: int
+
+
 def srun_command(
-    style: Style, nodes: Sequence[str], ranks_per_node: int, rendezvous: tuple[str, str, int], python: str,
-    arguments: Sequence[str], extra: str = "",
-) -> list[str]:  # fmt: skip
-    """The srun that runs `python arguments` as every rank.
+    style: Style,
+    nodes: Sequence[str],
+    ranks_per_node: int,
+    rendezvous: Rendezvous,
+    command: Sequence[str],
+    extra: str = "",
+) -> list[str]:
+    """The srun that runs `command`, a Python and its arguments, as every rank.
 
     Args:
-        rendezvous: its id (torchrun's), its address, its port.
         extra: further arguments of srun as one shell-quoted string (SRUN_ARGS).
     """
+    python, *arguments = command
     per_node = ranks_per_node if style == "srun" else 1
     prefix = [
         "srun", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={per_node * len(nodes)}",
@@ -226,10 +244,9 @@ def srun_command(
     ]  # fmt: skip
     if style == "srun":
         return [*prefix, python, *arguments]
-    name, address, port = rendezvous
     torchrun = [
         python, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--nproc-per-node={ranks_per_node}",
-        "--rdzv-backend=c10d", f"--rdzv-id={name}", f"--rdzv-endpoint={address}:{port}",
+        "--rdzv-backend=c10d", f"--rdzv-id={rendezvous.id}", f"--rdzv-endpoint={rendezvous.address}:{rendezvous.port}",
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", f"--shutdown-timeout={SHUTDOWN_S}",
     ]  # fmt: skip
     # Only the task knows whether it is on the first node, so a shell puts that in.

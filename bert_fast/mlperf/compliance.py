@@ -1,7 +1,7 @@
-"""MLPerf's own checkers, run on what we wrote, with their verdict read from their output.
+"""Runs MLPerf's own checkers on what we wrote, and reads their verdict from their output.
 
-Two of them (package, system description) end with exit code 0 on failure, and the package checker writes `scaling.json` beside
-the results of a closed package. So their text is read, and they are given a copy.
+Two of them (package, system description) exit with 0 on failure, so their text is read. The package checker writes
+`scaling.json` beside the results of a closed package, so it is given a copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker said: `text` is its whole output, `reasons` the lines of it that tell why it failed."""
+    """A checker's verdict: `text` is its whole output, `reasons` are the lines that say why it failed."""
 
     passed: bool
     text: str
@@ -40,7 +40,7 @@ class Verdict:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """The checkers drop log files where they are started."""
+    """A working folder for the checkers, which leave log files where they are started."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -49,27 +49,31 @@ def _run(module: str, arguments: list[str], scratch: Path) -> tuple[int, str]:
     try:
         done = subprocess.run(
             [sys.executable, "-m", f"mlperf_logging.{module}", *arguments],
-            cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT_S,
-        )  # fmt: skip
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"mlperf_logging.{module} did not end within {_TIMEOUT_S} s") from None
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
 def check_log(path: str | Path, ruleset: str) -> Verdict:
-    """The compliance checker on one result log."""
+    """Run the compliance checker on one result log."""
     full = str(Path(path).resolve())
     with _scratch() as scratch:
         code, text = _run(
             "compliance_checker",
-            ["--usage", "training", "--ruleset", ruleset, "--log_output", str(scratch / "checker.log"), full], scratch,
-        )  # fmt: skip
+            ["--usage", "training", "--ruleset", ruleset, "--log_output", str(scratch / "checker.log"), full],
+            scratch,
+        )
         text = text.replace(full, Path(path).name).replace(f"{scratch}/", "")
     return Verdict(code == 0 and "SUCCESS" in text, text)
 
 
 def check_logs(paths: list[Path], ruleset: str) -> list[Verdict]:
-    """The compliance checker on many logs, in one process: starting it takes far longer than a log."""
+    """Run the compliance checker on many logs in this process, as starting it takes far longer than checking a log."""
     from mlperf_logging.compliance_checker import mlp_compliance
 
     verdicts = []
@@ -82,7 +86,7 @@ def check_logs(paths: list[Path], ruleset: str) -> list[Verdict]:
         try:
             checker = mlp_compliance.make_checker("training", ruleset, quiet=False, werror=False)
             passed = mlp_compliance.main(str(path), f"training_{ruleset}/common.yaml", checker)[0]
-        except Exception as error:  # of the rules, which are code that is evaluated over the log
+        except Exception as error:  # raised by the rules, which are code that is evaluated over the log
             passed = False
             said.write(f"ERROR - {type(error).__name__}: {error}\n")
         finally:
@@ -92,14 +96,14 @@ def check_logs(paths: list[Path], ruleset: str) -> list[Verdict]:
 
 
 def check_system(path: str | Path, ruleset: str) -> Verdict:
-    """The system description checker."""
+    """Run the system description checker on a `systems/<name>.json`."""
     with _scratch() as scratch:
         _, text = _run("system_desc_checker", [str(Path(path).resolve()), "training", ruleset], scratch)
     return Verdict("checker passed" in text and "checker failed" not in text and "Traceback" not in text, text)
 
 
 def check_convergence(results: str | Path, ruleset: str) -> Verdict:
-    """The RCP checker on a folder of result logs (closed division)."""
+    """Run the RCP checker (reference convergence points) on a folder of closed result logs."""
     with _scratch() as scratch:
         copied = _copied(Path(results), scratch / "results")
         code, text = _run(
@@ -110,7 +114,14 @@ def check_convergence(results: str | Path, ruleset: str) -> Verdict:
 
 @dataclass(frozen=True)
 class PackageVerdict:
-    """The package checker's verdict, the factor it found for the score, and the minutes of the summarizer, by system."""
+    """Verdicts on a package.
+
+    Attributes:
+        verdict: of the package checker.
+        scaling: by system, the factor by which the package checker multiplies the score.
+        minutes: by system, the score of the result summarizer.
+        summary: verdict on the run of the result summarizer.
+    """
 
     verdict: Verdict
     scaling: dict[str, float]
@@ -119,13 +130,12 @@ class PackageVerdict:
 
 
 def check_package(organization: str | Path, ruleset: str) -> PackageVerdict:
-    """The package checker and the result summarizer on `<org>/` (with results/ and systems/), in a copy of it."""
+    """Run the package checker and the result summarizer on a copy of `<org>/` (with results/ and systems/)."""
     with _scratch() as scratch:
         copied = _copied(Path(organization), scratch / Path(organization).resolve().name)
         _, text = _run(
-            "package_checker",
-            [str(copied), "training", ruleset, "--log_output", str(scratch / "package.log")], scratch,
-        )  # fmt: skip
+            "package_checker", [str(copied), "training", ruleset, "--log_output", str(scratch / "package.log")], scratch
+        )
         passed = "PACKAGE CHECKER FOUND NO ERRORS" in text and "Traceback" not in text
         scaling = {path.parent.parent.name: _scaling(path) for path in copied.glob("results/*/bert/scaling.json")}
         table = scratch / "summary.csv"

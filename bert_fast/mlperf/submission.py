@@ -1,4 +1,4 @@
-"""A submission package, and one table of verdicts on it: MLPerf's checkers' and our own of the set of runs.
+"""Writes a submission package, and judges one in a table: the verdicts of MLPerf's checkers and our own.
 
 `<org>/results/<system>/bert/result_0.txt` to 9, `<org>/systems/<system>.json`, `<org>/benchmarks/bert/implementations/`.
 """
@@ -28,8 +28,15 @@ from bert_fast.mlperf.score import MOST_LOG_BYTES, RunScore, SystemScore, read_e
 IMPLEMENTATION = "bert_fast"
 SUBMISSION = Kind("a submission", (), "choose another --out")
 _LEDGER = ".bert_fast_written.json"
-_SAME_IN_ALL = ("global_batch_size", "submission_division", "submission_benchmark", "opt_name", "opt_base_learning_rate",
-                "train_dataset_sha256", "eval_dataset_sha256")  # fmt: skip
+_SAME_IN_ALL = (
+    "global_batch_size",
+    "submission_division",
+    "submission_benchmark",
+    "opt_name",
+    "opt_base_learning_rate",
+    "train_dataset_sha256",
+    "eval_dataset_sha256",
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -50,17 +57,24 @@ class Row:
 
 
 def check_names(organization: str, system: str) -> None:
-    """Refuse names that are no folder's. Raises UserError."""
+    """Refuse names that cannot be those of folders. Raises UserError."""
     for what, name in (("organization", organization), ("system", system)):
         if not _NAME.fullmatch(name):
             raise UserError(f"{what} '{shown(name)}' must begin with a letter or digit and hold these and . _ + - only")
 
 
 def lay_out(
-    logs: list[Path], out: Path, *, organization: str, system: str, description: dict[str, str], sources: Iterable[Path],
-    root: Path, notes: str,
-) -> Path:  # fmt: skip
-    """Write the package into `out/organization`, in place of what an earlier call wrote of this system. Returns that folder.
+    logs: list[Path],
+    out: Path,
+    *,
+    organization: str,
+    system: str,
+    description: dict[str, str],
+    sources: Iterable[Path],
+    root: Path,
+    notes: str,
+) -> Path:
+    """Write the package into `out/organization`, replacing what an earlier call wrote of this system. Returns that folder.
 
     Args:
         logs: result logs in the order of their numbers.
@@ -68,8 +82,8 @@ def lay_out(
         notes: README.md of the implementation.
 
     Raises:
-        UserError: a name that is no folder's; a number of logs other than ten; a file that somebody else wrote, or has
-            changed, where one of the package goes.
+        UserError: a name cannot be a folder's; there are not ten logs; or a file that somebody else wrote or changed is in
+            the way of one of the package.
     """
     check_names(organization, system)
     if len(logs) != NUM_RUNS:
@@ -87,12 +101,12 @@ def lay_out(
 
 
 def _write_files(out: Path, files: dict[Path, bytes], whole: Sequence[Path]) -> None:
-    """Write files below `out`, and remove what an earlier call wrote into the folders `whole` and this one does not.
+    """Write files below `out`, and remove files in the folders `whole` that an earlier call wrote and this one does not.
 
-    A list in `out` says what was written, by hash: what it does not name, or what has been changed since, is a person's.
+    A list in `out` holds the hashes of what was written. Files that it does not name, or that have changed, are the user's.
 
     Raises:
-        UserError: such a file is in the way. Nothing has been changed then.
+        UserError: such a file is in the way. Nothing has been changed.
     """
     ledger = out / _LEDGER
     try:
@@ -108,7 +122,7 @@ def _write_files(out: Path, files: dict[Path, bytes], whole: Sequence[Path]) -> 
             raise UserError(f"{path} is a folder or a link where a file of the package goes; move it away")
         if path.exists() and sha256_of(path) not in (*known.get(name, ()), hashes.get(name)):
             raise UserError(f"{path} is not as this command wrote it; move it away or choose another --out")
-    # Before the files, so that one of them can be told for ours whenever this ends
+    # Before the files, so that they are known as ours even if this process is killed meanwhile
     write_json(ledger, known | {name: [*known.get(name, ()), hashes[name]] for name in new})
     for name, content in new.items():
         write_atomically(out / name, content)
@@ -125,10 +139,13 @@ def _write_files(out: Path, files: dict[Path, bytes], whole: Sequence[Path]) -> 
 
 
 def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, Any]]:
-    """Every check on every system of a package, and figures by name (`package_passed`, `minutes/SYSTEM`).
+    """Run every check on every system of a package.
+
+    Returns:
+        Rows of the table, and metrics by name (`package_passed`, `minutes/SYSTEM`).
 
     Raises:
-        UserError: the folder is no package.
+        UserError: the folder is not a package.
     """
     package = Path(package)
     folders = sorted(path for path in package.glob("results/*/bert") if path.is_dir())
@@ -164,7 +181,7 @@ def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, 
 
 
 def _check_files(package: Path) -> None:
-    """Refuse what MLPerf's checkers, and the copy made for them, would read without end. Raises UserError."""
+    """Refuse devices, pipes and huge files, which MLPerf's checkers would read without end. Raises UserError."""
     for path in sorted(package.rglob("*")):
         if path.is_file():
             size, most = path.stat().st_size, MOST_LOG_BYTES
@@ -197,7 +214,7 @@ def _score_row(folder: Path, scale: float, figures: dict[str, Any]) -> Row:
 
 
 def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
-    """Our own checks of a system's runs, stricter than the checkers', and the compliance checker on each."""
+    """Our own checks of a system's runs, stricter than MLPerf's, and the compliance checker on each log."""
     system = folder.parent.name
     paths = sorted(folder.glob("result_*.txt"))
     names = {path.name for path in paths}
@@ -228,9 +245,12 @@ def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
     )
     rows.append(Row(f"{system}: converged", len(aborted) <= 1, detail if aborted else ""))
     for name, faults in (
-        ("accuracy", _accuracy_faults(runs)), ("never resumed", _resumed(events)), ("seeds", _seeds(runs)),
-        ("one setting", _unlike(events)), ("order", _out_of_order(events)),
-    ):  # fmt: skip
+        ("accuracy", _accuracy_faults(runs)),
+        ("never resumed", _resumed(events)),
+        ("seeds", _seeds(runs)),
+        ("one setting", _unlike(events)),
+        ("order", _out_of_order(events)),
+    ):
         rows.append(Row(f"{system}: {name}", not faults, "; ".join(faults)))
     division = next(iter(runs.values())).division if runs else "unknown"
     if division == "closed" and runs:
@@ -246,13 +266,13 @@ def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
 
 
 def _lacks_samples(run: RunScore) -> bool:
-    """Whether an evaluation does not say its samples as the rules want it."""
+    """Whether an evaluation does not give its samples as the rules require."""
     told = run.samples_key == "epoch_num" and all(each.samples is not None for each in run.evaluations)
     return bool(run.evaluations) and not told
 
 
 def _accuracy_faults(runs: dict[str, RunScore]) -> list[str]:
-    """Success that is none: below the target of the division, or of the log itself in the open one."""
+    """False success: an accuracy below the target of the closed division, or below the log's own in the open one."""
     faults = []
     for name, run in runs.items():
         accuracies = [each.accuracy for each in run.evaluations]

@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,10 +14,11 @@ import torch.distributed as dist
 from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
 from bert_fast.errors import LostRankError, UserError
-from bert_fast.launch.machine_file import MachineFile, apply, load_machine_file, nic_variables
-from bert_fast.launch.rendezvous_check import bound_by_slurm, check_head
-from bert_fast.launch.topology import bind, format_cpulist, read_topology
-from bert_fast.report.bench import cpu_name
+from bert_fast.hardware import cpu_has_bf16, cpu_name
+from bert_fast.launch.binding import bind, is_bound_by_slurm
+from bert_fast.launch.machine_file import MachineFile, load_machine_file, nic_variables, set_variables
+from bert_fast.launch.rendezvous_check import check_rendezvous_address
+from bert_fast.launch.topology import format_cpulist, read_topology
 from bert_fast.train.setup.rendezvous import meet
 
 
@@ -40,15 +40,6 @@ class Environment:
     @property
     def autocast(self) -> bool:
         return self.dtype != torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -92,10 +83,10 @@ def join(config: Config) -> Environment:
             f"the launcher started {world} ranks and system.world_size={config.system.world_size}; start as many or set "
             f"system.world_size={world} (and batch.global_batch_size to match)"
         )
-    settings = _use_settings(config)
-    check_head()
+    machine = _use_machine_file(config)
+    check_rendezvous_address()
     device = pick_device(config.system.device, local_rank)
-    binding = _bind(config, settings, device, local_rank)
+    binding = _bind(config, machine, device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -128,28 +119,28 @@ def _init_process_group(config: Config, device: torch.device, rank: int, world: 
         raise LostRankError(f"ranks could not meet at {os.environ['MASTER_ADDR']}: {text[:200]}") from None
 
 
-def _use_settings(config: Config) -> MachineFile | None:
+def _use_machine_file(config: Config) -> MachineFile | None:
     """Take the machine's variables from `system.machine_file`, before CUDA or NCCL read theirs."""
     if config.system.machine_file is None:
         return None
-    settings = load_machine_file(config.system.machine_file)
-    if settings.ranks_per_node is not None and settings.ranks_per_node != config.system.node_size:
+    machine = load_machine_file(config.system.machine_file)
+    if machine.ranks_per_node is not None and machine.ranks_per_node != config.system.node_size:
         raise UserError(
-            f"system.machine_file={config.system.machine_file} is for {settings.ranks_per_node} ranks on a node and "
+            f"system.machine_file={config.system.machine_file} is for {machine.ranks_per_node} ranks on a node and "
             f"system.ranks_per_node is {config.system.node_size}; change one"
         )
-    apply(settings, os.environ)
-    return settings
+    set_variables(machine, os.environ)
+    return machine
 
 
-def _bind(config: Config, settings: MachineFile | None, device: torch.device, local_rank: int) -> str:
+def _bind(config: Config, machine: MachineFile | None, device: torch.device, local_rank: int) -> str:
     """Pin this rank to its cores (those near its GPU) and set its number of threads. Returns what was done, for the log."""
     if not hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(config.system.threads_per_rank or 1)
         return "not bound: this system has no affinity of processes"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.system.node_size))
     allowed = os.sched_getaffinity(0)
-    if bound_by_slurm():  # these cores are this rank's alone already
+    if is_bound_by_slurm():  # these cores are this rank's alone already
         torch.set_num_threads(config.system.threads_per_rank or min(len(allowed), 4 if device.type == "cuda" else 1024))
         return f"bound by srun to CPUs {format_cpulist(allowed)}; {torch.get_num_threads()} threads"
     kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
@@ -157,12 +148,12 @@ def _bind(config: Config, settings: MachineFile | None, device: torch.device, lo
     own = max(1, binding.num_cores)
     threads = config.system.threads_per_rank or (own if kind == "cpu" else min(4, own))
     torch.set_num_threads(threads)
-    wanted = config.system.bind_cores and (settings is None or settings.bind_cpus)
+    wanted = config.system.bind_cores and (machine is None or machine.bind_cpus)
     enough = ranks > 1 and len(allowed) >= ranks * threads if kind == "cpu" else len(binding.cpus) > 0
     if not (wanted and enough):
         return f"not bound; {threads} threads"
     os.sched_setaffinity(0, binding.cpus)
-    if settings is not None and settings.bind_nics and binding.nic:
+    if machine is not None and machine.bind_nics and binding.nic:
         nic = next(nic for nic in read_topology().nics if nic.name == binding.nic)
         os.environ.update({k: v for k, v in nic_variables(nic).items() if k not in os.environ})
     return f"{binding.why}; {threads} threads"
@@ -177,6 +168,11 @@ def _visible_devices() -> str | None:
             return os.environ.get("CUDA_VISIBLE_DEVICES")
         found.append(f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0")
     return ",".join(found)
+
+
+def seed_ranks(seed: int, environment: Environment) -> None:
+    """Each rank its own dropout. Torch takes 64 bits, so large seeds wrap around."""
+    torch.manual_seed((seed * 100_003 + environment.rank) % 2**64)
 
 
 def describe(environment: Environment) -> dict[str, object]:

@@ -15,98 +15,76 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_fast.claims import release
-from bert_fast.command import (
-    EXIT_BUG,
-    EXIT_PIPE,
-    EXIT_TRAINING,
-    EXIT_USER,
-    drop_output_without_reader,
-    explain,
-    one_line,
-)
+from bert_fast.command import drop_output_without_reader, explain
 from bert_fast.config import Config, as_plain
 from bert_fast.config.load import load_config, to_yaml
-from bert_fast.errors import LostRankError, TrainingError, UserError
+from bert_fast.errors import LostRankError, UserError
+from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.files import write_json
-from bert_fast.launch import local as launch
+from bert_fast.hardware import machine_memory
+from bert_fast.launch.error_report import report_error
+from bert_fast.launch.local import LAUNCHER_PID, run_local
 from bert_fast.launch.mpi import adopt_mpi
 from bert_fast.launch.provenance import commit
 from bert_fast.launch.slurm import adopt_slurm, is_launched
-from bert_fast.memory.estimate import machine_memory
 from bert_fast.mlperf.rules import check_division
-from bert_fast.run_folder import create_folder, run_folder, take_folder
-from bert_fast.train.complete import EXIT_TARGET_MISSED, exit_code_of, finished_again, is_over
+from bert_fast.run_folder import STOPPED, create_folder, run_folder, take_folder
+from bert_fast.train.complete import exit_code_of, finished_again, is_over
+from bert_fast.train.health.collective_errors import CollectiveError, classify
 from bert_fast.train.health.flight_recorder import flight_record, record_flight
 from bert_fast.train.setup.inputs import check_inputs
 
 if TYPE_CHECKING:
-    from bert_fast.train.loop import Outcome, Run
+    from bert_fast.train.context import RunContext
+    from bert_fast.train.health.heartbeat import Verdict
+    from bert_fast.train.run import RunSummary
 
-# What c10d raises when another rank is gone or silent
-_LOST_RANK = (
-    "gloo",
-    "Gloo",
-    "NCCL",
-    "Connection closed",
-    "Connection reset",
-    "Broken pipe",
-    "pair closure",
-    "Timed out",
-    "timed out",
-)
 _PROCESS_BYTES = 150 << 20  # of a rank that has imported torch and does nothing
 _LEAVE_S = 5.0  # for the last words of a rank that leaves
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Run `action`; errors meant for a person become one line on stderr and an exit code."""
+    """Run `action`; errors meant for the user become one line on stderr, or the report of a rank, and an `ExitCode`."""
     try:
         return action()
-    except UserError as error:
-        return _report(str(error), EXIT_USER)
-    except TrainingError as error:
-        return _report(str(error), EXIT_TRAINING)
-    except LostRankError as error:
-        return _report(str(error), launch.EXIT_LOST_RANK)
-    except KeyboardInterrupt:
-        return _report("interrupted before the first step; nothing was written", 130)
     except BrokenPipeError as error:
-        return EXIT_PIPE if drop_output_without_reader() else _bug(error)
-    except OSError as error:
+        return ExitCode.PIPE if drop_output_without_reader() else _report_bug(error)
+    except LostRankError as error:
+        return report_error(str(error), ExitCode.LOST_RANK, error.rank, error.last_seen)
+    except (Exception, KeyboardInterrupt) as error:
+        explained = _explain(error)
+        return report_error(*explained) if explained else _report_bug(error)
+
+
+def _explain(error: BaseException) -> tuple[str, ExitCode] | None:
+    """What to tell the user of a run, and the exit code; None for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before the first step; nothing was written", ExitCode.INTERRUPTED
+    if isinstance(error, OSError):
         where = error.filename or "the run's folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _report(f"disk full ({where}); free space and --resume", EXIT_USER)
+            return f"disk full ({where}); free space and --resume", ExitCode.USER_ERROR
         if error.errno in (errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
-            return _report(f"cannot write {where}: {error.strerror}; mend the file system and --resume", EXIT_USER)
-        return _explained(error) if error.filename else _bug(error)
-    except RuntimeError as error:
-        if "Duplicate GPU" in str(error):  # NCCL's words
-            return _report(
-                "two ranks of a host are on one GPU; start one rank a GPU (system.ranks_per_node) and let every rank see all "
-                "of the host's GPUs",
-                EXIT_USER,
-            )
-        if not _is_lost_rank(error):
-            return _bug(error)
-        return _report(f"lost contact with another rank: {str(error).splitlines()[0][:160]}", launch.EXIT_LOST_RANK)
-    except Exception as error:
-        return _explained(error)
+            return f"cannot write {where}: {error.strerror}; fix the file system and --resume", ExitCode.USER_ERROR
+        if not error.filename:
+            return None
+    kind = classify(error)
+    if kind is CollectiveError.SHARED_GPU:
+        text = f"{kind.value}; start one rank per GPU (system.ranks_per_node) and let every rank see all of the host's GPUs"
+        return text, ExitCode.USER_ERROR
+    if kind is CollectiveError.LOST_RANK:
+        return f"lost contact with another rank: {_first_line(error)}", ExitCode.LOST_RANK
+    return explain(error)
 
 
-def _explained(error: Exception) -> int:
-    """What every program says of an error, such as a missing package; else a bug."""
-    found = explain(error)
-    return _report(*found) if found else _bug(error)
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:160] if str(error) else ""
 
 
-def _is_lost_rank(error: RuntimeError) -> bool:
-    return any(word in str(error) for word in _LOST_RANK)
-
-
-def _bug(error: Exception) -> int:
-    traceback.print_exc()
-    text = str(error).splitlines()[0] if str(error) else ""
-    return _report(f"unexpected {type(error).__name__}: {text[:200]} (traceback above; please report it)", EXIT_BUG)
+def _report_bug(error: BaseException) -> ExitCode:
+    traceback.print_exception(error)
+    text = f"unexpected {type(error).__name__}: {_first_line(error)} (traceback above; please report it)"
+    return report_error(text, ExitCode.BUG)
 
 
 def run(args: argparse.Namespace, process_start: float) -> int:
@@ -127,9 +105,7 @@ def run(args: argparse.Namespace, process_start: float) -> int:
     adopt_slurm()
     launched = is_launched()
     if args.preflight:
-        return (
-            launch.run_local(config, sys.argv) if not launched and config.system.world_size > 1 else _preflight(config)
-        )
+        return run_local(config, sys.argv) if not launched and config.system.world_size > 1 else _preflight(config)
     folder = run_folder(config)
     if launched and os.environ["RANK"] != "0":
         if is_over(folder):  # rank 0 needs nobody, or is refused
@@ -144,7 +120,7 @@ def run(args: argparse.Namespace, process_start: float) -> int:
         if not launched and config.system.device != "cuda":
             _check_room(config)
         if not launched and (config.system.world_size > 1 or config.recovery.max_restarts > 0):
-            return launch.run_local(config, sys.argv, lambda: _finished(folder))
+            return run_local(config, sys.argv, lambda: _finished(folder))
         return _be_a_rank(config, args.resume, process_start)
     finally:
         release(folder)
@@ -167,83 +143,72 @@ def _check_room(config: Config) -> None:
 
 def _preflight(config: Config) -> int:
     from bert_fast.train.environment import join
-    from bert_fast.train.setup.preflight import preflight, say_preflight
+    from bert_fast.train.setup.preflight import preflight, print_preflight
 
     environment = join(config)
     report = preflight(config, environment)
     if environment.is_main:
-        say_preflight(report)
+        print_preflight(report)
     return 0
 
 
 def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
+    from bert_fast.train.context import open_context
     from bert_fast.train.environment import join
-    from bert_fast.train.loop import Run
+    from bert_fast.train.run import run as run_phases
     from bert_fast.train.run_record import finish
 
     record_flight(run_folder(config))
     environment = join(config)
     if environment.is_main:
         folder = create_folder(config, resume, commit())
-        (folder / "stopped.json").unlink(missing_ok=True)
-    run = Run(config, environment, resume, process_start, on_lost=_leave)
+        (folder / STOPPED).unlink(missing_ok=True)
+    context = open_context(config, environment, resume, on_lost=_leave)
     try:
-        outcome = run.execute()
+        summary = run_phases(context, process_start)
     except RuntimeError as error:
-        if isinstance(error, TrainingError) or "Duplicate GPU" in str(error) or not _is_lost_rank(error):
+        if classify(error) is not CollectiveError.LOST_RANK:
             raise
-        who = run.heartbeat.diagnose() or str(error).splitlines()[0][:160]
-        raise LostRankError(_lost_text(who)) from error
-    if outcome.status != "stopped":
-        finish(run, outcome)
-    run.heartbeat.stop()
-    run.metrics.close()
-    return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
+        raise _lost_rank(context.heartbeat.diagnose(), _first_line(error)) from error
+    if summary.outcome.status != "stopped":
+        finish(context, summary)
+    context.close()
+    return _exit_code(context, summary) if environment.is_main else 0  # one rank speaks for the run
 
 
-def _lost_text(who: str) -> str:
-    return f"lost contact with another rank: {who}. Start again with --resume{flight_record()}"
+def _lost_rank(verdict: Verdict | None, error: str) -> LostRankError:
+    """The error of a lost rank: of the verdict, or of a collective's `error` where nobody can be named."""
+    rank, last_seen = (verdict.rank, verdict.text) if verdict else (None, "")
+    text = f"lost contact with another rank: {last_seen or error}. Start again with --resume{flight_record()}"
+    return LostRankError(text, rank, last_seen)
 
 
-def _leave(who: str) -> None:
+def _leave(verdict: Verdict) -> None:
     """Called beside a main thread that may wait for ever, perhaps for a file system that does not answer us either."""
-    last = threading.Timer(_LEAVE_S, os._exit, (launch.EXIT_LOST_RANK,))
+    last = threading.Timer(_LEAVE_S, os._exit, (ExitCode.LOST_RANK,))
     last.daemon = True
     last.start()
-    code = _report(_lost_text(who), launch.EXIT_LOST_RANK)
+    error = _lost_rank(verdict, "")
+    code = report_error(str(error), ExitCode.LOST_RANK, error.rank, error.last_seen)
     sys.stdout.flush()
     os._exit(code)
 
 
-def _exit_code(run: Run, outcome: Outcome) -> int:
+def _exit_code(context: RunContext, summary: RunSummary) -> int:
     """Exit code of a run that ended by itself or was stopped."""
+    outcome = summary.outcome
     if outcome.status != "stopped":
-        return EXIT_TARGET_MISSED if outcome.status == "aborted" else 0
-    step, name = run.progress.step, outcome.signal_name
-    write_json(run.folder / "stopped.json", {"step": step, "signal": name})
+        return ExitCode.TARGET_MISSED if outcome.status == "aborted" else ExitCode.OK
+    step, name = summary.state.progress.step, outcome.signal_name
+    write_json(context.folder / STOPPED, {"step": step, "signal": name})
     print(f"stopped by {name} at step {step}; go on with --resume", flush=True)
-    return 128 + int(getattr(signal, name or "", signal.SIGTERM))
-
-
-def _report(text: str, code: int) -> int:
-    """One line. Under our launcher it goes to a file, so that ranks with the same error speak once."""
-    text = one_line(text)
-    folder, rank = os.environ.get(launch.ERROR_FOLDER), os.environ.get("RANK")
-    if folder and rank is not None:
-        try:
-            Path(folder, f"code-{rank}").write_text(str(code), encoding="ascii")
-            Path(folder, f"rank-{rank}").write_text(text, encoding="utf-8")
-            return code
-        except OSError:  # a disk that is full, perhaps what the text is about
-            pass
-    print(f"error: {f'rank {rank}: ' if rank is not None else ''}{text}", file=sys.stderr, flush=True)
-    return code
+    return of_signal(getattr(signal, name or "", signal.SIGTERM))
 
 
 def _die_with_launcher() -> None:
     """Ask Linux to end this rank if its launcher is killed, so that none is left behind."""
-    launcher = os.environ.get(launch.LAUNCHER_PID)
+    launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != int(launcher):  # it was gone before we asked
-            sys.exit(launch.EXIT_LOST_RANK)
+            sys.exit(ExitCode.LOST_RANK)

@@ -31,7 +31,7 @@ COLOURS = {"bucket_before_reduce": "#e6550d", "global_before_reduce": "#3182bd",
 
 def curves_of(folder: Path) -> dict[str, Any]:
     """Loss by step, accuracy by samples, and what share of the clip groups' norms was clipped."""
-    rows = read_metrics(folder)
+    rows = [line.as_json() for line in read_metrics(folder)]
     steps = [row for row in rows if row["kind"] == "step"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
     clipped = [group["clipped_share"] for row in steps for group in row["clip"].values()]

@@ -27,8 +27,10 @@ import scripts.guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically, write_json
-from bert_fast.report.bench import cpu_name, environment
+from bert_fast.hardware import cpu_name
+from bert_fast.report.bench import environment
 from bert_fast.report.metrics import read_metrics
 
 from . import drills
@@ -59,11 +61,11 @@ def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 24, every: i
     drill = Drill(config, folder, BIG, steps=every * checkpoints + 1, every=every, timeout_s=120)
     run = drill.new_folder("stall")
     ended = drill.run(run, "checkpoint.keep_last=1", fault={"action": "alternate", "rank": -1})
-    if ended.code != 0:
+    if ended.code != ExitCode.OK:
         raise UserError(f"the run that measures checkpoints ended with {ended.code}: {ended.output[-300:]}")
     record = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     rows = record["checkpoints"][4:]  # buffers are made in the first
-    times = {line["step"]: line["time_s"] for line in read_metrics(run) if line["kind"] == "step"}
+    times = {line.step: line.time_s for line in read_metrics(run) if line.kind == "step"}
     for row in rows:
         step = int(row["step"])
         row["steps_after_s"] = times[step + every] - times[step] if step + every in times else None
@@ -203,33 +205,27 @@ def main() -> int:
     args = parser.parse_args()
     from bert_fast.config.load import load_config
 
-    try:
-        config = load_config(str(args.config), [])
-        source = Path(config.data.train).parent
-        if not (source / "train" / "manifest.json").is_file():
-            raise UserError(f"no data at {source}; make it with `make data`")
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="fault-drill-") as name:
-            scratch = Path(name)
-            store = scratch / "store"
-            shutil.copytree(source, store)
-            drill = Drill(args.config, scratch / "runs", SMALL, steps=args.steps, every=8)
-            stall = None if args.no_stall else checkpoint_stall(args.config, scratch / "stall")
-            if stall:
-                print(
-                    f"checkpoint: waits {1e3 * stall['stall_s']:.1f} of {1e3 * stall['synchronous_s']:.0f} ms",
-                    flush=True,
-                )
-            against = drills.Against(drill)
-            only = {each for each in args.only.split(",") if each}
-            rows = run_drills(
-                against, args.kills, only, scratch, store, args.seed, lambda text: print(text, flush=True)
+    config = load_config(str(args.config), [])
+    source = Path(config.data.train).parent
+    if not (source / "train" / "manifest.json").is_file():
+        raise UserError(f"no data at {source}; make it with `make data`")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fault-drill-") as name:
+        scratch = Path(name)
+        store = scratch / "store"
+        shutil.copytree(source, store)
+        drill = Drill(args.config, scratch / "runs", SMALL, steps=args.steps, every=8)
+        stall = None if args.no_stall else checkpoint_stall(args.config, scratch / "stall")
+        if stall:
+            print(
+                f"checkpoint: waits {1e3 * stall['stall_s']:.1f} of {1e3 * stall['synchronous_s']:.0f} ms",
+                flush=True,
             )
-            # The scratch folder is gone when one reads of it
-            rows = [{**row, "says": row["says"].replace(f"{name}/", "")} for row in rows]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        against = drills.Against(drill)
+        only = {each for each in args.only.split(",") if each}
+        rows = run_drills(against, args.kills, only, scratch, store, args.seed, lambda text: print(text, flush=True))
+        # The scratch folder is gone when one reads of it
+        rows = [{**row, "says": row["says"].replace(f"{name}/", "")} for row in rows]
     record = {
         "command": "python -m scripts.faults.drill " + " ".join(sys.argv[1:]), "machine": environment(),
         "settings": list(SMALL), "seconds": round(time.monotonic() - began, 1), "figures": figures(rows, stall),
@@ -241,7 +237,7 @@ def main() -> int:
         write_atomically(args.out / "README.md", table(record))
     print(json.dumps(record["figures"], indent=2))
     broken = [row for row in rows if row["kept"] is False]
-    return 1 if broken else 0
+    return ExitCode.TARGET_MISSED if broken else ExitCode.OK
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.train.checkpoint.storage import damage, latest_checkpoint
-from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, EXCHANGE
+from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, GRADIENT_SYNC
 
 from ..benchmarks.overlap.hosts import hosts
 from .victim import VARIABLE
 from .watched import HANG_S, PYTHONPATH, Drill, Ended, losses_of, weights_of
 
-MOMENTS = {"compute": COMPUTE, "all-reduce": EXCHANGE, "checkpoint": CHECKPOINT}
+MOMENTS = {"compute": COMPUTE, "all-reduce": GRADIENT_SYNC, "checkpoint": CHECKPOINT}
 RESTART = "recovery.max_restarts=3"
 SLOW = {"action": "slow", "seconds": 0.08, "rank": -1}
 Row = dict[str, Any]
@@ -30,7 +31,7 @@ def undisturbed(drill: Drill) -> tuple[str, dict[int, list[float]], int]:
     """Weights and losses of the run that is left alone, and the size of its checkpoints."""
     folder = drill.new_folder("undisturbed")
     ended = drill.run(folder)
-    assert ended.code == 0, ended.output
+    assert ended.code == ExitCode.OK, ended.output
     latest = latest_checkpoint(folder / "checkpoints")
     assert latest is not None
     return weights_of(folder), losses_of(folder), sum(p.stat().st_size for p in latest.iterdir())
@@ -84,7 +85,7 @@ def kill(against: Against, rng: random.Random, moment: str, ranks: int = 2) -> R
     folder = drill.new_folder(f"kill-{moment}")
     ended = drill.run(folder, RESTART, fault=fault)
     found = row(f"kill -9 in {moment}", SAME, ended, folder, against,
-                ended.happened and ended.code == 0 and against.same(folder))  # fmt: skip
+                ended.happened and ended.code == ExitCode.OK and against.same(folder))  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return {**found, "rank": fault["rank"], "step": step}
 
@@ -97,7 +98,7 @@ def silence(against: Against, action: str) -> Row:
     ended = drill.run(folder, RESTART, fault=fault)
     named = any("rank 1 (" in line for line in ended.errors)
     quick = ended.detect_s is not None and ended.detect_s <= drill.timeout_s + drill.slack_s
-    kept = named and quick and ended.code == 0 and against.same(folder)
+    kept = named and quick and ended.code == ExitCode.OK and against.same(folder)
     what = "SIGSTOP of a rank" if action == "stop" else "a rank that hangs"
     return row(what, f"named in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; {SAME}", ended, folder, against, kept)
 
@@ -110,7 +111,7 @@ def silent_disk(against: Against) -> Row:
     ended = drill.run(folder, RESTART, f"checkpoint.timeout_s={drill.timeout_s}", fault=fault)
     named = any("rank 1 (" in line and "writing its part of a checkpoint" in line for line in ended.errors)
     quick = ended.detect_s is not None and ended.detect_s <= drill.timeout_s + drill.slack_s
-    kept = named and quick and ended.code == 0 and against.same(folder)
+    kept = named and quick and ended.code == ExitCode.OK and against.same(folder)
     return row("a rank's disk does not answer", f"named in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; {SAME}", ended,
                folder, against, kept)  # fmt: skip
 
@@ -123,7 +124,7 @@ def not_a_number(against: Against) -> Row:
     ended = drill.run(folder, RESTART, fault=fault)
     named = any("not finite" in line and "rank 1" in line for line in ended.errors)
     return row("NaN on a rank", f"rank and step named; {SAME}", ended, folder, against,
-               named and ended.code == 0 and against.same(folder))  # fmt: skip
+               named and ended.code == ExitCode.OK and against.same(folder))  # fmt: skip
 
 
 def skewed_clock(against: Against) -> Row:
@@ -131,7 +132,9 @@ def skewed_clock(against: Against) -> Row:
     drill = against.drill
     folder = drill.new_folder("skew")
     ended = drill.run(folder, fault={"action": "skew", "rank": 1, "step": 3, "phase": COMPUTE})
-    found = row("clock jumps by an hour", SAME, ended, folder, against, ended.code == 0 and against.same(folder))
+    found = row(
+        "clock jumps by an hour", SAME, ended, folder, against, ended.code == ExitCode.OK and against.same(folder)
+    )
     return {**found, "detect_s": None}  # nobody is lost
 
 
@@ -156,7 +159,7 @@ def damaged_checkpoint(against: Against) -> Row:
     folder = drill.new_folder("damaged")
     first = stopped_halfway(drill, folder)
     latest = latest_checkpoint(folder / "checkpoints")
-    if first.code != 128 + signal.SIGTERM or latest is None:
+    if first.code != of_signal(signal.SIGTERM) or latest is None:
         return row("a checkpoint's bit flips", SAME, first, folder, against, False, "the run did not stop as told")
     victim = max(latest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
@@ -164,7 +167,7 @@ def damaged_checkpoint(against: Against) -> Row:
     victim.write_bytes(content)
     ended = drill.run(folder, "--resume")
     said = next((line for line in ended.output.splitlines() if "is damaged" in line), "")
-    kept = bool(said) and ended.code == 0 and against.same(folder)
+    kept = bool(said) and ended.code == ExitCode.OK and against.same(folder)
     return row("a checkpoint's bit flips", f"said; {SAME}", ended, folder, against, kept, said)
 
 
@@ -187,11 +190,11 @@ def full_disk(against: Against, mount: Path) -> Row:
     try:
         first = drill.run(folder, "checkpoint.keep_last=9", RESTART, fault=SLOW)
         latest = latest_checkpoint(folder / "checkpoints")
-        clear = first.code == 2 and len(first.errors) == 1 and "disk full" in first.errors[0]
+        clear = first.code == ExitCode.USER_ERROR and len(first.errors) == 1 and "disk full" in first.errors[0]
         sound = latest is not None and damage(latest) is None
         subprocess.run(["mount", "-o", "remount,size=256m", str(mount)], check=True)
         ended = drill.run(folder, "--resume", "checkpoint.keep_last=9")
-        kept = clear and sound and ended.code == 0 and against.same(folder)
+        kept = clear and sound and ended.code == ExitCode.OK and against.same(folder)
         return row(
             "disk full", promise, ended, folder, against, kept, (first.errors or [""])[0].removeprefix("error: ")
         )
@@ -226,9 +229,9 @@ def lost_data(against: Against, store: Path, how: str) -> Row:
     first = drill.run(folder, *data, fault=SLOW, meanwhile=break_it)
     os.replace(aside, victim)
     word = "vanished" if how == "vanishes" else "changed under the run"
-    clear = first.code == 2 and len(first.errors) == 1 and word in first.errors[0]
+    clear = first.code == ExitCode.USER_ERROR and len(first.errors) == 1 and word in first.errors[0]
     ended = drill.run(folder, *data, "--resume")
-    kept = clear and ended.code == 0 and against.same(folder)
+    kept = clear and ended.code == ExitCode.OK and against.same(folder)
     return row(f"the data file {how}", f"clear stop; put back, {SAME}", ended, folder, against, kept,
                (first.errors or [first.output[-200:]])[0].removeprefix("error: "))  # fmt: skip
 
@@ -251,9 +254,9 @@ def read_only_results(against: Against) -> Row:
     if mounted != [""]:
         return {"fault": "results read-only", "promise": promise, "kept": None, "says": f"not run: {mounted}"}
     subprocess.run(["umount", str(over)], check=True)
-    clear = first.code == 2 and len(first.errors) == 1 and "was not written" in first.errors[0]
+    clear = first.code == ExitCode.USER_ERROR and len(first.errors) == 1 and "was not written" in first.errors[0]
     ended = drill.run(folder, "--resume")
-    kept = clear and ended.code == 0 and against.same(folder)
+    kept = clear and ended.code == ExitCode.OK and against.same(folder)
     return row("results read-only", promise, ended, folder, against, kept,
                (first.errors or [first.output[-200:]])[0].removeprefix("error: "))  # fmt: skip
 
@@ -281,7 +284,9 @@ def cut_network(against: Against) -> Row:
                 detect_s = max(detect_s, time.monotonic() - cut)
             codes = [process.returncode for process in processes]
             first = Ended(codes[0], outputs[0], cut - start, detect_s)
-            named = all(code == 4 for code in codes) and all("lost contact" in text for text in outputs)
+            named = all(code == ExitCode.LOST_RANK for code in codes) and all(
+                "lost contact" in text for text in outputs
+            )
             subprocess.run(["ip", "-n", names[1], "link", "set", names[1], "up"], check=True)
             ended = [process.communicate(timeout=HANG_S) for process in _on_hosts(drill, names, folder, "--resume")]
     except (subprocess.CalledProcessError, FileNotFoundError) as error:

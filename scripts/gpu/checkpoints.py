@@ -7,7 +7,8 @@ import time
 
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 from bert_fast.train.checkpoint.snapshot import captured, rank_state
-from bert_fast.train.setup.build import build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 from .parts import config_of, environment_of
 from .stage import CheckFailed, Context

@@ -11,8 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from bert_fast.report.bench import cpu_name
-from bert_fast.train.environment import cpu_has_bf16
+from bert_fast.hardware import cpu_has_bf16, cpu_name
 
 from .stage import Context, NotAvailable
 from .timing import repeat

@@ -26,7 +26,8 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.bucket_sizes import measure_ready_times, plan_buckets
-from bert_fast.train.setup.build import build_model, make_layout, synthetic_input
+from bert_fast.train.setup.build import build_model, make_layout
+from bert_fast.train.setup.warmup import synthetic_input
 from bert_fast.train.step import TrainStep
 
 from .link import LinkDdp, LinkWire, ModelledLink

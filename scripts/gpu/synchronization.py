@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bert_fast.train.setup.build import build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 from .parts import config_of, environment_of, process_group
 from .stage import CheckFailed, Context, NotAvailable

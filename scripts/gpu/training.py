@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bert_fast.exit_codes import ExitCode, of_signal
+
 from .stage import ROOT, CheckFailed, Context
 
 _CONFIG = "configs/mini_cpu.yaml"
@@ -55,11 +57,11 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "run_pretraining.py"), "--config", str(ROOT / _CONFIG), *arguments]
 
 
-def _checked(command: list[str], what: str, code: int = 0) -> str:
-    """Output of a command. Raises CheckFailed with its last line if it ends with another code."""
+def _checked(command: list[str], what: str) -> str:
+    """Output of a command. Raises CheckFailed with its last line if it fails."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}", flush=True)
-    if done.returncode != code:
+    if done.returncode != ExitCode.OK:
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise CheckFailed(f"{what} ended with exit code {done.returncode}: {last}")
     return done.stdout
@@ -149,7 +151,7 @@ def _stop_and_resume(context: Context, settings: list[str]) -> None:
         code = process.wait()
         log.seek(0)
         last = (log.read().decode(errors="replace").strip() or "no output").splitlines()[-1]
-    if code != 128 + signal.SIGTERM:
+    if code != of_signal(signal.SIGTERM):
         raise CheckFailed(f"a run that was sent SIGTERM ended with exit code {code}: {last}")
     at = json.loads((stopped / "stopped.json").read_text(encoding="utf-8"))["step"]
     end = f"train.max_steps={at + _MORE_STEPS}"

@@ -20,6 +20,7 @@ from bert_fast.claims import claimed
 from bert_fast.config.load import load_config
 from bert_fast.data.prepare import PREPARATION
 from bert_fast.data.store import Store
+from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
 from bert_fast.train.checkpoint.storage import damage, latest_checkpoint, read_description
@@ -31,7 +32,11 @@ as_root = os.geteuid() == 0
 
 
 def refused(
-    workspace: Workspace, *overrides: str, code: int = 2, resume: bool = False, launcher: Sequence[str] = ()
+    workspace: Workspace,
+    *overrides: str,
+    code: ExitCode = ExitCode.USER_ERROR,
+    resume: bool = False,
+    launcher: Sequence[str] = (),
 ) -> str:
     """The one line that a person gets from a run with these overrides."""
     found, run = workspace.run(*overrides, resume=resume, launcher=launcher)
@@ -164,7 +169,7 @@ def test_a_killed_rank_is_named_and_the_others_stop(workspace: Workspace) -> Non
     run = workspace.start("run.folder=killed", "train.max_steps=5000", "checkpoint.every_steps=5")
     run.wait_until(lambda: last_step(folder) >= 12)
     os.kill(run.pid_of_rank(1), signal.SIGKILL)
-    assert run.wait() == 4
+    assert run.wait() == ExitCode.LOST_RANK
     assert re.search(r"rank 1 by SIGKILL; the others were stopped.*--resume", the_error(run))
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
@@ -177,7 +182,7 @@ def test_a_launcher_that_ends_at_once_leaves_no_rank_behind(workspace: Workspace
     run = workspace.start("run.folder=never", "train.max_steps=5000")
     run.wait_until(lambda: set(run.processes().values()) == {"", "0", "1"})
     run.process.send_signal(number)
-    assert run.wait() != 0
+    assert run.wait() != ExitCode.OK
     assert not run.left_overs()
 
 
@@ -186,7 +191,7 @@ def test_sigterm_before_the_first_step_is_no_killed_rank(workspace: Workspace) -
     run.wait_until(lambda: set(run.processes().values()) == {"", "0", "1"})
     time.sleep(0.3)  # the ranks are importing torch
     run.process.send_signal(signal.SIGTERM)
-    assert run.wait() == 128 + signal.SIGTERM
+    assert run.wait() == of_signal(signal.SIGTERM)
     assert "killed" not in run.stderr
     assert not run.left_overs()
 
@@ -194,7 +199,7 @@ def test_sigterm_before_the_first_step_is_no_killed_rank(workspace: Workspace) -
 def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace) -> None:
     """The first update by 1e30 ruins the weights: of steps 1 to 4 (from 0) three may be skipped."""
     blow_up = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "communication.clip=none")
-    line = refused(workspace, "run.folder=blown_up", "checkpoint.every_steps=1", *blow_up, code=3)
+    line = refused(workspace, "run.folder=blown_up", "checkpoint.every_steps=1", *blow_up, code=ExitCode.TRAINING_ERROR)
     assert re.search(r"step [1-4]: loss or gradient is not finite, from rank 0, 1 on \S+; 4 steps in a row", line)
     assert "train.max_skipped_steps=3" in line
     assert re.search(r"Samples of that rank: \[\d+(, \d+){7}\].*optimizer\.lr", line)
@@ -265,7 +270,7 @@ def test_prepare_data(tiny_store: Path, tmp_path: Path, case: str, says: str) ->
         "--corpus", "mlcommons", "--input", tmp_path / "nowhere" if case == "missing folder" else text, "--out", out,
         "--eval-fraction", "0.3", *flags,
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.USER_ERROR
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert re.search(f"^error: .*{says}", done.stderr)
     for split in ("train", "eval"):
@@ -280,6 +285,6 @@ def test_verify_finds_a_changed_store(tiny_store: Path, tmp_path: Path) -> None:
     changed[100] ^= 1
     path.write_bytes(changed)
     done = prepare_data("verify", tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == ExitCode.TARGET_MISSED
     assert re.search(r"bytes .*eval: samples\.bin changed since it was written.* WRONG", done.stdout)
     assert re.search(r"eval: looks wrong: .*bytes", done.stdout)

@@ -13,9 +13,10 @@ import torch
 from support.training_run import TORCHRUN, TrainingRun, Workspace, lines
 
 from bert_fast.config.load import load_config
+from bert_fast.exit_codes import ExitCode
 from bert_fast.mlperf.compliance import check_log
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import matmul_peak
+from bert_fast.train.telemetry.hardware import matmul_peak
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +32,7 @@ TO_TARGET = (
 def to_target(workspace: Workspace) -> Path:
     """The folder of a run on two ranks that reaches its target."""
     code, run = workspace.run("run.folder=to_target", *TO_TARGET)
-    assert code == 0, run.stderr
+    assert code == ExitCode.OK, run.stderr
     assert not run.stderr
     return workspace.folder / "to_target"
 
@@ -102,7 +103,7 @@ def test_every_step_is_logged_and_the_loss_falls(to_target: Path) -> None:
 
 def test_ddp_trains_the_same(to_target: Path, workspace: Workspace) -> None:
     code, run = workspace.run("run.folder=ddp", "communication.engine=ddp", *TO_TARGET)
-    assert code == 0, run.stderr
+    assert code == ExitCode.OK, run.stderr
     expected = losses_of(to_target)
     assert losses_of(workspace.folder / "ddp") == pytest.approx(expected, rel=1e-5)
     assert record_of(workspace.folder / "ddp")["metrics"]["samples_to_target"] == 16 * len(expected)
@@ -111,7 +112,7 @@ def test_ddp_trains_the_same(to_target: Path, workspace: Workspace) -> None:
 def test_torchrun_trains_the_same(to_target: Path, workspace: Workspace) -> None:
     """And without a target, a run that did its steps is a success."""
     code, run = workspace.run("run.folder=torchrun", "train.max_steps=8", TO_TARGET[-1], launcher=(*TORCHRUN, "2"))
-    assert code == 0, run.stderr
+    assert code == ExitCode.OK, run.stderr
     assert losses_of(workspace.folder / "torchrun") == losses_of(to_target)[:8]
     record = record_of(workspace.folder / "torchrun")
     assert (record["status"], record["metrics"]["target_reached"]) == ("success", 0)
@@ -124,7 +125,7 @@ def missed(workspace: Workspace) -> tuple[Path, TrainingRun]:
         "run.folder=missed", "evaluation.target_accuracy=0.99", "train.max_steps=12", "optimizer.name=lamb", "optimizer.lr=0.03",
         "batch.micro_batch_size=4", "batch.gradient_accumulation_steps=2", "evaluation.every_samples=64",
     )  # fmt: skip
-    assert code == 1, run.stderr
+    assert code == ExitCode.TARGET_MISSED, run.stderr
     return workspace.folder / "missed", run
 
 
@@ -179,14 +180,14 @@ def test_cost_model_is_stored_with_the_run(to_target: Path) -> None:
 
 def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace: Workspace) -> None:
     code, run = workspace.run("run.folder=fitted", "balance.cost=measure", "train.max_steps=4")
-    if code == 3 and "balance.fit_cost" in run.stderr:  # a busy machine: times that say nothing are refused
+    if code == ExitCode.TRAINING_ERROR and "balance.cost=measure" in run.stderr:  # a busy machine: times that say nothing are refused
         pytest.skip(run.stderr)
-    assert code == 0, run.stderr
+    assert code == ExitCode.OK, run.stderr
     cost = json.loads((workspace.folder / "fitted/cost.json").read_text(encoding="utf-8"))["planned_with"]
     assert cost["source"].startswith("warm-up fit")
     assert cost["linear"] > 0
     code, run = workspace.run("run.folder=next", "balance.cost=fitted/cost.json", "train.max_steps=4")
-    assert code == 0, run.stderr
+    assert code == ExitCode.OK, run.stderr
     again = json.loads((workspace.folder / "next/cost.json").read_text(encoding="utf-8"))["planned_with"]
     assert (again["linear"], again["quadratic"]) == (cost["linear"], cost["quadratic"])
     assert again["source"] == "file fitted/cost.json"
@@ -196,13 +197,13 @@ def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace
 def test_a_run_under_every_kind_of_strategy(workspace: Workspace, strategy: str) -> None:
     folder = f"run.folder={strategy}"
     code, run = workspace.run(folder, f"balance.strategy={strategy}", "balance.num_strata=2", "train.max_steps=6")
-    assert code == 0, run.stderr
+    assert code == ExitCode.OK, run.stderr
     assert all(math.isfinite(loss) for loss in losses_of(workspace.folder / strategy))
 
 
 def test_missing_cost_file_is_found_before_ranks_are_started(workspace: Workspace) -> None:
     code, run = workspace.run("run.folder=no_cost", "balance.cost=nowhere.json")
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert run.stderr.strip().splitlines() == [
         "error: balance.cost_file nowhere.json: No such file or directory; give the cost.json of a finished run"
     ]

@@ -24,7 +24,8 @@ from bert_fast.data.pool import Pool
 from bert_fast.data.store import Part, Store, merge_parts, read_part, take_evenly, take_first, write_part_of_records
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
-from bert_fast.files import check_space, sha256_of
+from bert_fast.files import check_space
+from bert_fast.integers import ceil_div
 
 FORMS = ("tfrecord", "hdf5", "hdf5-variable")
 _EXPORTED_BYTES: dict[str, Callable[[int, int], int]] = {  # of a sample, at most about
@@ -42,9 +43,15 @@ Log = Callable[[str], None]
 
 
 def import_store(
-    sources: list[str], out: str | Path, vocab: str | Path, *, max_samples: int | None = None,
-    pick: str = "first", num_workers: int | None = None, log: Log = print,
-) -> dict[str, Any]:  # fmt: skip
+    sources: list[str],
+    out: str | Path,
+    vocab: str | Path,
+    *,
+    max_samples: int | None = None,
+    pick: str = "first",
+    num_workers: int | None = None,
+    log: Log = print,
+) -> dict[str, Any]:
     """Make the store `out` from files in the given order, which is the order of samples. Returns the manifest.
 
     `max_samples` keeps the first ones, or with pick="evenly" those that MLPerf's reference picks of its candidates.
@@ -72,15 +79,22 @@ def _check_parent_is_free(out: Path) -> None:
 
 
 def _import(
-    sources: list[str], out: Path, vocab: str | Path, max_samples: int | None, pick: str, num_workers: int | None, log: Log
-) -> dict[str, Any]:  # fmt: skip
+    sources: list[str],
+    out: Path,
+    vocab: str | Path,
+    max_samples: int | None,
+    pick: str,
+    num_workers: int | None,
+    log: Log,
+) -> dict[str, Any]:
     start = time.perf_counter()
     vocabulary = load_vocabulary(vocab)
     key = {
         "sources": [[Path(path).name, os.path.getsize(path), int(os.path.getmtime(path))] for path in sources],
-        "vocab": vocabulary.sha256, "max_samples": max_samples,
+        "vocab": vocabulary.sha256,
+        "max_samples": max_samples,
         **({"pick": pick} if pick != "first" else {}),
-    }  # fmt: skip
+    }
     if _is_done(out, key):
         log(f"{out}: already there")
         return Store(out).manifest
@@ -107,12 +121,16 @@ def _import(
         if max_samples:
             parts = (take_first if pick == "first" else take_evenly)(parts, max_samples, parts_folder)
         manifest = merge_parts(
-            out, parts,
+            out,
+            parts,
             {
-                "key": key, "corpus": "imported", "vocab_sha256": vocabulary.sha256, "vocab_size": len(vocabulary),
+                "key": key,
+                "corpus": "imported",
+                "vocab_sha256": vocabulary.sha256,
+                "vocab_size": len(vocabulary),
                 "mask_id": vocabulary.mask_id,
             },
-        )  # fmt: skip
+        )
     dissolve(parts_folder, IMPORT_PARTS)
     seconds = time.perf_counter() - start
     log(
@@ -201,7 +219,7 @@ def export_store(
             f"{width} and {most_masked} do not hold them"
         )
     check_space(Path(out), len(store) * _EXPORTED_BYTES[form](width, most_masked), "the export")
-    number = -(-len(store) // per_file)
+    number = ceil_div(len(store), per_file)
     suffix = "tfrecord" if form == "tfrecord" else "hdf5"
     with claimed(Path(out), EXPORT):
         names = [f"part-{index:05d}-of-{number:05d}.{suffix}" for index in range(number)]
@@ -224,8 +242,3 @@ def tables_of(store: Store, begin: int, end: int) -> Iterator[SampleTable]:
         ids = np.array(block)
         records, starts = store.records(block[0], block[-1] + 1)
         yield from_records(records, starts, np.asarray(store.lengths[ids]), np.asarray(store.num_masked[ids]))
-
-
-def eval_hash(folder: str | Path) -> str:
-    """The hash that `evaluation.sha256` pins."""
-    return sha256_of(Path(folder) / "samples.bin")

@@ -21,11 +21,17 @@ from bert_fast.data.formats.table import LONGEST, SampleTable, check, from_padde
 from bert_fast.data.formats.tfrecord import Features, make_example, parse_examples, read_records, write_records
 from bert_fast.errors import UserError
 from bert_fast.files import atomic_file
+from bert_fast.integers import segment_ids, segment_positions
 
 FEATURES = (
-    "input_ids", "input_mask", "segment_ids", "masked_lm_positions", "masked_lm_ids", "masked_lm_weights",
+    "input_ids",
+    "input_mask",
+    "segment_ids",
+    "masked_lm_positions",
+    "masked_lm_ids",
+    "masked_lm_weights",
     "next_sentence_labels",
-)  # fmt: skip
+)
 _HDF5 = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids", "next_sentence_labels")
 BLOCK = 512  # samples decoded together: a few MiB
 _BLOCK_BYTES = 1 << 22  # of TFRecords decoded together
@@ -255,9 +261,15 @@ def _fixed(file: Any, rows: slice, first: int) -> SampleTable:
     positions = file["masked_lm_positions"][rows]
     counts = (positions != 0).sum(axis=1)
     return from_padded(
-        file["input_ids"][rows], file["input_mask"][rows], file["segment_ids"][rows], positions,
-        file["masked_lm_ids"][rows], counts, file["next_sentence_labels"][rows], first,
-    )  # fmt: skip
+        file["input_ids"][rows],
+        file["input_mask"][rows],
+        file["segment_ids"][rows],
+        positions,
+        file["masked_lm_ids"][rows],
+        counts,
+        file["next_sentence_labels"][rows],
+        first,
+    )
 
 
 def _variable(file: Any, rows: slice, first: int) -> SampleTable:
@@ -277,9 +289,9 @@ def _variable(file: Any, rows: slice, first: int) -> SampleTable:
             raise ValueError(
                 first + int(np.flatnonzero(mine != other)[0]), f"has {name} of another length than its partner"
             )
-    owner = np.repeat(np.arange(len(lengths)), lengths)
+    owner = segment_ids(lengths)
     len_a = np.bincount(owner, weights=segments == 0, minlength=len(lengths)).astype(np.int64)
-    inside = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    inside = segment_positions(lengths)
     wrong = (inside >= len_a[owner]) != (segments == 1)
     if wrong.any():
         raise ValueError(

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import google_crc32c
 import numpy as np
 
+from bert_fast.crc32c import masked_crc32c
 from bert_fast.data.formats.locate import FLOATS, locate
 from bert_fast.errors import UserError
 from bert_fast.files import atomic_file
@@ -25,15 +25,8 @@ _BLOCK = 1 << 20
 _HEAD, _LENGTH = struct.Struct("<QI"), struct.Struct("<Q")
 _CRC = struct.Struct("<I")
 _HEADS = 1 << 16  # of different lengths that are remembered
-_LONGEST = (
-    1 << 24
-)  # bytes of a record: a sample of 65,535 tokens, the longest that a store holds, takes less than 1 MiB
-
-
-def masked_crc(data: bytes) -> int:
-    """TFRecord's CRC32-C: rotated and shifted, so that a CRC of data that holds CRCs is no weaker."""
-    crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+# Bytes of a record: a sample of 65,535 tokens, the longest that a store holds, takes less than 1 MiB
+_LONGEST = 1 << 24
 
 
 def read_records(path: str | Path) -> Iterator[bytes]:
@@ -59,7 +52,7 @@ def read_records(path: str | Path) -> Iterator[bytes]:
             head = block[at : at + 12]
             length, length_crc = _HEAD.unpack(head)
             if head not in sound_heads:
-                if masked_crc(head[:8]) != length_crc:
+                if masked_crc32c(head[:8]) != length_crc:
                     raise damaged("has a length whose checksum does not fit (is this a TFRecord file?)")
                 if length > _LONGEST:
                     raise damaged(f"claims {length:,} bytes, and no sample takes more than {_LONGEST:,}")
@@ -71,7 +64,7 @@ def read_records(path: str | Path) -> Iterator[bytes]:
                     raise damaged("is cut short")
             at += 12
             payload = block[at : at + length]
-            if masked_crc(payload) != _CRC.unpack_from(block, at + length)[0]:
+            if masked_crc32c(payload) != _CRC.unpack_from(block, at + length)[0]:
                 raise damaged("has a checksum that does not fit")
             yield payload
             good += 1
@@ -89,7 +82,7 @@ def write_records(path: str | Path, payloads: Iterable[bytes]) -> int:
     with atomic_file(path) as file:
         for payload in payloads:
             head = _LENGTH.pack(len(payload))
-            file.write(head + _CRC.pack(masked_crc(head)) + payload + _CRC.pack(masked_crc(payload)))
+            file.write(head + _CRC.pack(masked_crc32c(head)) + payload + _CRC.pack(masked_crc32c(payload)))
             count += 1
     return count
 
@@ -144,8 +137,8 @@ def decode_varints(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
     values = raw.take(ends).astype(np.uint32 if most <= 2 else np.int64)
     for byte in range(1, most + 1):  # from the last byte, the highest bits, to the first
         longer = behind_last >= byte
-        values <<= 7 * longer.view(np.uint8)
-        values |= (padded[most - byte :].take(ends) & 0x7F) * longer
+        np.left_shift(values, 7 * longer.view(np.uint8), out=values)
+        np.bitwise_or(values, (padded[most - byte :].take(ends) & 0x7F) * longer, out=values)
     return values, ends
 
 

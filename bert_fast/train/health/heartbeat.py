@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,12 +23,12 @@ import torch.distributed as dist
 from bert_fast.train.environment import Environment
 
 # Waiting for others: a rank is never blamed for these
-EXCHANGE, FIGURES = "exchange of gradients", "exchange of figures"
+GRADIENT_SYNC, METRICS_SYNC = "gradient synchronisation", "metrics synchronisation"
 DATA, COMPUTE, EVALUATION, CHECKPOINT = "waiting for data", "forward and backward", "evaluation", "checkpoint"
 LOGGING, FINISHING, _STOPPING, _DONE, _STARTING = "writing the log", "finishing", "stopping", "done", "starting"
-_WAITING = (EXCHANGE, FIGURES)
+_WAITING = (GRADIENT_SYNC, METRICS_SYNC)
 _BLAMELESS = {*_WAITING, CHECKPOINT, FINISHING, _STOPPING, _DONE, _STARTING}
-_ORDER = (FIGURES, LOGGING, EVALUATION, DATA, COMPUTE, EXCHANGE)  # from the end of a step to that of the next
+_ORDER = (METRICS_SYNC, LOGGING, EVALUATION, DATA, COMPUTE, GRADIENT_SYNC)  # from the end of a step to that of the next
 _ANSWER_S = 3.0  # for which the store may keep us waiting
 _HURRY_S = 6.0  # after SIGTERM: how long a rank may be silent, or we in one place, before the launcher ends us all
 
@@ -53,11 +53,19 @@ class Beat:
         return f"step {self.step:,}, {self.phase}"
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Which rank is lost: the first of several, and what is known of all of them, in words that begin with its name."""
+
+    rank: int
+    text: str
+
+
 class Heartbeat:
     """The beats of one rank, and its view of the others'. Without a process group nothing happens."""
 
     def __init__(
-        self, environment: Environment, timeout_s: float, on_lost: Callable[[str], None],
+        self, environment: Environment, timeout_s: float, on_lost: Callable[[Verdict], None],
         is_hurried: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """
@@ -77,7 +85,7 @@ class Heartbeat:
         self._write_limit_s = float("inf")
         self._end, self._last_word, self._wants_all, self._new_view = (threading.Event() for _ in range(4))
         self._beats: list[Beat] = []
-        self._verdict: str | None = None
+        self._verdict: Verdict | None = None
         self._gone = False  # the store's process is
         self._answered = time.monotonic()  # when it last did
         self._store: dist.Store | None = None
@@ -114,10 +122,10 @@ class Heartbeat:
             self._end.set()
             self._last_word.wait(2 * _ANSWER_S)
 
-    def diagnose(self) -> str:
-        """After a collective has failed: who is not there any more, in words; empty if nobody can be named. Takes seconds."""
+    def diagnose(self) -> Verdict | None:
+        """After a collective has failed: who is not there any more; None if nobody can be named. Takes seconds."""
         if self._store is None:
-            return ""
+            return None
         self.at(self._where[0], _STOPPING)
         self._wants_all.set()
         views = []
@@ -138,7 +146,7 @@ class Heartbeat:
         if silent:
             return self._name(silent, after, "does not answer; last")
         present = [r for r, beat in enumerate(after) if beat.phase not in _BLAMELESS]
-        return self._name(present, after, "is still at") if present else ""
+        return self._name(present, after, "is still at") if present else None
 
     # ---- threads ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +164,7 @@ class Heartbeat:
                 if self._rank != 0:
                     self._verdict = self._read_verdict()
                 elif self._verdict is not None:
-                    self._store.set("lost", self._verdict)  # type: ignore[union-attr]
+                    self._store.set("lost", json.dumps(astuple(self._verdict)))  # type: ignore[union-attr]
                 self._answered = time.monotonic()
             except RuntimeError as error:
                 self._gone = "timeout" not in str(error).lower()
@@ -190,7 +198,7 @@ class Heartbeat:
                 self._on_lost(self._verdict)
                 return
 
-    def _judge(self, now: float, counts: list[int], changed: list[float], limit_s: float) -> str | None:
+    def _judge(self, now: float, counts: list[int], changed: list[float], limit_s: float) -> Verdict | None:
         """The verdict over all ranks, as rank 0 sees them; the others look at rank 0, or at all in a hurry."""
         beats = self._beats if self._rank == 0 or self._wants_all.is_set() else self._beats[:1]
         for rank, beat in enumerate(beats):
@@ -209,16 +217,16 @@ class Heartbeat:
         behind = [r for r in stuck if beats[r].place == min(beats[other].place for other in stuck)]
         return self._name(behind, beats, f"has been for {self._timeout_s:.0f} s at") if behind else None
 
-    def _read_verdict(self) -> str | None:
+    def _read_verdict(self) -> Verdict | None:
         assert self._store is not None
-        return self._store.get("lost").decode() if self._store.check(["lost"]) else None
+        return Verdict(*json.loads(self._store.get("lost"))) if self._store.check(["lost"]) else None
 
-    def _no_meeting(self) -> str:
-        return f"rank 0 ({self.hosts[0]}), where the ranks meet, does not answer"
+    def _no_meeting(self) -> Verdict:
+        return Verdict(0, f"rank 0 ({self.hosts[0]}), where the ranks meet, does not answer")
 
-    def _name(self, ranks: list[int], beats: list[Beat], what: str) -> str:
+    def _name(self, ranks: list[int], beats: list[Beat], what: str) -> Verdict:
         shown = [f"rank {r} ({beats[r].host}) {what} {beats[r].text()}" for r in ranks[:4]]
-        return "; ".join(shown) + (f"; and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+        return Verdict(ranks[0], "; ".join(shown) + (f"; and {len(ranks) - 4} more" if len(ranks) > 4 else ""))
 
     def _beat(self) -> None:
         assert self._store is not None

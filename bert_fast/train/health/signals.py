@@ -9,16 +9,12 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by SIGINT, SIGTERM or SIGUSR1. `number` says which, 0 none."""
+    """Set by SIGINT, SIGTERM or SIGUSR1: `number` is the last signal's, 0 before the first."""
 
     def __init__(self) -> None:
         self.number = 0
-        self._previous = {number: signal.signal(number, self._set) for number in HANDLED}
+        for number in HANDLED:
+            signal.signal(number, self._set)
 
     def _set(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
-
-    def restore(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

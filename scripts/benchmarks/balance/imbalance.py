@@ -34,6 +34,7 @@ from bert_fast.balance.planner import Plan, Planner
 from bert_fast.command import guarded, share, whole
 from bert_fast.config import BalanceConfig
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
@@ -304,7 +305,7 @@ def main() -> int:
         lengths = lengths.astype(np.uint16)
     except (OSError, ValueError) as error:
         print(f"error: --lengths {args.lengths}: {error}; give a .npy file of whole numbers", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     metrics: dict[str, float] = {}
     samples: dict[str, Any] = {}
     for rank in ranks:

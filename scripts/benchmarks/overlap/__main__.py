@@ -29,6 +29,7 @@ from pathlib import Path
 import scripts.guard  # noqa: F401
 
 from bert_fast.command import guarded, positive, whole
+from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, write_result
 
@@ -65,14 +66,14 @@ def main() -> int:
         return 0
     if os.geteuid() != 0:
         print("error: network namespaces need root; run with sudo", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     if not (shutil.which("ip") and shutil.which("tc")):
         print("error: ip and tc are missing; install iproute2", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     if args.quick:
         args.links, args.ratios, args.repeats = ["1gbit"], [1], 3
         args.variants = ["one_bucket", "ddp_default", "auto", "auto_sharded"]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(of_signal(signal.SIGTERM)))  # so that the hosts are removed
     machine = environment()
     metrics: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
@@ -90,7 +91,7 @@ def main() -> int:
         except (subprocess.CalledProcessError, RuntimeError, subprocess.TimeoutExpired) as error:
             why = getattr(error, "stderr", None) or error
             print(f"error: {model}, {hosts} hosts, {link}: {str(why).strip()}", file=sys.stderr)
-            return 3
+            return ExitCode.TRAINING_ERROR
         prefix = "/".join(
             [link, f"{ratio:g}", *([model] if model != "layers" else []), *([f"{hosts}hosts"] if hosts != 2 else [])]
         )

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from bert_fast.config import Config
 from bert_fast.config.load import config_from_tree
+from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.bucket_sizes import all_reduce, measure_link
-from bert_fast.train.setup.build import TrainComponents, build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 from .variants import VARIANTS, SilentWire, Variant
 

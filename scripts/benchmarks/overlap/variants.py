@@ -22,8 +22,8 @@ from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.communication.wire_format import WireFormat, wire_format
 from bert_fast.config import OptimizerConfig
 from bert_fast.train.environment import Environment
+from bert_fast.train.rank_optimizer import ShardedOptimizer
 from bert_fast.train.setup.bucket_sizes import measure_need_times, measure_ready_times
-from bert_fast.train.sharded_optimizer import ShardedOptimizer
 from bert_fast.train.step import StepInput, TrainStep
 
 from .waiting import UPDATE_SHARE, Unit, WaitingModel, slow_updates

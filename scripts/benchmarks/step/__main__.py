@@ -22,6 +22,7 @@ from pathlib import Path
 import scripts.guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
@@ -111,7 +112,7 @@ def main() -> int:
     unknown = [name for name in args.variants if name not in VARIANTS]
     if unknown:
         print(f"error: no variant {unknown[0]}; known: {', '.join(VARIANTS)}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
     if args.quick:
         args.rounds, args.steps, args.layers, args.batch = 1, 1, 1, 4
     machine = environment()
@@ -136,7 +137,7 @@ def main() -> int:
                     metrics[f"{args.size}/{precision}/breakdown/{part}"] = share
     except RuntimeError as error:
         print(f"error: variant {error}", file=sys.stderr)
-        return 3
+        return ExitCode.TRAINING_ERROR
     if "ours" in args.variants:
         metrics["data_share"] = max(metrics[f"{args.size}/{precision}/data_share"] for precision in args.precision)
     add_ratios(metrics, samples, args)

@@ -27,6 +27,7 @@ from bert_fast.command import guarded, whole
 from bert_fast.config import Config, as_plain
 from bert_fast.config.load import load_config
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_json
 from bert_fast.launch.provenance import commit
 from bert_fast.report import bench
@@ -188,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
             **as_plain(config),
         }  # fmt: skip
         bench.write_result(args.json, metrics, what, environment, samples)
-    return 0 if ratio is not None else entry.EXIT_TARGET_MISSED
+    return ExitCode.OK if ratio is not None else ExitCode.TARGET_MISSED
 
 
 def _checked_config(args: argparse.Namespace) -> Config:

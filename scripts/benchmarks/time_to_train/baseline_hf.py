@@ -41,6 +41,7 @@ from bert_fast.config.load import load_config
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from bert_fast.launch.local import run_local
 from bert_fast.launch.provenance import commit
 from bert_fast.launch.slurm import is_launched
@@ -360,7 +361,7 @@ def be_a_rank(config: Config, args: argparse.Namespace) -> int:
             f"real tokens/s, {accuracy}{goal}",
             flush=True,
         )
-    return 0 if target is None or metrics["target_reached"] else entry.EXIT_TARGET_MISSED
+    return ExitCode.OK if target is None or metrics["target_reached"] else ExitCode.TARGET_MISSED
 
 
 def run(args: argparse.Namespace) -> int:

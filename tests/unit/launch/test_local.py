@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from support.paths import ROOT
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.launch import local
-from bert_fast.launch.local import run_local
+from bert_fast.exit_codes import ExitCode
+from bert_fast.launch.error_report import ErrorReport, write_report
+from bert_fast.launch.local import RankProcesses, run_local
 from bert_fast.launch.slurm import adopt_slurm
 
 
@@ -34,19 +36,54 @@ class Rank:
         self.send_signal(9)
 
 
+def started(errors: Path, *ranks: Rank) -> RankProcesses:
+    """A launcher that has started these ranks."""
+    left = iter(ranks)
+    start_process: Any = lambda *_, **__: next(left)  # noqa: E731
+    processes = RankProcesses(errors, start_process, reap_s=0.05)
+    for _ in ranks:
+        processes.start([], {})
+    return processes
+
+
 def test_a_rank_that_not_even_sigkill_ends_keeps_nobody_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(local, "_REAP_S", 0.05)
-    (tmp_path / "rank-0").write_text("lost contact with another rank: rank 1 (node7) ...", encoding="utf-8")
-    ranks = local._Ranks(tmp_path)
-    left, stuck = Rank(local.EXIT_LOST_RANK), Rank(None)
-    processes: list[Any] = [left, stuck]
-    ranks._processes = processes
+    write_report(tmp_path, ErrorReport(0, ExitCode.LOST_RANK, "lost contact with rank 1", "node6"))
+    left, stuck = Rank(ExitCode.LOST_RANK), Rank(None)
+    ranks = started(tmp_path, left, stuck)
     with ranks.signals_forwarded():
-        assert ranks.watch() == local.EXIT_LOST_RANK
-    assert stuck.signals == [15, 9, 9]
-    assert capsys.readouterr().err == "error: rank 0: lost contact with another rank: rank 1 (node7) ...\n"
+        assert ranks.watch() == ExitCode.LOST_RANK
+    assert stuck.signals == [signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
+    assert capsys.readouterr().err == "error: rank 0: lost contact with rank 1\n"
+
+
+def test_a_killed_rank_is_named_with_where_it_was_seen_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = "rank 1 (node7) does not answer; last step 12, evaluation"
+    write_report(tmp_path, ErrorReport(0, ExitCode.LOST_RANK, "lost contact", "node6", lost_rank=1, last_seen=seen))
+    assert started(tmp_path, Rank(ExitCode.LOST_RANK), Rank(-signal.SIGKILL)).watch() == ExitCode.LOST_RANK
+    assert capsys.readouterr().err == (
+        f"error: a rank was killed: rank 1 by SIGKILL; the others were stopped; {seen}. Start again, or --resume from the "
+        "last checkpoint\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "line"),
+    [
+        ((ExitCode.LOST_RANK, ExitCode.BUG, ExitCode.LOST_RANK), ExitCode.BUG, "rank 1: text of bug"),
+        ((ExitCode.USER_ERROR,) * 3, ExitCode.USER_ERROR, "text of user_error"),
+        ((ExitCode.OK, ExitCode.LOST_RANK, ExitCode.LOST_RANK), ExitCode.LOST_RANK, "rank 1, 2: text of lost_rank"),
+    ],
+)
+def test_of_ranks_that_fail_the_cause_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], codes: tuple[ExitCode, ...], code: ExitCode, line: str
+) -> None:
+    for rank, each in enumerate(codes):
+        if each != ExitCode.OK:
+            write_report(tmp_path, ErrorReport(rank, each, f"text of {each.name.lower()}", "node6"))
+    assert started(tmp_path, *map(Rank, codes)).watch() == code
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def page_of(message: str) -> str:

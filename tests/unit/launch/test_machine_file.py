@@ -1,4 +1,4 @@
-"""Settings of machines: strict reading, variables that never overwrite, and the shipped files."""
+"""Machine files: strict reading, variables that never overwrite, and the shipped files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from support.paths import ROOT
 
 from bert_fast.errors import UserError
-from bert_fast.launch.machine_file import MachineFile, apply, load_machine_file, nic_variables
+from bert_fast.launch.machine_file import MachineFile, load_machine_file, nic_variables, set_variables
 from bert_fast.launch.topology import Nic
 
 FILES = sorted((ROOT / "configs" / "systems").glob("*.yaml"))
@@ -22,8 +22,8 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_defaults(tmp_path: Path) -> None:
-    settings = load_machine_file(write(tmp_path, GOOD))
-    assert (settings.ranks_per_node, settings.environment, settings.bind_cpus, settings.bind_nics) == (
+    machine = load_machine_file(write(tmp_path, GOOD))
+    assert (machine.ranks_per_node, machine.environment, machine.bind_cpus, machine.bind_nics) == (
         None,
         {},
         True,
@@ -48,7 +48,7 @@ def test_mistakes_name_the_file_and_the_field(tmp_path: Path, text: str, message
     path = write(tmp_path, text)
     with pytest.raises(UserError) as caught:
         load_machine_file(path)
-    assert str(caught.value).startswith(f"settings file {path}")
+    assert str(caught.value).startswith(f"machine file {path}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -59,12 +59,12 @@ def test_an_absent_file_lists_the_others(tmp_path: Path) -> None:
         load_machine_file(tmp_path / "bux.yaml")
 
 
-def test_apply_leaves_what_is_set() -> None:
-    settings = MachineFile(
+def test_variables_leave_what_is_set() -> None:
+    machine = MachineFile(
         name="box", description="d", source="s", environment={"A_NEW": "1", "B_SAME": "2", "C_OTHER": "3"}
     )
     environ = {"B_SAME": "2", "C_OTHER": "9", "PATH": "/bin"}
-    assert apply(settings, environ) == [
+    assert set_variables(machine, environ) == [
         "A_NEW=1 set by box",
         "B_SAME=2 was set already",
         "C_OTHER=9 left as it was; box has 3",
@@ -86,20 +86,20 @@ def test_there_are_shipped_files() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_files(path: Path) -> None:
-    settings = load_machine_file(path)
-    assert settings.name == path.stem
+    machine = load_machine_file(path)
+    assert machine.name == path.stem
     text = path.read_text(encoding="utf-8")
     assert "not been run" in text.split("name:")[0]  # the header says so
     lines = text.splitlines()
-    for variable in settings.environment:  # every value has its reason in the line above
+    for variable in machine.environment:  # every value has its reason in the line above
         (number,) = [n for n, line in enumerate(lines) if line.strip().startswith(f"{variable}:")]
         assert lines[number - 1].strip().startswith("#"), variable
-    hca = settings.environment.get("NCCL_IB_HCA")
-    if hca is not None:  # exact names, one a rank
+    hca = machine.environment.get("NCCL_IB_HCA")
+    if hca is not None:  # exact names, one per rank
         assert hca.startswith("=")
-        assert len(set(hca[1:].split(","))) == settings.ranks_per_node
+        assert len(set(hca[1:].split(","))) == machine.ranks_per_node
 
 
 def test_a100_leaves_out_the_storage_cards() -> None:
-    settings = load_machine_file(next(path for path in FILES if path.stem == "dgx_a100"))
-    assert not {"mlx5_4", "mlx5_5", "mlx5_10", "mlx5_11"} & set(settings.environment["NCCL_IB_HCA"][1:].split(","))
+    machine = load_machine_file(next(path for path in FILES if path.stem == "dgx_a100"))
+    assert not {"mlx5_4", "mlx5_5", "mlx5_10", "mlx5_11"} & set(machine.environment["NCCL_IB_HCA"][1:].split(","))

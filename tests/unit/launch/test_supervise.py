@@ -20,12 +20,21 @@ from support.paths import ROOT
 from bert_fast.config import Config
 from bert_fast.config.load import config_from_tree, load_config
 from bert_fast.errors import UserError
-from bert_fast.launch.slurm import fit_to_nodes, head_address, master_port, read_job, srun_command
+from bert_fast.exit_codes import ExitCode, of_signal
+from bert_fast.launch.slurm import (
+    Job,
+    Rendezvous,
+    fit_to_nodes,
+    master_port,
+    read_job,
+    rendezvous_address,
+    srun_command,
+)
 
-VARIABLES = {"SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+VARIABLES = {"SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node[1-2]"}
 
 # Each start of ranks does the next line of the file `plan`: finish, missed, fail CODE, checkpoint CODE, wait CODE (for a
-# signal, then save), deaf CODE (for a signal, then save nothing), mend CODE (a rank notes that it ended with 2).
+# signal, then save), deaf CODE (for a signal, then save nothing), user CODE (a rank reports an error of the user).
 FAKE_SRUN = """\
 import json, os, re, signal, sys, time
 from pathlib import Path
@@ -42,7 +51,7 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
 steps = (here / "plan").read_text().splitlines()
 what, _, rest = steps[0].partition(" ")
 (here / "plan").write_text("\\n".join(steps[1:]))
-names = {"address": "MASTER_ADDR", "port": "MASTER_PORT", "means": "BERT_FAST_HEAD_ADDRESSES",
+names = {"address": "MASTER_ADDR", "port": "MASTER_PORT", "means": "BERT_FAST_RENDEZVOUS_ADDRESSES",
          "secret": "BERT_FAST_SECRET"}
 with open(here / "calls", "a") as calls:
     calls.write(json.dumps({"line": line, **{key: os.environ.get(name) for key, name in names.items()}}) + "\\n")
@@ -65,11 +74,11 @@ if what in ("wait", "deaf"):
         save()
         (folder / "stopped.json").write_text(json.dumps({"step": 5, "signal": signal.Signals(signals[0]).name}))
 else:
-    errors = Path(os.environ["BERT_FAST_ERROR_FOLDER"])
-    (errors / "rank-0").write_text("lost contact with another rank: reset")
-    (errors / "rank-1").write_text("the cause")
-    if what == "mend":
-        (errors / "code-1").write_text("2")
+    def report(rank, kind, code, text):
+        lines = {"rank": rank, "host": "node", "kind": kind, "exit_code": code, "text": text}
+        (Path(os.environ["BERT_FAST_ERROR_FOLDER"]) / f"rank-{rank}.json").write_text(json.dumps(lines))
+    report(0, "lost_rank", 4, "a consequence")
+    report(1, *(("user_error", 2) if what == "user" else ("bug", 70)), "the cause")
 time.sleep(0.1)
 (here / "signals").write_text(" ".join(signal.Signals(number).name for number in signals))
 sys.exit(int(rest or 1))
@@ -186,7 +195,7 @@ def errors_of(output: str) -> list[str]:
 
 def test_a_run(desk: Desk) -> None:
     code, output = desk.run()
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     (call,) = desk.calls()
     assert "--ntasks=4 --ntasks-per-node=2 --kill-on-bad-exit=1" in call["line"]
     assert "--nodelist=localhost,node2" in call["line"]
@@ -200,7 +209,7 @@ def test_a_run(desk: Desk) -> None:
 
 def test_torchrun_once_a_node_and_extra_arguments(desk: Desk) -> None:
     code, output = desk.run("--style", "torchrun", SRUN_ARGS="--mpi=none --comment='two words'", MASTER_PORT="4711")
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     (call,) = desk.calls()
     assert "--ntasks=2 --ntasks-per-node=1" in call["line"]
     assert "--mpi=none --comment=two words bash -c" in call["line"]
@@ -215,7 +224,7 @@ def test_torchrun_once_a_node_and_extra_arguments(desk: Desk) -> None:
 def test_the_shell_of_torchrun_keeps_arguments_whole(node_id: str) -> None:
     """Overrides with spaces and brackets arrive as they were given; only the first node is the host."""
     arguments = ["run.py", "batch=[1, 2]", "name=it's $HOME"]
-    command = srun_command("torchrun", ["a", "b"], 2, ("7", "10.0.0.1", 1), "echo", arguments)
+    command = srun_command("torchrun", ["a", "b"], 2, Rendezvous("7", "10.0.0.1", 1), ["echo", *arguments])
     done = subprocess.run(
         command[command.index("bash") :], capture_output=True, text=True, env={**os.environ, "SLURM_NODEID": node_id}
     )
@@ -225,21 +234,23 @@ def test_the_shell_of_torchrun_keeps_arguments_whole(node_id: str) -> None:
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_missing_variable(desk: Desk, name: str) -> None:
     code, output = desk.run(**{name: ""})
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert len(errors_of(output)) == 1
     assert name in errors_of(output)[0]
     assert not desk.calls()
 
 
-def test_number_of_nodes_under_its_other_name() -> None:
-    variables = {**VARIABLES, "SLURM_JOB_NUM_NODES": "", "SLURM_NNODES": "2", "SLURM_RESTART_COUNT": "1"}
-    assert (read_job(variables).num_nodes, read_job(variables).restarts) == (2, 1)
+def test_a_job_that_slurm_has_requeued() -> None:
+    assert read_job(VARIABLES) == Job(31234, "node[1-2]", num_restarts=0)
+    assert read_job({**VARIABLES, "SLURM_RESTART_COUNT": "1"}).num_restarts == 1
+    with pytest.raises(UserError, match="'often'"):
+        read_job({**VARIABLES, "SLURM_RESTART_COUNT": "often"})
 
 
 def test_a_head_that_does_not_resolve(desk: Desk) -> None:
     desk.put(nodes="nowhere.invalid\nnode2")
     code, output = desk.run(MASTER_ADDR="")
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert len(errors_of(output)) == 1
     assert "nowhere.invalid" in errors_of(output)[0]
     assert "MASTER_ADDR" in errors_of(output)[0]
@@ -249,14 +260,14 @@ def test_a_head_that_does_not_resolve(desk: Desk) -> None:
 def test_a_head_that_is_only_loopback() -> None:
     """As where /etc/hosts gives a machine's own name to 127.0.1.1: another node would look at itself."""
     with pytest.raises(UserError, match="cannot reach"):
-        head_address("localhost", 2, None)
-    assert head_address("localhost", 1, None) == "127.0.0.1"
-    assert head_address("localhost", 2, "10.1.1.1") == "10.1.1.1"
+        rendezvous_address("localhost", 2, None)
+    assert rendezvous_address("localhost", 1, None) == "127.0.0.1"
+    assert rendezvous_address("localhost", 2, "10.1.1.1") == "10.1.1.1"
 
 
 def test_a_given_head_that_does_not_resolve(desk: Desk) -> None:
     code, output = desk.run(MASTER_ADDR="nowhere.invalid")
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert "MASTER_ADDR=nowhere.invalid does not resolve here" in errors_of(output)[0]
     assert not desk.calls()
 
@@ -273,7 +284,7 @@ def test_ports() -> None:
 def test_a_spare_takes_the_place_of_a_dead_node(desk: Desk, state: str, timeout_s: str) -> None:
     desk.put(nodes="localhost\nnode2\nnode3\nnode4", dead=state)
     code, output = desk.run(NODE_TIMEOUT_S=timeout_s)
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     assert "--nodelist=localhost,node3 " in desk.calls()[0]["line"]
     assert "node node2 does not answer" in output
     assert "spare: node4" in output
@@ -282,7 +293,7 @@ def test_a_spare_takes_the_place_of_a_dead_node(desk: Desk, state: str, timeout_
 def test_too_few_nodes(desk: Desk) -> None:
     desk.put(dead="node2")
     code, output = desk.run()
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert "1 nodes answer and the config needs 2" in errors_of(output)[0]
 
 
@@ -290,7 +301,7 @@ def test_fewer_nodes_keep_the_global_batch(desk: Desk) -> None:
     desk.config(recovery={"min_nodes": 1})
     desk.put(dead="node2")
     code, output = desk.run()
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     line = desk.calls()[0]["line"]
     assert "--nodes=1 --nodelist=localhost --ntasks=2" in line
     assert (
@@ -347,14 +358,14 @@ def test_restarts_from_a_checkpoint_up_to_the_limit(desk: Desk) -> None:
 def test_a_restart_that_helps(desk: Desk) -> None:
     desk.config(recovery={"max_restarts": 1})
     desk.put(plan="checkpoint 4\nfinish")
-    assert desk.run()[0] == 0
+    assert desk.run()[0] == ExitCode.OK
     assert [attempt["outcome"] for attempt in desk.attempts()] == ["failed", "finished"]
 
 
-def test_what_a_person_must_mend_is_not_restarted(desk: Desk) -> None:
+def test_an_error_of_the_user_is_not_restarted(desk: Desk) -> None:
     desk.config(recovery={"max_restarts": 2})
     desk.put(plan="fail 2\nfinish")
-    assert desk.run()[0] == 2
+    assert desk.run()[0] == ExitCode.USER_ERROR
     assert len(desk.calls()) == 1
 
 
@@ -364,32 +375,32 @@ def test_usr1_saves_and_requeues(desk: Desk, style: str, exit_code: int) -> None
     desk.config(recovery={"max_restarts": 3})
     desk.put(plan=f"wait {exit_code}\nfinish")
     code, output = desk.signalled(signal.SIGUSR1, "--style", style)
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     assert (desk.folder / "requeued").read_text(encoding="utf-8") == "31234"
     assert (desk.folder / "signals").read_text(encoding="utf-8") == "SIGUSR1"
     assert "stopped by SIGUSR1 at step 5, all ranks saved" in output
     assert len(desk.calls()) == 1
 
     code, output = desk.run("--style", style, SLURM_RESTART_COUNT="1")  # Slurm starts it again
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     assert "--resume" in desk.calls()[1]["line"]
     assert [attempt["outcome"] for attempt in desk.attempts()] == ["stopped", "finished"]
 
 
-def test_what_a_rank_notes_as_to_be_mended_is_not_restarted(desk: Desk) -> None:
+def test_what_a_rank_reports_as_an_error_of_the_user_is_not_restarted(desk: Desk) -> None:
     """Whatever code srun or torchrun makes of it."""
     desk.config(recovery={"max_restarts": 3})
-    desk.put(plan="mend 143\nfinish")
+    desk.put(plan="user 143\nfinish")
     code, output = desk.run()
-    assert code == 2
-    assert "there is something to mend" in output
+    assert code == ExitCode.USER_ERROR
+    assert "there is something to fix" in output
     assert len(desk.calls()) == 1
 
 
 def test_another_port_for_every_attempt(desk: Desk) -> None:
     desk.config(recovery={"max_restarts": 2})
     desk.put(plan="fail 4\nfail 4\nfinish")
-    assert desk.run()[0] == 0
+    assert desk.run()[0] == ExitCode.OK
     assert [call["port"] for call in desk.calls()] == ["31234", "31235", "31236"]
 
 
@@ -404,13 +415,13 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(desk: Desk) -> None:
         requeued.append(desk.requeued)
     assert requeued == [True, True, False, False]
     assert "3 starts in a row have not got beyond step 5" in output
-    assert code == 128 + signal.SIGUSR1
+    assert code == of_signal(signal.SIGUSR1)
 
 
 def test_term_saves_and_leaves_the_job_to_slurm(desk: Desk) -> None:
     desk.put(plan="wait 138")
     code, output = desk.signalled(signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM
+    assert code == of_signal(signal.SIGTERM)
     assert (desk.folder / "signals").read_text(encoding="utf-8") == "SIGUSR1"
     assert not desk.requeued
     assert "not requeued by us" in output
@@ -427,7 +438,7 @@ def test_signalled_where_nothing_could_be_saved(desk: Desk) -> None:
     desk.config(recovery={"max_restarts": 3})
     desk.put(plan="deaf 138\nfinish")
     code, output = desk.signalled(signal.SIGUSR1)
-    assert code == 0
+    assert code == ExitCode.OK
     assert desk.requeued
     assert "signalled while it could not save" in output
     assert len(desk.calls()) == 1
@@ -438,14 +449,14 @@ def test_a_requeue_that_slurm_refuses(desk: Desk) -> None:
     path = desk.folder / "bin/scontrol"
     path.write_text(path.read_text(encoding="utf-8").replace('(here / "requeued")', "sys.exit('disabled') #"))
     code, output = desk.signalled(signal.SIGUSR1)
-    assert code == 128 + signal.SIGUSR1
+    assert code == of_signal(signal.SIGUSR1)
     assert "could not be requeued: disabled; submit it again" in output
 
 
 def test_runs_with_seeds_that_count_up(desk: Desk) -> None:
     desk.put(plan="finish\nfinish\nfinish")
     code, output = desk.run("--runs", "3")
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     for index, call in enumerate(desk.calls()):
         assert shlex.split(call["line"])[-2:] == [f"run.folder=out/run_{index}", f"train.seed={3 + index}"]
     assert [attempt["run"] for attempt in desk.attempts()] == ["run_0", "run_1", "run_2"]
@@ -456,7 +467,7 @@ def test_finished_runs_are_skipped_and_the_stopped_one_goes_on(desk: Desk) -> No
     assert desk.signalled(signal.SIGUSR1, "--runs", "3")[0] == 0
     assert len(desk.calls()) == 2
     code, output = desk.run("--runs", "3", SLURM_RESTART_COUNT="1")
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     assert "run_0: finished before, skipped" in output
     assert ["--resume" in call["line"] for call in desk.calls()] == [False, False, True, False]
 
@@ -465,21 +476,21 @@ def test_a_missed_target_is_an_end_and_is_told(desk: Desk) -> None:
     desk.config(recovery={"max_restarts": 2})
     desk.put(plan="missed\nfinish")
     code, output = desk.run("--runs", "2")
-    assert code == 1
+    assert code == ExitCode.TARGET_MISSED
     assert "target not reached: run_0" in output
 
 
 def test_a_finished_run_is_not_submitted_twice(desk: Desk) -> None:
-    assert desk.run()[0] == 0
+    assert desk.run()[0] == ExitCode.OK
     code, output = desk.run()
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert "already holds" in errors_of(output)[0]
 
 
 def test_no_srun(desk: Desk) -> None:
     (desk.folder / "bin/srun").unlink()
     code, output = desk.run(PATH=f"{desk.folder}/bin")
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert "srun is not on PATH" in errors_of(output)[0]
 
 
@@ -487,21 +498,28 @@ def test_no_srun(desk: Desk) -> None:
     ("arguments", "variables", "word"),
     [
         (["--runs", "0"], {}, "--runs"),
+        ([], {"NODE_TIMEOUT_S": "1e300"}, "NODE_TIMEOUT_S"),
         ([], {"NODE_TIMEOUT_S": "soon"}, "NODE_TIMEOUT_S"),
         (["batch.x=1"], {}, "batch.x"),
     ],
 )
 def test_bad_input(desk: Desk, arguments: list[str], variables: dict[str, str], word: str) -> None:
     code, output = desk.run(*arguments, **variables)
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert len(errors_of(output)) == 1
     assert word in errors_of(output)[0]
+
+
+def test_the_number_of_runs_is_bounded(desk: Desk) -> None:
+    code, output = desk.run("--runs", "9" * 20)
+    assert code == ExitCode.USER_ERROR
+    assert output.splitlines()[-1].endswith("--runs: 99999999999999999999 is not between 0 and 1,000,000")
 
 
 def test_every_start_of_the_ranks_gets_a_secret_that_is_on_no_command_line(desk: Desk) -> None:
     desk.put(plan="fail\nfinish")
     code, output = desk.run("recovery.max_restarts=1")
-    assert code == 0, output
+    assert code == ExitCode.OK, output
     calls = desk.calls()
     found = [call["secret"] for call in calls]
     assert len(found) == len(set(found)) == 2
@@ -513,7 +531,7 @@ def test_a_folder_that_no_run_has_marked_is_left_alone(desk: Desk) -> None:
     """Before the ranks have looked whether it is a run's at all."""
     (desk.folder / "out").mkdir()
     (desk.folder / "out" / "stopped.json").write_text("mine", encoding="utf-8")
-    desk.put(plan="mend 2")
+    desk.put(plan="user 2")
     desk.run()
     assert (desk.folder / "out" / "stopped.json").read_text(encoding="utf-8") == "mine"
 
@@ -522,7 +540,7 @@ def test_a_record_that_is_not_ours_is_not_written_over(desk: Desk) -> None:
     (desk.folder / "out").mkdir()
     (desk.folder / "out" / "supervise.json").write_text("mine", encoding="utf-8")
     code, output = desk.run()
-    assert code == 2
+    assert code == ExitCode.USER_ERROR
     assert "supervise.json is no record of this program's; move it" in errors_of(output)[0]
     assert (desk.folder / "out" / "supervise.json").read_text(encoding="utf-8") == "mine"
 
@@ -554,7 +572,7 @@ def test_dry_run_shows_the_script(desk: Desk) -> None:
 )
 def test_bad_submissions(desk: Desk, arguments: list[str], word: str) -> None:
     done = submit(desk, *arguments)
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.USER_ERROR
     assert len(done.stderr.splitlines()) == 1
     assert word in done.stderr
     assert not (desk.folder / "runs").exists()

@@ -21,7 +21,7 @@ from bert_fast.config import Config
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
-from bert_fast.launch import local as launch
+from bert_fast.exit_codes import ExitCode
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.run_folder import check_folder, create_folder, run_folder
@@ -30,11 +30,12 @@ from bert_fast.train import main as entry
 from bert_fast.train.batches import planned_batches, to_device
 from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
-from bert_fast.train.environment import Environment, join, pick_device, pick_dtype
+from bert_fast.train.components import TrainComponents
+from bert_fast.train.environment import Environment, join, pick_device, pick_dtype, seed_ranks
 from bert_fast.train.evaluate import Evaluator, _shard
 from bert_fast.train.health.signals import HANDLED, StopFlag
 from bert_fast.train.loss_scale import LossScale
-from bert_fast.train.setup.build import TrainComponents, build, seed_ranks
+from bert_fast.train.setup.build import build
 from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.setup.inputs import check_inputs
 from bert_fast.train.step import StepInput
@@ -163,9 +164,10 @@ def test_loss_scale_state_keeps_the_count_of_good_steps() -> None:
 
 @pytest.fixture
 def stop() -> Iterator[StopFlag]:
-    flag = StopFlag()
-    yield flag
-    flag.restore()
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield StopFlag()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", HANDLED, ids=lambda n: n.name)
@@ -173,14 +175,6 @@ def test_signals_set_the_flag_and_say_which(stop: StopFlag, number: signal.Signa
     assert stop.number == 0
     os.kill(os.getpid(), number)
     assert stop.number == number
-
-
-def test_handlers_are_put_back() -> None:
-    before = {number: signal.getsignal(number) for number in HANDLED}
-    flag = StopFlag()
-    assert all(signal.getsignal(number) != handler for number, handler in before.items())
-    flag.restore()
-    assert {number: signal.getsignal(number) for number in HANDLED} == before
 
 
 # ---- prefetching ----------------------------------------------------------------------------------------------------
@@ -361,13 +355,13 @@ def test_every_seed_of_the_config_seeds_ranks_apart(seed: int) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (UserError("mend this"), 2, "error: mend this\n"),
-        (TrainingError("not finite"), 3, "error: not finite\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted before the first step; nothing was written\n"),
-        (OSError(errno.ENOSPC, "No space", "runs/x"), 2, "error: disk full (runs/x); free space and --resume\n"),
+        (UserError("fix this"), ExitCode.USER_ERROR, "error: fix this\n"),
+        (TrainingError("not finite"), ExitCode.TRAINING_ERROR, "error: not finite\n"),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED, "error: interrupted before the first step; nothing was written\n"),
+        (OSError(errno.ENOSPC, "No space", "runs/x"), ExitCode.USER_ERROR, "error: disk full (runs/x); free space and --resume\n"),
         (
             RuntimeError("[gloo/transport] Connection closed by peer\nat line 3"),
-            launch.EXIT_LOST_RANK,
+            ExitCode.LOST_RANK,
             "error: lost contact with another rank: [gloo/transport] Connection closed by peer\n",
         ),
     ],
@@ -390,7 +384,7 @@ def test_bugs_keep_their_traceback(error: Exception, capsys: pytest.CaptureFixtu
     def action() -> int:
         raise error
 
-    assert entry.guarded(action) == entry.EXIT_BUG
+    assert entry.guarded(action) == ExitCode.BUG
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback")
     assert shown.splitlines()[-1].startswith(f"error: unexpected {type(error).__name__}")

@@ -39,7 +39,8 @@ from bert_fast.train.checkpoint.storage import (
 )
 from bert_fast.train.environment import Environment
 from bert_fast.train.loop import Run
-from bert_fast.train.setup.build import build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 VALUES = torch.arange(10.0)
 
