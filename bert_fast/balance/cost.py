@@ -45,7 +45,7 @@ class CostFit:
     """A cost model fitted to times, in milliseconds.
 
     `fixed` is what a measurement takes beside its samples; `residual` the median absolute error over the median time;
-    `doubt` the standard error of how much dearer a token of a long sample is than one of a short sample; `rows` the number
+    `doubt` the standard error of how much more a token of a long sample costs than one of a short sample; `rows` the number
     of measurements.
     """
 

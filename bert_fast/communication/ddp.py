@@ -15,6 +15,7 @@ from bert_fast.communication.buckets import GradientLayout
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.engine import Engine, UpdatedSlice
 from bert_fast.communication.wire_format import WireFormat
+from bert_fast.config.choices import CLIP_MODES
 from bert_fast.errors import UserError
 
 
@@ -32,7 +33,8 @@ class DdpEngine(Engine):
         max_norm: float,
         wire: WireFormat,
     ) -> None:
-        if clip == "bucket_before_reduce" and not layout.ordering.in_ready_order:
+        mode = CLIP_MODES[clip]
+        if mode.by_group and not layout.ordering.in_ready_order:
             raise UserError(
                 "communication.engine=ddp fills its buckets in ready order, and these communication.clip_groups are not "
                 "runs of it; use engine=bucketed, or clip_groups=layer, tensor or model"
@@ -43,10 +45,10 @@ class DdpEngine(Engine):
             )
         width = next(model.parameters()).element_size()
         caps = [sum(layout.numel[i] for i in b.parameters) * width / 2**20 for b in layout.buckets]
-        self.layout, self.wire, self._clip, self._max_norm = layout, wire, clip, max_norm
+        self.layout, self.wire, self._mode, self._max_norm = layout, wire, mode, max_norm
         self._parameters = list(model.parameters())
         self._index = {id(p): i for i, p in enumerate(self._parameters)}
-        names = [g.name for g in layout.groups] if clip == "bucket_before_reduce" else ["model"]
+        names = [g.name for g in layout.groups] if mode.by_group else ["model"]
         self._threshold = group_threshold(max_norm, len(names))
         self._group_of = {i: number for number, g in enumerate(layout.groups) for i in g.parameters}
         self.clip_statistics = ClipStatistics(names, self._parameters[0].device)
@@ -78,7 +80,7 @@ class DdpEngine(Engine):
         if self._scale is not None:
             torch._foreach_mul_(gradients, 1.0 / self._scale)
         norm = _norm(gradients)
-        if self._clip == "global_after_reduce":
+        if self._mode.after_reduce:
             value = coefficient(norm, self._max_norm)
             self.clip_statistics.add(0, value)
             torch._foreach_mul_(gradients, value)
@@ -99,9 +101,9 @@ class DdpEngine(Engine):
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The hook: clip what the mode says, then average the bucket."""
-        if self._clip == "bucket_before_reduce":
+        if self._mode.by_group:
             self._clip_groups(bucket)
-        if self._clip != "global_before_reduce":
+        if not self._mode.delays_communication:
             return self._average(bucket.index(), bucket.buffer())
         promise: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         self._held.append((bucket.index(), bucket.buffer(), promise))

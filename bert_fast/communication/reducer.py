@@ -22,6 +22,7 @@ from bert_fast.communication.clip import ClipStatistics, coefficient, group_thre
 from bert_fast.communication.engine import Engine, UpdatedSlice
 from bert_fast.communication.p2p import call_when_done
 from bert_fast.communication.wire_format import WireFormat, Work
+from bert_fast.config.choices import CLIP_MODES
 from bert_fast.trace import span_or_nothing
 
 
@@ -52,11 +53,11 @@ class BucketReducer(Engine):
         self.layout = layout
         self._parameters: Sequence[nn.Parameter] = list(model.parameters())
         self.gradients = FlatGradients(self._parameters, layout)
-        self._clip, self._max_norm, self.wire = clip, max_norm, wire
+        self._mode, self._max_norm, self.wire = CLIP_MODES[clip], max_norm, wire
         self._group = group
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
         self._sends = dist.is_initialized()  # a process group of one rank sends too: that tests the way on one device
-        groups = layout.groups if clip == "bucket_before_reduce" else (layout.whole(),)
+        groups = layout.groups if self._mode.by_group else (layout.whole(),)
         self._threshold = group_threshold(max_norm, len(groups))
         self._groups_of = [layout.groups_in(bucket) for bucket in layout.buckets]
         self.clip_statistics = ClipStatistics([g.name for g in groups], self.gradients.buffer.device)
@@ -97,7 +98,7 @@ class BucketReducer(Engine):
     def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
         start = time.perf_counter()
         with self._on_comm_stream(after_backward=True):
-            if self._clip == "global_before_reduce":
+            if self._mode.delays_communication:
                 self._clip_range(0, self.layout.whole())
             while self._next < len(self.layout.buckets):  # parameters without a gradient in this step count as zero
                 self._launch()
@@ -120,7 +121,7 @@ class BucketReducer(Engine):
         self._wait_comm_stream()
         self.exposed_s = time.perf_counter() - start - updates_s
         norm = self._norm()
-        if self._clip == "global_after_reduce":
+        if self._mode.after_reduce:
             value = coefficient(norm, self._max_norm)
             self.clip_statistics.add(0, value)
             with self._traced("clip", "model"):
@@ -153,7 +154,7 @@ class BucketReducer(Engine):
         return flag
 
     def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
-        waiting, overlaps = self._waiting, self._clip != "global_before_reduce"
+        waiting, overlaps = self._waiting, not self._mode.delays_communication
 
         def ready(_parameter: torch.Tensor) -> None:  # once a tensor and step: as little as can be
             if self._sync_enabled:
@@ -177,7 +178,7 @@ class BucketReducer(Engine):
         mine = _BucketInFlight(number, iter(()), None)
         if self._trace:
             mine.end_span = self._trace.begin("buckets", bucket.name)
-        if self._clip == "bucket_before_reduce":
+        if self._mode.by_group:
             for group in self._groups_of[number]:
                 self._clip_range(group, self.layout.groups[group], 1.0 / self._world)
         elif self._world > 1:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bert_fast.config.choices import STRATEGIES, one_of
 from bert_fast.config.section import (
     BatchSize,
     Cost,
@@ -38,20 +39,8 @@ CostFile = Annotated[str, Field(pattern=r"\.json$", description="path of a cost.
 class BalanceConfig(Section):
     """Which rank gets which sample, and what a sample is taken to cost."""
 
-    strategy: Literal[
-        "random",
-        "pad_to_longest",
-        "exchange",
-        "exchange_snake",
-        "stratified_presort",
-        "balanced",
-        "balanced_free",
-        "packed",
-    ] = Field(
-        "balanced",
-        description="who gets which sample of the step (docs/balance.md): as drawn; as drawn and padded; sorted and dealt in "
-        "rounds; the same in a snake; the paper's strata + node-local presort; Karmarkar-Karp with equal counts; any count "
-        "a rank; packed into rows of max_seq_len",
+    strategy: Annotated[str, one_of(STRATEGIES)] = Field(
+        "balanced", description="who gets which sample of the step (docs/balance.md)"
     )
     num_strata: Count = Field(4, description="strata of equal width in tokens of stratified_presort")
     strata: list[Tokens] | None = Field(
@@ -96,16 +85,13 @@ class BalanceConfig(Section):
     @model_validator(mode="after")
     def _settings_of_the_strategy(self) -> BalanceConfig:
         """A setting that the strategy would ignore is an error."""
-        owners = {
-            "strata": "stratified_presort", "strata_counts": "stratified_presort", "max_tokens": "balanced_free",
-            "num_packs": "packed",
-        }  # fmt: skip
-        for name, owner in owners.items():
-            if getattr(self, name) is not None and self.strategy != owner:
-                raise ValueError(
-                    f"balance.{name} is a setting of strategy {owner} and balance.strategy={self.strategy}; "
-                    f"remove it or set balance.strategy={owner}"
-                )
+        for owner, choice in STRATEGIES.items():
+            for name in choice.settings:
+                if getattr(self, name) is not None and self.strategy != owner:
+                    raise ValueError(
+                        f"balance.{name} is a setting of strategy {owner} and balance.strategy={self.strategy}; "
+                        f"remove it or set balance.strategy={owner}"
+                    )
         if self.strata and any(a >= b for a, b in pairwise(self.strata)):
             raise ValueError(f"balance.strata={self.strata} must ascend")
         if self.strata_counts is not None:

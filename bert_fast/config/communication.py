@@ -7,14 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bert_fast.config.choices import ENGINES, one_of
+from bert_fast.config.choices import CLIP_MODES, ENGINES, WIRE_FORMATS, one_of
 from bert_fast.config.section import Mebibytes, PositiveFloat, Seconds, Section
 
 
 class CommunicationConfig(Section):
-    engine: one_of(ENGINES) = Field(  # type: ignore[valid-type]
-        "bucketed", description="what averages gradients over ranks"
-    )
+    engine: Annotated[str, one_of(ENGINES)] = Field("bucketed", description="what averages gradients over ranks")
     bucket_mb: Literal["auto"] | Mebibytes | list[Mebibytes] = Field(
         25.0,
         description="bucket size in MiB of gradients; a list in ready order whose last entry repeats; or auto: measure "
@@ -24,11 +22,7 @@ class CommunicationConfig(Section):
         0.0, description="auto: no bucket but the last is smaller"
     )
     max_bucket_mb: Mebibytes = Field(4096.0, description="auto: no bucket of several clip groups is larger")
-    clip: Literal["none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce"] = Field(
-        "bucket_before_reduce",
-        description="which norm is clipped: none; each rank's whole gradient; each clip group of a rank (the paper's, "
-        "overlaps); the averaged gradient (the textbook's)",
-    )
+    clip: Annotated[str, one_of(CLIP_MODES)] = Field("bucket_before_reduce", description="which norm is clipped")
     max_norm: PositiveFloat = Field(1.0, description="clipping threshold c; a group gets c / sqrt(number of groups)")
     clip_groups: Literal["layer", "tensor", "model"] | dict[str, str] = Field(
         "layer",
@@ -40,7 +34,7 @@ class CommunicationConfig(Section):
         description="reduce-scatter gradients, update a part of the weights on each rank, gather weights during the next "
         "forward pass; optimizer state is divided by the number of ranks",
     )
-    reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format on the wire")
+    reduce_dtype: Annotated[str, one_of(WIRE_FORMATS)] = Field("fp32", description="number format on the wire")
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto",
         description="auto: nccl on CUDA, gloo on CPU. Named, it is used by a run of one rank too: every collective is called",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bert_fast.config.choices import ATTENTION_BACKENDS, one_of
 from bert_fast.config.section import Count, PositiveFloat, Probability, Section, Tokens, Width
 
 
@@ -28,19 +29,9 @@ class ModelConfig(Section):
         0.02, description="standard deviation of the truncated normal that fills weights"
     )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu by erf (BERT) or by tanh")
-    attention_backend: Literal[
-        "auto",
-        "loop",
-        "grouped",
-        "matmul",
-        "padded",
-        "block_diagonal",
-        "nested",
-        "varlen",
-        "torch_flash",
-        "flex",
-        "flash",
-    ] = Field("auto", description="how variable-length attention is computed; auto picks by capability and logs it")
+    attention_backend: Annotated[
+        str, one_of(ATTENTION_BACKENDS, also={"auto": "picked by what the device and the packages can; logged"})
+    ] = Field("auto", description="how variable-length attention is computed")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from bert_fast.config.choices import OPTIMIZERS, one_of
 from bert_fast.config.section import NonNegativeFloat, PositiveFloat, Probability, Section
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "lamb"] = Field("adamw", description="adamw (torch fused) or lamb (MLPerf reference)")
+    name: Annotated[str, one_of(OPTIMIZERS)] = Field("adamw", description="which update rule")
     lr: PositiveFloat = Field(1e-4, description="base learning rate")
     beta1: Probability = Field(0.9, description="decay of the first moment")
     beta2: Probability = Field(0.999, description="decay of the second moment")

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
-from bert_fast.config.choices import SHARDED_ENGINES
+from bert_fast.config.choices import ATTENTION_BACKENDS, CLIP_MODES, SHARDED_ENGINES
 from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.evaluation import EvaluationConfig
@@ -94,7 +94,8 @@ class Config(Section):
                 f"system.ranks_per_node={self.system.node_size} does not divide system.world_size={world}; "
                 f"set ranks_per_node to a divisor such as {math.gcd(world, self.system.node_size)}"
             )
-        if self.model.attention_dropout > 0 and self.model.attention_backend in ("varlen", "flex"):
+        backend = ATTENTION_BACKENDS.get(self.model.attention_backend)
+        if self.model.attention_dropout > 0 and backend is not None and not backend.has_dropout:
             raise ValueError(
                 f"model.attention_backend={self.model.attention_backend} has no dropout; set model.attention_dropout=0 or use "
                 "flash or padded"
@@ -105,9 +106,10 @@ class Config(Section):
                 raise ValueError(
                     f"optimizer.step_per_bucket=true needs communication.engine=bucketed and it is {communication.engine}; change one"
                 )
-            if communication.clip not in ("none", "bucket_before_reduce"):
+            if not CLIP_MODES[communication.clip].updates_by_bucket:
+                fitting = " or ".join(name for name, mode in CLIP_MODES.items() if mode.updates_by_bucket)
                 raise ValueError(
-                    f"optimizer.step_per_bucket=true needs communication.clip=none or bucket_before_reduce: with {communication.clip} "
+                    f"optimizer.step_per_bucket=true needs communication.clip={fitting}: with {communication.clip} "
                     "no update is known before the last bucket; set optimizer.step_per_bucket=false"
                 )
         if self.optimizer.step_per_bucket and self.optimizer.use_apex:

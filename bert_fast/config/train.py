@@ -12,9 +12,7 @@ from bert_fast.config.section import NonNegativeInt, PositiveInt, Section, Seed
 
 class TrainConfig(Section):
     seed: Seed = Field(0, description="seeds weights, dropout and the order of samples")
-    objective: one_of(OBJECTIVES) = Field(  # type: ignore[valid-type]
-        "mlm_nsp", description="what is minimised"
-    )
+    objective: Annotated[str, one_of(OBJECTIVES)] = Field("mlm_nsp", description="what is minimised")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
         "auto",
         description="autocast format; auto: bf16 where the hardware has it, else fp32; fp8: bf16 with the encoder's matmuls in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bert_fast.config import Config
+from bert_fast.config.choices import CLIP_MODES, STRATEGIES
 from bert_fast.errors import UserError
 from bert_fast.integers import round_up
 
@@ -22,7 +23,6 @@ _SHAPE = {
     "attention_dropout": 0.1,
 }
 _VOCABULARIES = (30_522, 30_528)  # as published, and padded to a multiple of 64
-_CLIPS = ("global_before_reduce", "global_after_reduce")
 
 
 def evaluation_interval(global_batch_size: int) -> int:
@@ -75,14 +75,14 @@ def open_because(config: Config) -> list[str]:
     is_whole_set = evaluation.num_samples == EVALUATION_SAMPLES
     must("evaluation.num_samples", is_whole_set, "the evaluation set has 10,000 samples")
     must("model.layer_norm_eps", config.model.layer_norm_eps == 1e-12, "the model is the reference's, with 1e-12")
-    is_random = config.balance.strategy != "stratified_presort"
+    is_random = not STRATEGIES[config.balance.strategy].draws_by_rank
     rule = "every sample is as likely in every batch; strata fix how many of each length"
     must("balance.strategy", is_random, rule)
     must("evaluation.at_start", not evaluation.at_start, "evaluations are at the interval, none before the first")
     must("data.allow_shared_text", not data.allow_shared_text, "the evaluation set is held out of training")
     must("data.dynamic_masking", not data.dynamic_masking, "masks are those of the given samples")
     rule = "a rank's whole gradient or the averaged one is clipped; per group is not the reference's mathematics"
-    must("communication.clip", communication.clip in _CLIPS, rule)
+    must("communication.clip", CLIP_MODES[communication.clip].clips == "gradient", rule)
     must("communication.max_norm", communication.max_norm == 1.0, "gradients are clipped at norm 1")
     must("schedule.power", schedule.power == 1.0, "the learning rate decays linearly")
     must("schedule.end_lr", schedule.end_lr == 0.0, "the learning rate decays to 0")

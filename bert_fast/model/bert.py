@@ -15,7 +15,7 @@ from torch import nn
 
 from bert_fast.config import ModelConfig
 from bert_fast.model import fused
-from bert_fast.model.attention import BACKENDS, SequenceLayout
+from bert_fast.model.attention import Backend, SequenceLayout, find_backend
 from bert_fast.model.fp8 import fp8_context
 from bert_fast.model.loss import LossSums, loss_sums
 from bert_fast.parts import declare_parts
@@ -95,9 +95,9 @@ class EncoderLayer(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, backend: str) -> torch.Tensor:
+    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Backend) -> torch.Tensor:
         qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
-        context_TD = BACKENDS[backend](qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
+        context_TD = attend(qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
         dropout = self.hidden_dropout if self.training else 0.0
         hidden_TD = self.attention_norm(self.attention_out(context_TD), hidden_TD, dropout)
         output_TD = self.down(self.up(hidden_TD), self.gelu_form)
@@ -135,6 +135,7 @@ class BertForPretraining(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend
+        self._attend = find_backend(backend)
         self.fp8 = False  # set by fp8.use_fp8
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
@@ -157,7 +158,7 @@ class BertForPretraining(nn.Module):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
         with fp8_context(self.fp8):
             for layer in self.layers:
-                hidden_TD = layer(hidden_TD, batch.layout, self.backend)
+                hidden_TD = layer(hidden_TD, batch.layout, self._attend)
         return hidden_TD
 
     def _head_inputs(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:

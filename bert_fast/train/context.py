@@ -52,7 +52,9 @@ class RunContext:
         self.metrics.close()
 
 
-def open_context(config: Config, environment: Environment, resume: bool, on_lost: Callable[[Verdict], None]) -> RunContext:
+def open_context(
+    config: Config, environment: Environment, resume: bool, on_lost: Callable[[Verdict], None]
+) -> RunContext:
     """Open the run's logs; nothing is started yet.
 
     Args:

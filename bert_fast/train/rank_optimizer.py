@@ -12,7 +12,6 @@ from torch import nn
 from bert_fast.communication.engine import Engine, UpdatedSlice
 from bert_fast.config import OptimizerConfig
 from bert_fast.optim.build import build_optimizer
-from bert_fast.optim.lamb import Lamb
 from bert_fast.parts import declare_parts, parts_of
 from bert_fast.train.collectives import max_over_ranks
 
@@ -55,7 +54,7 @@ class RankOptimizer:
         for each in updated:
             self._by_bucket[each.bucket].append(each.parameter)
         self.optimizer = build_optimizer([(each.name, each.parameter) for each in self.slices], config)
-        if parts is not None and isinstance(self.optimizer, Lamb):
+        if parts is not None:
             self.optimizer.share_squares = lambda parameters, squares: parts.shared(engine, parameters, squares)
 
     @property

@@ -14,6 +14,7 @@ from bert_fast.communication.engine import Engine
 from bert_fast.model.bert import BertInput
 from bert_fast.model.objective import Objective
 from bert_fast.optim.bucketwise import BucketwiseOptimizer
+from bert_fast.optim.build import RunOptimizer
 from bert_fast.trace import Trace, span_or_nothing
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.loss_scale import LossScale
@@ -57,7 +58,7 @@ def do_nothing() -> None:
 class Step(Protocol):
     """One optimizer step, run eagerly (`TrainStep`) or as a CUDA graph (`cuda_graphs.CudaGraphStep`)."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: RunOptimizer
 
     def __call__(self, inputs: StepInput, lr: float, before_update: Callable[[], None] = do_nothing) -> StepResult:
         """Run it with a learning rate. `before_update` is called before weights and moments change."""
@@ -78,7 +79,7 @@ class TrainStep:
     def __init__(
         self,
         engine: Engine,
-        optimizer: torch.optim.Optimizer,
+        optimizer: RunOptimizer,
         objective: Objective,
         *,
         device: torch.device,
@@ -106,9 +107,7 @@ class TrainStep:
         timed = use_device_timers and device.type == "cuda"
         self._compute_timer = DeviceTimer() if timed else None
         self._exposed_timer = DeviceTimer() if timed else None  # from backward's end to the averaged gradient
-        self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(
-            type(optimizer), "found_inf"
-        )
+        self._waits_for_flag = device.type == "cpu" or not optimizer.reads_found_inf
 
     def set_trace(self, trace: Trace | None) -> None:
         self._trace = trace
@@ -194,7 +193,7 @@ class TrainStep:
         """Apply the gradient, or leave everything as it is where it is not finite."""
         if self._loss_scale and once:
             self._loss_scale.update(found_inf)
-        if self._needs_host_check or self._device.type == "cpu":
+        if self._waits_for_flag:
             if not bool(found_inf):
                 step()
             return

@@ -18,7 +18,6 @@ from typing import Any
 import scripts.guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
-from bert_fast.communication.clip import MODES
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 from bert_fast.report.metrics import read_metrics
@@ -66,7 +65,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=whole(1, 10**6), default=5, help="default %(default)s")
     parser.add_argument("--steps", type=whole(1, 10**9), default=750, help="of every run (default %(default)s)")
     default = ["bucket_before_reduce", "global_before_reduce"]
-    parser.add_argument("--modes", nargs="+", default=default, choices=MODES, help="default: both that clip before")
+    parser.add_argument(
+        "--modes", nargs="+", default=default, choices=CLIP_MODES, help="default: both that clip before"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     add_arguments(parser)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from bert_fast.balance.lengths import wikipedia_like
+from bert_fast.config.choices import ATTENTION_BACKENDS
 from bert_fast.errors import UserError
-from bert_fast.model.attention import BACKENDS, SequenceLayout, choose_backend
+from bert_fast.model.attention import SequenceLayout, choose_backend, find_backend
 
 from .stage import CheckFailed, Context, NotAvailable
 from .timing import median_seconds, peak_mib, reset_peak
@@ -37,7 +38,7 @@ class Case:
     def compute(self, backend: str, dtype: torch.dtype, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [T, D] and gradient [T, 3, H, K] of a backend."""
         qkv = self.qkv.to(dtype, copy=True).requires_grad_()
-        out_TD = BACKENDS[backend](qkv, self.layout(), dropout)
+        out_TD = find_backend(backend)(qkv, self.layout(), dropout)
         (gradient,) = torch.autograd.grad(out_TD, qkv, self.grad.to(dtype))
         return out_TD.detach(), gradient
 
@@ -55,7 +56,7 @@ def run(context: Context) -> None:
     dtypes = (torch.float32,) if context.tiny else (torch.bfloat16, torch.float16)
     heads = 2 if context.tiny else 16
     lengths = [n for n in _LENGTHS if not context.tiny or n <= 65]
-    names = [name for name in BACKENDS if name not in ("torch_flash", "flex")]
+    names = [name for name in ATTENTION_BACKENDS if name not in ("torch_flash", "flex")]
     names += ["torch_flash", "flex"]  # a fault of these may take the whole process with it
     draws = _TINY_DRAWS if context.tiny else _DRAWS
     cases = {dtype: make_case(lengths, heads, dtype, context.device) for dtype in dtypes}
@@ -138,7 +139,7 @@ def _timed(context: Context, case: Case, name: str, dtype: torch.dtype, dropout:
     qkv = case.qkv.to(dtype, copy=True).requires_grad_()
 
     def once() -> None:
-        out = BACKENDS[name](qkv, layout, dropout)
+        out = find_backend(name)(qkv, layout, dropout)
         torch.autograd.grad(out, qkv, case.grad)
 
     once()

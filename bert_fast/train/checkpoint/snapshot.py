@@ -18,8 +18,6 @@ from bert_fast.train.checkpoint.storage import TensorSlice, read_bytes, read_met
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def own_slices(sizes: list[int], rank: int, world: int) -> Iterator[tuple[int, int, int]]:
     """This rank's even share of tensors laid end to end, as (tensor, begin, end)."""
@@ -41,9 +39,11 @@ def slices_to_write(components: TrainComponents, environment: Environment) -> li
     components.engine.wait_pending()
     whole = [(f"model.{name}", value) for name, value in _tensors(components.model)]
     slices = []
-    state = components.optimizer.optimizer.state
+    optimizer = components.optimizer.optimizer
+    state = optimizer.state
     for held in components.optimizer.slices:
-        for key, value in _moments(state.get(held.parameter, {}), held.parameter):
+        entry = state.get(held.parameter, {})
+        for key, value in ((name, entry[name]) for name in optimizer.state_names if name in entry):
             if components.engine.is_sharded:
                 slices.append(TensorSlice(f"optimizer.{key}.{held.name}", held.begin, held.numel, _flat(value)))
             else:
@@ -92,15 +92,14 @@ def load_tensors(
     optimizer = components.optimizer.optimizer
     optimizer.state.clear()
     for held in components.optimizer.slices:
-        for key in MOMENTS:
+        for key in optimizer.state_names:
             name = f"optimizer.{key}.{held.name}"
             if name in metadata.state_dict_metadata:
                 value = torch.empty_like(held.parameter)
                 optimizer.state[held.parameter][key] = value
                 slices.append(TensorSlice(name, held.begin, held.numel, _flat(value)))
-        if counts["step"] is not None and optimizer.state.get(held.parameter):
-            kind = torch.float32 if isinstance(optimizer, torch.optim.AdamW) else torch.float64
-            step = torch.tensor(counts["step"], dtype=kind, device=held.parameter.device)
+        if counts["step"] is not None and optimizer.step_dtype is not None and optimizer.state.get(held.parameter):
+            step = torch.tensor(counts["step"], dtype=optimizer.step_dtype, device=held.parameter.device)
             optimizer.state[held.parameter] = {"step": step, **optimizer.state[held.parameter]}
     for group, step in zip(optimizer.param_groups, counts["groups"], strict=True):
         if step is not None:
@@ -122,12 +121,6 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             seen.setdefault(id(value), (name, value.detach()))
     return list(seen.values())
-
-
-def _moments(entry: dict[str, Any], parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    return [
-        (k, v) for k, v in entry.items() if isinstance(v, torch.Tensor) and v.dim() and v.numel() == parameter.numel()
-    ]
 
 
 def _flat(value: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from bert_fast.communication.buckets import (
 from bert_fast.communication.engine import Engine
 from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_format
 from bert_fast.config import Config
-from bert_fast.config.choices import ENGINES, OBJECTIVES, SHARDED_ENGINES, find
+from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, SHARDED_ENGINES, find
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
 from bert_fast.memory.estimate import least_bytes
@@ -140,7 +140,7 @@ def make_ordering(config: Config, model: nn.Module, ready_order: list[int]) -> O
         [p.numel() for _, p in named],
         ready_order,
         clip_groups=config.communication.clip_groups,
-        whole_groups=config.communication.clip == "bucket_before_reduce",
+        whole_groups=CLIP_MODES[config.communication.clip].by_group,
     )
 
 

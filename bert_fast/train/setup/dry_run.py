@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.config import Config
@@ -114,14 +115,12 @@ def _lengths(config: Config) -> tuple[np.ndarray, str]:
             store.lengths,
             f"{len(store):,} samples of {folder}, mean {mean:.0f}, longest {store.manifest['max_length']}",
         )
-    count = max(100_000, 4 * config.batch.global_batch_size)
-    rng = np.random.default_rng(0)
     longest = config.data.max_seq_len
-    lengths = rng.integers(5, longest + 1, count)
-    lengths[: count // 4] = longest
-    rng.shuffle(lengths)
-    text = f"no data at {folder} yet: plan and memory are for made-up lengths (a quarter {longest}, the rest uniform)"
-    return lengths.astype(np.uint16), text
+    lengths = np.minimum(wikipedia_like(max(100_000, 4 * config.batch.global_batch_size)), longest)
+    return (
+        lengths,
+        f"no data at {folder} yet: plan and memory are for lengths as in MLPerf's Wikipedia, up to {longest}",
+    )
 
 
 def _batch_text(config: Config) -> str:
@@ -177,7 +176,7 @@ def _plan_text(config: Config, planner: Planner) -> str:
         fill = np.mean([np.sum(planner.lengths_of(plan)) / plan.tokens.sum() for plan in plans])
         grown = sum(plan.num_rows > plans[0].num_rows for plan in plans)
         text += f"; {plans[0].num_rows} rows a micro-batch, {100 * fill:.1f} % filled, {grown} steps need more rows"
-    if config.balance.strategy == "balanced_free":
+    if planner.cap is not None:
         capped = sum(plan.capped for plan in plans)
         text += f"; at most {planner.cap:,} tokens a micro-batch, which changed {capped} of these steps"
     return text

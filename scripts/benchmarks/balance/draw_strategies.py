@@ -20,9 +20,9 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Plan, Planner
 from bert_fast.command import guarded
 from bert_fast.config import BalanceConfig
+from bert_fast.config.choices import STRATEGIES
 
 from ...plots import svg_figure
-from .strategies import STRATEGIES
 
 NUM_RANKS, MICRO_BATCH_SIZE, NODE, MAX_LEN = 8, 6, 4, 512
 

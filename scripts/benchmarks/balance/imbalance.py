@@ -33,6 +33,7 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Plan, Planner
 from bert_fast.command import guarded, share, whole
 from bert_fast.config import BalanceConfig
+from bert_fast.config.choices import STRATEGIES
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
@@ -40,7 +41,6 @@ from bert_fast.report.bench import add_arguments, environment, markdown_table, w
 
 from ...plots import svg_figure
 from ..common import peak_resident_mib, pin_to_one_core
-from .strategies import STRATEGIES
 
 RANKS, BATCHES = (8, 64, 256, 1024, 4096), (2, 4, 8, 16, 48)
 BERT_LARGE = CostModel(3 * 613.7e6, 3 * 98_304)  # training FLOPs per token and per squared token

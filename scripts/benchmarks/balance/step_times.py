@@ -28,6 +28,7 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Plan, Planner
 from bert_fast.command import guarded, whole
 from bert_fast.config import BalanceConfig, ModelConfig
+from bert_fast.config.choices import STRATEGIES
 from bert_fast.data.batch import Batch
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.model.flops import cost_coefficients
@@ -37,7 +38,6 @@ from bert_fast.train.environment import pick_dtype
 from bert_fast.train.setup.cost_model import probe_lengths
 
 from ..common import pin_to_one_core
-from .strategies import STRATEGIES
 
 CPU = torch.device("cpu")
 MAX_LEN = 512

@@ -66,14 +66,11 @@ class _labelled:  # noqa: N801 (used as a function)
     def __enter__(self) -> None:
         self._undo = [
             _wrap(bert.Embeddings, "forward", "part:embedding"), _wrap(bert.PretrainingHeads, "forward", "part:head"),
+            _wrap(attention.Backend, "__call__", "part:attention"),
             _wrap(loss.ProjectedCrossEntropy, "apply", "part:head", is_class=True),
         ]  # fmt: skip
-        self._backends = dict(attention.BACKENDS)
-        for name, function in self._backends.items():
-            attention.BACKENDS[name] = _recorded(function, "part:attention")
 
     def __exit__(self, *_: object) -> None:
-        attention.BACKENDS.update(self._backends)
         for undo in self._undo:
             undo()
 

@@ -66,7 +66,7 @@ def test_config_loads_and_dry_runs(
         in printed
     )
     assert f"{num_parameters(config.model):,} parameters" in printed
-    assert "made-up lengths" in printed
+    assert "lengths as in MLPerf's Wikipedia" in printed
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
 

@@ -18,6 +18,7 @@ from support.paths import ROOT
 
 from benchmarks.step.setting import make_config
 from bert_fast.communication.plan import Link
+from bert_fast.model.attention import Backend, rectangles
 from gpu import attention, step
 from gpu.link import ModelledLink
 from gpu.stage import CheckFailed, Context, NotAvailable, Stage
@@ -169,16 +170,16 @@ def test_goals_are_judged_on_a_gpu_alone() -> None:
 def test_an_attention_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = attention.make_case([5, 17, 33], 2, torch.float32, "cpu")
     device = torch.device("cpu")
-    right = attention.BACKENDS["grouped"]
+    right = rectangles.GROUPED
     attention._agrees(case, "grouped", torch.float32, device)
     attention._drops(case, "grouped", torch.float32, device, 12)
-    monkeypatch.setitem(attention.BACKENDS, "grouped", lambda qkv, layout, p: 1.001 * right(qkv, layout, p))
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: 1.001 * right(qkv, layout, p)))
     with pytest.raises(CheckFailed, match="off the loop"):
         attention._agrees(case, "grouped", torch.float32, device)
-    monkeypatch.setitem(attention.BACKENDS, "grouped", lambda qkv, layout, p: right(qkv, layout, 0.0))
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: right(qkv, layout, 0.0)))
     with pytest.raises(CheckFailed, match="nothing is dropped"):
         attention._drops(case, "grouped", torch.float32, device, 12)
-    monkeypatch.setitem(attention.BACKENDS, "grouped", lambda qkv, layout, p: 1.1 * right(qkv, layout, p))
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: 1.1 * right(qkv, layout, p)))
     with pytest.raises(CheckFailed, match="mean of"):
         attention._drops(case, "grouped", torch.float32, device, 12)
 
@@ -198,7 +199,7 @@ def test_an_attention_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) ->
                 out = right(qkv, *ctx.rest)
             return torch.autograd.grad(out, qkv, grad)[0], None, None
 
-    monkeypatch.setitem(attention.BACKENDS, "grouped", Redrawn.apply)
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(Redrawn.apply))
     with pytest.raises(CheckFailed, match="other weights than forward"):
         attention._drops(case, "grouped", torch.float32, device, 12)
     with pytest.raises(NotAvailable, match="CUDA"):

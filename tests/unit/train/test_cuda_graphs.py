@@ -14,6 +14,7 @@ import torch
 from bert_fast.config import Config
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.model import attention
+from bert_fast.model.attention import rectangles
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.cuda_graphs import CudaGraphStep, check_graphs, static_form, tensor_rates
 from bert_fast.train.environment import Environment
@@ -27,13 +28,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def lengths_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention that reads `cu_seqlens` alone, as the kernels for variable lengths do."""
-    loop = attention.BACKENDS["loop"]
+    loop = rectangles.LOOP
 
     def by_offsets(qkv: torch.Tensor, layout: attention.SequenceLayout, dropout: float) -> torch.Tensor:
         lengths = [length for length in layout.cu_seqlens.diff().tolist() if length]
         return loop(qkv, attention.SequenceLayout(lengths, layout.cu_seqlens), dropout)
 
-    monkeypatch.setitem(attention.BACKENDS, "loop", by_offsets)
+    monkeypatch.setattr(rectangles, "LOOP", attention.Backend(by_offsets))
 
 
 class Recorded:
