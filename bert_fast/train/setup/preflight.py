@@ -80,7 +80,7 @@ def _facts(config: Config, environment: Environment) -> dict[str, Any]:
         "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
         "memory_gib": round(memory, 1),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "data": {split: _data_hash(getattr(config.data, split)) for split in ("train", "eval")},
+        "data": {"train": _data_hash(config.data.train), "eval": _data_hash(config.evaluation.data)},
     }
 
 

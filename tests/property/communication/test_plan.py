@@ -20,11 +20,11 @@ from bert_fast.communication.plan import (
     timeline,
     uniform_ends,
 )  # fmt: skip
+from scripts.benchmarks.bucket_planner import random_timeline as random_case
 
 
 def brute_force(ready: np.ndarray, sizes: np.ndarray, link: Link) -> float:
     inner = range(1, len(ready))
-from scripts.benchmarks.bucket_planner import random_timeline as random_case
     cuts = itertools.chain.from_iterable(itertools.combinations(inner, k) for k in range(len(ready)))
     return min(timeline(ready, sizes, [*cut, len(ready)], link).exposed_s for cut in cuts)
 
