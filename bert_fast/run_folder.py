@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bert_fast import claims
 from bert_fast.config import Config, as_plain
-from bert_fast.config.load import to_yaml
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import UserError
 from bert_fast.files import write_atomically
 

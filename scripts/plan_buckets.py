@@ -32,7 +32,7 @@ from bert_fast.communication.plan import (
     timeline,
     uniform_ends,
 )
-from bert_fast.config.load import to_yaml
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result

@@ -21,7 +21,7 @@ from pathlib import Path
 import guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
-from bert_fast.config.load import validate
+from bert_fast.config.yaml_files import validate
 from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
 from bert_fast.data.formats.convert import FORMS, export_store, find_sources, import_store
 from bert_fast.data.prepare import PICKS, SPLITS, Recipe, prepare

@@ -24,7 +24,8 @@ import guard  # noqa: F401
 from bert_fast.claims import claimed
 from bert_fast.command import guarded, whole
 from bert_fast.config import as_plain
-from bert_fast.config.load import load_config, to_yaml
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import create_atomically, write_json

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bert_fast.config.load import validate
 from bert_fast.config.section import Cost
+from bert_fast.config.yaml_files import validate
 from bert_fast.errors import UserError
 from bert_fast.files import read_json
 

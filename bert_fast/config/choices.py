@@ -30,14 +30,26 @@ OPTIMIZERS = {
     "lamb": Choice("bert_fast.optim.lamb:build", "LAMB as MLPerf's reference has it"),
 }
 
+
+@dataclass(frozen=True)
+class EngineChoice(Choice):
+    """`steps_per_bucket`: whether a bucket's weights can be updated while later ones are reduced."""
+
+    steps_per_bucket: bool = False
+
+
 # A subclass of bert_fast.communication.engine.Engine. In SHARDED_ENGINES: what takes its place with
 # communication.shard_optimizer, where each rank updates a part of the weights.
 ENGINES = {
-    "bucketed": Choice("bert_fast.communication.reducer:BucketReducer", "our reducer, overlapped with backward"),
-    "ddp": Choice("bert_fast.communication.ddp:DdpEngine", "torch's DistributedDataParallel with the same clipping"),
+    "bucketed": EngineChoice(
+        "bert_fast.communication.reducer:BucketReducer", "our reducer, overlapped with backward", steps_per_bucket=True
+    ),
+    "ddp": EngineChoice(
+        "bert_fast.communication.ddp:DdpEngine", "torch's DistributedDataParallel with the same clipping"
+    ),
 }
 SHARDED_ENGINES = {
-    "bucketed": Choice(
+    "bucketed": EngineChoice(
         "bert_fast.communication.sharded:ShardedReducer", "reduce-scatter, update of shards, all-gather"
     ),
 }
@@ -103,7 +115,7 @@ CLIP_MODES = {
 
 @dataclass(frozen=True)
 class StrategyChoice(Choice):
-    """`settings`: fields of `balance` that only this strategy reads.
+    """`settings`: fields of `balance` that this strategy reads and not every one does.
 
     `draws_by_rank`: which samples are in a step depends on how many ranks there are, and not every batch is as likely.
     """
@@ -125,17 +137,18 @@ STRATEGIES = {
     "stratified_presort": StrategyChoice(
         "bert_fast.balance.strategies.stratified_presort:StratifiedPresort",
         "the paper's: so many samples of each length stratum, sorted within each node",
-        settings=("strata", "strata_counts"), draws_by_rank=True,
+        settings=("num_strata", "strata", "strata_counts"), draws_by_rank=True,
     ),
     "balanced": StrategyChoice(
-        "bert_fast.balance.strategies.descending:Balanced", "Karmarkar-Karp, refined; every rank the same number of samples"
+        "bert_fast.balance.strategies.descending:Balanced", "Karmarkar-Karp, refined; every rank the same number of samples",
+        settings=("refine_ms",),
     ),
     "balanced_free": StrategyChoice(
         "bert_fast.balance.strategies.balanced_free:BalancedFree", "the same with any number of samples per rank",
-        settings=("max_tokens",),
+        settings=("refine_ms", "max_tokens"),
     ),
     "packed": StrategyChoice(
-        "bert_fast.balance.strategies.packed:Packed", "packed into rows of data.max_seq_len", settings=("num_packs",)
+        "bert_fast.balance.strategies.packed:Packed", "packed into rows of data.max_seq_len", settings=("num_packs", "max_samples_per_pack", "pack_order")
     ),
 }  # fmt: skip
 

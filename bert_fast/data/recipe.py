@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bert_fast.config import Section
-from bert_fast.config.load import read_yaml, validate
 from bert_fast.config.section import Seed, Tokens
+from bert_fast.config.yaml_files import read_yaml, validate
 from bert_fast.data.corpus import AUTO, PYDOCS_PACKAGES, CorpusKind
 from bert_fast.errors import UserError
 

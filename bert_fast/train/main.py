@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from bert_fast.claims import release
 from bert_fast.command import drop_output_without_reader, explain
 from bert_fast.config import Config, as_plain
-from bert_fast.config.load import load_config, to_yaml
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.files import write_json

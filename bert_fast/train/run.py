@@ -17,7 +17,7 @@ from mlperf_logging.mllog import constants
 
 from bert_fast.balance.cost import CostModel, cost_record
 from bert_fast.balance.planner import Planner
-from bert_fast.config.load import to_yaml
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.batch import Batch
 from bert_fast.data.masking import mask_id_of, redraw
 from bert_fast.data.overlap import Shared

@@ -18,6 +18,7 @@ from typing import Any
 import scripts.guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
+from bert_fast.config.choices import CLIP_MODES
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 from bert_fast.report.metrics import read_metrics

@@ -16,7 +16,8 @@ from support.paths import ROOT
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config
-from bert_fast.config.load import load_config, to_yaml
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store

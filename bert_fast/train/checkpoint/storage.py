@@ -58,7 +58,8 @@ from bert_fast.run_folder import (
 )
 from bert_fast.train.collectives import broadcast_json, gather_json
 
-FORMAT = "bert_fast checkpoint 3"
+FORMAT = "bert_fast checkpoint 4"
+_BEFORE_THE_RENAMING = tuple(f"bert_fast checkpoint {number}" for number in (1, 2, 3))
 _SHARE = re.compile(r"__\d+_\d+\.distcp")
 _DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)}
 
@@ -316,10 +317,13 @@ def read_description(path: Path) -> dict[str, Any]:
         description: dict[str, Any] = json.loads((path / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST} is not JSON); remove it") from None
-    if description.get("format") != FORMAT:
+    found = description.get("format", _BEFORE_THE_RENAMING[0])
+    if found != FORMAT:
+        age = ", written before settings were renamed," if found in _BEFORE_THE_RENAMING else ""
         raise UserError(
-            f"checkpoint {path} is of format {description.get('format', 'bert_fast checkpoint 1')!r} and this code reads "
-            f"{FORMAT!r}; go on with the code that wrote it, or start a new run"
+            f"checkpoint {path} is of format {found!r}{age} and this code reads {FORMAT!r}; resume with the code that wrote "
+            "it, or start a new run. A new run can start from the weights of this one only if it saved its final model: "
+            "checkpoint.init_from=RUN/model"
         )
     return description
 

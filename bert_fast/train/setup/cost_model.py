@@ -27,8 +27,8 @@ def make_cost(config: Config) -> tuple[CostModel, str]:
     balance = config.balance
     if isinstance(balance.cost, CostCoefficients):
         return CostModel(balance.cost.linear, balance.cost.quadratic), "config"
-    if balance.cost not in ("flops", "measure"):
-        return read_cost(balance.cost), f"file {balance.cost}"
+    if balance.cost_path is not None:
+        return read_cost(balance.cost_path), f"file {balance.cost_path}"
     return CostModel(*cost_coefficients(config.model)), "FLOPs of the model"
 
 

@@ -13,18 +13,19 @@ from bert_fast.model.tensorflow_bundle import is_bundle
 
 def check_inputs(config: Config) -> None:
     """Things to find missing before ranks are started: only looks whether files are there."""
-    for split, folder in (("train", config.data.train), ("eval", config.evaluation.data)):
+    for field, folder, split in (
+        ("data.train", config.data.train, "train"),
+        ("evaluation.data", config.evaluation.data, "eval"),
+    ):
         if not (Path(folder) / "manifest.json").is_file():
             if (Path(folder) / split / "manifest.json").is_file():
-                raise UserError(
-                    f"{folder} (data.{split}) holds stores and is none; set data.{split}={Path(folder) / split}"
-                )
+                raise UserError(f"{folder} ({field}) holds stores but is not one; set {field}={Path(folder) / split}")
             raise UserError(
-                f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
+                f"no data at {folder} ({field}); make it with the prepare_data.py command at the top of the "
                 "config file, or `make data` for the mini benchmark"
             )
-    if isinstance(config.balance.cost, str) and config.balance.cost not in ("flops", "measure"):
-        read_cost(config.balance.cost)
+    if config.balance.cost_path is not None:
+        read_cost(config.balance.cost_path)
     checkpoint = config.checkpoint.init_from
     if checkpoint and not is_bundle(checkpoint) and not (Path(checkpoint) / "model.safetensors").is_file():
         raise UserError(

@@ -99,14 +99,15 @@ def _check(facts: list[dict[str, Any]]) -> None:
     """The same verdict on every rank."""
     for rank, fact in enumerate(facts):
         for split, value in fact["data"].items():
+            field = "data.train" if split == "train" else "evaluation.data"
             if value.startswith("error"):
                 raise UserError(
-                    f"pre-flight: rank {rank} ({fact['host']}) cannot read data.{split}: {value.removeprefix('error: ')}; "
+                    f"pre-flight: rank {rank} ({fact['host']}) cannot read {field}: {value.removeprefix('error: ')}; "
                     "put it where every node sees it"
                 )
             if value != facts[0]["data"][split]:
                 raise UserError(
-                    f"pre-flight: rank {rank} ({fact['host']}) has another data.{split} than rank 0 ({facts[0]['host']}): "
+                    f"pre-flight: rank {rank} ({fact['host']}) has another {field} than rank 0 ({facts[0]['host']}): "
                     f"{value}, not {facts[0]['data'][split]}; copy the store anew"
                 )
         if fact["versions"] != facts[0]["versions"]:

@@ -24,9 +24,7 @@ CLOSED: dict[str, Any] = {
     "communication": {"clip": "global_before_reduce"},
     "optimizer": {"name": "lamb", "lr": 4.25e-4, "weight_decay": 0.01},
     "schedule": {"total_steps": 6700},
-    "train": {
-        "max_steps": 6700,
-    },
+    "train": {"max_steps": 6700},
     "system": {"world_size": 8, "device": "cuda"},
     "mlperf": {"division": "closed"},
 }  # fmt: skip

@@ -394,7 +394,8 @@ def test_print_config_and_dry_run_start_nothing(
     tmp_path: Path, make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from bert_fast.config import as_plain
-    from bert_fast.config.load import load_config, to_yaml
+    from bert_fast.config.load import load_config
+    from bert_fast.config.yaml_files import to_yaml
 
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(as_plain(make_config())))
