@@ -54,7 +54,7 @@ check: env ## lint, types and import contracts
 	$(VENV)/bin/lint-imports
 
 bench: env data ## time to train against the transformers baseline, 5 interleaved pairs
-	$(PYTHON) scripts/bench_time_to_train.py --config $(CONFIG) --json results/mini_cpu/time_to_train.json
+	$(PYTHON) -m scripts.benchmarks.time_to_train --config $(CONFIG) --json results/mini_cpu/time_to_train.json
 
 clean: ## remove runs and prepared data
 	rm -rf runs data

@@ -141,7 +141,7 @@ def export_samples(arguments: list[str]) -> None:
 
 
 def verify_samples(arguments: list[str]) -> int:
-    """`verify`: do stores look like BERT's samples, and are their bytes as they were written? `ExitCode.TARGET_MISSED` if not."""
+    """`verify`: do stores look like BERT's samples, and are their bytes as they were written? Exit code 1 if not."""
     parser = argparse.ArgumentParser("prepare_data.py verify", description=verify_samples.__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a store, or a folder with train/ and eval/")
     parser.add_argument("--vocab", metavar="FILE", help="the vocab.txt it should be of (default: the one beside it)")

@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bert_fast.command import EXIT_BUG
 from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 
 ROOT = Path(__file__).resolve().parents[1]
-_RESULTS = (0, 1)  # exit codes: the target was reached, or it was not, which is a result too
+_RESULTS = (ExitCode.OK, ExitCode.TARGET_MISSED)  # a missed target is a result too
 _NUM_TRACEBACK_LINES = 30
 
 
@@ -45,7 +45,7 @@ def run(program: list[str], record: Path, name: str) -> dict[str, Any]:
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]
     if code not in _RESULTS or not record.is_file():
-        if code == EXIT_BUG:
+        if code == ExitCode.BUG:
             print("\n".join(lines[-_NUM_TRACEBACK_LINES:-1]), file=sys.stderr)
         raise UserError(f"{name} ended with exit code {code}: {lines[-1].removeprefix('error: ')}")
     result: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))

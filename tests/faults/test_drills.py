@@ -1,4 +1,4 @@
-"""Each drill of scripts/fault_drill.py once, on the tiny task: what is promised of failures is true.
+"""Each drill of scripts/faults/drill.py once, on the tiny task: what is promised of failures is true.
 
 The whole table, with 50 kills, is made by the script: results/faults/.
 """
