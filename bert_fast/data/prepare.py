@@ -24,6 +24,7 @@ from typing import Any
 
 from bert_fast.claims import claimed, owner_of, remove_own
 from bert_fast.data import corpus as corpora
+from bert_fast.data.corpora.base import AUTO, Found, Piece, counted
 from bert_fast.data.folders import (
     PART_FILES,
     PARTS_FOLDER,
@@ -52,9 +53,6 @@ from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 
 _TEXT_FILE_BYTES = 1 << 19
-# Bytes of text, pieces, token ids and stores together over those of the sources, at ten passes. A compressed dump becomes
-# five times as much text; a byte of text becomes about half a byte a pass, twice for a while, and a byte of token ids.
-_SPACE = {"pydocs": 3, "prose": 13, "mlcommons": 13, "jsonl": 13, "wikiextractor": 13, "mediawiki": 22, "parquet": 22}
 _ALGORITHM = 2  # of samples: a store that an older one made is made anew
 PICKS = ("first", "evenly")
 
@@ -74,7 +72,7 @@ class Recipe:
     params: SampleParams = field(default_factory=SampleParams)
     cased: bool | None = None  # None: as the vocabulary is; a trained one is then uncased
     max_unknown: float = 0.05  # share of the words
-    language: str = corpora.AUTO  # whose rules end sentences; `auto` tells it from each text
+    language: str = AUTO  # whose rules end sentences; `auto` tells it from each text
     eval_input: str | None = None  # text of the evaluation split alone, in place of a held-out share
     eval_pick: str = (
         "first"  # which candidates `eval_max_samples` keeps: the first, or evenly spread as MLPerf's reference
@@ -94,14 +92,17 @@ class Recipe:
             raise UserError(f"--eval-pick {self.eval_pick}: give {' or '.join(PICKS)}")
         if self.eval_pick != "first" and not self.eval_max_samples:
             raise UserError(f"--eval-pick {self.eval_pick} needs --eval-max-samples, the number of samples to pick")
-        if self.eval_input is not None and self.corpus == "pydocs":
-            raise UserError("--eval-input: corpus pydocs has no text but that of packages; choose another --corpus")
+        if self.eval_input is not None and corpora.find_corpus(self.corpus).reads_packages:
+            raise UserError(
+                f"--eval-input: corpus {self.corpus} has no text but that of packages; choose another --corpus"
+            )
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9-]+)?|auto", self.language):
             raise UserError(f"--language {self.language}: give a code such as en, de or zh, or auto")
 
     def text_key(self) -> dict[str, Any]:
         """What the text stage depends on."""
-        packages = list(self.packages) if self.corpus == "pydocs" else []
+        corpus = corpora.find_corpus(self.corpus)
+        packages = list(self.packages) if corpus.reads_packages else []
         key = {
             "corpus": self.corpus,
             "input": self.input,
@@ -109,9 +110,9 @@ class Recipe:
             "eval_fraction": self.eval_fraction,
             "seed": self.params.seed,
         }
-        if self.corpus in ("parquet", "jsonl"):
+        if corpus.reads_column:
             key["column"] = self.column
-        if self.corpus != "pydocs":
+        if not corpus.reads_packages:
             key["language"] = self.language
         return {**key, "eval_input": self.eval_input} if self.eval_input else key
 
@@ -187,7 +188,9 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
         return done
     start = time.perf_counter()
     remove_own(out, TEXT_FILES)
-    check_space(out, int(_SPACE[recipe.corpus] * sum(map(corpora.num_bytes, sources))), "the preparation")
+    check_space(
+        out, int(corpora.find_corpus(recipe.corpus).space * sum(map(corpora.num_bytes, sources))), "the preparation"
+    )
     tag = hashlib.sha256(json.dumps(["stretches", key], sort_keys=True).encode()).hexdigest()[:12]
     pieces_folder = out / f"pieces-{tag}"
     for stale in out.glob(PIECES_FOLDER):
@@ -233,7 +236,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     return stamp
 
 
-def _sources(recipe: Recipe) -> corpora.Found:
+def _sources(recipe: Recipe) -> Found:
     """Sources of both splits: a given evaluation text takes the place of one that lies beside the text."""
     found = corpora.find_sources(recipe.corpus, recipe.input, recipe.packages)
     if recipe.eval_input is None:
@@ -252,7 +255,7 @@ def _sources(recipe: Recipe) -> corpora.Found:
     beside = [source.name for source in found.evaluation if os.path.realpath(source.path) not in same]
     if beside:
         left_out["evaluation texts other than that of --eval-input"] = beside
-    return corpora.Found(sources, evaluation, left_out)
+    return Found(sources, evaluation, left_out)
 
 
 def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
@@ -260,26 +263,23 @@ def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
     left_out = stamp.get("left_out", {"files": {}, "documents": {}})
     if any(left_out.values()):
         numbers = [
-            corpora.counted(sum(entry["count"] for entry in entries.values()), what)
-            for what, entries in left_out.items()
+            counted(sum(entry["count"] for entry in entries.values()), what) for what, entries in left_out.items()
         ]
         why = [
-            corpora.counted(entry["count"], reason, entry["first"])
+            counted(entry["count"], reason, entry["first"])
             for entries in left_out.values()
             for reason, entry in entries.items()
         ]
         log(f"text: {' and '.join(numbers)} left out: {'; '.join(why)}")
     if stamp.get("on_both_sides"):
-        log(
-            f"text: {corpora.counted(stamp['on_both_sides'], 'documents')} both in the training and in the evaluation text"
-        )
+        log(f"text: {counted(stamp['on_both_sides'], 'documents')} both in the training and in the evaluation text")
 
 
 _Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences
 _Read = tuple[str, _Blocks, bool, str]  # origin, blocks, whether the next one is its rest, why there are no blocks
 
 
-def _read_piece(path: str, kind: str, piece: corpora.Piece, language: str) -> list[_Read]:
+def _read_piece(path: str, kind: str, piece: Piece, language: str) -> list[_Read]:
     """Documents of a piece, kept in `path` until the stage is over: cleaning a whole Wikipedia is hours of work."""
     finished = _stored_piece(path)
     if finished is not None:
@@ -323,7 +323,7 @@ class _Splitter:
 
     _NAMED = 5  # of what is left out for one reason
 
-    def __init__(self, recipe: Recipe, folder: Path, found: corpora.Found) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, found: Found) -> None:
         self._recipe, self._found = recipe, found
         self._writers = {split: _TextWriter(folder, split) for split in SPLITS}
         self._keep = _Unrepeated(recipe)
@@ -353,8 +353,8 @@ class _Splitter:
                 return "eval"
             self._train.add(digest)
             return "train"
-        # A text that occurs twice goes to one side. Modules stay whole, so pydocs goes by the module's name.
-        identity = origin if self._recipe.corpus == "pydocs" else digest.hex()
+        # A text that occurs twice goes to one side. Modules of packages stay whole, so they go by their name.
+        identity = origin if corpora.find_corpus(self._recipe.corpus).reads_packages else digest.hex()
         held_out = corpora.is_held_out(identity, self._recipe.eval_fraction, self._recipe.params.seed)
         return "eval" if held_out else "train"
 
@@ -438,7 +438,7 @@ class _Unrepeated:
     """The sentences of blocks; of generated documentation, which repeats itself, every block once."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._seen: set[bytes] | None = set() if recipe.corpus == "pydocs" else None
+        self._seen: set[bytes] | None = set() if corpora.find_corpus(recipe.corpus).reads_packages else None
 
     def of(self, blocks: _Blocks) -> list[str]:
         kept: list[str] = []

@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bert_fast.config import Section
+from bert_fast.config.choices import CORPORA, one_of
 from bert_fast.config.section import Seed, Tokens
 from bert_fast.config.yaml_files import read_yaml, validate
-from bert_fast.data.corpus import AUTO, PYDOCS_PACKAGES, CorpusKind
+from bert_fast.data.corpora.base import AUTO
+from bert_fast.data.corpus import PYDOCS_PACKAGES
 from bert_fast.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -21,7 +23,7 @@ Package = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Z
 class RecipeFile(Section):
     """One line a field; the names are those of the command's flags with underscores, which say what they mean."""
 
-    corpus: CorpusKind = "pydocs"
+    corpus: Annotated[str, one_of(CORPORA)] = "pydocs"
     input: Text | None = None
     column: Text = "text"
     packages: list[Package] = Field(list(PYDOCS_PACKAGES), min_length=1, max_length=1000)
