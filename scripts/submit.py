@@ -36,8 +36,8 @@ from bert_fast.files import create_atomically, write_json  # noqa: E402
 from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402
 from bert_fast.mlperf.rules import RULESET  # noqa: E402
 from bert_fast.mlperf.score import read_events  # noqa: E402
-from bert_fast.mlperf.submission import SUBMISSION, check_names, lay_out, verdict_of  # noqa: E402
-from bert_fast.mlperf.system import collect_system, complete_system, read_person, template  # noqa: E402
+from bert_fast.mlperf.submission import SUBMISSION, check_names, check_submission, lay_out  # noqa: E402
+from bert_fast.mlperf.system import collect_system, complete_system, read_given_fields, template  # noqa: E402
 from bert_fast.report.bench import markdown_table  # noqa: E402
 from bert_fast.run_folder import PENDING_RECORD, RUN, clear_run  # noqa: E402
 
@@ -167,7 +167,7 @@ def build(args: argparse.Namespace) -> Path:
     """Run or collect, and lay the package out. Returns the organization's folder."""
     if not args.system:
         raise UserError("--system FILE is missing; make one with --describe FILE and fill it in")
-    person, out = read_person(args.system), Path(args.out)
+    person, out = read_given_fields(args.system), Path(args.out)
     collected = collect_system()
     if args.config:  # what would fail at the end is found before hours of runs
         config = load_config(args.config, args.overrides)
@@ -205,7 +205,7 @@ def main() -> int:
             print(f"{args.describe}: fill in what is empty")
             return 0
         package = Path(args.check) if args.check else build(args)
-        rows, figures = verdict_of(package, args.ruleset)
+        rows, figures = check_submission(package, args.ruleset)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

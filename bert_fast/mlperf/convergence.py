@@ -29,10 +29,6 @@ class ConvergencePoint:
     least: float
     kind: str  # reference | interpolated | of a larger batch
 
-    @property
-    def max_speedup(self) -> float:
-        return self.mean / self.least
-
 
 @dataclass(frozen=True)
 class ConvergenceVerdict:

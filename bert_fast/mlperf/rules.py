@@ -118,8 +118,8 @@ def check_evaluation_set(num_samples: int, config: Config) -> None:
     """Refuse a closed run whose evaluation store is too small. Raises UserError."""
     if config.mlperf.enabled and config.mlperf.division == "closed" and num_samples < EVALUATION_SAMPLES:
         raise UserError(
-            f"mlperf.division=closed: the evaluation store {config.evaluation.data} has {num_samples:,} samples and the rule is "
-            f"{EVALUATION_SAMPLES:,}; import the whole set"
+            f"mlperf.division=closed: the evaluation store {config.evaluation.data} has {num_samples:,} samples and the rule "
+            f"is {EVALUATION_SAMPLES:,}; import the whole set"
         )
 
 

@@ -145,7 +145,8 @@ def score_run(path: str | Path) -> RunScore:
     evaluations, key, samples = _evaluations(path, events, end if begin is None else begin, batch)
     step_s = _step_s(evaluations, batch, samples)
     return RunScore(
-        path=str(path), division=shown(last.get("submission_division", {}).get("value", "unknown"), 20), global_batch_size=batch,
+        path=str(path), division=shown(last.get("submission_division", {}).get("value", "unknown"), 20),
+        global_batch_size=batch,
         seed=_seed(last["seed"]["value"]) if "seed" in last else None,
         converged=not cut_off and _metadata(last["run_stop"]).get("status") == "success", time_s=max(0.0, time_s),
         samples=samples, steps=round(samples / batch) if samples is not None and batch else None,
