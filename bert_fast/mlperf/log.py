@@ -50,7 +50,8 @@ class ResultLog:
     init_stop. The rest is logged as it happens, by MLPerf's keys: run_start and run_stop, a block_start and block_stop
     around the steps between two evaluations, eval_start, eval_stop and eval_accuracy with the samples so far as
     epoch_num, and tracked_stats. Keys of our own, which the checkers let pass, are open_because, the data
-    sets' hashes, eval_samples_of_training_text, interrupted, resumed and a few of the hyper-parameters. All times are wall-clock milliseconds.
+    sets' hashes, eval_samples_of_training_text, interrupted, resumed and a few of the hyper-parameters. All
+    times are wall-clock milliseconds.
 
     Each line is flushed before the call returns, and an error in writing is raised: a log with holes is not valid.
     """

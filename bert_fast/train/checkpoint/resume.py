@@ -11,7 +11,7 @@ from typing import Any
 
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
-from bert_fast.run_folder import checkpoints_in
+from bert_fast.run_folder import CHECKPOINT_MANIFEST, checkpoints_in
 from bert_fast.train.checkpoint.snapshot import restore
 from bert_fast.train.checkpoint.storage import damage, read_description, remove_partial
 from bert_fast.train.cuda_graphs import tensor_rates
@@ -120,11 +120,11 @@ def load_checkpoint(
     key_then, state, wrote = (description.get(name) for name in ("key", "state", "world_size"))
     if not isinstance(key_then, dict) or not isinstance(state, dict) or type(wrote) is not int:
         raise UserError(
-            f"checkpoint {path} is damaged (complete.json has no key, state and world_size of a run); remove it"
+            f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST} has no key, state and world_size of a run); remove it"
         )
     for name, kind in (("progress", dict), ("clock", dict), ("optimizer", dict), ("cost", list)):
         if not isinstance(state.get(name), kind):
-            raise UserError(f"checkpoint {path} is damaged (complete.json has no {name} of a run); remove it")
+            raise UserError(f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST} has no {name} of a run); remove it")
     check_key(path, key_then, key)
     same_ranks = wrote == environment.world_size
     if not same_ranks:  # random state and error feedback begin anew

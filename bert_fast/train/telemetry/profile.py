@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from bert_fast.config import RunConfig
+from bert_fast.run_folder import PROFILER_TRACE, TRACE
 from bert_fast.trace import Span, Trace, write_trace
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import gather_values
@@ -65,12 +66,12 @@ class StepProfile:
         if self._profiler is not None:
             torch.cuda.synchronize()
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self._folder / "profiler-0.json"))
+            self._profiler.export_chrome_trace(str(self._folder / PROFILER_TRACE))
             self._profiler = None
         everyone = gather_values(spans)
         if rank:
             return None
-        path = self._folder / "trace.json"
+        path = self._folder / TRACE
         processes = {f"rank {i}": [Span(*span) for span in everyone[i]] for i in range(min(world, _RANKS))}
         write_trace(path, processes, TRACKS, {"first_step": self._first, "last_step": self._last})
         return path
