@@ -1,16 +1,17 @@
-"""Corpora: where text comes from. Each kind lists its source files and reads one into documents of sentences.
+"""Corpora: the sources of text. Each kind lists its source files and reads them into documents of sentences.
 
 Kinds:
-    mlcommons      folder of text files, one sentence a line, a blank line between documents (MLPerf's cleaned shards)
-    prose          folder of .txt, .md, .rst files, one document a file; sentences are split by `sentencex`
-    jsonl          files of JSON lines, one document a line
-    wikiextractor  folder of what WikiExtractor wrote: <doc> lines, or JSON lines
-    pydocs         documentation strings of the Python standard library and of installed packages, one document a module
-    mediawiki      a dump of Wikipedia (.xml.bz2), one document an article
-    parquet        Parquet files, or a folder that Hugging Face `datasets` saved, one document a row of a text column
+    mlcommons      folder of text files, one sentence per line, a blank line between documents (MLPerf's cleaned shards)
+    prose          folder of .txt, .md, .rst files, one document per file; sentences are split by `sentencex`
+    jsonl          files of JSON lines, one document per line
+    wikiextractor  folder of WikiExtractor's output: <doc> lines, or JSON lines
+    pydocs         documentation strings of the Python standard library and of installed packages, one document per module
+    mediawiki      a dump of Wikipedia (.xml.bz2), one document per article
+    parquet        Parquet files, or a folder that Hugging Face `datasets` saved, one document per row of a text column
 
-A document's text comes in blocks (a paragraph run, a documentation string) so that repeated blocks can be dropped. One process
-reads the sources as a stream, many make sentences of it; a document of more than a MiB travels in stretches.
+A document's text comes in blocks (several paragraphs, a documentation string), so that repeated blocks can be dropped. One
+process reads the sources as a stream, and many split the text into sentences. A document of more than a MiB is passed on in
+stretches.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from bert_fast.errors import UserError
 CorpusKind = Literal["pydocs", "prose", "mlcommons", "jsonl", "wikiextractor", "mediawiki", "parquet"]
 KINDS: tuple[str, ...] = get_args(CorpusKind)
 
-AUTO = "auto"  # a language that each text's script and words tell
+AUTO = "auto"  # detect the language of each text from its script and words
 PYDOCS_PACKAGES = ("torch", "numpy", "transformers")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "idlelib", "lib2to3"}
 _SUFFIXES = {
@@ -48,7 +49,9 @@ _SUFFIXES = {
     "wikiextractor": ("",),
 }
 _PACKED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".zst", ".7z", ".rar", ".lz4", ".z")
-_SHARD = re.compile(r"part-\d+-of-\d+(\.(gz|bz2|xz))?")  # of MLCommons' text, beside which eval.txt and eval.md5 lie
+_SHARD = re.compile(
+    r"part-\d+-of-\d+(\.(gz|bz2|xz))?"
+)  # files of MLCommons' text, next to which are eval.txt and eval.md5
 _EVAL_TEXT = re.compile(r"eval\.txt(\.(gz|bz2|xz))?")
 _CHECKSUMS = re.compile(r".*\.(md5|md5sum|sha1|sha256|sha512)|(md5|sha256)sums?(\.txt)?", re.I)
 _PIECE_BYTES = 1 << 20
@@ -58,7 +61,7 @@ _PIECE_BYTES = 1 << 20
 class Document:
     """Sentences in reading order, grouped in blocks.
 
-    All documents of one `origin` (a document of its own, or the module that several came from) go to the same split.
+    All documents of one `origin` (one document, or the module of several) go to the same split.
     `goes_on`: the next one is the rest of this one. `left_out`: why there are no blocks, or empty.
     """
 
@@ -70,7 +73,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Found:
-    """Source files in a fixed order, those of a given evaluation text, and the names that are left out by the reason."""
+    """Source files in a fixed order, those of a given evaluation text, and names that are left out, by reason."""
 
     sources: list[Source]
     evaluation: list[Source] = field(default_factory=list)
@@ -83,10 +86,10 @@ def list_sources(kind: str, folder: str | None = None, packages: tuple[str, ...]
 
 
 def find_sources(kind: str, folder: str | None = None, packages: tuple[str, ...] = PYDOCS_PACKAGES) -> Found:
-    """What of a folder, or of one file, a kind of corpus reads. Nothing that a preparation or an export wrote is text.
+    """The files of a folder, or the one file, that a kind of corpus reads; never what a preparation or an export wrote.
 
     Raises:
-        UserError: no such folder, nothing in it to read (it says what lies there instead), or a folder that cannot be listed.
+        UserError: the folder does not exist, cannot be listed, or has nothing to read; the message says what it has instead.
     """
     if kind == "pydocs":
         return Found(_modules(packages))
@@ -112,7 +115,7 @@ def find_sources(kind: str, folder: str | None = None, packages: tuple[str, ...]
         elif path.name[0] != ".":
             is_eval = kind == "mlcommons" and _EVAL_TEXT.fullmatch(path.name)
             (evaluation if is_eval else sources).append(Source(name, str(path)))
-    if not sources:  # a lone eval.txt is a text like another
+    if not sources:  # an eval.txt alone is an ordinary text
         sources, evaluation = evaluation, []
     if not sources:
         what = "no files" if _SUFFIXES[kind] == ("",) else f"no {' or '.join(_SUFFIXES[kind])} files"
@@ -131,7 +134,7 @@ def _modules(packages: tuple[str, ...]) -> list[Source]:
     for package in packages:
         try:
             spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError, AttributeError):  # its parent is missing, broken or no package
+        except (ImportError, ValueError, AttributeError):  # its parent is missing, broken, or not a package
             spec = None
         if spec is None:
             raise UserError(f"corpus pydocs: package {package} is not installed; pip install {package}")
@@ -147,7 +150,7 @@ def _modules(packages: tuple[str, ...]) -> list[Source]:
 
 
 def _why_not(kind: str, path: Path, has_shards: bool, datasets: dict[Path, set[str] | None]) -> str:
-    """Why a file is no source of a kind; empty if it is one (or hidden, which goes without saying)."""
+    """Why a file is not a source of this kind; empty if it is one, or hidden."""
     name = path.name.lower()
     if name[0] == ".":
         return ""
@@ -175,12 +178,12 @@ def _why_not(kind: str, path: Path, has_shards: bool, datasets: dict[Path, set[s
 
 
 def describe(left_out: dict[str, list[str]]) -> str:
-    """What was left out, as part of a sentence: each reason with its number and a few names."""
+    """What was left out, as part of a sentence: each reason with the number of files and a few names."""
     return "; ".join(counted(len(names), why, names[:3]) for why, names in left_out.items())
 
 
 def counted(count: int, what: str, names: list[str] | None = None) -> str:
-    """`2 files of another kind (a, b)`, in the singular where there is one. `names` may be fewer than there are."""
+    """`2 files of another kind (a, b)`, or in the singular. `names` may be fewer than `count`."""
     if count == 1:
         what = re.sub(r"\b(file|document|link|page|text)s\b", r"\1", what, count=1)
     if names is None:
@@ -189,17 +192,17 @@ def counted(count: int, what: str, names: list[str] | None = None) -> str:
 
 
 def num_bytes(source: Source) -> int:
-    """About the bytes of text in a source: a compressed file is taken to be a quarter of it."""
+    """An estimate of the bytes of text in a source; a compressed file is taken to be a quarter of its text."""
     compressed = os.path.splitext(source.name.lower())[1] in COMPRESSED and not is_dump(source.name)
     return os.path.getsize(source.path) * (4 if compressed else 1)
 
 
-# What one worker reads at a time: modules, articles of a dump, or texts.
+# What one worker reads at a time: modules, articles of a dump, or texts
 Piece = list[Source] | list[Page] | list[Text]
 
 
 def list_pieces(kind: str, sources: list[Source], column: str = "text") -> Iterator[Piece]:
-    """The corpus in pieces of about a MiB, in a fixed order. Streams: a source is read as its pieces are taken."""
+    """The corpus in pieces of about a MiB, in a fixed order. A source is read only as its pieces are taken."""
     if kind == "pydocs":
         yield from _by_size(sources, lambda source: os.path.getsize(source.path))
     elif kind == "mediawiki":
@@ -227,7 +230,7 @@ def _by_size(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterato
 
 
 def read_piece(kind: str, piece: Piece, language: str = AUTO) -> Iterator[Document]:
-    """Documents of a piece. One without sentences says why."""
+    """Documents of a piece. One without sentences has the reason in `left_out`."""
     for item in piece:
         if isinstance(item, Page):
             yield _article(item, language)
@@ -281,6 +284,6 @@ def _why_empty(sentences: list[str], text: str) -> str:
 
 
 def is_held_out(origin: str, fraction: float, seed: int) -> bool:
-    """Whether documents of `origin` belong to the evaluation split: a hash of its name, so that it never moves."""
+    """Whether documents of `origin` belong to the evaluation split, by a hash of its name, so that they never move."""
     digest = hashlib.blake2b(f"{seed}:{origin}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

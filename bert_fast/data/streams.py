@@ -1,4 +1,4 @@
-"""Source files as streams of texts: decompressed, decoded, taken apart into documents. Memory does not grow with a file."""
+"""Reads source files as streams of texts: decompressed, decoded, split into documents. Memory is bounded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from bert_fast.data.text import without_fences
 from bert_fast.errors import UserError
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_STRETCH = 1 << 20  # characters of a document that travel at once
-_LONGEST_LINE = 1 << 25  # bytes; of a line that cannot be cut
+_STRETCH = 1 << 20  # characters of a long document that are passed on at once
+_LONGEST_LINE = 1 << 25  # bytes of a line that cannot be cut
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Text:
-    """The text of one document as its source holds it, or a stretch of it; `goes_on` if the next one belongs to it too."""
+    """The text of a document as it is in the source, or a stretch of it.
+
+    `goes_on`: the next one is the rest of this one. `left_out`: why there is no text, or empty.
+    """
 
     origin: str
     text: str
@@ -50,8 +53,12 @@ def bare_name(name: str) -> str:
 def read_texts(kind: str, source: Source, column: str = "text") -> Iterator[Text]:
     """Documents of one source file as text. Memory does not grow with the file.
 
+    Args:
+        kind: one of `corpus.KINDS`.
+        column: the field or column that holds the text, of JSON lines and Parquet.
+
     Raises:
-        UserError: text that is not UTF-8, a damaged file, a file of another kind; it names the line or row.
+        UserError: text that is not UTF-8, a damaged file, or a file of another kind; the line or row is named.
     """
     if kind == "prose":
         lines = (line for _, line in _lines(source))
@@ -71,7 +78,7 @@ def read_texts(kind: str, source: Source, column: str = "text") -> Iterator[Text
 
 
 def _stretches(origin: str, lines: Iterable[str]) -> Iterator[Text]:
-    """A document in stretches that end at a blank line, or at any line where none comes for long."""
+    """A document in stretches that end at a blank line, or at any line if there is none for long."""
     held: list[str] = []
     size = 0
     for line in lines:
@@ -85,7 +92,7 @@ def _stretches(origin: str, lines: Iterable[str]) -> Iterator[Text]:
 
 
 def _lines(source: Source, whole: bool = False) -> Iterator[tuple[int, str]]:
-    """Number and text of each line, decompressed and decoded. `whole`: lines that cannot be cut where they are too long.
+    """Number and text of each line, decompressed and decoded. `whole`: refuse a line that is too long, and do not cut it.
 
     Raises:
         UserError: not UTF-8 (file, line and byte), a damaged file, WikiExtractor's <doc> lines, or a line that is too long.
@@ -124,7 +131,7 @@ def _opened(source: Source) -> BinaryIO:
 
 
 def _missing_bytes(raw: bytes) -> int:
-    """Bytes that the last character lacks, where a line was cut inside it."""
+    """Number of bytes that are missing of the last character, if a line was cut inside it."""
     for back in range(1, min(4, len(raw)) + 1):
         byte = raw[-back]
         if byte & 0xC0 != 0x80:
@@ -178,7 +185,7 @@ def _json_document(source: Source, number: int, line: str, column: str) -> Itera
 
 
 def _read_wikiextractor(source: Source) -> Iterator[Text]:
-    """Articles between <doc ...> and </doc>, a paragraph a line; or an object a line."""
+    """Articles between <doc ...> and </doc>, one paragraph per line; or one JSON object per line."""
     start: int | None = None  # line of the <doc> that is open
     title = ""
     paragraphs: list[str] = []
