@@ -56,12 +56,12 @@ def read_documents(kind: str, source: Source, column: str = "text", language: st
 
 
 def num_bytes(source: Source) -> int:
-    """About the bytes of text in a source: a compressed file is taken to be a quarter of it."""
+    """An estimate of the bytes of text in a source; a compressed file is taken to be a quarter of its text."""
     compressed = os.path.splitext(source.name.lower())[1] in COMPRESSED and not is_dump(source.name)
     return os.path.getsize(source.path) * (4 if compressed else 1)
 
 
 def is_held_out(origin: str, fraction: float, seed: int) -> bool:
-    """Whether documents of `origin` belong to the evaluation split: a hash of its name, so that it never moves."""
+    """Whether documents of `origin` belong to the evaluation split, by a hash of its name, so that they never move."""
     digest = hashlib.blake2b(f"{seed}:{origin}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

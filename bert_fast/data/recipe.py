@@ -1,4 +1,4 @@
-"""A recipe file of scripts/prepare_data.py: every option of the command as a typed, bounded field."""
+"""A recipe file of scripts/prepare_data.py: every option of the command as a typed field with bounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Package = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Z
 
 
 class RecipeFile(Section):
-    """One line a field; the names are those of the command's flags with underscores, which say what they mean."""
+    """The fields of a recipe, named as the command's flags with underscores; `--help` explains them."""
 
     corpus: Annotated[str, one_of(CORPORA)] = "pydocs"
     input: Text | None = None
@@ -58,7 +58,7 @@ def read_recipe(path: str | Path) -> RecipeFile:
     """Read a recipe file.
 
     Raises:
-        UserError: one line naming the file and the field: absent, empty, not YAML, an unknown field, a wrong type or number.
+        UserError: the file is missing, empty or not YAML, or has an unknown field or a wrong value; the field is named.
     """
     tree = read_yaml(path, "recipe", f"fields ({', '.join(RecipeFile.model_fields)})", "configs/data/pydocs_mini.yaml")
     if not tree:

@@ -1,4 +1,4 @@
-"""Source files as streams of texts: decompressed, decoded, taken apart into documents. Memory does not grow with a file."""
+"""Reads source files as streams of texts: decompressed, decoded, split into documents. Memory is bounded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Text:
-    """The text of one document as its source holds it, or a stretch of it; `goes_on` if the next one belongs to it too."""
+    """The text of a document as it is in the source, or a stretch of it.
+
+    `goes_on`: the next one is the rest of this one. `left_out`: why there is no text, or empty.
+    """
 
     origin: str
     text: str
@@ -97,7 +100,7 @@ def _opened(source: Source) -> BinaryIO:
 
 
 def _missing_bytes(raw: bytes) -> int:
-    """Bytes that the last character lacks, where a line was cut inside it."""
+    """Number of bytes that are missing of the last character, if a line was cut inside it."""
     for back in range(1, min(4, len(raw)) + 1):
         byte = raw[-back]
         if byte & 0xC0 != 0x80:

@@ -60,6 +60,7 @@ class Embeddings(nn.Module):
 class ResidualNorm(nn.LayerNorm):
     """LayerNorm(residual + dropout(x)). One module, as sharding waits for weights before a module runs."""
 
+    # More arguments than nn.LayerNorm's, as the residual is added here
     def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor, dropout: float) -> torch.Tensor:  # type: ignore[override]
         if fused.fuses(x_TD):
             return fused.dropout_add_norm(x_TD, residual_TD, self, dropout)
@@ -70,6 +71,7 @@ class ResidualNorm(nn.LayerNorm):
 class GeluLinear(nn.Linear):
     """linear(gelu(x)), [T, F] to [T, D]; `form` is the `approximate` of `F.gelu`."""
 
+    # One argument more than nn.Linear's
     def forward(self, x_TF: torch.Tensor, form: str) -> torch.Tensor:  # type: ignore[override]
         if fused.fuses(x_TF):
             return fused.gelu_linear(x_TF, self, form)
