@@ -22,7 +22,7 @@ from bert_fast.data.prepare import PREPARATION
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
-from bert_fast.train.checkpoint.storage import damage, latest_checkpoint, read_description
+from bert_fast.train.checkpoint.storage import latest_checkpoint, read_description, verify_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -228,7 +228,7 @@ def test_disk_full(workspace: Workspace, small_disk: Path) -> None:
     assert not list(folder.rglob(".step-*"))
     kept = latest_checkpoint(folder / "checkpoints")
     assert kept is not None
-    assert damage(kept) is None
+    assert verify_checkpoint(kept) is None
     state = read_description(kept)["state"]
     assert state["progress"]["step"] == int(kept.name.removeprefix("step-")) >= 3
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.training_run import Workspace
 
-from bert_fast.trace import TraceSpan, Trace, write_trace
+from bert_fast.trace import Trace, TraceSpan, write_trace
 
 SETTINGS = (
     "train.max_steps=12", "evaluation.every_samples=100000", "run.profile=true", "run.profile_after=4",

@@ -19,7 +19,7 @@ from bert_fast.mlperf.score import score_folder, score_run
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from score import COLUMNS, row_of  # noqa: E402
+from score import COLUMNS, row_of
 
 
 def write_log(

@@ -14,12 +14,12 @@ from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from bench_overlap import NAMES, figures, table_of  # noqa: E402
-from overlap.prediction import lower_bound, predict  # noqa: E402
-from overlap.variants import VARIANTS, Instance, Links  # noqa: E402
-from overlap.waiting import BERT_NUMEL, units_of  # noqa: E402
+from bench_overlap import NAMES, figures, table_of
+from overlap.prediction import lower_bound, predict
+from overlap.variants import VARIANTS, Instance, Links
+from overlap.waiting import BERT_NUMEL, units_of
 
-from bert_fast.communication.plan import Link  # noqa: E402
+from bert_fast.communication.plan import Link
 
 
 def test_every_variant_has_its_name() -> None:

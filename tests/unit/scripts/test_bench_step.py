@@ -15,10 +15,10 @@ from support.paths import ROOT
 sys.path.insert(0, str(ROOT))
 
 
-from scripts.step.breakdown import PARTS, profile  # noqa: E402
-from scripts.step.measure import data_seconds  # noqa: E402
-from scripts.step.setting import MIXES, make_batch, make_config  # noqa: E402
-from scripts.step.variants import VARIANTS, huggingface, ours  # noqa: E402
+from scripts.step.breakdown import PARTS, profile
+from scripts.step.measure import data_seconds
+from scripts.step.setting import MIXES, make_batch, make_config
+from scripts.step.variants import VARIANTS, huggingface, ours
 
 
 def arguments(**changes: object) -> argparse.Namespace:
