@@ -17,7 +17,7 @@ from torch import nn
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
 from bert_fast.communication.clip import MODES
-from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
+from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
 
@@ -82,14 +82,14 @@ def engine_step(rank: int, world: int, case: Case) -> dict[str, Any]:
     model = Toy(case.dtype)
     engine = make_engine(model, case)
     scale = None if case.scale is None else torch.tensor(case.scale, dtype=case.dtype)
-    for step in range(1 + REBUILD_STEPS):  # the reducer too: a second step must not see the first
-        if case.poison is not None and rank == 1 and step == REBUILD_STEPS:
+    for step in range(1 + DdpEngine.num_warmup_steps):  # the reducer too: a second step must not see the first
+        if case.poison is not None and rank == 1 and step == DdpEngine.num_warmup_steps:
             model.layers[1].weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), case.poison))
         engine.wire.bytes_sent = 0
         engine.zero_grad()
         for micro in range(case.accumulation):
             last = micro == case.accumulation - 1
-            now = case if step == REBUILD_STEPS else replace(case, branch="used")
+            now = case if step == DdpEngine.num_warmup_steps else replace(case, branch="used")
             with engine.micro_batch(last, scale):
                 loss = loss_of(engine.module, now, rank, micro)
                 (loss if scale is None else loss * scale).backward()
