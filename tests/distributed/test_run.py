@@ -205,5 +205,5 @@ def test_missing_cost_file_is_found_before_ranks_are_started(workspace: Workspac
     code, run = workspace.run("run.folder=no_cost", "balance.cost=nowhere.json")
     assert code == ExitCode.USER_ERROR
     assert run.stderr.strip().splitlines() == [
-        "error: balance.cost_file nowhere.json: No such file or directory; give the cost.json of a finished run"
+        "error: balance.cost nowhere.json: No such file or directory; give the cost.json of a finished run"
     ]
