@@ -47,13 +47,14 @@ test-slurm: env ## a real Slurm of two nodes on this machine (installs Debian's 
 		then $(PYTHON) -m pytest -rs tests/slurm $(SLURM_PYTEST); \
 		else echo "SKIPPED: NOTHING WAS TESTED UNDER SLURM: needs slurm-wlm and munge, and root (apt-get could not install them)"; fi
 
-check: env ## lint and import contracts
+check: env ## lint, types and import contracts
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 	$(VENV)/bin/lint-imports
 
 bench: env data ## time to train against the transformers baseline, 5 interleaved pairs
-	$(PYTHON) scripts/bench_time_to_train.py --config $(CONFIG) --json results/mini_cpu/time_to_train.json
+	$(PYTHON) -m scripts.benchmarks.time_to_train --config $(CONFIG) --json results/mini_cpu/time_to_train.json
 
 clean: ## remove runs and prepared data
 	rm -rf runs data

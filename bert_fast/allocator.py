@@ -1,4 +1,4 @@
-"""The C library's allocator: for work that takes and frees the same large pieces again and again, and with a bound."""
+"""Settings of the C library's memory: keep freed blocks for reuse, and bound what a piece of work may allocate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: else every large array or tensor is mapped and zeroed by the kernel anew.
+    """Tell glibc to keep freed memory: otherwise the kernel maps and zeroes every large array or tensor anew.
 
-    Worth about 10 % of a small model's step (docs/performance.md); the import's arrays are alike from block to block, too.
-    Other C libraries are left alone.
+    This is worth about 10 % of a small model's step (docs/performance.md), and helps the import, whose arrays have the same
+    sizes from block to block. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None and platform.libc_ver()[0] == "glibc":
@@ -26,13 +26,13 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def memory_at_most(extra: int) -> Iterator[None]:
-    """In the block the process may allocate `extra` bytes more than it has; beyond that an allocation fails (Linux).
+    """Inside the block, the process may allocate at most `extra` bytes more than it has; further allocations fail.
 
-    For libraries that unpack what a file claims: a compressed chunk of some kilobytes can stand for gigabytes. All threads of
-    the process are bound; use it in a process of its own.
+    Meant for libraries that unpack what a file claims: a compressed chunk of a few kilobytes can stand for gigabytes. The
+    limit holds for all threads of the process, so use it in a process of its own. Does nothing outside of Linux.
 
     Raises:
-        MemoryError, or the library's own error of a failed allocation.
+        MemoryError: or the library's own error for a failed allocation.
     """
     if sys.platform != "linux":
         yield

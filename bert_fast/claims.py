@@ -1,4 +1,4 @@
-"""Whose a folder is: what the program writes into it, what it may remove there, and that one process at a time does so.
+"""Ownership of folders: what the program writes into one, what it may remove there, and one writing process at a time.
 
 A folder that the program writes into has a mark, `.bert_fast.json`, which is its first file and says what the folder is for.
 While a process writes there, `.running.json` says which one. Both are created so that of two processes exactly one succeeds,
@@ -28,16 +28,16 @@ from typing import Any
 from bert_fast.errors import UserError
 from bert_fast.files import create_atomically
 
-MARK, LOCK = ".bert_fast.json", ".running.json"  # hidden: nobody takes them for data
+MARK, LOCK = ".bert_fast.json", ".running.json"  # hidden, so that nobody takes them for data
 FORMAT = "bert_fast folder 1"
-CLAIM = "BERT_FAST_CLAIM"  # variable: names the launcher's claim to the ranks that it starts; no secret
-# How files.create_atomically and files.atomic_file name what is not whole yet
+CLAIM = "BERT_FAST_CLAIM"  # environment variable by which ranks know their launcher's claim; not a secret
+# How files.create_atomically and files.atomic_file name unfinished files
 _TEMPORARY = re.compile(r"\.(?P<of>.+)\.([0-9a-f-]+|[A-Za-z0-9]*-\d+\.bert_fast)\.tmp")
 _RIVAL_S, _WRITTEN_S = 0.02, 0.2
-_BEAT_S = 5.0  # between two touches of a claim, which show another host that its process lives
-_SILENT_S = 3 * _BEAT_S  # without one: it does not
+_BEAT_S = 5.0  # between two touches of a claim, which show other hosts that its process lives
+_SILENT_S = 3 * _BEAT_S  # without a touch, after which its process is taken to be gone
 
-_held: dict[str, dict[str, Any]] = {}  # claims of this process, by folder
+_held: dict[str, dict[str, Any]] = {}  # this process's claims, by folder
 _silent: set[str] = set()  # claims of processes on other hosts that were found to be gone
 
 
@@ -46,22 +46,22 @@ class Kind:
     """A kind of folder that the program writes.
 
     Attributes:
-        name: with its article, as messages say it.
-        writes: patterns of the files' paths below the folder; `*` stands for part of one name.
-        mend: what a person can do about a folder that cannot be taken.
-        alone: whether a folder that is not ours must be empty; else it may hold whatever `writes` does not name.
-        is_older: whether a folder without a mark was written by a version that left none.
+        name: with its article, as messages print it.
+        writes: patterns of the files' paths below the folder; `*` matches part of one name.
+        fix: what a user can do about a folder that cannot be claimed.
+        alone: whether a folder that is not ours must be empty; otherwise it may hold whatever `writes` does not name.
+        is_older: whether a folder without a mark was written by a version that did not leave one.
     """
 
     name: str
     writes: tuple[str, ...]
-    mend: str
+    fix: str
     alone: bool = False
     is_older: Callable[[Path], bool] = lambda _folder: False
 
 
 def digits(count: int) -> str:
-    """A pattern of so many digits."""
+    """A pattern that matches `count` digits."""
     return count * "[0-9]"
 
 
@@ -74,10 +74,10 @@ def check(folder: Path, kind: Kind) -> None:
 
 
 def claim(folder: Path, kind: Kind) -> None:
-    """Take `folder` for this process, and make and mark it where it is new. Of several processes one succeeds.
+    """Claim `folder` for this process; a new one is created and marked. Of several processes, exactly one succeeds.
 
     Raises:
-        UserError: another process has it, named; or it holds files that are not ours; or it cannot be written.
+        UserError: another process, which is named, has it; or it holds files that are not ours; or it cannot be written.
     """
     _check_files(folder, kind)
     is_new = not folder.exists()
@@ -86,24 +86,28 @@ def claim(folder: Path, kind: Kind) -> None:
         with contextlib.suppress(FileExistsError):
             create_atomically(folder / MARK, _text({"format": FORMAT, "kind": kind.name}))
         note = {
-            "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"), "claim": secrets.token_hex(8), "is_new": is_new,
-        }  # fmt: skip
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "claim": secrets.token_hex(8),
+            "is_new": is_new,
+        }
         owner = _take(folder / LOCK, note)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"disk full while writing {folder}; free space and run the same command again") from None
-        raise UserError(f"cannot write {folder}: {error.strerror}; {kind.mend}") from None
+        raise UserError(f"cannot write {folder}: {error.strerror}; {kind.fix}") from None
     if owner:
         raise _in_use(folder, owner, kind)
 
 
 def release(folder: Path) -> None:
-    """Give back what this process has claimed; nothing where the claim is another's. A folder without anything in it goes."""
+    """Give up this process's claim, and remove the folder if nothing was written. Does nothing if another process has it."""
     note = _held.pop(_key(folder), None)
     if note is None or _read(folder / LOCK) != note:
         return
-    with contextlib.suppress(OSError):  # a folder that has been removed, a disk that has turned read-only
+    with contextlib.suppress(OSError):  # the folder was removed, or the disk became read-only
         if {path.name for path in folder.iterdir()} == {MARK, LOCK}:
             (folder / MARK).unlink()
             (folder / LOCK).unlink()
@@ -115,7 +119,7 @@ def release(folder: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, kind: Kind) -> Iterator[None]:
-    """A claim for as long as a block takes."""
+    """Hold a claim while the block runs. Raises UserError as `claim`."""
     claim(folder, kind)
     try:
         yield
@@ -124,35 +128,35 @@ def claimed(folder: Path, kind: Kind) -> Iterator[None]:
 
 
 def claim_name(folder: Path) -> str:
-    """What this process's claim is called, for the variable `CLAIM`; empty without one."""
+    """The name of this process's claim, for the variable `CLAIM`; empty without a claim."""
     note = _held.get(_key(folder))
     return "" if note is None else str(note["claim"])
 
 
 def is_marked(folder: Path, kind: Kind) -> bool:
-    """Whether the program has written this folder, for this purpose."""
+    """Whether the folder's mark says that the program wrote it for this purpose."""
     return _mark_of(folder) == kind.name
 
 
 def owner_of(folder: Path) -> str | None:
-    """The living process in `folder`, in words; None if there is none, or nobody can tell, or it is this one.
+    """A description of the living process that has `folder`; None if no process has it, this one does, or it is unknown.
 
-    On this host the process is looked up; on another one its Slurm job, if that is not this one. Without a job, its claim is
-    watched for 15 s: a living process touches it.
+    A process on this host is looked up by its id, one on another host by its Slurm job. Without a job, its claim is watched
+    for 15 s, as a living process touches it regularly.
     """
     return _owner(_read(folder / LOCK), folder / LOCK)
 
 
 def remove_own(folder: Path, writes: Sequence[str], keep: Collection[str] = ()) -> list[Path]:
-    """Remove the files that `writes` names, and sub-folders that are empty then. Links and everything else stay.
+    """Remove the files that `writes` names, and sub-folders that become empty. Links and everything else stay.
 
-    Call it in a folder with the mark only.
+    Only call it for a folder with the mark.
 
     Args:
-        keep: paths below the folder that stay though `writes` names them.
+        keep: paths below the folder that stay although `writes` names them.
 
     Returns:
-        What has stayed, as paths below `folder`, without the mark and the claim.
+        What is left, as paths below `folder`, without the mark and the claim.
     """
     stays, folders = [], []
     for path, is_file in _entries(folder, folder, writes):
@@ -166,13 +170,13 @@ def remove_own(folder: Path, writes: Sequence[str], keep: Collection[str] = ()) 
         elif inside.as_posix() not in (MARK, LOCK):
             stays.append(inside)
     for path in reversed(folders):  # the deepest first
-        with contextlib.suppress(OSError):  # something of the user's is in it
+        with contextlib.suppress(OSError):  # it holds something of the user's
             path.rmdir()
     return stays
 
 
 def dissolve(folder: Path, kind: Kind) -> None:
-    """Remove a folder that was made for a while, with what the program wrote there. One with other files in it stays."""
+    """Remove a temporary folder with what the program wrote there. It stays if it holds other files."""
     if is_marked(folder, kind) and not remove_own(folder, kind.writes):
         (folder / MARK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -184,10 +188,10 @@ def dissolve(folder: Path, kind: Kind) -> None:
 
 def _check_files(folder: Path, kind: Kind) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, not a folder; {kind.mend}")
+        raise UserError(f"{folder} is a file, not a folder; {kind.fix}")
     mark = _mark_of(folder)
     if mark is not None and mark != kind.name:
-        raise UserError(f"{folder} is the folder of {mark}, not of {kind.name}; {kind.mend}")
+        raise UserError(f"{folder} is the folder of {mark}, not of {kind.name}; {kind.fix}")
     if mark is not None or not folder.is_dir():
         return
     if kind.alone:
@@ -201,13 +205,15 @@ def _check_files(folder: Path, kind: Kind) -> None:
             if _is_own(inside := path.relative_to(folder), writes)
         )
         what = f"holds files that are not {kind.name}'s and that one would write over"
-    if found and not kind.is_older(folder) and _mark_of(folder) is None:  # asked again: a start beside may have made it
+    if (
+        found and not kind.is_older(folder) and _mark_of(folder) is None
+    ):  # again, as a concurrent start may have created it
         names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        raise UserError(f"{folder} {what} ({names}); {kind.mend}")
+        raise UserError(f"{folder} {what} ({names}); {kind.fix}")
 
 
 def _entries(top: Path, folder: Path, writes: Sequence[str]) -> Iterator[tuple[Path, bool]]:
-    """Every path below `folder` and whether it is a plain file; sub-folders first, and only those of ours are looked into."""
+    """Every path below `folder` and whether it is a plain file; only sub-folders that may hold our files are entered."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
         for entry in sorted(found, key=lambda each: each.name):
             path = Path(entry.path)
@@ -217,7 +223,7 @@ def _entries(top: Path, folder: Path, writes: Sequence[str]) -> Iterator[tuple[P
 
 
 def _is_own(path: Path, writes: Sequence[str]) -> bool:
-    """Whether a pattern names this path, or a file that was to take its name."""
+    """Whether a pattern names this path, or the file that this temporary one was meant to become."""
     parts = path.parts
     temporary = _TEMPORARY.fullmatch(parts[-1])
     names = [parts, (*parts[:-1], temporary["of"])] if temporary else [parts]
@@ -240,7 +246,7 @@ def _is_temporary(name: str, of: str) -> bool:
 
 
 def _mark_of(folder: Path) -> str | None:
-    """What the folder is for, by its mark; None without one."""
+    """What the folder's mark says it is for; None without a mark."""
     mark = _read(folder / MARK)
     if mark is None:
         return None
@@ -253,11 +259,11 @@ def _mark_of(folder: Path) -> str | None:
 
 
 def _in_use(folder: Path, owner: str, kind: Kind) -> UserError:
-    return UserError(f"{folder} is in use by {owner}; wait for it, stop it, or {kind.mend}")
+    return UserError(f"{folder} is in use by {owner}; wait for it, stop it, or {kind.fix}")
 
 
 def _take(path: Path, note: dict[str, Any]) -> str | None:
-    """Create `path` with `note`, in place of a note whose process is gone; else who has it, in words."""
+    """Create `path` with `note`, replacing the note of a process that is gone. Returns who else has it, or None."""
     while True:
         with contextlib.suppress(FileExistsError):
             create_atomically(path, _text(note))
@@ -270,34 +276,32 @@ def _take(path: Path, note: dict[str, Any]) -> str | None:
         owner = _owner(found, path)
         if owner is not None:
             return owner
-        if raw is not None:  # else it has just been given back
+        if raw is not None:  # otherwise it has just been released
             _remove_stale(path, raw, note)
 
 
 def _remove_stale(path: Path, raw: bytes, note: dict[str, Any]) -> None:
-    """Remove the note of a process that is gone. Of all that find it, the one who creates a file named after it may."""
+    """Remove the note of a process that is gone. Of all that find it, the one that creates a file named after it does so."""
     right = path.with_name(f".{path.name}.{hashlib.sha256(raw).hexdigest()[:12]}.tmp")
     try:
         create_atomically(right, _text(note))
     except FileExistsError:
         rival = _raw(right)
-        if rival is not None and _owner(_parsed(rival), right) is None:  # its process is gone as well
+        if rival is not None and _owner(_parsed(rival), right) is None:  # the rival is gone as well
             _remove_stale(right, rival, note)
         time.sleep(_RIVAL_S)
         return
     try:
-        if _raw(path) == raw:  # else a rival was here before us, and has finished
+        if _raw(path) == raw:  # otherwise a rival was faster, and has finished
             path.unlink(missing_ok=True)
     finally:
         right.unlink(missing_ok=True)
 
 
 def _owner(note: dict[str, Any] | None, path: Path) -> str | None:
-    try:
-        host, pid, started, job = (note[name] for name in ("host", "pid", "started", "job"))  # type: ignore[index]
-    except (KeyError, TypeError):
+    if note is None or not {"host", "pid", "started", "job"} <= note.keys():
         return None
-    assert note is not None
+    host, pid, started, job = (note[name] for name in ("host", "pid", "started", "job"))
     name = str(note.get("claim"))
     if name == os.environ.get(CLAIM, ""):
         return None
@@ -313,7 +317,7 @@ def _owner(note: dict[str, Any] | None, path: Path) -> str | None:
 
 
 def _hold(path: Path, note: dict[str, Any]) -> None:
-    """Remember a claim, and touch it as long as this process lives and has it."""
+    """Remember a claim, and touch it as long as this process lives and holds it."""
     _held[_key(path.parent)] = note
 
     def touch() -> None:
@@ -327,7 +331,7 @@ def _hold(path: Path, note: dict[str, Any]) -> None:
 
 
 def _is_touched(path: Path) -> bool:
-    """Whether a process on another host touches its claim. Only changes count: its clock may differ from ours."""
+    """Whether a process on another host touches its claim. Only changes count, as its clock may differ from ours."""
 
     def time_of() -> float | None:
         try:
@@ -346,7 +350,7 @@ def _is_touched(path: Path) -> bool:
 
 
 def _names_of_ours(folder: Path) -> list[str]:
-    """Of the claims on a folder that this process, or its launcher, holds."""
+    """Names of the claims on a folder that this process or its launcher holds."""
     return [name for name in (claim_name(folder), os.environ.get(CLAIM, "")) if name]
 
 
@@ -359,10 +363,10 @@ def _text(value: Any) -> str:
 
 
 def _raw(path: Path) -> bytes | None:
-    """What is in a note; None where there is none."""
+    """The content of a note; None if it does not exist."""
     try:
         raw = path.read_bytes()
-        if not raw:  # where files cannot be linked, somebody is writing it
+        if not raw:  # on a file system without links, another process is still writing it
             time.sleep(_WRITTEN_S)
             raw = path.read_bytes()
     except OSError:
@@ -379,12 +383,12 @@ def _parsed(raw: bytes | None) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A note or a mark; None where there is none, or none that can be read."""
+    """A note or a mark; None if it does not exist or cannot be read."""
     return _parsed(_raw(path))
 
 
 def _started(pid: int) -> str | None:
-    """When a living process was started, in the kernel's ticks; None if there is no such process."""
+    """The start time of a living process in the kernel's ticks; None if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     except (OSError, IndexError):

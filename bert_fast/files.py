@@ -19,19 +19,19 @@ from typing import Any, BinaryIO
 
 from bert_fast.errors import UserError
 
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)  # of a file system that has no hard links
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK)  # errors of a file system without hard links
 _HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
 _TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9]*)-\d+\.bert_fast\.tmp")
-_FOREIGN_IDLE_S = 3600  # another host's file that nobody wrote to for so long has no writer
-_swept: set[tuple[int, str]] = set()  # (process, folder): each process looks once for what killed ones left in a folder
+_FOREIGN_IDLE_S = 3600  # another host's file that was not written to for so long has no writer
+_swept: set[tuple[int, str]] = set()  # (process, folder): each process looks once per folder for what killed ones left
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only if the block ends without an error.
+    """A binary file that gets the name `path` only if the block ends without an error.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; nothing half-written stays behind.
+        UserError: the disk is full or the folder cannot be written. Nothing half-written is left behind.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.bert_fast.tmp")
@@ -54,10 +54,10 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def create_atomically(path: str | Path, content: str) -> None:
-    """Write a whole new file: of several processes that do so at once, on one host or on several, one succeeds.
+    """Write a whole new file. Of several processes that do so at once, on one host or on several, exactly one succeeds.
 
     Raises:
-        FileExistsError: there is a file of that name; it is as it was.
+        FileExistsError: there is a file of that name. It is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -79,17 +79,17 @@ def create_atomically(path: str | Path, content: str) -> None:
 
 @contextmanager
 def _held(temporary: Path) -> Iterator[BinaryIO]:
-    """The temporary file, locked: the lock goes with its process, so that an unlocked one is nobody's."""
+    """The temporary file, locked. The lock ends with its process, so an unlocked file has no writer."""
     while True:
         with open(temporary, "wb") as file:
             if _lock(file, wait=True) and not _is_at(temporary, file):
-                continue  # removed between being made and being locked
+                continue  # removed between being created and being locked
             yield file
         return
 
 
 def _lock(file: BinaryIO, wait: bool) -> bool:
-    """Whether the file is locked now. Some file systems have no locks."""
+    """Try to lock the file; whether it is locked now. Some file systems have no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
@@ -115,7 +115,7 @@ def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files in `folder` whose processes were killed while they wrote them."""
     try:
         entries = list(os.scandir(folder))
-    except OSError:  # not there, or not ours to list
+    except OSError:  # missing, or not readable for us
         return
     for entry in entries:
         found = _TEMPORARY.fullmatch(entry.name)
@@ -123,16 +123,21 @@ def remove_temporaries(folder: Path) -> None:
             continue
         try:
             if found[1] != _HOST and time.time() - entry.stat().st_mtime < _FOREIGN_IDLE_S:
-                continue  # locks need not reach from host to host
+                continue  # locks may not reach from host to host
             with open(entry.path, "rb") as file:
                 if _lock(file, wait=False):
                     os.unlink(entry.path)
-        except OSError:  # gone meanwhile, or not ours to remove
+        except OSError:  # gone meanwhile, or not removable for us
             continue
 
 
 def check_space(folder: str | Path, needed: int, what: str) -> None:
-    """Refuse work that a disk is too small for, before it begins. Raises UserError."""
+    """Refuse work, before it begins, that needs more than the free bytes of a disk. Raises UserError.
+
+    Args:
+        needed: bytes.
+        what: the work, for the message: `the import`.
+    """
     folder = Path(folder)
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
@@ -143,13 +148,13 @@ def check_space(folder: str | Path, needed: int, what: str) -> None:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file or nothing."""
+    """Write a whole file or nothing. Raises UserError as `atomic_file`."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def read_limited(path: str | Path, limit: int, what: str) -> bytes:
-    """All bytes of a file that is small by its nature; no more than `limit` of them are ever read.
+    """All bytes of a file that should be small; no more than `limit` of them are ever read.
 
     Raises:
         UserError: there is no such file, it cannot be read, or it is larger than `limit` bytes.
@@ -185,12 +190,12 @@ def read_json(path: str | Path, what: str, limit: int = 1 << 24) -> dict[str, An
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON atomically."""
+    """Write indented JSON atomically. Raises UserError as `atomic_file`."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def cut_last_line(path: str | Path) -> None:
-    """Cut a last line that a kill or a full disk has left without its end, before more lines are appended."""
+    """Remove an unfinished last line, which a kill or a full disk has left, before more lines are appended."""
     with open(path, "r+b") as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -205,7 +210,7 @@ def cut_last_line(path: str | Path) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hash of a file's bytes, read in blocks."""
+    """The SHA-256 of a file's bytes in hexadecimal, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

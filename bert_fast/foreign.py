@@ -1,4 +1,4 @@
-"""What others wrote, read so that it costs at most one line: bounded files, numbers that are numbers, text safe to show."""
+"""Reading files that others wrote, safely: bounded size and nesting, checked numbers, text that is safe to print."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import yaml
 
 from bert_fast.errors import UserError
 
-MOST_DEPTH = 100  # lists and objects inside one another
+MOST_DEPTH = 100  # of nested lists and objects
 _MIB = 1 << 20
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor of a regular file, opened to read. Does not wait for the other end of a pipe.
+    """Open a regular file to read and return its descriptor. Does not wait for the other end of a pipe.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         UserError: it cannot be opened, or is a device, a pipe or a folder, which may have no end.
     """
     try:
@@ -42,12 +42,12 @@ def read_bounded(path: str | Path, most: int, what: str) -> bytes:
     """All bytes of a file.
 
     Args:
-        most: bytes that are read at the most.
+        most: the most bytes that are read.
         what: what the file is, for the message: `a result log`.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError: no regular file, not readable, or longer than `most`.
+        FileNotFoundError: there is no such file.
+        UserError: it is not a regular file, cannot be read, or is longer than `most`.
     """
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -65,7 +65,7 @@ def read_bounded(path: str | Path, most: int, what: str) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for everything that is none, and for nesting deeper than MOST_DEPTH."""
+    """The value of a JSON text. Raises ValueError for text that is not JSON, or nested deeper than MOST_DEPTH."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -75,19 +75,19 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, plain types only. Raises ValueError for everything that is none, or nested too deep."""
+    """The value of a YAML text, plain types only. Raises ValueError for text that is not YAML, or nested too deep."""
     try:
-        value = yaml.safe_load(text)  # in Python: libyaml overflows the stack where nesting is deep
+        value = yaml.safe_load(text)  # the Python loader, as libyaml overflows the stack on deep nesting
     except RecursionError:
         raise ValueError(f"lists or mappings are nested deeper than {MOST_DEPTH}") from None
-    except Exception as error:  # of the YAML, or whatever int(), datetime() and the like say of a scalar
+    except Exception as error:  # of the YAML, or whatever int(), datetime() and others raise for a scalar
         raise ValueError(getattr(error, "problem", None) or str(error)) from None
     _check_depth(value)
     return value
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse a value nested deeper than MOST_DEPTH; each list and mapping is looked at once for a depth it has."""
+    """Refuse a value nested deeper than MOST_DEPTH; each list and mapping is visited once per depth."""
     level, depth = [value], 0
     while level:
         if depth > MOST_DEPTH:
@@ -101,20 +101,20 @@ def _check_depth(value: Any) -> None:
 
 
 def number(value: Any, most: float = 1e15) -> float | None:
-    """A finite number of at most this size, or None for everything else (text, truth values, lists, infinity)."""
+    """`value` if it is a finite number of at most this size, else None (text, booleans, lists, infinity)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if -most <= value <= most and math.isfinite(value) else None
 
 
 def whole_number(value: Any, most: int = 1 << 53) -> int | None:
-    """A whole number from 0 to `most`, or None. 448.0 is one."""
+    """`value` if it is a whole number from 0 to `most` (448.0 is one), else None."""
     found = number(value, most)
     return int(value) if found is not None and found >= 0 and value == int(value) else None
 
 
 def shown(value: object, most: int = 200) -> str:
-    """Text of others for a terminal: one line, no control characters, cut after `most` characters with its length."""
+    """Foreign text made safe for a terminal: one line, no control characters, cut after `most` characters."""
     text = value if isinstance(value, str) else _text(value)
     cut = text[:most]
     safe = "".join(character if _is_plain(character) else _escaped(character) for character in cut)

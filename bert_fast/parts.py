@@ -1,6 +1,6 @@
-"""Parameters that hold several tensors of the published model one under the other, as the query-key-value projection does.
+"""Parameters in which several tensors of the published model are stacked, as in the query-key-value projection.
 
-An optimizer that treats every tensor as a whole (LAMB's norms, an orthogonalised update) must treat each part as one.
+An optimizer that treats every tensor as a whole (LAMB's norms, an orthogonalized update) must treat each part separately.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _NAME = "bert_fast_parts"
 
 
 def declare_parts(parameter: torch.Tensor, sizes: Sequence[int]) -> None:
-    """Say that `parameter` holds tensors of `sizes` rows, one under the other. A copy of the parameter does not know it.
+    """Declare that `parameter` is a stack of tensors of `sizes` rows. A copy of the parameter does not know it.
 
     Raises:
         ValueError: the sizes are not positive or do not add up to the parameter's rows.
@@ -24,7 +24,7 @@ def declare_parts(parameter: torch.Tensor, sizes: Sequence[int]) -> None:
 
 
 def parts_of(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Rows (places of the first dimension) of each part, in order; all of them in one where nothing was declared."""
+    """Rows (first dimension) of each part, in order; a single part where nothing was declared."""
     whole = (parameter.shape[0],) if parameter.dim() else (1,)
     sizes: tuple[int, ...] = getattr(parameter, _NAME, whole)
     return sizes

@@ -1,4 +1,4 @@
-"""The little of protobuf's wire format that is needed to read TensorFlow's files without TensorFlow."""
+"""The part of protobuf's wire format that is needed to read TensorFlow's files without TensorFlow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LONGEST_VARINT = 10  # bytes: 64 bits in groups of seven
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A varint at a place, and the place behind it.
+    """The varint at byte `at` of `data`, and the index of the byte after it.
 
     Raises:
         IndexError: the data ends in it.
@@ -29,7 +29,7 @@ def fields(data: bytes, at: int = 0, end: int | None = None) -> Iterator[tuple[i
     """(field number, wire type, begin, end) of the fields of the message data[at:end].
 
     Raises:
-        ValueError: no message: an unknown wire type, or a field that runs over the end.
+        ValueError: not a message: an unknown wire type, or a field that runs over the end.
     """
     end = len(data) if end is None else end
     while at < end:

@@ -1,4 +1,4 @@
-"""Named tracks of what happened when, as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+"""Spans of time on named tracks, written as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from bert_fast.files import write_atomically
 
 
-class Span(NamedTuple):
-    """Something that went on, on a track; seconds since the trace began."""
+class TraceSpan(NamedTuple):
+    """One interval on a track; `start` and `end` in seconds since the trace began."""
 
     track: str
     name: str
@@ -22,20 +22,20 @@ class Span(NamedTuple):
 
 
 class Trace:
-    """Spans on named tracks, by the host's clock."""
+    """Collects spans on named tracks, timed by the host's clock."""
 
     def __init__(self, mirror: Callable[[str], AbstractContextManager[object]] | None = None) -> None:
         """
         Args:
-            mirror: opens the same span elsewhere, `torch.profiler.record_function` for example.
+            mirror: opens the same span elsewhere, for example `torch.profiler.record_function`.
         """
         self._mirror = mirror or (lambda _name: nullcontext())
         self._origin = time.perf_counter()
-        self._spans: list[Span] = []
+        self._spans: list[TraceSpan] = []
 
     @contextmanager
     def span(self, track: str, name: str) -> Iterator[None]:
-        """Around something the host does."""
+        """Record the block as a span."""
         end = self.begin(track, name)
         try:
             with self._mirror(f"{track}: {name}"):
@@ -44,29 +44,31 @@ class Trace:
             end()
 
     def begin(self, track: str, name: str) -> Callable[[], None]:
-        """Start a span that another place or thread may end: call what is returned."""
+        """Start a span; calling what is returned ends it, from any thread."""
         start = time.perf_counter() - self._origin
-        return lambda: self._spans.append(Span(track, name, start, time.perf_counter() - self._origin))
+        return lambda: self._spans.append(TraceSpan(track, name, start, time.perf_counter() - self._origin))
 
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[TraceSpan]:
         """All ended spans, by start."""
         return sorted(self._spans, key=lambda span: span.start)
 
 
 def span_or_nothing(trace: Trace | None, track: str, name: str) -> AbstractContextManager[None]:
-    """`trace.span` where there is a trace."""
+    """`trace.span(track, name)`, or a context that does nothing without a trace."""
     return trace.span(track, name) if trace else nullcontext()
 
 
 def write_trace(
-    path: Path, processes: Mapping[str, Sequence[Span]], tracks: Sequence[str], metadata: Mapping[str, Any]
+    path: Path, processes: Mapping[str, Sequence[TraceSpan]], tracks: Sequence[str], metadata: Mapping[str, Any]
 ) -> None:
     """Write the spans of several processes into one file.
 
-    A viewer cannot draw spans of one track that overlap: a later one goes to a further lane of its track.
+    A viewer cannot draw overlapping spans of one track, so a later one goes to another lane of its track.
 
     Args:
+        processes: spans by the name of their process.
         tracks: the order of tracks; others follow in the order of their first spans.
+        metadata: written into the file under `otherData`.
     """
     events: list[dict[str, Any]] = []
     for pid, (process, spans) in enumerate(processes.items()):
@@ -77,10 +79,17 @@ def write_trace(
             ends = lanes[span.track]
             lane = next((number for number, end in enumerate(ends) if end <= span.start), len(ends))
             ends[lane : lane + 1] = [span.end]
-            events.append({
-                "ph": "X", "pid": pid, "tid": 100 * order.index(span.track) + lane, "name": span.name, "cat": span.track,
-                "ts": round(1e6 * span.start, 3), "dur": round(1e6 * (span.end - span.start), 3),
-            })  # fmt: skip
+            events.append(
+                {
+                    "ph": "X",
+                    "pid": pid,
+                    "tid": 100 * order.index(span.track) + lane,
+                    "name": span.name,
+                    "cat": span.track,
+                    "ts": round(1e6 * span.start, 3),
+                    "dur": round(1e6 * (span.end - span.start), 3),
+                }
+            )
         for place, (track, ends) in enumerate(lanes.items()):
             for lane in range(len(ends)):
                 key = {"ph": "M", "pid": pid, "tid": 100 * place + lane}

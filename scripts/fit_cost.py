@@ -12,21 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
+import numpy as np
 
-guard_imports()
-
-import numpy as np  # noqa: E402
-
-from bert_fast.balance.cost import cost_record, fit_cost  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.files import write_json  # noqa: E402
-from bert_fast.report.metrics import cost_rows  # noqa: E402
+from bert_fast.balance.cost import cost_record, fit_cost
+from bert_fast.command import guarded
+from bert_fast.exit_codes import ExitCode
+from bert_fast.files import write_json
+from bert_fast.report.metrics import cost_rows
 
 
 @guarded

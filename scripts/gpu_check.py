@@ -26,19 +26,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, positive  # noqa: E402
-
-guard_imports()
-
-from bert_fast.claims import Kind, claimed  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.files import write_atomically, write_json  # noqa: E402
-from bert_fast.report.bench import environment, markdown_table  # noqa: E402
-from scripts.gpu.stage import (  # noqa: E402
+from bert_fast.claims import Kind, claimed
+from bert_fast.command import guarded, positive
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
+from bert_fast.files import write_atomically, write_json
+from bert_fast.report.bench import environment, markdown_table
+from gpu.stage import (
     FAILED,
     NO_TIME,
     PASSED,
@@ -48,33 +44,31 @@ from scripts.gpu.stage import (  # noqa: E402
     run_in_process,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
+
 # In order of value: what comes first decides whether training works at all.
 STAGES: dict[str, Stage] = {
-    "environment": Stage("scripts.gpu.machine", 35, "versions, card, driver; peaks of matmul, memory and launches"),
+    "environment": Stage("gpu.machine", 35, "versions, card, driver; peaks of matmul, memory and launches"),
     "run": Stage(
-        "scripts.gpu.training",
+        "gpu.training",
         100,
         "the mini benchmark to its target, checked log, stop and resume with the same losses",
     ),
-    "tests": Stage("scripts.gpu.tests", 90, "the tests marked gpu"),
-    "attention": Stage(
-        "scripts.gpu.attention", 45, "every attention backend against a loop in fp64; time and memory of each"
-    ),
+    "tests": Stage("gpu.tests", 90, "the tests marked gpu"),
+    "attention": Stage("gpu.attention", 45, "every attention backend against a loop in fp64; time and memory of each"),
     "synchronization": Stage(
-        "scripts.gpu.synchronization", 45, "no host synchronization in a step: engines, optimizers, loss scale"
+        "gpu.synchronization", 45, "no host synchronization in a step: engines, optimizers, loss scale"
     ),
     "step_large": Stage(
-        "scripts.gpu.step", 110, "BERT-large's step against transformers: rates, MFU, memory", {"size": "large"}
+        "gpu.step", 110, "BERT-large's step against transformers: rates, MFU, memory", {"size": "large"}
     ),
-    "overlap": Stage("scripts.gpu.overlap", 60, "communication hidden behind the real backward, on a modelled link"),
-    "step_base": Stage("scripts.gpu.step", 60, "BERT-base's step against transformers", {"size": "base"}),
-    "profile": Stage("scripts.gpu.profile", 30, "kernels of the best step: trace.json and shares"),
-    "optimizer": Stage("scripts.gpu.optimizers", 35, "updates alone, against the bytes they must move"),
-    "two_ranks": Stage(
-        "scripts.gpu.two_ranks", 40, "two ranks on this device over gloo: equal weights, right gradients"
-    ),
-    "checkpoint": Stage("scripts.gpu.checkpoints", 35, "a checkpoint beside training: stall and slow-down"),
-    "energy": Stage("scripts.gpu.energy", 15, "joules per 1,000 sequences by NVML"),
+    "overlap": Stage("gpu.overlap", 60, "communication hidden behind the real backward, on a modelled link"),
+    "step_base": Stage("gpu.step", 60, "BERT-base's step against transformers", {"size": "base"}),
+    "profile": Stage("gpu.profile", 30, "kernels of the best step: trace.json and shares"),
+    "optimizer": Stage("gpu.optimizers", 35, "updates alone, against the bytes they must move"),
+    "two_ranks": Stage("gpu.two_ranks", 40, "two ranks on this device over gloo: equal weights, right gradients"),
+    "checkpoint": Stage("gpu.checkpoints", 35, "a checkpoint beside training: stall and slow-down"),
+    "energy": Stage("gpu.energy", 15, "joules per 1,000 sequences by NVML"),
 }
 FOLDER = Kind(
     "a GPU check",
@@ -173,12 +167,12 @@ def run_stage(name: str, args: argparse.Namespace, out: Path, scratch: Path, sec
             end_group(process.pid)
     process.join()
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        result = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = {
+        result = {
             "status": FAILED,
             "why": "",
-            "figure": "",
+            "summary": "",
             "metrics": {},
             "details": {},
             "left_out": [],
@@ -186,16 +180,16 @@ def run_stage(name: str, args: argparse.Namespace, out: Path, scratch: Path, sec
         }
     if killed:
         cut = limit < own
-        found["status"] = NO_TIME if cut and not found["failures"] else FAILED
-        found["why"] = f"ended after {limit:.0f} s" + (" (--budget-s)" if cut else ", its limit")
+        result["status"] = NO_TIME if cut and not result["failures"] else FAILED
+        result["why"] = f"ended after {limit:.0f} s" + (" (--budget-s)" if cut else ", its limit")
     elif process.exitcode != 0:
         code = process.exitcode or 0
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        found["status"], found["why"] = FAILED, f"its process ended with {how}; see {name}.log"
-    found["seconds"] = round(time.monotonic() - start, 2)
-    found["device"] = args.device
-    write_json(record, found)
-    return found
+        result["status"], result["why"] = FAILED, f"its process ended with {how}; see {name}.log"
+    result["seconds"] = round(time.monotonic() - start, 2)
+    result["device"] = args.device
+    write_json(record, result)
+    return result
 
 
 def end_group(leader: int) -> None:
@@ -209,7 +203,7 @@ def end_group(leader: int) -> None:
             return
 
 
-def summarize(records: dict[str, dict[str, Any]], args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
+def summarize(records: dict[str, dict[str, Any]], args: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
     """The whole record: metrics of all stages by name, goals and whether they are met, the stages' own records."""
     metrics: dict[str, Any] = {}
     for name, record in records.items():
@@ -217,16 +211,16 @@ def summarize(records: dict[str, dict[str, Any]], args: argparse.Namespace, fact
         metrics[f"stages/{name}/seconds"] = record.get("seconds")
         metrics |= record["metrics"]
     goals = {}
-    for figure, (kind, value) in GOALS.items():
-        if figure in metrics and args.device == "cuda":
-            found = metrics[figure]
-            goals[figure] = {
-                "measured": found, kind: value, "met": found >= value if kind == "at least" else abs(found) <= value,
+    for metric, (kind, value) in GOALS.items():
+        if metric in metrics and args.device == "cuda":
+            measured = metrics[metric]
+            goals[metric] = {
+                "measured": measured, kind: value, "met": measured >= value if kind == "at least" else abs(measured) <= value,
             }  # fmt: skip
     details = records.get("environment", {}).get("details", {})
     return {
         "metrics": metrics, "goals": goals, "config": {"device": args.device, "budget_s": args.budget_s},
-        "environment": {**facts, **details}, "stages": records,
+        "environment": {**machine, **details}, "stages": records,
     }  # fmt: skip
 
 
@@ -237,21 +231,21 @@ def outcome(record: dict[str, Any]) -> str:
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    rows = [(name, outcome(r), f"{r.get('seconds', 0):.0f}", r.get("figure", "")) for name, r in records.items()]
-    return markdown_table(("stage", "outcome", "s", "figure"), rows)
+    rows = [(name, outcome(r), f"{r.get('seconds', 0):.0f}", r.get("summary", "")) for name, r in records.items()]
+    return markdown_table(("stage", "outcome", "s", "summary"), rows)
 
 
 def markdown(whole: dict[str, Any]) -> str:
     """A record as a section of docs/gpu.md."""
-    facts = whole["environment"]
-    card = facts.get("card") or facts.get("cpu", "unknown device")
+    machine = whole["environment"]
+    card = machine.get("card") or machine.get("cpu", "unknown device")
     lines = [f"### {card}", ""]
-    lines.append(", ".join(f"{key} {facts[key]}" for key in ("torch", "cuda", "driver", "nccl") if facts.get(key)))
+    lines.append(", ".join(f"{key} {machine[key]}" for key in ("torch", "cuda", "driver", "nccl") if machine.get(key)))
     lines += ["", table(whole["stages"]), ""]
-    for figure, goal in whole["goals"].items():
+    for metric, goal in whole["goals"].items():
         kind = "at least" if "at least" in goal else "at most"
         lines.append(
-            f"- {figure}: {goal['measured']:.3f} ({kind} {goal[kind]:g}: {'met' if goal['met'] else 'not met'})"
+            f"- {metric}: {goal['measured']:.3f} ({kind} {goal[kind]:g}: {'met' if goal['met'] else 'not met'})"
         )
     missing = [f"- {name}: {each}" for name, record in whole["stages"].items() for each in record.get("left_out", [])]
     if missing:
@@ -304,13 +298,12 @@ def run_stages(args: argparse.Namespace, names: list[str], out: Path, target: Pa
             (out / f"{name}.json").unlink()
         records = {name: record for name, record in records.items() if name not in names and not others}
     end = time.monotonic() + args.budget_s
-    facts = environment()
+    machine = environment()
     scratch = Path(tempfile.mkdtemp(prefix="gpu_check_"))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server of processes and what stages start find both
     # The server imports once what every stage needs, and each stage's process is forked from it. It never touches CUDA.
-    multiprocessing.set_forkserver_preload(
-        ["bert_fast.train.setup.build", "scripts.gpu.stage", "scripts.step.variants"]
-    )
+    multiprocessing.set_forkserver_preload(["bert_fast.train.setup.build", "gpu.stage", "benchmarks.step.variants"])
     try:
         for name in names:
             if args.resume and records.get(name, {}).get("status") in (PASSED, UNAVAILABLE):
@@ -320,7 +313,7 @@ def run_stages(args: argparse.Namespace, names: list[str], out: Path, target: Pa
                 records[name] = {
                     "status": NO_TIME,
                     "why": "",
-                    "figure": "",
+                    "summary": "",
                     "metrics": {},
                     "left_out": [],
                     "seconds": 0.0,
@@ -331,14 +324,14 @@ def run_stages(args: argparse.Namespace, names: list[str], out: Path, target: Pa
                 records[name] = run_stage(name, args, out, scratch, left)
                 print(f"{name}: {outcome(records[name])} ({records[name]['seconds']:.0f} s)", flush=True)
             records = {each: records[each] for each in STAGES if each in records}
-            write_json(target, summarize(records, args, facts))
+            write_json(target, summarize(records, args, machine))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    whole = summarize(records, args, facts)
+    whole = summarize(records, args, machine)
     write_json(target, whole)
     print(f"\n{table(records)}")
-    for figure, goal in whole["goals"].items():
-        print(f"goal {figure}: {goal['measured']:.3f}, {'met' if goal['met'] else 'not met'}")
+    for metric, goal in whole["goals"].items():
+        print(f"goal {metric}: {goal['measured']:.3f}, {'met' if goal['met'] else 'not met'}")
     print(f"record: {target}")
     failed = any(records[name]["status"] == FAILED for name in names if name in records)
     return ExitCode.TARGET_MISSED if failed else ExitCode.OK

@@ -16,17 +16,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, not_negative, positive, whole  # noqa: E402
+import numpy as np
 
-guard_imports()
-
-import numpy as np  # noqa: E402
-
-from bert_fast.cluster.backward_trace import SHAPES, model_trace  # noqa: E402
-from bert_fast.communication.plan import (  # noqa: E402
+from bert_fast.cluster.backward_trace import SHAPES, model_trace
+from bert_fast.command import guarded, not_negative, positive, whole
+from bert_fast.communication.plan import (
     BucketPlan,
     Link,
     best_uniform,
@@ -36,10 +32,11 @@ from bert_fast.communication.plan import (  # noqa: E402
     timeline,
     uniform_ends,
 )
-from bert_fast.config.load import to_yaml  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from bert_fast.config.yaml_files import to_yaml
+from bert_fast.exit_codes import ExitCode
+from bert_fast.files import write_atomically
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from plots import svg_figure
 
 
 def read_trace(path: str) -> tuple[np.ndarray, np.ndarray, list[str], Link | None]:
@@ -85,25 +82,18 @@ def compare(ready: np.ndarray, sizes: np.ndarray, link: Link, least: float, most
 
 
 def draw(plans: dict[str, BucketPlan], ready: np.ndarray, path: Path) -> None:
-    """One row a strategy: its buckets on the wire; the top row is backward."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "buckets", "svg.fonttype": "none", "font.size": 9})
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 0.5 * len(plans) + 1.4))
-    axis.barh(0, 1e3 * ready[-1], color="lightgrey", edgecolor="grey")
-    axis.vlines(1e3 * ready, -0.4, 0.4, color="black", linewidth=0.4)
-    for row, plan in enumerate(plans.values(), start=1):
-        for number, (start, end) in enumerate(zip(plan.starts_s, plan.finish_s, strict=True)):
-            axis.barh(row, 1e3 * (end - start), left=1e3 * start, color=("#0072b2", "#56b4e9")[number % 2])
-    axis.axvline(1e3 * ready[-1], color="black", linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(plans) + 1), ["backward", *plans])
-    axis.invert_yaxis()
-    axis.set_xlabel("ms from the start of backward (ticks: a gradient is ready; dashed: backward ends)")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    """One row per strategy: its buckets on the wire; the top row is backward."""
+    with svg_figure(path, (9, 0.5 * len(plans) + 1.4)) as axes:
+        axis = axes[0, 0]
+        axis.barh(0, 1e3 * ready[-1], color="lightgrey", edgecolor="grey")
+        axis.vlines(1e3 * ready, -0.4, 0.4, color="black", linewidth=0.4)
+        for row, plan in enumerate(plans.values(), start=1):
+            for number, (start, end) in enumerate(zip(plan.starts_s, plan.finish_s, strict=True)):
+                axis.barh(row, 1e3 * (end - start), left=1e3 * start, color=("#0072b2", "#56b4e9")[number % 2])
+        axis.axvline(1e3 * ready[-1], color="black", linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(plans) + 1), ["backward", *plans])
+        axis.invert_yaxis()
+        axis.set_xlabel("ms from the start of backward (ticks: a gradient is ready; dashed: backward ends)")
 
 
 @guarded

@@ -18,14 +18,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole
-
-guard_imports()
-
-from bert_fast.config.load import validate
-from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
+from bert_fast.command import guarded, whole
+from bert_fast.config.choices import CORPORA
+from bert_fast.config.yaml_files import validate
+from bert_fast.data.corpora.base import AUTO
+from bert_fast.data.corpus import PYDOCS_PACKAGES
 from bert_fast.data.formats.convert import FORMS, export_store, find_sources, import_store
 from bert_fast.data.prepare import PICKS, SPLITS, Recipe, prepare
 from bert_fast.data.recipe import RecipeFile, read_recipe
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = SampleParams()
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="YAML file that sets any of these options; flags go before it")
-    add("--corpus", choices=KINDS, default="pydocs", help="kind of text (docs/data.md)")
+    add("--corpus", choices=CORPORA, default="pydocs", help="kind of text (docs/data.md)")
     add("--input", metavar="FOLDER", help="folder of text files, or one file")
     add(
         "--eval-input",
@@ -94,7 +93,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line of progress."""
     print(line, flush=True)
 
@@ -117,7 +116,7 @@ def import_samples(arguments: list[str]) -> None:
         raise UserError(f"--pick {args.pick} needs --max-samples, the number of samples to pick")
     sources = find_sources(args.input)
     import_store(
-        sources, args.out, args.vocab, max_samples=args.max_samples, pick=args.pick, num_workers=args.workers, log=say
+        sources, args.out, args.vocab, max_samples=args.max_samples, pick=args.pick, num_workers=args.workers, log=log
     )
 
 
@@ -139,12 +138,12 @@ def export_samples(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     export_store(
         args.input, args.out, args.form, width=args.max_seq_len, most_masked=args.max_predictions, per_file=args.per_file,
-        log=say,
+        log=log,
     )  # fmt: skip
 
 
 def verify_samples(arguments: list[str]) -> int:
-    """`verify`: do stores look like BERT's samples, and are their bytes as they were written? `ExitCode.TARGET_MISSED` if not."""
+    """`verify`: do stores look like BERT's samples, and are their bytes as they were written? Exit code 1 if not."""
     parser = argparse.ArgumentParser("prepare_data.py verify", description=verify_samples.__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a store, or a folder with train/ and eval/")
     parser.add_argument("--vocab", metavar="FILE", help="the vocab.txt it should be of (default: the one beside it)")
@@ -175,11 +174,11 @@ def verify_samples(arguments: list[str]) -> int:
 
 
 def _stores_in(folders: list[str]) -> list[Path]:
-    found = []
+    stores = []
     for folder in map(Path, folders):
         inner = [folder / split for split in SPLITS if (folder / split / "manifest.json").is_file()]
-        found += inner or [folder]
-    return found
+        stores += inner or [folder]
+    return stores
 
 
 COMMANDS = {"import": import_samples, "export": export_samples, "verify": verify_samples}
@@ -198,7 +197,7 @@ def main() -> int:
         args.eval_max_samples, params, cased=args.cased, max_unknown=args.max_unknown, language=args.language,
         eval_input=args.eval_input, eval_pick=args.eval_pick,
     )  # fmt: skip
-    prepare(recipe, args.out, args.workers, log=say)
+    prepare(recipe, args.out, args.workers, log=log)
     return 0
 
 

@@ -10,17 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
-
-guard_imports()
-
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.report.bench import markdown_table  # noqa: E402
-from scripts.step.breakdown import profile  # noqa: E402
-from scripts.step.setting import add_setting  # noqa: E402
+from benchmarks.step.breakdown import profile
+from benchmarks.step.setting import add_setting
+from bert_fast.command import guarded, whole
+from bert_fast.files import write_atomically
+from bert_fast.report.bench import markdown_table
 
 
 @guarded

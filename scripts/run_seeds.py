@@ -3,8 +3,9 @@
 
     python scripts/run_seeds.py --config configs/mini_cpu.yaml --seeds 10 --out results/mini_cpu
 
-With `--with FOLDER`, records of ours that `bench_time_to_train.py --out FOLDER` left are counted as seeds already run.
-Writes result_SEED.txt (raw MLPerf logs), seeds.json (figures by name, raw values, config, environment) and prints a table.
+With `--with FOLDER`, our records that `python -m scripts.benchmarks.time_to_train --out FOLDER` left there are counted as seeds
+already run. Writes result_SEED.txt (raw MLPerf logs) and seeds.json (metrics by name, raw values, config, environment), and
+prints a table.
 """
 
 from __future__ import annotations
@@ -13,45 +14,28 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
-
-guard_imports()
-
-from bert_fast.config import Config, as_plain  # noqa: E402
-from bert_fast.config.load import load_config  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.config import Config, as_plain
+from bert_fast.config.load import load_config
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from runs import pretrain
 
 NAMES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "mfu", "first_step_s",
          "data_wait_share", "imbalance_mean", "compliance_passed")  # fmt: skip
 
 
-def run_one(config: str, overrides: list[str], seed: int, folder: Path) -> dict[str, Any]:
-    """One run in a folder of its own. Raises UserError with its last lines if it broke."""
-    command = [sys.executable, str(ROOT / "run_pretraining.py"), "--config", config, f"run.folder={folder}",
-               f"train.seed={seed}", *overrides]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode not in (0, 1):  # 1: the target was not reached, which is a result
-        raise UserError(
-            f"seed {seed} failed with code {done.returncode}: {(done.stderr or done.stdout).strip()[-400:]}"
-        )
-    record: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return record
-
-
 def records_in(folder: str, config: Config) -> dict[int, dict[str, Any]]:
     """Records of this config by seed that a paired benchmark left. Raises UserError if one is of another config."""
-    found = {}
+    records = {}
     for path in sorted(Path(folder).glob("pair-*-ours.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         seed = record["config"]["train"]["seed"]
@@ -59,12 +43,12 @@ def records_in(folder: str, config: Config) -> dict[int, dict[str, Any]]:
         same["train"]["seed"], same["run"]["folder"] = seed, record["config"]["run"]["folder"]
         if record["config"] != same:
             raise UserError(f"{path} is a record of another config; give --with the folder of this one")
-        found[seed] = record
-    return found
+        records[seed] = record
+    return records
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Figures by name over the seeds: median, mean, spread, and MLPerf's olympic mean of the time."""
+    """Metrics by name over the seeds: median, mean, spread, and MLPerf's olympic mean of the time."""
     metrics: dict[str, float] = {"seeds": len(records)}
     for name in NAMES:
         values = [float(r["metrics"][name]) for r in records if r["metrics"].get(name) is not None]
@@ -96,33 +80,31 @@ def main() -> int:
     if args.quick:
         args.seeds = 2
         overrides += ["train.max_steps=40", "evaluation.every_samples=1280"]
-    try:
-        config = load_config(args.config, overrides)
-        known = records_in(args.known, config) if args.known else {}
-        records = []
-        rows = []
-        with tempfile.TemporaryDirectory() as scratch:
-            for seed in range(args.first_seed, args.first_seed + args.seeds):
-                folder = Path(scratch) / f"seed{seed}"
-                record = known[seed] if seed in known else run_one(args.config, overrides, seed, folder)
-                records.append(record)
-                m = record["metrics"]
-                rows.append((seed, f"{m['time_to_train_s']:.1f}", f"{m['samples_to_target']:,}", f"{m['final_accuracy']:.4f}",
-                             "yes" if m["target_reached"] else "no", f"{m['samples_per_s']:.0f}"))  # fmt: skip
-                print(f"seed {seed}: {rows[-1][1]} s, {rows[-1][2]} samples, accuracy {rows[-1][3]}", flush=True)
-                if args.out and seed not in known:
-                    Path(args.out).mkdir(parents=True, exist_ok=True)
-                    shutil.copy(folder / "result_0.txt", Path(args.out) / f"result_{seed}.txt")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.USER_ERROR
+    config = load_config(args.config, overrides)
+    known = records_in(args.known, config) if args.known else {}
+    records = []
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            folder = Path(scratch) / f"seed{seed}"
+            record = known.get(seed) or pretrain(
+                args.config, [*overrides, f"train.seed={seed}"], folder, f"seed {seed}"
+            )
+            records.append(record)
+            m = record["metrics"]
+            rows.append((seed, f"{m['time_to_train_s']:.1f}", f"{m['samples_to_target']:,}", f"{m['final_accuracy']:.4f}",
+                         "yes" if m["target_reached"] else "no", f"{m['samples_per_s']:.0f}"))  # fmt: skip
+            print(f"seed {seed}: {rows[-1][1]} s, {rows[-1][2]} samples, accuracy {rows[-1][3]}", flush=True)
+            if args.out and seed not in known:
+                Path(args.out).mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / "result_0.txt", Path(args.out) / f"result_{seed}.txt")
     metrics = summary(records)
     samples = {name: [r["metrics"].get(name) for r in records] for name in NAMES}
     samples["curves"] = [[(e["samples"], e["time_s"], e["accuracy"]) for e in r["evaluations"]] for r in records]
     setting = {"config_file": args.config, "overrides": overrides, **as_plain(config)}
-    facts = {**environment(), "run": records[0]["environment"], "data": records[0]["data"]}
+    machine = {**environment(), "run": records[0]["environment"], "data": records[0]["data"]}
     for path in filter(None, (args.json, str(Path(args.out) / "seeds.json") if args.out else None)):
-        write_result(path, metrics, setting, facts, samples)
+        write_result(path, metrics, setting, machine, samples)
     print(markdown_table(("seed", "time to train s", "samples to target", "accuracy", "reached", "samples/s"), rows))
     print(
         f"reached by {metrics['targets_reached']} of {len(records)} seeds; time to train {metrics['time_to_train_s']:.1f} s "

@@ -16,21 +16,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded  # noqa: E402
-
-guard_imports()
-
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.foreign import shown  # noqa: E402
-from bert_fast.mlperf.convergence import judge  # noqa: E402
-from bert_fast.mlperf.rules import RULESET  # noqa: E402
-from bert_fast.mlperf.score import SystemScore, score_folder  # noqa: E402
-from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from bert_fast.command import guarded
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
+from bert_fast.files import write_atomically
+from bert_fast.foreign import shown
+from bert_fast.mlperf.convergence import judge
+from bert_fast.mlperf.rules import RULESET
+from bert_fast.mlperf.score import SystemScore, score_folder
+from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from plots import svg_figure
 
 COLUMNS = (
     "system", "division", "accelerators", "global batch", "runs", "converged", "minutes", "samples", "steps", "step ms",
@@ -82,28 +79,17 @@ def convergence(score: SystemScore, ruleset: str) -> str:
 
 
 def draw(path: Path, scores: list[SystemScore]) -> None:
-    """Accuracy against time, a line a run, a colour a system."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "bert_fast"
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for number, score in enumerate(scores):
-        for index, run in enumerate(score.runs):
-            points = [
-                (each.time_s, each.accuracy) for each in run.evaluations if each.time_s > 0 and 0 <= each.accuracy <= 1
-            ]
-            times, accuracies = zip(*points, strict=True) if points else ((), ())
-            label = score.name.replace("$", r"\$")  # the dollar starts mathematics there
-            axis.plot(times, accuracies, color=f"C{number}", lw=0.8, label=label if index == 0 else None)
-    axis.set(xlabel="seconds after run_start", ylabel="masked-LM accuracy", xscale="log")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomically(path, buffer.getvalue())
+    """Accuracy against time: one line per run, one colour per system."""
+    with svg_figure(path, (8, 5)) as axes:
+        axis = axes[0, 0]
+        for number, score in enumerate(scores):
+            for index, run in enumerate(score.runs):
+                points = [(e.time_s, e.accuracy) for e in run.evaluations if e.time_s > 0 and 0 <= e.accuracy <= 1]
+                times, accuracies = zip(*points, strict=True) if points else ((), ())
+                label = score.name.replace("$", r"\$")  # the dollar starts mathematics there
+                axis.plot(times, accuracies, color=f"C{number}", lw=0.8, label=label if index == 0 else None)
+        axis.set(xlabel="seconds after run_start", ylabel="masked-LM accuracy", xscale="log")
+        axis.legend(fontsize=8)
 
 
 @guarded

@@ -14,19 +14,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
-
-guard_imports()
-
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.files import write_json  # noqa: E402
-from bert_fast.launch.binding import bind  # noqa: E402
-from bert_fast.launch.machine_file import nic_variables  # noqa: E402
-from bert_fast.launch.topology import Topology, format_cpulist, read_topology  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
+from bert_fast.files import write_json
+from bert_fast.launch.binding import bind
+from bert_fast.launch.machine_file import nic_variables
+from bert_fast.launch.topology import Topology, format_cpulist, read_topology
 
 SYSFS = Path("/sys")
 

@@ -15,32 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
-
-guard_imports()
-
-from bert_fast.claims import claimed  # noqa: E402
-from bert_fast.config import as_plain  # noqa: E402
-from bert_fast.config.load import load_config, to_yaml  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.files import create_atomically, write_json  # noqa: E402
-from bert_fast.mlperf.convergence import NUM_RUNS  # noqa: E402
-from bert_fast.mlperf.rules import RULESET  # noqa: E402
-from bert_fast.mlperf.score import read_events  # noqa: E402
-from bert_fast.mlperf.submission import SUBMISSION, check_names, lay_out, verdict_of  # noqa: E402
-from bert_fast.mlperf.system import collect_system, complete_system, read_person, template  # noqa: E402
-from bert_fast.report.bench import markdown_table  # noqa: E402
-from bert_fast.run_folder import PENDING_RECORD, RUN, clear_run  # noqa: E402
+from bert_fast.claims import claimed
+from bert_fast.command import guarded, whole
+from bert_fast.config import as_plain
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
+from bert_fast.files import create_atomically, write_json
+from bert_fast.mlperf.convergence import NUM_RUNS
+from bert_fast.mlperf.rules import RULESET
+from bert_fast.mlperf.score import read_events
+from bert_fast.mlperf.submission import SUBMISSION, check_names, check_submission, lay_out
+from bert_fast.mlperf.system import collect_system, complete_system, read_given_fields, template
+from bert_fast.report.bench import markdown_table
+from bert_fast.run_folder import PENDING_RECORD, RUN, clear_run
+from runs import ROOT, pretrain
 
 _SOURCES = (
     "bert_fast",
@@ -69,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--first-seed", type=whole(0, 2**63 - 1), default=0, help="default %(default)s")
     add("--ruleset", default=RULESET, help="default %(default)s, the last that admits BERT")
     add("--name", help="name of the system's folder (default: from system_name)")
-    add("--json", metavar="FILE", help="write the figures and the table there")
+    add("--json", metavar="FILE", help="write the metrics and the table there")
     return parser
 
 
@@ -86,41 +82,26 @@ def run_seeds(args: argparse.Namespace, out: Path) -> list[Path]:
                 raise UserError(f"{folder} holds a run of another config; choose another --out, or remove it")
         else:
             print(f"seed {seed}: running", flush=True)
-            if not (folder / PENDING_RECORD).is_file():  # of a run that was stopped: its time would be none
+            if not (folder / PENDING_RECORD).is_file():  # of a run that was stopped: it has no time
                 with claimed(folder, RUN):
                     clear_run(folder)
-            _run_one([sys.executable, str(ROOT / "run_pretraining.py"), "--config", args.config, *overrides], seed)
+            pretrain(args.config, [*args.overrides, f"train.seed={seed}"], folder, f"seed {seed}")
         logs.append(folder / "result_0.txt")
-        figures = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
-        reached = "" if figures["target_reached"] else ", target not reached"
-        print(f"seed {seed}: {figures['time_to_train_s']:.1f} s, {figures['samples_to_target']:,} samples{reached}")
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+        reached = "" if metrics["target_reached"] else ", target not reached"
+        print(f"seed {seed}: {metrics['time_to_train_s']:.1f} s, {metrics['samples_to_target']:,} samples{reached}")
     return logs
-
-
-def _run_one(command: list[str], seed: int) -> None:
-    """Run to the end; on an interrupt, let the ranks end by themselves first."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, text=True)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-        errors.seek(0)
-        said = errors.read().strip().splitlines() or ["no message"]
-    if code not in (0, 1):  # 1: the target was not reached, which one of ten may
-        raise UserError(f"seed {seed} ended with code {code}: {said[-1].removeprefix('error: ')}")
 
 
 def collect(paths: list[str]) -> list[Path]:
     """Logs in the order given; those of a folder by number."""
-    found: list[Path] = []
+    logs: list[Path] = []
     for path in map(Path, paths):
         inner = sorted(path.glob("result_*.txt"), key=_number) if path.is_dir() else [path]
         if not inner or not all(each.is_file() for each in inner):
             raise UserError(f"{path}: no result log there")
-        found += inner
-    return found
+        logs += inner
+    return logs
 
 
 def _number(path: Path) -> int:
@@ -139,12 +120,12 @@ def facts_of(log: Path) -> dict[str, Any]:
 
 def sources() -> list[Path]:
     """Files of this project that a reader needs to repeat the runs."""
-    found = []
+    kept = []
     for name in _SOURCES:
         path = ROOT / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [file for file in files if file.is_file() and "__pycache__" not in file.parts]
-    return found
+        kept += [file for file in files if file.is_file() and "__pycache__" not in file.parts]
+    return kept
 
 
 def notes(args: argparse.Namespace, logs: list[Path]) -> str:
@@ -168,7 +149,7 @@ def build(args: argparse.Namespace) -> Path:
     """Run or collect, and lay the package out. Returns the organization's folder."""
     if not args.system:
         raise UserError("--system FILE is missing; make one with --describe FILE and fill it in")
-    person, out = read_person(args.system), Path(args.out)
+    person, out = read_given_fields(args.system), Path(args.out)
     collected = collect_system()
     if args.config:  # what would fail at the end is found before hours of runs
         config = load_config(args.config, args.overrides)
@@ -206,7 +187,7 @@ def main() -> int:
             print(f"{args.describe}: fill in what is empty")
             return 0
         package = Path(args.check) if args.check else build(args)
-        rows, figures = verdict_of(package, args.ruleset)
+        rows, metrics = check_submission(package, args.ruleset)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
@@ -220,10 +201,10 @@ def main() -> int:
     for row in rows:
         if row.passed and row.detail and ("score" in row.check or "samples to converge" in row.check):
             print(f"{row.check}: {row.detail}")
-    passed = bool(figures["package_passed"])
+    passed = bool(metrics["package_passed"])
     print(f"{package}: {'every check passed' if passed else 'not to be submitted as it is'}")
     if args.json:
-        write_json(args.json, {"metrics": figures, "rows": [[row.check, row.word, row.detail] for row in rows]})
+        write_json(args.json, {"metrics": metrics, "rows": [[row.check, row.word, row.detail] for row in rows]})
     return ExitCode.OK if passed else ExitCode.TARGET_MISSED
 
 

@@ -22,20 +22,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, whole  # noqa: E402
+from bert_fast.command import guarded, whole
+from bert_fast.config import Config, as_plain
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
+from bert_fast.files import write_atomically
+from bert_fast.launch.provenance import COMMIT, commit
+from bert_fast.launch.slurm import STYLES, job_fields, nodes_needed
 
-guard_imports()
-
-from bert_fast.config import Config, as_plain  # noqa: E402
-from bert_fast.config.load import load_config, to_yaml  # noqa: E402
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.files import write_atomically  # noqa: E402
-from bert_fast.launch.provenance import COMMIT, commit  # noqa: E402
-from bert_fast.launch.slurm import STYLES, job_fields, nodes_needed  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 COPIED = ("bert_fast", "slurm", "run_pretraining.py")  # what a job runs; no data, no history, no tests
 PATHS = (

@@ -17,26 +17,21 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import guard  # noqa: F401
 
-from bert_fast.command import guard_imports, guarded, positive  # noqa: E402
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
-guard_imports()
-
-from rich.console import Console  # noqa: E402
-from rich.live import Live  # noqa: E402
-from rich.table import Table  # noqa: E402
-from rich.text import Text  # noqa: E402
-
-from bert_fast.errors import UserError  # noqa: E402
-from bert_fast.exit_codes import ExitCode  # noqa: E402
-from bert_fast.foreign import shown  # noqa: E402
-from bert_fast.report.console import seconds_text  # noqa: E402
-from bert_fast.report.live import RunWatch  # noqa: E402
+from bert_fast.command import guarded, positive
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
+from bert_fast.foreign import shown
+from bert_fast.report.console import seconds_text
+from bert_fast.report.live import RunWatch
 
 NONE = "–"
 COLOURS = {"running": "green", "finished": "bold green", "silent": "bold yellow", "stopped": "yellow", "ended": "red"}
@@ -93,16 +88,16 @@ def accuracy_text(now: dict[str, Any]) -> str:
 
 
 def forecast_text(now: dict[str, Any]) -> str:
-    found = now["forecast"]
-    if found is None:
+    forecast = now["forecast"]
+    if forecast is None:
         return now["no_forecast"] or NONE
-    where = f"at {found['samples']:,} samples, {seconds_text(found['time_s'])} on the clock"
-    late = "" if found["within"] else ": after the last step"
-    return f"target {where}{late} (straight line through the last {found['evaluations']} evaluations)"
+    where = f"at {forecast['samples']:,} samples, {seconds_text(forecast['time_s'])} on the clock"
+    late = "" if forecast["within"] else ": after the last step"
+    return f"target {where}{late} (straight line through the last {forecast['evaluations']} evaluations)"
 
 
-def checkpoint_text(found: dict[str, Any] | None) -> str:
-    return "none" if found is None else f"step {found['step']:,}, {seconds_text(found['age_s'])} old"
+def checkpoint_text(checkpoint: dict[str, Any] | None) -> str:
+    return "none" if checkpoint is None else f"step {checkpoint['step']:,}, {seconds_text(checkpoint['age_s'])} old"
 
 
 def shares(now: dict[str, Any], name: str) -> str:

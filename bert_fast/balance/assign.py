@@ -1,9 +1,9 @@
-"""Strategies that deal the samples of one step to ranks: pure functions on NumPy arrays.
+"""Algorithms that assign the samples of one step to ranks: pure functions on NumPy arrays.
 
-Equal-count strategies take the costs of the step's samples (any numbers, [N]) and return int64 [ranks, N / ranks]: indices
-into them, every sample exactly once. Free-count strategies return int64 [slots, width] where -1 marks an empty place.
+Those with equal counts take the costs of the step's samples (any numbers, [N]) and return int64 [ranks, N / ranks]: indices
+into them, every sample exactly once. Those with free counts return int64 [slots, width] where -1 marks an empty place.
 
-Every rank computes the deal for itself, and all must find the same one, on any processor. So the planner hands over whole
+Every rank computes the assignment for itself, and all must find the same one, on any processor. So the planner hands over whole
 numbers as costs (their sums do not depend on the order of adding), and all sorts are stable.
 """
 
@@ -17,15 +17,15 @@ from bert_fast.balance.packing import pack
 
 EMPTY = -1
 REFINE_MS = 20.0  # the default budget of `refine`
-# What refinement costs, measured on a core of an EPYC (scripts/bench_balance.py --budget): pairs of places that it looks at
+# What refinement costs, measured on a core of an EPYC (scripts/benchmarks/balance/imbalance.py --budget): pairs of places that it looks at
 # in a millisecond; the fixed cost of a sweep, and that of a slot in it, as so many pairs.
 _PAIRS_PER_MS, _PAIRS_PER_SWEEP, _PAIRS_PER_SLOT = 500_000, 50_000, 25
-_PARTNERS = 2  # cheap slots that a dear one is compared with in a sweep, or as many as make up for its fixed cost
+_PARTNERS = 2  # cheap slots that a costly one is compared with in a sweep, or as many as make up for its fixed cost
 _PATIENCE = 12  # sweeps without a swap, each with other partners, after which there is none
 _WORTH = 2e-5  # of the mean that a millisecond must take from the costliest slot: 1 us in a step of 50 ms
 
 
-def falling(costs: np.ndarray) -> np.ndarray:
+def descending(costs: np.ndarray) -> np.ndarray:
     """Indices of `costs`, costliest first, equals in their order; int64 [N]."""
     return np.argsort(-costs, kind="stable")
 
@@ -36,17 +36,17 @@ def in_order(costs: np.ndarray, num_ranks: int) -> np.ndarray:
 
 
 def round_robin(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
-    """Sort all samples, costliest first, and deal one a rank, round after round (NVIDIA's exchange padding, as a plan).
+    """Sort all samples, costliest first, and assign one per rank, round after round (NVIDIA's exchange padding, as a plan).
 
     The first rank gets the costliest sample of every round.
     """
-    order = falling(costs) if order is None else order
+    order = descending(costs) if order is None else order
     return np.ascontiguousarray(order.reshape(-1, num_ranks).T)
 
 
 def snake(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
-    """Sort by cost, costliest first, and deal over the ranks, every second row in reverse."""
-    order = falling(costs) if order is None else order
+    """Sort by cost, costliest first, and assign over the ranks, every second row in reverse."""
+    order = descending(costs) if order is None else order
     rows = order.reshape(-1, num_ranks).copy()
     rows[1::2] = rows[1::2, ::-1]
     return np.ascontiguousarray(rows.T)
@@ -60,7 +60,8 @@ def snake_rows(costs: np.ndarray, parts: int) -> np.ndarray:
 
 
 def node_snake(costs: np.ndarray, num_ranks: int, node_size: int) -> np.ndarray:
-    """The paper's local presorting: `costs` come rank by rank; each node sorts its ranks' samples and snake-deals them.
+    """The paper's local presorting: `costs` come rank by rank; each node sorts its ranks' samples and assigns them in a
+    snake.
 
     Samples never leave their node.
     """
@@ -72,11 +73,11 @@ def node_snake(costs: np.ndarray, num_ranks: int, node_size: int) -> np.ndarray:
 def karmarkar_karp(costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None) -> np.ndarray:
     """Largest differencing with equal counts (Karmarkar and Karp 1982; equal-size form of Michiels et al. 2003).
 
-    The sorted samples are cut into rows of one sample a rank. A row is a partial solution, its spread the difference
+    The sorted samples are cut into rows of one sample per rank. A row is a partial solution, its spread the difference
     between its costliest and cheapest rank. The two rows of largest spread are merged, costliest on cheapest, until one is
-    left. O(n log n) with every merge vectorised over ranks; exact for two samples a rank.
+    left. O(n log n) with every merge vectorised over ranks; exact for two samples per rank.
     """
-    rows = (falling(costs) if order is None else order).reshape(-1, num_ranks)
+    rows = (descending(costs) if order is None else order).reshape(-1, num_ranks)
     heap: list[tuple[float, int, np.ndarray, np.ndarray]] = []
     for number, row in enumerate(rows):
         sums = costs[row]
@@ -87,7 +88,7 @@ def karmarkar_karp(costs: np.ndarray, num_ranks: int, order: np.ndarray | None =
         _, _, sums_b, members_b = heapq.heappop(heap)
         sums = sums_a + sums_b[::-1]
         members = np.concatenate([members_a, members_b[::-1]], axis=1)
-        by_sum = falling(sums)
+        by_sum = descending(sums)
         sums = sums[by_sum]
         heapq.heappush(heap, (sums[-1] - sums[0], number, sums, members[by_sum]))
         number += 1
@@ -102,7 +103,7 @@ def longest_first(costs: np.ndarray, num_slots: int, order: np.ndarray | None = 
     Returns:
         int64 [N], the slot of every sample.
     """
-    order = falling(costs) if order is None else order
+    order = descending(costs) if order is None else order
     sums = np.zeros(num_slots, costs.dtype)
     slot_of = np.empty(len(costs), np.int64)
     start = 0
@@ -137,7 +138,7 @@ def refine(
 
     A swap with an EMPTY place moves a sample. Slots keep their counts where the grid has no EMPTY places. It ends at the
     bound (the mean, or the costliest sample), where no swap is left, where a tenth of the budget has lowered the costliest slot
-    by less than `_WORTH` a millisecond, or with the budget. Milliseconds are not measured but counted, as steps of known
+    by less than `_WORTH` per millisecond, or with the budget. Milliseconds are not measured but counted, as steps of known
     cost: every rank stops at the same swap.
 
     Args:
@@ -162,42 +163,42 @@ def refine(
     budget = budget_ms * _PAIRS_PER_MS * max(1.0, len(costs) / 16_384)
     work, check, last, shift, idle = 0.0, budget / 10, (0.0, sums.max(), num_slots), 0, 0
     while half and work < budget and idle < _PATIENCE and (top := sums.max()) > floor:
-        rising = np.argsort(sums, kind="stable")
+        ascending = np.argsort(sums, kind="stable")
         level = (top + floor) / 2
-        above = num_slots - int(np.searchsorted(sums[rising], level, side="right"))
+        above = num_slots - int(np.searchsorted(sums[ascending], level, side="right"))
         if work >= check:
             worth = _WORTH * mean * (work - last[0]) / _PAIRS_PER_MS
-            # Many slots may be as dear as the costliest: then fewer of them are progress, if there is enough to gain
+            # Many slots may cost as much as the costliest: then fewer of them are progress, if there is enough to gain
             if last[1] - top < worth and (above > 0.9 * last[2] or level - floor < 4 * worth):
                 break
             check, last = work + budget / 10, (work, top, above)
         above = min(above, max(1, half // fewest), max(1, int(budget / 16) // (fewest * width**2)))
         partners = min(half // above, max(fewest, _PAIRS_PER_SWEEP // (above * width**2)))
-        dear = rising[::-1][:above]
-        cheap = rising[(np.arange(above * partners) + shift) % half].reshape(above, partners)
+        costly = ascending[::-1][:above]
+        cheap = ascending[(np.arange(above * partners) + shift) % half].reshape(above, partners)
         shift += max(1, int(half * 0.618))
         work += _PAIRS_PER_SWEEP + _PAIRS_PER_SLOT * num_slots + above * partners * width**2
-        # After moving d from dear to cheap, the dearer of the two has half of (both sums + |difference - 2 d|).
-        difference = sums[dear][:, None] - sums[cheap]
+        # After moving d from costly to cheap, the costlier of the two has half of (both sums + |difference - 2 d|).
+        difference = sums[costly][:, None] - sums[cheap]
         left = np.abs(
-            (difference[:, :, None] - 2 * values[dear][:, None, :])[:, :, :, None] + 2 * values[cheap][:, :, None, :]
+            (difference[:, :, None] - 2 * values[costly][:, None, :])[:, :, :, None] + 2 * values[cheap][:, :, None, :]
         )
-        left += (sums[dear][:, None] + sums[cheap])[:, :, None, None]
+        left += (sums[costly][:, None] + sums[cheap])[:, :, None, None]
         if loads is not None:
             moved = (
-                loads[dear][:, None, :, None] - loads[cheap][:, :, None, :]
-            )  # weight from the dear to the cheap slot
+                loads[costly][:, None, :, None] - loads[cheap][:, :, None, :]
+            )  # weight from the costly to the cheap slot
             over = (loads[cheap].sum(axis=2)[:, :, None, None] + moved > cap) | (
-                loads[dear].sum(axis=1)[:, None, None, None] - moved > cap
+                loads[costly].sum(axis=1)[:, None, None, None] - moved > cap
             )
             left[over] = 2 * top
         left = left.reshape(above, -1)
         best = left.argmin(axis=1)
-        gains = np.flatnonzero(left[np.arange(above), best] < 2 * sums[dear])
+        gains = np.flatnonzero(left[np.arange(above), best] < 2 * sums[costly])
         idle = 0 if len(gains) else idle + 1
         partner, place = np.divmod(best[gains], width**2)
         a, b = np.divmod(place, width)
-        x, y = dear[gains], cheap[gains, partner]
+        x, y = costly[gains], cheap[gains, partner]
         for table in (grid, values) if loads is None else (grid, values, loads):
             table[x, a], table[y, b] = table[y, b], table[x, a].copy()
         given = values[y, b] - values[x, a]
@@ -209,28 +210,28 @@ def refine(
 def balanced(
     costs: np.ndarray, num_ranks: int, order: np.ndarray | None = None, budget_ms: float = REFINE_MS
 ) -> np.ndarray:
-    """Karmarkar-Karp, then `refine`, but for two samples a rank: there it is exact."""
+    """Karmarkar-Karp, then `refine`, but for two samples per rank: there it is exact."""
     grid = karmarkar_karp(costs, num_ranks, order)
     return refine(costs, grid, budget_ms) if grid.shape[1] > 2 else grid
 
 
 def lower_bound(costs: np.ndarray, num_ranks: int, equal_counts: bool = True) -> float:
-    """What the costliest rank costs at least, however the samples are dealt.
+    """What the costliest rank costs at least, however the samples are assigned.
 
     It is the mean, or the costliest sample, or, of the (k - 1) ranks + 1 costliest samples, k that one rank must have, the
     cheapest such, with the cheapest others to fill up an equal count.
     """
-    mean, dearest_first = costs.sum() / num_ranks, np.sort(costs)[::-1]
+    mean, costliest_first = costs.sum() / num_ranks, np.sort(costs)[::-1]
     per_rank = len(costs) // num_ranks if equal_counts else -(-len(costs) // num_ranks)
-    running = np.concatenate([[0], np.cumsum(dearest_first)])
-    cheapest = np.concatenate([[0], np.cumsum(dearest_first[::-1])])
+    running = np.concatenate([[0], np.cumsum(costliest_first)])
+    cheapest = np.concatenate([[0], np.cumsum(costliest_first[::-1])])
     counts = np.arange(1, per_rank + 1)
     ends = (counts - 1) * num_ranks + 1
     bounds = running[ends] - running[ends - counts]
     if equal_counts:
         bounds = bounds + cheapest[per_rank - counts]
-        if per_rank == 2:  # the costliest samples lie apart, each with one at least as dear as the next cheapest
-            bounds = np.append(bounds, dearest_first[:num_ranks] + dearest_first[::-1][:num_ranks])
+        if per_rank == 2:  # the costliest samples lie apart, each with one at least as costly as the next cheapest
+            bounds = np.append(bounds, costliest_first[:num_ranks] + costliest_first[::-1][:num_ranks])
     return float(max(mean, bounds.max()))
 
 
@@ -238,15 +239,15 @@ def balanced_free(
     costs: np.ndarray, num_slots: int, order: np.ndarray | None = None, *, tokens: np.ndarray, cap: int,
     budget_ms: float = REFINE_MS,
 ) -> tuple[np.ndarray, bool]:  # fmt: skip
-    """Any number of samples a slot (at least one, where there are enough).
+    """Any number of samples per slot (at least one, where there are enough).
 
-    The better of LPT and Karmarkar-Karp (with many samples a slot, equal counts are no hindrance), the token cap, `refine`.
+    The better of LPT and Karmarkar-Karp (with many samples per slot, equal counts are no hindrance), the token cap, `refine`.
 
     Args:
         tokens: int64 [N], lengths. No slot gets more than `cap` of them.
 
     Returns:
-        int64 [slots, width] with EMPTY places, and whether the cap changed the deal.
+        int64 [slots, width] with EMPTY places, and whether the cap changed the assignment.
 
     Raises:
         ValueError: the samples do not fit under the cap.
@@ -264,7 +265,7 @@ def balanced_free(
 
 
 def _under_cap(tokens: np.ndarray, slot_of: np.ndarray, loads: np.ndarray, cap: int) -> np.ndarray:
-    """Move samples, shortest first, from slots above the cap to the slots with most room; else deal anew by best fit.
+    """Move samples, shortest first, from slots above the cap to the slots with most room; else assign all anew by best fit.
 
     Loops over the samples that are moved, which are few.
     """

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bert_fast.config.load import validate
 from bert_fast.config.section import Cost
+from bert_fast.config.yaml_files import validate
 from bert_fast.errors import UserError
 from bert_fast.files import read_json
+from bert_fast.run_folder import COST
 
 _FILE_BYTES = 1 << 20
 _RESOLUTION = 2**30  # the costliest sample in whole numbers: sums of 2^32 samples fit 64 bits
@@ -45,7 +46,7 @@ class CostFit:
     """A cost model fitted to times, in milliseconds.
 
     `fixed` is what a measurement takes beside its samples; `residual` the median absolute error over the median time;
-    `doubt` the standard error of how much dearer a token of a long sample is than one of a short sample; `rows` the number
+    `doubt` the standard error of how much more a token of a long sample costs than one of a short sample; `rows` the number
     of measurements.
     """
 
@@ -170,10 +171,10 @@ def read_cost(path: str | Path) -> CostModel:
     try:
         record = validate(_CostFile, read_json(path, what, _FILE_BYTES), f"{what} {path}")
     except UserError as error:
-        raise UserError(f"{error}; give the cost.json of a finished run") from None
+        raise UserError(f"{error}; give the {COST} of a finished run") from None
     found = record.fitted or record.planned_with
     if found is None:
-        raise UserError(f"{what} {path} holds no cost model; give the cost.json of a finished run")
+        raise UserError(f"{what} {path} holds no cost model; give the {COST} of a finished run")
     if found.linear == found.quadratic == 0:
         raise UserError(f"{what} {path}: both costs are 0; at least one must be positive")
     return CostModel(found.linear, found.quadratic)

@@ -15,7 +15,7 @@ import numpy as np
 def pack(
     lengths: np.ndarray, row_length: int, depth: int, first: str = "longest", order: np.ndarray | None = None
 ) -> tuple[np.ndarray, int]:
-    """Deal samples, longest first, to rows.
+    """Assign samples, longest first, to rows.
 
     Args:
         lengths: integers [N], each in [1, row_length].
@@ -62,7 +62,7 @@ class _OpenRows:
     def __init__(self, depth: int) -> None:
         self._depth = depth
         self._groups: dict[int, list[tuple[np.ndarray, int]]] = {}
-        self._rooms: list[int] = []  # rooms that have groups, rising
+        self._rooms: list[int] = []  # rooms that have groups, ascending
 
     def smallest(self, length: int) -> int | None:
         """The least room that holds `length`."""

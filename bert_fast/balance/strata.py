@@ -7,12 +7,12 @@ import numpy as np
 from bert_fast.balance.permutation import EpochOrder
 from bert_fast.errors import UserError
 
-_BLOCK = 64  # samples whose strata are counted together: half a byte of index a sample and stratum
+_BLOCK = 64  # samples whose strata are counted together: half a byte of index per sample and stratum
 _CHUNK = _BLOCK * 2**16  # samples looked at at once
 
 
 class Strata:
-    """Draws from length strata without listing their members: 160 million samples take about 10 MB a stratum.
+    """Draws from length strata without listing their members: 160 million samples take about 10 MB per stratum.
 
     Within a stratum the order is random without replacement, epoch after epoch. A stratum with a larger count than its
     share is through sooner: its samples are seen more often (the counts of the default follow the true shares).

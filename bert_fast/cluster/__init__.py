@@ -1,1 +1,1 @@
-"""The home of what a run would take on a machine we do not have: network model, timeline, prediction."""
+"""Prediction of what a run takes on a machine that is not at hand."""

@@ -1,4 +1,4 @@
-"""When the gradients of BERT-base and -large are ready, by FLOPs: for planning and benchmarks without such a machine."""
+"""When the gradients of BERT-base and BERT-large are ready, by FLOPs: for planning without such a machine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,19 @@ SHAPES = {
 def model_trace(
     name: str, backward_s: float, wire_bytes: int, whole_groups: bool
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Ready times and sizes of BERT's gradients, the time of backward spread by FLOPs (a sequence of 256 tokens, 15 %
-    masked); the tied word embedding comes last."""
+    """Ready times and sizes of BERT's gradients, with the time of backward spread by FLOPs.
+
+    FLOPs are those of sequences of 256 tokens, 15 % of them masked. The tied word embedding comes last.
+
+    Args:
+        name: a key of `SHAPES`.
+        backward_s: seconds of the whole backward pass.
+        wire_bytes: bytes per number of a gradient on the wire.
+        whole_groups: return a row per layer (clip group) instead of one per parameter.
+
+    Returns:
+        Ready times in seconds (float64 [n], ascending), sizes in bytes (float64 [n]), and names.
+    """
     shape = SHAPES[name]
     with torch.device("meta"):
         model = BertForPretraining(shape)
@@ -29,6 +40,7 @@ def model_trace(
     layer = forward_flops_per_token(shape) / shape.num_layers
     whole = heads + layer * shape.num_layers
     names, ready, sizes, now, last = [], [], [], 0.0, ""
+    share, matrices = 0.0, 1  # of the group: seconds of its backward, and numbers in its parameters
     order = expected_ready_order(model)
     for index in order:
         parameter_name, parameter = named[index]

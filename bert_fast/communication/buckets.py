@@ -1,7 +1,8 @@
-"""Layout of gradients: ready order, clip groups, buckets, and one flat buffer that `p.grad` are views of.
+"""Layout of gradients: their order and clip groups, buckets, and one flat buffer that `p.grad` are views of.
 
-Clip groups are part of the numerics and come from the config; buckets are a matter of speed only. With clipping before
-the reduction a bucket is a run of whole clip groups, so that it can leave the moment its last gradient is there.
+An `Ordering` is part of the numerics: clip groups come from the config. Where buckets end is a matter of speed only. With
+clipping per group before the reduction a bucket is a run of whole clip groups, so that it can be sent the moment its last
+gradient is ready.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -19,8 +21,37 @@ _ALIGN = 16  # elements: every tensor starts on a 64-byte boundary in fp32
 
 
 @dataclass(frozen=True)
-class Span:
-    """A run of parameters in ready order and their places [start, end) in the flat buffer."""
+class Ordering:
+    """All parameters in the order of the flat buffer, and their clip groups.
+
+    names, numel:   of all parameters, in `named_parameters` order
+    order:          indices of parameters in the order of the buffer: ready order, each clip group in one run
+    groups:         (name, indices of parameters) of every clip group, in the order of the buffer
+    whole_groups:   whether a bucket must hold whole clip groups
+    in_ready_order: whether clip groups follow each other in ready order, none inside another
+    """
+
+    names: tuple[str, ...]
+    numel: tuple[int, ...]
+    order: tuple[int, ...]
+    groups: tuple[tuple[str, tuple[int, ...]], ...]
+    whole_groups: bool
+    in_ready_order: bool
+
+    @property
+    def units(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the parameters that must be in one bucket: a clip group, or one parameter, in the buffer's order."""
+        return tuple(members for _, members in self.groups) if self.whole_groups else tuple((i,) for i in self.order)
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """The name of every unit."""
+        return tuple(name for name, _ in self.groups) if self.whole_groups else tuple(self.names[i] for i in self.order)
+
+
+@dataclass(frozen=True)
+class BufferRange:
+    """A run of parameters and their places [start, end) in the flat buffer."""
 
     name: str
     parameters: tuple[int, ...]
@@ -29,22 +60,35 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where each gradient lies. `offsets[i]` is the place of parameter i (in `named_parameters` order)."""
+class GradientLayout:
+    """Where each gradient lies in the flat buffer: an ordering cut into buckets.
 
-    names: tuple[str, ...]
-    order: tuple[int, ...]
+    offsets:   place of each parameter, in `named_parameters` order
+    size:      elements of the buffer
+    groups:    the clip groups
+    buckets:   the buckets
+    bucket_of: number of each parameter's bucket, in `named_parameters` order
+    """
+
+    ordering: Ordering
     offsets: tuple[int, ...]
-    numel: tuple[int, ...]
     size: int
-    groups: tuple[Span, ...]
-    buckets: tuple[Span, ...]
+    groups: tuple[BufferRange, ...]
+    buckets: tuple[BufferRange, ...]
     bucket_of: tuple[int, ...]
-    in_ready_order: bool  # whether clip groups follow each other in ready order, none inside another
 
-    def groups_in(self, bucket: Span) -> list[int]:
+    @property
+    def numel(self) -> tuple[int, ...]:
+        """Elements of each parameter, in `named_parameters` order."""
+        return self.ordering.numel
+
+    def groups_in(self, bucket: BufferRange) -> list[int]:
         """Indices of the clip groups inside a bucket."""
         return [i for i, g in enumerate(self.groups) if bucket.start <= g.start and g.end <= bucket.end]
+
+    def whole(self) -> BufferRange:
+        """The whole buffer, as the one clip group of a rank's or the averaged gradient."""
+        return BufferRange("model", self.ordering.order, 0, self.size)
 
 
 def clip_group_of(name: str, scheme: str | dict[str, str]) -> str:
@@ -63,22 +107,24 @@ def clip_group_of(name: str, scheme: str | dict[str, str]) -> str:
     raise UserError(f"communication.clip_groups: no pattern matches parameter {name}; add one, or a last '.*'")
 
 
-def plan_layout(
-    names: Sequence[str], numel: Sequence[int], ready_order: Sequence[int], *,
-    clip_groups: str | dict[str, str], bucket_mb: float | list[float], whole_groups: bool, element_bytes: int = 4,
-    shards: int = 1,
-) -> Layout:  # fmt: skip
-    """Lay out gradients.
+def order_gradients(
+    names: Sequence[str],
+    numel: Sequence[int],
+    ready_order: Sequence[int],
+    *,
+    clip_groups: str | dict[str, str],
+    whole_groups: bool,
+) -> Ordering:
+    """Put gradients into the order in which buckets are filled.
 
     Args:
         names, numel: of all parameters, in `named_parameters` order.
         ready_order: parameter indices in the order in which their gradients become ready.
-        bucket_mb: MiB after which a bucket closes, one for all or one each (the last repeats).
+        clip_groups: the config's `communication.clip_groups`.
         whole_groups: whether a bucket must hold whole clip groups.
-        shards: equal parts that a bucket can be cut into; the last clip group of a bucket is padded for it.
 
     Raises:
-        UserError: a clip-group pattern matches nothing, or a parameter is matched by none.
+        UserError: a clip-group pattern matches nothing, or a parameter is matched by no pattern.
     """
     group_names = [clip_group_of(name, clip_groups) for name in names]
     if isinstance(clip_groups, dict):
@@ -90,43 +136,79 @@ def plan_layout(
     for index, group in enumerate(group_names):
         last_ready[group] = max(last_ready.get(group, -1), rank_of[index])
     order = sorted(range(len(names)), key=lambda i: (last_ready[group_names[i]], rank_of[i]))
-
-    by_group: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {}
     for index in order:
-        by_group.setdefault(group_names[index], []).append(index)
-    units = list(by_group.values()) if whole_groups else [[index] for index in order]
-    caps = bucket_mb if isinstance(bucket_mb, list) else [bucket_mb]
-    in_buckets: list[list[int]] = [[]]
-    for unit in units:
-        cap = caps[min(len(in_buckets), len(caps)) - 1] * 2**20
-        if in_buckets[-1] and sum(numel[i] for i in in_buckets[-1]) * element_bytes >= cap:
-            in_buckets.append([])
-        in_buckets[-1] += unit
+        members.setdefault(group_names[index], []).append(index)
+    groups = tuple((name, tuple(indices)) for name, indices in members.items())
+    return Ordering(tuple(names), tuple(numel), tuple(order), groups, whole_groups, order == list(ready_order))
 
-    offsets, ends = [0] * len(names), [0] * len(names)
+
+def bucket_ends(ordering: Ordering, bucket_mb: float | Sequence[float], element_bytes: int = 4) -> list[int]:
+    """Where buckets of given sizes end: for each bucket, the number of units in it and the buckets before it.
+
+    Args:
+        bucket_mb: MiB of gradients after which a bucket closes, one size for all or one per bucket (the last repeats).
+        element_bytes: of a gradient.
+    """
+    sizes_mb = [bucket_mb] if isinstance(bucket_mb, (int, float)) else list(bucket_mb)
+    ends: list[int] = []
+    filled = 0
+    for number, unit in enumerate(ordering.units):
+        if filled and filled * element_bytes >= sizes_mb[min(len(ends), len(sizes_mb) - 1)] * 2**20:
+            ends.append(number)
+            filled = 0
+        filled += sum(ordering.numel[i] for i in unit)
+    return [*ends, len(ordering.units)]
+
+
+def lay_out(ordering: Ordering, ends: Sequence[int], shards: int = 1) -> GradientLayout:
+    """Give every gradient its place.
+
+    Args:
+        ends: for each bucket, the number of units in it and the buckets before it (`bucket_ends`).
+        shards: equal parts that a bucket can be cut into; a bucket's end is padded for it.
+    """
+    units = ordering.units
+    assert ends[-1] == len(units), "every gradient is in a bucket"
+    members = [[index for unit in units[begin:end] for index in unit] for begin, end in pairwise([0, *ends])]
+    offsets, range_ends = [0] * len(ordering.names), [0] * len(ordering.names)
     place = 0
-    for members in in_buckets:
-        for index in members:
+    for indices in members:
+        for index in indices:
             offsets[index] = place
-            place = ends[index] = _up(place + numel[index], _ALIGN)
-        place = ends[members[-1]] = _up(place, shards * _ALIGN)
+            place = range_ends[index] = round_up(place + ordering.numel[index], _ALIGN)
+        place = range_ends[indices[-1]] = round_up(place, shards * _ALIGN)
 
-    def span(name: str, members: list[int]) -> Span:
-        return Span(name, tuple(members), offsets[members[0]], ends[members[-1]])
+    def buffer_range(name: str, indices: Sequence[int]) -> BufferRange:
+        return BufferRange(name, tuple(indices), offsets[indices[0]], range_ends[indices[-1]])
 
-    groups = [span(name, members) for name, members in by_group.items()]
-    buckets = [span(f"bucket {number}", members) for number, members in enumerate(in_buckets)]
-    bucket_of = [0] * len(names)
-    for number, bucket in enumerate(buckets):
-        for index in bucket.parameters:
+    groups = tuple(buffer_range(name, indices) for name, indices in ordering.groups)
+    buckets = tuple(buffer_range(f"bucket {number}", indices) for number, indices in enumerate(members))
+    bucket_of = [0] * len(ordering.names)
+    for number, indices in enumerate(members):
+        for index in indices:
             bucket_of[index] = number
-    return Layout(
-        tuple(names), tuple(order), tuple(offsets), tuple(numel), place, tuple(groups), tuple(buckets), tuple(bucket_of),
-        order == list(ready_order),
-    )  # fmt: skip
+    return GradientLayout(ordering, tuple(offsets), place, groups, buckets, tuple(bucket_of))
 
 
-def _up(value: int, multiple: int) -> int:
+def plan_layout(
+    names: Sequence[str],
+    numel: Sequence[int],
+    ready_order: Sequence[int],
+    *,
+    clip_groups: str | dict[str, str],
+    bucket_mb: float | Sequence[float],
+    whole_groups: bool,
+    element_bytes: int = 4,
+    shards: int = 1,
+) -> GradientLayout:
+    """`order_gradients`, `bucket_ends` and `lay_out` in one call; the arguments are theirs."""
+    ordering = order_gradients(names, numel, ready_order, clip_groups=clip_groups, whole_groups=whole_groups)
+    return lay_out(ordering, bucket_ends(ordering, bucket_mb, element_bytes), shards)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple of `multiple` at or above `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -150,7 +232,7 @@ def measure_ready_order(parameters: Sequence[nn.Parameter], run_backward: Callab
 class FlatGradients:
     """One contiguous buffer for all gradients; every `p.grad` is a view of it."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], layout: Layout) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], layout: GradientLayout) -> None:
         first = parameters[0]
         self.buffer = torch.zeros(layout.size, dtype=first.dtype, device=first.device)
         self._views = [
@@ -165,7 +247,7 @@ class FlatGradients:
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
 
-    def of(self, span: Span) -> torch.Tensor:
+    def of(self, span: BufferRange) -> torch.Tensor:
         """The gradients of a group or bucket, one flat tensor."""
         return self.buffer[span.start : span.end]
 

@@ -1,5 +1,7 @@
 """Gradient clipping, before or after the reduction, without a host synchronisation.
 
+The modes are in `config.choices.CLIP_MODES`: which norm is clipped, and what follows from that for an engine.
+
 `bucket_before_reduce` (arXiv 2402.02447): with K groups and threshold c, the local gradient g_k of group k is scaled by
 min(1, (c / sqrt(K)) / |g_k|), so that the clipped squares of a rank add up to at most c^2; no later clip. With a loss
 scale S norms are compared with S c. A norm that is not finite makes the gradient NaN, so that it reaches every rank's
@@ -11,8 +13,6 @@ from __future__ import annotations
 import math
 
 import torch
-
-MODES = ("none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce")
 
 
 def coefficient(norm: torch.Tensor, threshold: float, scale: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,20 +11,30 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bert_fast.communication.buckets import Layout
+from bert_fast.communication.buckets import GradientLayout
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
+from bert_fast.communication.engine import Engine, UpdatedSlice
 from bert_fast.communication.wire_format import WireFormat
+from bert_fast.config.choices import CLIP_MODES
 from bert_fast.errors import UserError
-from bert_fast.trace import Trace
-
-REBUILD_STEPS = 2  # DDP learns its bucket plan in the first backward: run this many before a result counts
 
 
-class DdpEngine:
-    """The interface of `BucketReducer` over DistributedDataParallel. Needs an initialised process group."""
+class DdpEngine(Engine):
+    """Engine `ddp`. Needs an initialised process group, the default one."""
 
-    def __init__(self, model: nn.Module, layout: Layout, *, clip: str, max_norm: float, wire: WireFormat) -> None:
-        if clip == "bucket_before_reduce" and not layout.in_ready_order:
+    num_warmup_steps = 2  # DDP learns its bucket plan in the first backward
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: GradientLayout,
+        *,
+        clip: str,
+        max_norm: float,
+        wire: WireFormat,
+    ) -> None:
+        mode = CLIP_MODES[clip]
+        if mode.by_group and not layout.ordering.in_ready_order:
             raise UserError(
                 "communication.engine=ddp fills its buckets in ready order, and these communication.clip_groups are not "
                 "runs of it; use engine=bucketed, or clip_groups=layer, tensor or model"
@@ -35,11 +45,10 @@ class DdpEngine:
             )
         width = next(model.parameters()).element_size()
         caps = [sum(layout.numel[i] for i in b.parameters) * width / 2**20 for b in layout.buckets]
-        self.trace: Trace | None = None
-        self.layout, self.wire, self._clip, self._max_norm = layout, wire, clip, max_norm
+        self.layout, self.wire, self._mode, self._max_norm = layout, wire, mode, max_norm
         self._parameters = list(model.parameters())
         self._index = {id(p): i for i, p in enumerate(self._parameters)}
-        names = [g.name for g in layout.groups] if clip == "bucket_before_reduce" else ["model"]
+        names = [g.name for g in layout.groups] if mode.by_group else ["model"]
         self._threshold = group_threshold(max_norm, len(names))
         self._group_of = {i: number for number, g in enumerate(layout.groups) for i in g.parameters}
         self.clip_statistics = ClipStatistics(names, self._parameters[0].device)
@@ -47,7 +56,6 @@ class DdpEngine:
         self._scale: torch.Tensor | None = None
         self._held: list[tuple[int, torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
         self._steps = 0
-        self.exposed_s = 0.0
         self.module = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps)
         self.module.register_comm_hook(self, _hook)
 
@@ -65,13 +73,14 @@ class DdpEngine:
             with self.module.no_sync():
                 yield
 
-    def finish(self) -> torch.Tensor:
+    def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+        assert update is None, "enable_nonfinite_flag() has refused this"
         start = time.perf_counter()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self._scale is not None:
             torch._foreach_mul_(gradients, 1.0 / self._scale)
         norm = _norm(gradients)
-        if self._clip == "global_after_reduce":
+        if self._mode.after_reduce:
             value = coefficient(norm, self._max_norm)
             self.clip_statistics.add(0, value)
             torch._foreach_mul_(gradients, value)
@@ -79,14 +88,22 @@ class DdpEngine:
         self.exposed_s = time.perf_counter() - start  # DDP waits inside backward; its wait cannot be told apart
         return norm
 
-    def wait_pending(self) -> None:
-        """Nothing goes on beyond `finish`."""
+    def reduced(self, number: int) -> torch.Tensor:
+        gradients = [self._parameters[index].grad for index in self.layout.buckets[number].parameters]
+        return torch.cat([gradient.view(-1) for gradient in gradients if gradient is not None])
+
+    def updated_slices(self) -> list[UpdatedSlice]:
+        return [
+            UpdatedSlice(index, number, 0, self._parameters[index])
+            for number, bucket in enumerate(self.layout.buckets)
+            for index in bucket.parameters
+        ]
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The hook: clip what the mode says, then average the bucket."""
-        if self._clip == "bucket_before_reduce":
+        if self._mode.by_group:
             self._clip_groups(bucket)
-        if self._clip != "global_before_reduce":
+        if not self._mode.delays_communication:
             return self._average(bucket.index(), bucket.buffer())
         promise: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         self._held.append((bucket.index(), bucket.buffer(), promise))
@@ -105,7 +122,7 @@ class DdpEngine:
             members.setdefault(self._group_of[self._index[id(parameter)]], []).append(gradient)
         for group, gradients in members.items():
             if len(gradients) != len(self.layout.groups[group].parameters):
-                if self._steps < REBUILD_STEPS:
+                if self._steps < self.num_warmup_steps:
                     return  # before DDP has rebuilt its buckets; the result of these steps is thrown away
                 raise RuntimeError(f"DDP split clip group {self.layout.groups[group].name} over buckets")
             value = coefficient(_norm(gradients), self._threshold, self._scale)
@@ -117,8 +134,8 @@ class DdpEngine:
         wire = self.wire.encode(number, buffer)
         self.wire.count(wire)
         work = dist.all_reduce(wire, op=dist.ReduceOp.SUM, async_op=True)
-        if self.trace and not buffer.is_cuda:
-            ended = self.trace.begin("collectives", f"bucket {number}")
+        if self._trace and not buffer.is_cuda:
+            ended = self._trace.begin("collectives", f"bucket {number}")
             work.get_future().add_done_callback(lambda _done: ended())
 
         def back(_done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Exchanges between all ranks for gloo, whose own reduce-scatter and all-gather do not use a link in both directions.
+"""Point-to-point transfers between all ranks for gloo, whose own reduce-scatter and all-gather do not use a link in both directions.
 
 A gloo message of a few MiB makes the peer's answer that it may send wait behind it, so that one direction works after the
 other: measured on a 200 Mbit/s link, 1.7 times as long for an all-to-all and 1.5 times for an all-gather. Here every rank
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 
-class Exchange:
+class P2PWork:
     """Several point-to-point transfers as one work: `wait` may be called from any thread, and again."""
 
     def __init__(self, works: Sequence[dist.Work]) -> None:
@@ -38,15 +38,15 @@ class Exchange:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def call_when_done(work: dist.Work | Exchange, callback: Callable[[], None]) -> None:
+def call_when_done(work: dist.Work | P2PWork, callback: Callable[[], None]) -> None:
     """Call once a collective has ended, from another thread."""
-    if isinstance(work, Exchange):
+    if isinstance(work, P2PWork):
         work.call_when_done(callback)
     else:
         work.get_future().add_done_callback(lambda _done: callback())
 
 
-def all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Exchange:
+def all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> P2PWork:
     """Part i of `sent` goes to rank i, and `received` gets part i from rank i; equal parts, flat tensors."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     ours, theirs = sent.chunk(world), received.chunk(world)
@@ -54,7 +54,7 @@ def all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dist
     return _start([ours[peer] for peer in range(world)], theirs, rank, tag, group)
 
 
-def all_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Exchange:
+def all_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> P2PWork:
     """Part `rank` of `whole` goes to all ranks, the other parts come from theirs; equal parts, in place."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     parts = whole.chunk(world)
@@ -63,9 +63,9 @@ def all_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -
 
 def _start(
     sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], rank: int, tag: int, group: dist.ProcessGroup | None
-) -> Exchange:
+) -> P2PWork:
     world = len(sent)
     others = [(rank + step) % world for step in range(1, world)]  # every rank begins with another peer
     works = [dist.irecv(received[peer], group=group, group_src=peer, tag=tag) for peer in others]
     works += [dist.isend(sent[peer], group=group, group_dst=peer, tag=tag) for peer in others]
-    return Exchange([work for work in works if work is not None])
+    return P2PWork([work for work in works if work is not None])

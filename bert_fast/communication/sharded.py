@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bert_fast.communication import p2p as exchange
-from bert_fast.communication.buckets import Layout
+from bert_fast.communication import p2p
+from bert_fast.communication.buckets import GradientLayout
+from bert_fast.communication.engine import UpdatedSlice
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import WireFormat, Work
 
@@ -24,18 +25,18 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The part of a tensor that lies in a shard: elements [begin, end) of the flattened parameter."""
+class ShardSlice:
+    """The part of a tensor that lies in a rank's shard: elements [begin, end) of the flattened parameter."""
 
-    parameter: int
+    index: int
     bucket: int
     begin: int
     end: int
 
 
-def pieces_of(layout: Layout, rank: int, world: int) -> list[Piece]:
-    """The pieces of a rank's shards, in the order of buckets and of places in them."""
-    pieces = []
+def shard_slices(layout: GradientLayout, rank: int, world: int) -> list[ShardSlice]:
+    """The parts of tensors in a rank's shards, in the order of buckets and of places in them."""
+    slices = []
     for number, bucket in enumerate(layout.buckets):
         length = (bucket.end - bucket.start) // world
         first = bucket.start + rank * length
@@ -43,14 +44,14 @@ def pieces_of(layout: Layout, rank: int, world: int) -> list[Piece]:
             begin = max(0, first - layout.offsets[index])
             end = min(layout.numel[index], first + length - layout.offsets[index])
             if begin < end:
-                pieces.append(Piece(index, number, begin, end))
-    return pieces
+                slices.append(ShardSlice(index, number, begin, end))
+    return slices
 
 
 def start_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
     """Start to fill `whole`, of which this rank has its part. On gloo, tags tell exchanges apart."""
     if dist.get_backend(group) == "gloo":
-        return exchange.all_gather(whole, tag, group)
+        return p2p.all_gather(whole, tag, group)
     mine = whole.chunk(dist.get_world_size(group))[dist.get_rank(group)]
     return _all_gather(whole, mine, group=group, async_op=True)
 
@@ -58,7 +59,7 @@ def start_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None)
 class FlatWeights:
     """One contiguous buffer for all weights; every parameter becomes a view of it."""
 
-    def __init__(self, parameters: list[nn.Parameter], layout: Layout) -> None:
+    def __init__(self, parameters: list[nn.Parameter], layout: GradientLayout) -> None:
         first = parameters[0]
         self.buffer = torch.zeros(layout.size, dtype=first.dtype, device=first.device)
         for parameter, offset, n in zip(parameters, layout.offsets, layout.numel, strict=True):
@@ -70,21 +71,32 @@ class FlatWeights:
 class ShardedReducer(BucketReducer):
     """As `BucketReducer`, but `finish` leaves each rank its shard of the averaged gradient.
 
-    After the optimizer has updated `pieces`, `gather_weights` starts the exchange; a module waits for its own weights when it
-    is called. The layout must be made for as many `shards` as there are ranks.
+    After the optimizer has updated `updated_slices`, `gather_weights` starts to send them; a module waits for its own weights
+    when it is called. The layout must be made for as many `shards` as there are ranks.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, *, clip: str, max_norm: float, wire: WireFormat,
+        self,
+        model: nn.Module,
+        layout: GradientLayout,
+        *,
+        clip: str,
+        max_norm: float,
+        wire: WireFormat,
         group: dist.ProcessGroup | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(model, layout, clip=clip, max_norm=max_norm, wire=wire, group=group)
         self._rank = dist.get_rank(group)
         self._weights = FlatWeights(list(self._parameters), layout)
         self._gathering: dict[int, Work] = {}
-        self.weight_bytes_sent = 0
-        self.weight_wait_s = 0.0  # host time for which forward waited since `zero_grad`
-        self.pieces = pieces_of(layout, self._rank, self._world)
+        self._weight_bytes = 0
+        self._updated: list[UpdatedSlice] = []
+        for each in shard_slices(layout, self._rank, self._world):
+            place = layout.offsets[each.index]
+            begin, end = place + each.begin, place + each.end
+            parameter = nn.Parameter(self._weights.buffer[begin:end])
+            parameter.grad = self.gradients.buffer[begin:end]
+            self._updated.append(UpdatedSlice(each.index, each.bucket, each.begin, parameter))
         index_of = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         for module in model.modules():
             own = {layout.bucket_of[index_of[id(p)]] for p in module.parameters(recurse=False)}
@@ -97,50 +109,50 @@ class ShardedReducer(BucketReducer):
         super().zero_grad()
         self.weight_wait_s = 0.0
 
-    def weight_of(self, piece: Piece) -> torch.Tensor:
-        """The flat weights of a piece, a view."""
-        start = self.layout.offsets[piece.parameter]
-        return self._weights.buffer[start + piece.begin : start + piece.end]
+    @property
+    def is_sharded(self) -> bool:
+        return True
 
-    def gradient_of(self, piece: Piece) -> torch.Tensor:
-        """The averaged gradient of a piece, a view; valid after `finish`."""
-        start = self.layout.offsets[piece.parameter]
-        return self.gradients.buffer[start + piece.begin : start + piece.end]
+    def updated_slices(self) -> list[UpdatedSlice]:
+        return self._updated
+
+    def share_sums(self, sums: torch.Tensor) -> None:
+        dist.all_reduce(sums, group=self._flag_group)
+
+    def counters(self) -> dict[str, int]:
+        return {**super().counters(), "weight_bytes": self._weight_bytes}
+
+    def reset_counters(self) -> None:
+        super().reset_counters()
+        self._weight_bytes = 0
 
     def reduced(self, number: int) -> torch.Tensor:
         return self._shard(self.gradients.buffer, number)
 
     def gather_weights(self) -> None:
-        """Start to send updated shards to all ranks, in the order in which forward needs them."""
+        # In the order in which forward needs them
         self.wait_pending()  # of buckets that no module has asked for
-        with self._beside(after_backward=True):
+        with self._on_comm_stream(after_backward=True):
             for number in reversed(range(len(self.layout.buckets))):
                 bucket = self.layout.buckets[number]
                 whole = self._weights.buffer[bucket.start : bucket.end]
                 work = start_gather(whole, 2 * number + 1, self._group)
                 self._gathering[number] = work
-                self.weight_bytes_sent += whole.numel() // self._world * whole.element_size()
-                if self.trace and self._stream is None:
-                    exchange.call_when_done(work, self.trace.begin("weights", bucket.name))
+                self._weight_bytes += whole.numel() // self._world * whole.element_size()
+                if self._trace and self._stream is None:
+                    p2p.call_when_done(work, self._trace.begin("weights", bucket.name))
 
     def wait_pending(self) -> None:
-        """Wait until all weights are those of the last update."""
         for number in list(self._gathering):
             self._wait_for(number)
 
-    def gather_bucket(self, number: int, shard: torch.Tensor) -> torch.Tensor:
-        """All ranks' shards of a bucket, end to end. A collective; blocks. For optimizer state that is written down."""
-        whole = shard.new_empty(self._world * len(shard))
-        _all_gather(whole, shard, group=self._group)
-        return whole
-
-    def shard_start(self, number: int) -> int:
+    def _shard_start(self, number: int) -> int:
         """Where this rank's shard of a bucket begins in the flat buffers."""
         bucket = self.layout.buckets[number]
         return bucket.start + self._rank * ((bucket.end - bucket.start) // self._world)
 
     def _shard(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
-        bucket, start = self.layout.buckets[number], self.shard_start(number)
+        bucket, start = self.layout.buckets[number], self._shard_start(number)
         return buffer[start : start + (bucket.end - bucket.start) // self._world]
 
     def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[Work]:

@@ -1,10 +1,10 @@
-"""What travels for a bucket of gradients, and by which collectives: fp32, bf16 or fp16, whole or scattered.
+"""What travels for a bucket of gradients, and by which collectives, whole or scattered.
 
-A `WireFormat` is also the place for a lossy scheme with state of its own (error feedback, warm-up, several collectives a
-bucket). The reducer calls `encode` once a bucket, in one fixed order on all ranks, and then draws the bucket's collectives
-from `all_reduce` or `reduce_scatter` one by one: the first at once, the next of bucket k when bucket k + 1 has started its
-first (or at the end of backward). So all ranks start all collectives in the same order, whatever a scheme does. On gloo the
-hook waits there for the collective before; on NCCL only the stream does.
+The formats of a config are in `config.choices.WIRE_FORMATS`. A `WireFormat` is also the place for a lossy scheme with state
+of its own (error feedback, warm-up, several collectives per bucket). The reducer calls `encode` once per bucket, in one fixed
+order on all ranks, and then draws the bucket's collectives from `all_reduce` or `reduce_scatter` one by one: the first at once,
+the next of bucket k when bucket k + 1 has started its first (or at the end of backward). So all ranks start all collectives in
+the same order, whatever a scheme does. On gloo the hook waits there for the collective before; on NCCL only the stream does.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bert_fast.communication import p2p as exchange
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from bert_fast.communication import p2p
+from bert_fast.config.choices import CLIP_MODES, WIRE_FORMATS, find
 
 # torch 2.13 renamed it; images with older versions have only the old name
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Work = dist.Work | exchange.Exchange
+Work = dist.Work | p2p.P2PWork
 
 
 class WireFormat:
@@ -71,7 +70,7 @@ class WireFormat:
         self.count(wire)
         if dist.get_backend(group) == "gloo":
             received = torch.empty_like(wire)
-            yield exchange.all_to_all(received, wire, 2 * number, group)
+            yield p2p.all_to_all(received, wire, 2 * number, group)
             torch.sum(received.view(-1, len(shard)), dim=0, dtype=shard.dtype, out=shard)
             if self.scale != 1.0:
                 shard.mul_(1.0 / self.scale)
@@ -97,21 +96,23 @@ def fp16_scale(clip: str, max_norm: float, has_loss_scale: bool) -> float:
 
     A rank sends its gradient divided by the number of ranks. With a loss scale that is large already. Clipped before the
     reduction, no sum exceeds `max_norm`, and is brought to 2^14 at the most; else sums up to 511 are let through.
+
+    Args:
+        clip: the mode, a name of `CLIP_MODES`.
     """
     if has_loss_scale:
         return 1.0
     usual = 2.0**7
-    if clip in ("bucket_before_reduce", "global_before_reduce"):  # a threshold that never clips says nothing of sums
+    if CLIP_MODES[clip].bounds_sums:  # a threshold that never clips says nothing of sums
         return max(usual, 2.0 ** math.floor(math.log2(2**14 / max_norm)))
     return usual
 
 
 def wire_format(name: str, gradient_dtype: torch.dtype, scale: float = 1.0) -> WireFormat:
-    """The format of the config's `reduce_dtype`. `fp32` means the gradients' own dtype (fp64 in tests).
+    """The format of the config's `reduce_dtype`, a name of `WIRE_FORMATS`.
 
     Args:
-        scale: of `fp16_scale`; only fp16 needs one.
+        scale: of `fp16_scale`, for a format of so narrow a range that it needs one.
     """
-    if name == "fp32":
-        return WireFormat(gradient_dtype)
-    return WireFormat(DTYPES[name], scale if name == "fp16" else 1.0)
+    wire: WireFormat = find(WIRE_FORMATS, name)(gradient_dtype, scale)
+    return wire

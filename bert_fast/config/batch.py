@@ -10,15 +10,23 @@ from bert_fast.config.section import MOST_SAMPLES_PER_RANK, BatchSize, Count, Se
 
 
 class BatchConfig(Section):
-    global_batch_size: BatchSize = Field(description="samples in one optimizer step over all ranks")
+    """The sizes of a batch, whose product with the number of ranks is checked. Read by the planner and the loop."""
+
+    global_batch_size: BatchSize = Field(description="samples of one optimizer step, over all ranks")
     micro_batch_size: Annotated[int, Field(gt=0, le=MOST_SAMPLES_PER_RANK)] = Field(
-        description="samples of one rank in one forward pass"
+        description="samples per rank and forward pass"
     )
     gradient_accumulation_steps: Annotated[int, Field(gt=0, le=4096)] = Field(
-        1, description="micro-batches a rank runs before one optimizer step"
+        1, description="micro-batches that every rank runs per optimizer step"
     )
     shape_multiple: Count = Field(
         64,
-        description="pad a micro-batch's tokens to a multiple of this with a dummy sequence, and its masked positions to a "
-        "quarter of it: kernels are prepared once a shape (1: never pad)",
+        description="pad the tokens of a micro-batch to a multiple of this number with a dummy sequence, and its "
+        "masked positions to a multiple of a quarter of it, so that there are few shapes to prepare kernels for; 1: "
+        "never pad",
     )
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Samples of one rank in one optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps

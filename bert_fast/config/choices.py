@@ -1,55 +1,244 @@
 """The variants of everything a config can choose by name. One table per kind; a new variant is one file and one entry here.
 
-An entry says where the variant is (`module:attribute`, imported when it is chosen, so that this module needs none of them)
-and what it is, for `--help`. What the attribute must be is said above each table; docs/architecture.md and CONTRIBUTING.md
-have the recipes.
+An entry says where the variant is (`module:attribute`, imported when it is chosen, so that this module needs none of them),
+what it is, for `--help`, and what a config must know of it to be checked. What the attribute must be is said above each
+table; CONTRIBUTING.md has the recipes.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-from pydantic import AfterValidator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """A variant: `where` it is, as `module:attribute`, and what it is, in a few words."""
 
     where: str
     what: str
 
 
-# A function (named parameters, OptimizerConfig) -> torch.optim.Optimizer, as bert_fast/optim/adamw.py has it.
+# A function (named parameters, OptimizerConfig) -> optim.build.RunOptimizer, as bert_fast/optim/adamw.py has it.
 OPTIMIZERS = {
     "adamw": Choice("bert_fast.optim.adamw:build", "torch's fused AdamW"),
     "lamb": Choice("bert_fast.optim.lamb:build", "LAMB as MLPerf's reference has it"),
 }
 
 
-def one_of(table: Mapping[str, Choice]) -> Any:
-    """The type of a config field whose values are the names of a table, checked when a config is read."""
+@dataclass(frozen=True)
+class EngineChoice(Choice):
+    """`steps_per_bucket`: whether a bucket's weights can be updated while later ones are reduced."""
 
-    def check(name: str) -> str:
-        if name not in table:
-            near = difflib.get_close_matches(name[:100], table, n=1)
-            guess = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"must be one of {', '.join(table)}, not '{name[:100]}'{guess}")
-        return name
-
-    return Annotated[str, AfterValidator(check), Names(table)]
+    steps_per_bucket: bool = False
 
 
-class Names(NamedTuple):
-    """Marks a field's type with the table that its values are from, for `--help`."""
+# A subclass of bert_fast.communication.engine.Engine. In SHARDED_ENGINES: what takes its place with
+# communication.shard_optimizer, where each rank updates a part of the weights.
+ENGINES = {
+    "bucketed": EngineChoice(
+        "bert_fast.communication.reducer:BucketReducer", "our reducer, overlapped with backward", steps_per_bucket=True
+    ),
+    "ddp": EngineChoice(
+        "bert_fast.communication.ddp:DdpEngine", "torch's DistributedDataParallel with the same clipping"
+    ),
+}
+SHARDED_ENGINES = {
+    "bucketed": EngineChoice(
+        "bert_fast.communication.sharded:ShardedReducer", "reduce-scatter, update of shards, all-gather"
+    ),
+}
 
-    table: Mapping[str, Choice]
+# A class as bert_fast.model.objective.Objective describes it.
+OBJECTIVES = {
+    "mlm_nsp": Choice("bert_fast.model.objective:MlmNsp", "masked-token and next-sentence prediction, as BERT has it"),
+}
 
 
-def find(table: Mapping[str, Choice], name: str) -> Callable[..., Any]:
+# A function (dtype of the gradients, scale) -> WireFormat, as bert_fast/communication/casts.py has it.
+WIRE_FORMATS = {
+    "fp32": Choice("bert_fast.communication.casts:fp32", "as they are"),
+    "bf16": Choice("bert_fast.communication.casts:bf16", "half the bytes, 8 bits of precision"),
+    "fp16": Choice("bert_fast.communication.casts:fp16", "half the bytes, 11 bits of precision, scaled into range"),
+}
+
+
+@dataclass(frozen=True)
+class ClipMode:
+    """A way to clip: what has its norm clipped, and whether that happens before gradients are reduced over ranks.
+
+    Engines ask for the properties (`communication.clip` has the arithmetic).
+    """
+
+    what: str
+    clips: Literal["nothing", "groups", "gradient"]
+    before_reduce: bool = False
+
+    @property
+    def by_group(self) -> bool:
+        """Each clip group of a rank is scaled on its own, so that a bucket must hold whole groups."""
+        return self.clips == "groups"
+
+    @property
+    def delays_communication(self) -> bool:
+        """The norm of a rank's whole gradient is needed first: no bucket can leave before backward has ended."""
+        return self.clips == "gradient" and self.before_reduce
+
+    @property
+    def after_reduce(self) -> bool:
+        """The averaged gradient is scaled, once all of it is there."""
+        return self.clips == "gradient" and not self.before_reduce
+
+    @property
+    def bounds_sums(self) -> bool:
+        """What a rank sends has a norm of at most `max_norm`, and so has the average."""
+        return self.clips != "nothing" and self.before_reduce
+
+    @property
+    def updates_by_bucket(self) -> bool:
+        """A bucket's update is known as soon as that bucket is reduced (`optimizer.step_per_bucket`)."""
+        return self.clips != "gradient"
+
+
+CLIP_MODES = {
+    "none": ClipMode("nothing is clipped", "nothing"),
+    "global_before_reduce": ClipMode("each rank's whole gradient", "gradient", before_reduce=True),
+    "bucket_before_reduce": ClipMode("each clip group of a rank (the paper's, overlaps)", "groups", before_reduce=True),
+    "global_after_reduce": ClipMode("the averaged gradient (the textbook's)", "gradient"),
+}
+
+
+@dataclass(frozen=True)
+class StrategyChoice(Choice):
+    """`settings`: fields of `balance` that this strategy reads and not every one does.
+
+    `draws_by_rank`: which samples are in a step depends on how many ranks there are, and not every batch is as likely.
+    """
+
+    settings: tuple[str, ...] = ()
+    draws_by_rank: bool = False
+
+
+# A subclass of balance.strategies.base.Strategy.
+STRATEGIES = {
+    "random": StrategyChoice("bert_fast.balance.strategies.as_drawn:Random", "as drawn"),
+    "pad_to_longest": StrategyChoice(
+        "bert_fast.balance.strategies.as_drawn:PadToLongest", "as drawn, padded to the longest of a micro-batch"
+    ),
+    "exchange": StrategyChoice("bert_fast.balance.strategies.descending:Exchange", "sorted, assigned in rounds"),
+    "exchange_snake": StrategyChoice(
+        "bert_fast.balance.strategies.descending:ExchangeSnake", "sorted, assigned in rounds of alternating direction"
+    ),
+    "stratified_presort": StrategyChoice(
+        "bert_fast.balance.strategies.stratified_presort:StratifiedPresort",
+        "the paper's: so many samples of each length stratum, sorted within each node",
+        settings=("num_strata", "strata", "strata_counts"), draws_by_rank=True,
+    ),
+    "balanced": StrategyChoice(
+        "bert_fast.balance.strategies.descending:Balanced", "Karmarkar-Karp, refined; every rank the same number of samples",
+        settings=("refine_ms",),
+    ),
+    "balanced_free": StrategyChoice(
+        "bert_fast.balance.strategies.balanced_free:BalancedFree", "the same with any number of samples per rank",
+        settings=("refine_ms", "max_tokens"),
+    ),
+    "packed": StrategyChoice(
+        "bert_fast.balance.strategies.packed:Packed", "packed into rows of data.max_seq_len", settings=("num_packs", "max_samples_per_pack", "pack_order")
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionChoice(Choice):
+    """`has_dropout`: whether it can drop attention probabilities."""
+
+    has_dropout: bool = True
+
+
+# A model.attention.backend.Backend. `auto` is no entry: it picks one of these (model.attention.choose_backend).
+ATTENTION_BACKENDS = {
+    "loop": AttentionChoice(
+        "bert_fast.model.attention.rectangles:LOOP", "sequence by sequence; the oracle of all others"
+    ),
+    "grouped": AttentionChoice("bert_fast.model.attention.rectangles:GROUPED", "neighbours of similar length together"),
+    "matmul": AttentionChoice(
+        "bert_fast.model.attention.rectangles:MATMUL", "the same by plain products; fast on CPUs"
+    ),
+    "padded": AttentionChoice("bert_fast.model.attention.rectangles:PADDED", "all padded to the longest"),
+    "block_diagonal": AttentionChoice(
+        "bert_fast.model.attention.rectangles:BLOCK_DIAGONAL", "packed into rows under a mask"
+    ),
+    "nested": AttentionChoice("bert_fast.model.attention.nested:NESTED", "torch's nested tensors"),
+    "varlen": AttentionChoice(
+        "bert_fast.model.attention.flash:VARLEN", "torch's varlen_attn; CUDA, 16 bits", has_dropout=False
+    ),
+    "torch_flash": AttentionChoice(
+        "bert_fast.model.attention.flash:TORCH_FLASH", "the kernel under varlen, with dropout; CUDA, 16 bits"
+    ),
+    "flex": AttentionChoice("bert_fast.model.attention.flex:FLEX", "FlexAttention, compiled; CUDA", has_dropout=False),
+    "flash": AttentionChoice("bert_fast.model.attention.flash:FLASH", "package flash-attn; CUDA, 16 bits"),
+}
+
+
+# An instance of a subclass of data.corpora.base.Corpus.
+CORPORA = {
+    "pydocs": Choice("bert_fast.data.corpora.pydocs:CORPUS", "documentation strings of Python and installed packages"),
+    "prose": Choice(
+        "bert_fast.data.corpora.prose:CORPUS", "a folder of .txt, .md and .rst files, one document per file"
+    ),
+    "mlcommons": Choice("bert_fast.data.corpora.mlcommons:CORPUS", "MLPerf's cleaned shards, one sentence per line"),
+    "jsonl": Choice("bert_fast.data.corpora.jsonl:CORPUS", "files of JSON lines, one document per line"),
+    "wikiextractor": Choice("bert_fast.data.corpora.wikiextractor:CORPUS", "what WikiExtractor wrote"),
+    "mediawiki": Choice("bert_fast.data.corpora.mediawiki:CORPUS", "a dump of Wikipedia, one document per article"),
+    "parquet": Choice("bert_fast.data.corpora.parquet:CORPUS", "Parquet files, one document per row"),
+}
+
+
+class Described(Protocol):
+    """What an entry of every table has."""
+
+    @property
+    def what(self) -> str: ...
+
+
+class OneOf:
+    """Marks a config field whose values are the names of a table. They are checked when a config is read."""
+
+    def __init__(self, table: Mapping[str, Described], also: Mapping[str, str]) -> None:
+        self._table, self._also = table, also
+
+    def described(self) -> dict[str, str]:
+        """Every value, and what it is."""
+        return {**self._also, **{name: entry.what for name, entry in self._table.items()}}
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, core_schema.str_schema())
+
+    def _check(self, name: str) -> str:
+        names = list(self.described())
+        if name in names:
+            return name
+        near = difflib.get_close_matches(name[:100], names, n=1)
+        guess = f" (did you mean {near[0]}?)" if near else ""
+        known = ", ".join(map(repr, names))
+        raise PydanticCustomError("one_of", "must be one of {known}{guess}", {"known": known, "guess": guess})
+
+
+def one_of(table: Mapping[str, Described], also: Mapping[str, str] | None = None) -> OneOf:
+    """For a config field: `name: Annotated[str, one_of(OPTIMIZERS)]`.
+
+    Args:
+        also: values that are no entries of the table, with what they are.
+    """
+    return OneOf(table, also or {})
+
+
+def find(table: Mapping[str, Choice], name: str) -> Any:
     """Import the variant `name` of a table."""
     module, _, attribute = table[name].where.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    return found
+    return getattr(importlib.import_module(module), attribute)

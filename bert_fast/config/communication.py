@@ -7,44 +7,49 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bert_fast.config.choices import CLIP_MODES, ENGINES, WIRE_FORMATS, one_of
 from bert_fast.config.section import Mebibytes, PositiveFloat, Seconds, Section
 
 
 class CommunicationConfig(Section):
-    engine: Literal["bucketed", "ddp"] = Field(
-        "bucketed", description="our overlapped reducer, or torch DistributedDataParallel with the same clipping"
-    )
+    """How gradients are clipped and reduced. Read by the set-up, which builds the engine; docs/communication.md explains it."""
+
+    engine: Annotated[str, one_of(ENGINES)] = Field("bucketed", description="what averages gradients over ranks")
     bucket_mb: Literal["auto"] | Mebibytes | list[Mebibytes] = Field(
         25.0,
-        description="bucket size in MiB of gradients; a list in ready order whose last entry repeats; or auto: measure "
-        "backward and link before the clock and plan exactly",
+        description="size of a bucket in MiB of gradients; a list of sizes in the order in which gradients become "
+        "ready, the last of which repeats; or auto: measure the backward pass and the network before the clock "
+        "starts, and plan the best buckets for them",
     )
     min_bucket_mb: Annotated[float, Field(ge=0, le=2**20, allow_inf_nan=False)] = Field(
-        0.0, description="auto: no bucket but the last is smaller"
+        0.0, description="bucket_mb auto: smallest size of a bucket in MiB; only the last bucket may be smaller"
     )
-    max_bucket_mb: Mebibytes = Field(4096.0, description="auto: no bucket of several clip groups is larger")
-    clip: Literal["none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce"] = Field(
-        "bucket_before_reduce",
-        description="which norm is clipped: none; each rank's whole gradient; each clip group of a rank (the paper's, "
-        "overlaps); the averaged gradient (the textbook's)",
+    max_bucket_mb: Mebibytes = Field(
+        4096.0, description="bucket_mb auto: largest size in MiB of a bucket that holds several clip groups"
     )
-    max_norm: PositiveFloat = Field(1.0, description="clipping threshold c; a group gets c / sqrt(number of groups)")
+    clip: Annotated[str, one_of(CLIP_MODES)] = Field("bucket_before_reduce", description="which norm is clipped")
+    max_norm: PositiveFloat = Field(
+        1.0,
+        description="largest norm of a clipped gradient; each clip group may have max_norm / sqrt(number of groups)",
+    )
     clip_groups: Literal["layer", "tensor", "model"] | dict[str, str] = Field(
         "layer",
-        description="parameters that share one clipping norm: one per encoder layer plus embeddings and heads; one per "
-        "tensor; a single one; or {group: regular expression over parameter names}",
+        description="clip bucket_before_reduce: the parameters that share one norm. layer: one group per encoder "
+        "layer, and the embeddings and heads; tensor: one group per tensor; model: one group; or a mapping {group: "
+        "regular expression over parameter names}",
     )
     shard_optimizer: bool = Field(
         False,
-        description="reduce-scatter gradients, update a part of the weights on each rank, gather weights during the next "
-        "forward pass; optimizer state is divided by the number of ranks",
+        description="reduce-scatter the gradients, update a part of the weights on each rank, and gather the weights "
+        "during the next forward pass; each rank then holds only its part of the optimizer state",
     )
-    reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format on the wire")
+    reduce_dtype: Annotated[str, one_of(WIRE_FORMATS)] = Field("fp32", description="number format on the wire")
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto",
-        description="auto: nccl on CUDA, gloo on CPU. Named, it is used by a run of one rank too: every collective is called",
+        description="auto: nccl on CUDA, gloo on the CPU. A run of one rank calls no collectives with auto, and all "
+        "of them with a named backend",
     )
-    timeout_s: Seconds = Field(300.0, description="seconds after which a silent rank counts as lost")
+    timeout_s: Seconds = Field(300.0, description="seconds after which a rank that does not answer counts as lost")
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> CommunicationConfig:
@@ -53,6 +58,7 @@ class CommunicationConfig(Section):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(
-                    f"communication.clip_groups: pattern '{pattern}' of group {group} is no regular expression: {error}"
+                    f"communication.clip_groups: the pattern '{pattern}' of group {group} is not a regular expression "
+                    f"({error}); correct it"
                 ) from None
         return self

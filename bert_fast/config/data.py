@@ -8,20 +8,29 @@ from bert_fast.config.section import NonNegativeFloat, Section, Tokens
 
 
 class DataConfig(Section):
-    train: str = Field("data/pydocs-mini/train", description="folder of the training store (scripts/prepare_data.py)")
-    max_seq_len: Tokens = Field(512, description="longest sample in tokens; a longer one in a store is refused")
-    vocab_sha256: str | None = Field(None, description="if set, the stores must have been made with this vocabulary")
+    """The training store. Read when the clock has started: a run touches no data before."""
+
+    train: str = Field(
+        "data/pydocs-mini/train", description="folder of the training store; scripts/prepare_data.py makes one"
+    )
+    max_seq_len: Tokens = Field(
+        512, description="length of the longest sample in tokens; a store with a longer one is refused"
+    )
+    vocab_sha256: str | None = Field(
+        None, description="SHA-256 of the vocabulary that the stores must have been made with; not compared if unset"
+    )
     dynamic_masking: bool = Field(
         False,
-        description="predict other tokens of a sample each time it is used, not those chosen offline (open division)",
+        description="choose the tokens to predict anew each time a sample is used; false: those that were chosen when "
+        "the store was made (the closed division needs that)",
     )
     allow_shared_text: bool = Field(
         False,
-        description="evaluate although the evaluation store is of text that the training store has, and name it in the log and "
-        "the report; else such a run is refused before it starts",
+        description="evaluate even if the training store holds text of the evaluation store, and say so in the log "
+        "and the report; false: refuse such a run before its first step",
     )
     scrub_mb_per_s: NonNegativeFloat = Field(
         8.0,
-        description="MB a second that every rank reads of the training store in the background, to notice that it has "
-        "changed; 0: never",
+        description="MB per second that every rank reads of the training store in the background, to notice that its "
+        "files have changed; 0: never",
     )

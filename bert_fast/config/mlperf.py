@@ -10,17 +10,26 @@ from bert_fast.config.section import Section
 
 
 class MlperfConfig(Section):
-    enabled: bool = Field(True, description="write an MLPerf log and check it")
-    division: Literal["open", "closed"] = Field("open", description="closed: LAMB only, and every closed rule")
-    ruleset: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")] = Field(
-        "5.0.0", description="mlperf-logging ruleset; 5.0.0 is BERT's last"
+    """What the MLPerf log says of a submission, and which rules it must keep. Read by `bert_fast.mlperf`."""
+
+    enabled: bool = Field(True, description="write an MLPerf log and check it at the end of the run")
+    division: Literal["open", "closed"] = Field(
+        "open",
+        description="open, or closed: a run that breaks a rule of the closed division is refused (LAMB only, for "
+        "example)",
     )
-    organization: str = Field("bert_fast", description="submission_org")
-    platform: str = Field("unnamed", description="submission_platform")
-    status: Literal["onprem", "cloud", "research", "preview"] = Field("research", description="submission_status")
-    poc_name: str = Field("nobody", description="submission_poc_name")
-    poc_email: str = Field("nobody@example.org", description="submission_poc_email")
+    ruleset: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")] = Field(
+        "5.0.0", description="rules of mlperf-logging that the log is checked with; 5.0.0 are the last with BERT"
+    )
+    organization: str = Field("bert_fast", description="name of the submitting organization (submission_org)")
+    platform: str = Field("unnamed", description="name of the system (submission_platform)")
+    status: Literal["onprem", "cloud", "research", "preview"] = Field(
+        "research", description="availability of the system (submission_status)"
+    )
+    poc_name: str = Field("nobody", description="name of a person to contact (submission_poc_name)")
+    poc_email: str = Field("nobody@example.org", description="address of a person to contact (submission_poc_email)")
     clear_caches: bool = Field(
         False,
-        description="drop the operating system's caches first (needs root); else only cache_clear is logged false",
+        description="drop the caches of the operating system before the run, which needs root; false: leave them, and "
+        "log cache_clear as false",
     )

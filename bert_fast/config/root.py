@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -10,8 +11,10 @@ from pydantic import Field, model_validator
 from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
+from bert_fast.config.choices import ATTENTION_BACKENDS, CLIP_MODES, ENGINES, SHARDED_ENGINES
 from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
+from bert_fast.config.effects import idle_settings
 from bert_fast.config.evaluation import EvaluationConfig
 from bert_fast.config.mlperf import MlperfConfig
 from bert_fast.config.model import ModelConfig
@@ -25,113 +28,37 @@ from bert_fast.config.train import TrainConfig
 
 
 class Config(Section):
-    run: RunConfig = Field(default_factory=RunConfig, description="name and output of the run")
-    model: ModelConfig = Field(default_factory=ModelConfig, description="shape of BERT")
-    data: DataConfig = Field(default_factory=DataConfig, description="stores of samples")
-    batch: BatchConfig = Field(description="batch arithmetic")
+    """All settings of a run. `bert_fast.config.load.load_config` reads one; every part gets its own section of it."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="name, folder and extra output of the run")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the shape of BERT")
+    data: DataConfig = Field(default_factory=DataConfig, description="the training store and how it is read")
+    batch: BatchConfig = Field(description="how many samples a step, a rank and a forward pass take")
     balance: BalanceConfig = Field(default_factory=BalanceConfig, description="which rank gets which sample")
     communication: CommunicationConfig = Field(
-        default_factory=CommunicationConfig, description="buckets, clipping, collectives"
+        default_factory=CommunicationConfig, description="buckets, clipping and collectives"
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="the update rule")
     schedule: ScheduleConfig = Field(description="the learning rate over steps")
-    train: TrainConfig = Field(description="the loop: seeds, precision, steps")
+    train: TrainConfig = Field(description="the loop: seeds, precision and number of steps")
     evaluation: EvaluationConfig = Field(description="the held-out store, when it is evaluated, and the target")
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="starting weights, checkpoints, the final model"
+        default_factory=CheckpointConfig, description="starting weights, checkpoints and the final model"
     )
-    system: SystemConfig = Field(default_factory=SystemConfig, description="ranks, device, threads")
+    system: SystemConfig = Field(default_factory=SystemConfig, description="ranks, devices and threads")
     recovery: RecoveryConfig = Field(
-        default_factory=RecoveryConfig, description="restarts after a failure, spare nodes"
+        default_factory=RecoveryConfig, description="restarts after a failure, and spare nodes"
     )
     mlperf: MlperfConfig = Field(default_factory=MlperfConfig, description="the MLPerf log")
 
     @model_validator(mode="after")
-    def _cross_checks(self) -> Config:
-        batch, world = self.batch, self.system.world_size
-        product = batch.micro_batch_size * world * batch.gradient_accumulation_steps
-        if batch.global_batch_size != product:
-            raise ValueError(
-                f"batch.global_batch_size={batch.global_batch_size} is not micro_batch_size x world_size x gradient_accumulation_steps = "
-                f"{batch.micro_batch_size} x {world} x {batch.gradient_accumulation_steps} = {product}; set batch.global_batch_size={product} "
-                "or change a factor"
-            )
-        if self.data.max_seq_len > self.model.max_positions:
-            raise ValueError(
-                f"data.max_seq_len={self.data.max_seq_len} does not fit the position table of "
-                f"model.max_positions={self.model.max_positions}; raise model.max_positions or shorten the samples"
-            )
-        per_rank = batch.micro_batch_size * batch.gradient_accumulation_steps
-        if per_rank > MOST_SAMPLES_PER_RANK:
-            raise ValueError(
-                f"batch.micro_batch_size x batch.gradient_accumulation_steps = {per_rank:,} samples of a rank in a step; "
-                f"at most {MOST_SAMPLES_PER_RANK:,}"
-            )
-        balance = self.balance
-        if balance.strata_counts is not None and sum(balance.strata_counts) != per_rank:
-            raise ValueError(
-                f"balance.strata_counts={balance.strata_counts} add up to {sum(balance.strata_counts)} and a rank takes "
-                f"micro_batch_size x gradient_accumulation_steps = {per_rank} samples a step; make them add up to {per_rank}"
-            )
-        if balance.strata and balance.strata[-1] != self.data.max_seq_len:
-            raise ValueError(
-                f"balance.strata={balance.strata} must end with data.max_seq_len={self.data.max_seq_len}, so that every "
-                "sample is in a stratum"
-            )
-        if balance.max_tokens is not None and balance.max_tokens < self.data.max_seq_len:
-            raise ValueError(
-                f"balance.max_tokens={balance.max_tokens} is less than one sample of data.max_seq_len="
-                f"{self.data.max_seq_len} tokens; raise it"
-            )
-        if balance.num_packs is not None and balance.num_packs > batch.micro_batch_size:
-            raise ValueError(
-                f"balance.num_packs={balance.num_packs} is more than the batch.micro_batch_size={batch.micro_batch_size} samples that "
-                "are packed; at most one row a sample"
-            )
-        if world % self.system.node_size:
-            raise ValueError(
-                f"system.ranks_per_node={self.system.node_size} does not divide system.world_size={world}; "
-                f"set ranks_per_node to a divisor such as {math.gcd(world, self.system.node_size)}"
-            )
-        if self.model.attention_dropout > 0 and self.model.attention_backend in ("varlen", "flex"):
-            raise ValueError(
-                f"model.attention_backend={self.model.attention_backend} has no dropout; set model.attention_dropout=0 or use "
-                "flash or padded"
-            )
-        communication = self.communication
-        if self.optimizer.step_per_bucket:
-            if communication.engine != "bucketed":
-                raise ValueError(
-                    f"optimizer.step_per_bucket=true needs communication.engine=bucketed and it is {communication.engine}; change one"
-                )
-            if communication.clip not in ("none", "bucket_before_reduce"):
-                raise ValueError(
-                    f"optimizer.step_per_bucket=true needs communication.clip=none or bucket_before_reduce: with {communication.clip} "
-                    "no update is known before the last bucket; set optimizer.step_per_bucket=false"
-                )
-        if self.optimizer.step_per_bucket and self.optimizer.use_apex:
-            raise ValueError(
-                "optimizer.step_per_bucket=true steps over some tensors at a time, and apex's optimizers count their steps as a whole; "
-                "set optimizer.step_per_bucket=false or optimizer.use_apex=false"
-            )
-        if communication.shard_optimizer and communication.engine != "bucketed":
-            raise ValueError(
-                f"communication.shard_optimizer needs communication.engine=bucketed, not {communication.engine}; change one"
-            )
-        if communication.shard_optimizer and self.optimizer.use_apex:
-            raise ValueError(
-                "communication.shard_optimizer updates pieces of tensors, which apex's optimizers do not know; "
-                "set optimizer.use_apex=false"
-            )
-        if self.mlperf.division == "closed" and self.optimizer.name != "lamb":
-            raise ValueError(
-                f"mlperf.division=closed allows LAMB only and optimizer.name={self.optimizer.name}; "
-                "set optimizer.name=lamb or mlperf.division=open"
-            )
-        if self.train.precision in ("fp16", "fp8") and self.system.device == "cpu":
-            raise ValueError(
-                f"train.precision={self.train.precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
-            )
+    def _every_setting_has_an_effect(self) -> Config:
+        _raise_if_any(idle_settings(self))
+        return self
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        _raise_if_any(text for check in CROSS_CHECKS if (text := check(self)) is not None)
         return self
 
 
@@ -143,3 +70,184 @@ def sections() -> dict[str, type[Section]]:
 def as_plain(config: Config) -> dict[str, Any]:
     """The config as plain YAML/JSON values, defaults included."""
     return config.model_dump(mode="json")
+
+
+def _raise_if_any(problems: Iterable[str]) -> None:
+    text = "; ".join(problems)
+    if text:
+        raise ValueError(text)
+
+
+# ---- what no section can check by itself: each function returns what is wrong and how to fix it, or None ------------------
+
+
+def _global_batch_is_the_product(config: Config) -> str | None:
+    batch, world = config.batch, config.system.world_size
+    product = batch.micro_batch_size * world * batch.gradient_accumulation_steps
+    if batch.global_batch_size == product:
+        return None
+    return (
+        f"batch.global_batch_size={batch.global_batch_size} is not micro_batch_size x world_size x "
+        f"gradient_accumulation_steps = {batch.micro_batch_size} x {world} x {batch.gradient_accumulation_steps} = "
+        f"{product}; set batch.global_batch_size={product} or change a factor"
+    )
+
+
+def _samples_per_rank_can_be_planned(config: Config) -> str | None:
+    if config.batch.samples_per_rank <= MOST_SAMPLES_PER_RANK:
+        return None
+    return (
+        f"batch.micro_batch_size x batch.gradient_accumulation_steps = {config.batch.samples_per_rank:,} samples per rank and "
+        f"step are too many; set them to a product of at most {MOST_SAMPLES_PER_RANK:,}"
+    )
+
+
+def _samples_fit_the_position_table(config: Config) -> str | None:
+    if config.data.max_seq_len <= config.model.max_positions:
+        return None
+    return (
+        f"data.max_seq_len={config.data.max_seq_len} does not fit the position table of "
+        f"model.max_positions={config.model.max_positions}; raise model.max_positions or lower data.max_seq_len"
+    )
+
+
+def _strata_counts_add_up(config: Config) -> str | None:
+    counts, wanted = config.balance.strata_counts, config.batch.samples_per_rank
+    if counts is None or sum(counts) == wanted:
+        return None
+    return (
+        f"balance.strata_counts={counts} add up to {sum(counts)}, and a rank takes micro_batch_size x "
+        f"gradient_accumulation_steps = {wanted} samples per step; make them add up to {wanted}"
+    )
+
+
+def _strata_reach_the_longest_sample(config: Config) -> str | None:
+    strata, longest = config.balance.strata, config.data.max_seq_len
+    if not strata or strata[-1] == longest:
+        return None
+    return f"balance.strata={strata} must end with data.max_seq_len={longest}, so that every sample is in a stratum"
+
+
+def _longest_sample_fits_a_micro_batch(config: Config) -> str | None:
+    most, longest = config.balance.max_tokens, config.data.max_seq_len
+    if most is None or most >= longest:
+        return None
+    return (
+        f"balance.max_tokens={most} is less than one sample of data.max_seq_len={longest} tokens; "
+        f"set it to at least {longest}"
+    )
+
+
+def _packs_are_not_empty(config: Config) -> str | None:
+    packs, samples = config.balance.num_packs, config.batch.micro_batch_size
+    if packs is None or packs <= samples:
+        return None
+    return (
+        f"balance.num_packs={packs} is more than the batch.micro_batch_size={samples} samples that are packed; "
+        f"set it to at most {samples}"
+    )
+
+
+def _nodes_are_full(config: Config) -> str | None:
+    world, node = config.system.world_size, config.system.node_size
+    if world % node == 0:
+        return None
+    return (
+        f"system.ranks_per_node={node} does not divide system.world_size={world}; set ranks_per_node to a divisor such as "
+        f"{math.gcd(world, node)}"
+    )
+
+
+def _attention_backend_has_the_dropout(config: Config) -> str | None:
+    backend = config.model.attention_backend
+    choice = ATTENTION_BACKENDS.get(backend)
+    if config.model.attention_dropout == 0 or choice is None or choice.has_dropout:
+        return None
+    return f"model.attention_backend={backend} has no dropout; set model.attention_dropout=0 or use flash or padded"
+
+
+def _engine_can_step_per_bucket(config: Config) -> str | None:
+    engine = config.communication.engine
+    if not config.optimizer.step_per_bucket or ENGINES[engine].steps_per_bucket:
+        return None
+    able = " or ".join(name for name, choice in ENGINES.items() if choice.steps_per_bucket)
+    return (
+        f"optimizer.step_per_bucket=true needs communication.engine={able} and it is {engine}; set "
+        f"communication.engine={able} or optimizer.step_per_bucket=false"
+    )
+
+
+def _clipping_can_step_per_bucket(config: Config) -> str | None:
+    clip = config.communication.clip
+    if not config.optimizer.step_per_bucket or CLIP_MODES[clip].updates_by_bucket:
+        return None
+    able = " or ".join(name for name, mode in CLIP_MODES.items() if mode.updates_by_bucket)
+    return (
+        f"optimizer.step_per_bucket=true needs communication.clip={able}: with {clip} no update is "
+        "known before the last bucket is reduced; set optimizer.step_per_bucket=false or another communication.clip"
+    )
+
+
+def _apex_cannot_step_per_bucket(config: Config) -> str | None:
+    if not (config.optimizer.step_per_bucket and config.optimizer.use_apex):
+        return None
+    return (
+        "optimizer.step_per_bucket=true updates some tensors at a time, and apex's optimizers count their steps for all of "
+        "them; set optimizer.step_per_bucket=false or optimizer.use_apex=false"
+    )
+
+
+def _engine_can_shard(config: Config) -> str | None:
+    engine = config.communication.engine
+    if not config.communication.shard_optimizer or engine in SHARDED_ENGINES:
+        return None
+    able = " or ".join(SHARDED_ENGINES)
+    return (
+        f"communication.shard_optimizer=true needs communication.engine={able} and it is {engine}; set "
+        f"communication.engine={able} or communication.shard_optimizer=false"
+    )
+
+
+def _apex_cannot_shard(config: Config) -> str | None:
+    if not (config.communication.shard_optimizer and config.optimizer.use_apex):
+        return None
+    return (
+        "communication.shard_optimizer=true updates pieces of tensors, which apex's optimizers do not support; set "
+        "communication.shard_optimizer=false or optimizer.use_apex=false"
+    )
+
+
+def _closed_division_uses_lamb(config: Config) -> str | None:
+    if config.mlperf.division != "closed" or config.optimizer.name == "lamb":
+        return None
+    return (
+        f"mlperf.division=closed allows LAMB only and optimizer.name={config.optimizer.name}; set optimizer.name=lamb or "
+        "mlperf.division=open"
+    )
+
+
+def _precision_has_its_device(config: Config) -> str | None:
+    precision = config.train.precision
+    if precision not in ("fp16", "fp8") or config.system.device != "cpu":
+        return None
+    return f"train.precision={precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
+
+
+CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
+    _global_batch_is_the_product,
+    _samples_per_rank_can_be_planned,
+    _samples_fit_the_position_table,
+    _strata_counts_add_up,
+    _strata_reach_the_longest_sample,
+    _longest_sample_fits_a_micro_batch,
+    _packs_are_not_empty,
+    _nodes_are_full,
+    _attention_backend_has_the_dropout,
+    _engine_can_step_per_bucket,
+    _clipping_can_step_per_bucket,
+    _apex_cannot_step_per_bucket,
+    _engine_can_shard,
+    _apex_cannot_shard,
+    _closed_division_uses_lamb,
+    _precision_has_its_device,
+)

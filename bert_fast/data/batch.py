@@ -1,10 +1,13 @@
-"""A batch: the tokens of all its samples end to end, no padding."""
+"""A batch: the tokens of all its samples end to end, without padding."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from bert_fast.data.record import read_headers, sections_of
+from bert_fast.integers import ceil_div, segment_positions, segment_ranges
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,10 @@ class Batch:
     cu_seqlens: int32 [B + 1], where samples start and end
     masked_positions: int64 [M], indices into T; masked_labels: int64 [M]
     next_sentence_labels: int64 [B], 1 where B comes from another document
-    lengths: B host integers; sample_ids: int64 [B]
+    lengths: list of B integers; sample_ids: int64 [B]
 
-    Padding is dummy sequences of zero tokens that no sample attends to: they are in `lengths` and `cu_seqlens`, and their
-    next-sentence labels are -1 (or absent, at the end). Masked labels of -1 do not count either.
+    Where a batch is padded, it is with dummy sequences of token 0 that no sample attends to. They are in `lengths` and
+    `cu_seqlens`, and their next-sentence labels are -1 (or absent, at the end). Masked labels of -1 do not count either.
     """
 
     input_ids: np.ndarray
@@ -37,9 +40,9 @@ class Batch:
 
 
 def padded(batch: Batch, multiple: int) -> Batch:
-    """The batch with a last dummy sequence that makes its tokens a multiple of `multiple`, its masks of a quarter of it.
+    """Pad to a multiple of `multiple` tokens with a last dummy sequence, and to a multiple of a quarter of it masks.
 
-    Kernels are prepared for every new shape: with few shapes they are prepared once.
+    Kernels are prepared for every new shape, so there should be few shapes.
     """
     extra_tokens = -batch.num_tokens % multiple
     batch = _more_masks(batch, -len(batch.masked_labels) % max(1, multiple // 4))
@@ -57,10 +60,10 @@ def padded(batch: Batch, multiple: int) -> Batch:
 
 
 def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> Batch:
-    """Lay samples, which come row by row, into rows of `row_length` tokens, each filled up with a dummy sequence.
+    """Lay samples, which are sorted by row, into rows of `row_length` tokens, each filled up with a dummy sequence.
 
     Args:
-        rows: int64 [B], the row of every sample, rising.
+        rows: int64 [B], the row of every sample, ascending.
 
     Returns:
         A batch of num_rows * row_length tokens, and of masked positions a multiple of 16 % of that (masks are 15 % of
@@ -72,11 +75,11 @@ def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> B
     # A row's dummy comes after its samples: sort (row, is dummy).
     place = np.argsort(np.concatenate([2 * rows, 2 * filled + 1]), kind="stable")
     spread = _spread(batch, np.concatenate([lengths, gaps[filled]])[place], place < len(lengths))
-    return _more_masks(spread, -len(batch.masked_labels) % (num_rows * -(-16 * row_length // 100)))
+    return _more_masks(spread, -len(batch.masked_labels) % (num_rows * ceil_div(16 * row_length, 100)))
 
 
 def to_longest(batch: Batch) -> Batch:
-    """As many tokens as if every sample were padded to the longest (attention over the padding is left out)."""
+    """Pad to as many tokens as if every sample were padded to the longest; nothing attends to the padding."""
     lengths = np.array(batch.lengths)
     gaps = lengths.max() - lengths
     gaps = np.sort(gaps[gaps > 0])[::-1]
@@ -85,7 +88,7 @@ def to_longest(batch: Batch) -> Batch:
 
 
 def _spread(batch: Batch, lengths: np.ndarray, is_sample: np.ndarray) -> Batch:
-    """The batch with dummy sequences between its samples: `lengths` [S] of all sequences, `is_sample` bool [S]."""
+    """Insert dummy sequences between the samples: `lengths` [S] of all sequences, `is_sample` bool [S]."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     shift = starts[:-1][is_sample] - batch.cu_seqlens[:-1]
     target = np.arange(batch.num_tokens) + np.repeat(shift, batch.lengths)
@@ -110,7 +113,7 @@ def _spread(batch: Batch, lengths: np.ndarray, is_sample: np.ndarray) -> Batch:
 
 
 def _more_masks(batch: Batch, count: int) -> Batch:
-    """`count` more masked positions that do not count."""
+    """Add `count` masked positions that do not count."""
     return replace(
         batch,
         masked_positions=np.concatenate([batch.masked_positions, np.zeros(count, dtype=np.int64)]),
@@ -121,23 +124,29 @@ def _more_masks(batch: Batch, count: int) -> Batch:
 def assemble(
     tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, sample_ids: np.ndarray, keep_order: bool = False
 ) -> Batch:
-    """Join the records tokens[start:end] of samples into a batch, without a Python loop over samples.
+    """Join the records tokens[start:end] of samples into a batch.
 
-    A record is uint16: len_a, M, is_random_next, M positions, M labels, L tokens (`data.store`). Samples are laid longest
-    first, so that neighbours of like length share an attention group, unless `keep_order`.
+    Args:
+        tokens: uint16, the records of a store (`data.record`).
+        starts, ends: int64 [B], where the records lie in `tokens`.
+        sample_ids: int64 [B].
+        keep_order: keep the given order; else samples are laid longest first, so that neighbours of similar length share
+            an attention group.
     """
-    headers = tokens[starts[:, None] + np.arange(3)].astype(np.int64)
-    lengths = ends - starts - 3 - 2 * headers[:, 1]
+    headers = read_headers(tokens, starts)
+    sections = sections_of(starts, headers.num_masked)
+    lengths = ends - sections.tokens
     order = np.arange(len(lengths)) if keep_order else np.argsort(-lengths, kind="stable")
-    starts, headers, lengths = starts[order], headers[order], lengths[order]
-    len_a, num_masked = headers[:, 0], headers[:, 1]
+    lengths = lengths[order]
+    len_a, num_masked, is_random_next = (column[order] for column in headers)
+    positions_at, _, tokens_at = (column[order] for column in sections)
     cu_seqlens = np.zeros(len(order) + 1, dtype=np.int64)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    position_ids = _counting(lengths)
-    mask_places = np.repeat(starts + 3, num_masked) + _counting(num_masked)
+    position_ids = segment_positions(lengths)
+    mask_places = segment_ranges(positions_at, num_masked)
     positions = tokens[mask_places].astype(np.int64)
     labels = tokens[mask_places + np.repeat(num_masked, num_masked)].astype(np.int64)
-    token_places = np.repeat(starts + 3 + 2 * num_masked, lengths) + position_ids
+    token_places = np.repeat(tokens_at, lengths) + position_ids
     return Batch(
         input_ids=tokens[token_places].astype(np.int64),
         token_type_ids=(position_ids >= np.repeat(len_a, lengths)).astype(np.int64),
@@ -145,13 +154,7 @@ def assemble(
         cu_seqlens=cu_seqlens.astype(np.int32),
         masked_positions=positions + np.repeat(cu_seqlens[:-1], num_masked),
         masked_labels=labels,
-        next_sentence_labels=headers[:, 2].copy(),
+        next_sentence_labels=is_random_next,
         lengths=lengths.tolist(),
         sample_ids=np.asarray(sample_ids)[order],
     )
-
-
-def _counting(counts: np.ndarray) -> np.ndarray:
-    """0 ... counts[0] - 1, 0 ... counts[1] - 1, and so on, end to end."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - counts, counts)

@@ -9,8 +9,8 @@ from typing import Annotated
 from pydantic import Field
 
 from bert_fast.config import Section
-from bert_fast.config.load import read_yaml, validate
 from bert_fast.config.section import PositiveInt
+from bert_fast.config.yaml_files import read_yaml, validate
 from bert_fast.launch.topology import Nic
 
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]

@@ -33,13 +33,13 @@ from bert_fast.files import write_json
 from bert_fast.launch import slurm
 from bert_fast.launch.error_report import ERROR_FOLDER, REPORT_FILES, ErrorReport, describe_causes, read_reports
 from bert_fast.launch.rendezvous_check import RENDEZVOUS_ADDRESSES, SECRET, new_secret
+from bert_fast.report.schema import TARGET_MISSED, read_record
 from bert_fast.run_folder import (
     CHECKPOINTS,
     COMMIT,
     RECORD,
     STOPPED,
     SUPERVISION,
-    TARGET_MISSED,
     checkpoints_in,
     run_folder,
     step_of,
@@ -71,8 +71,7 @@ class PlannedRun:
     @property
     def status(self) -> str:
         """How a finished run has ended, by its record."""
-        record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-        return str(record.get("status", "no status"))
+        return read_record(self.folder / RECORD).status
 
     @property
     def last_step(self) -> int:

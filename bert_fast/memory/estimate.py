@@ -1,12 +1,11 @@
-"""Memory of one rank before it runs, from the shapes alone. An estimate: allocator slack and workspaces are not in it."""
+"""Memory of one rank before it runs, computed from shapes. Allocator slack and workspaces are not included."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from bert_fast.config import Config, ModelConfig
+from bert_fast.integers import ceil_div
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: bool = False) -> int:
-    """What backward keeps of one token in the encoder, outside of attention scores.
+    """Bytes that the encoder keeps for backward per token, without attention scores.
 
     A layer keeps its input, q, k, v, the context, the first norm's output and the feed-forward's two inner activations; the
     inputs of both norms in fp32, as CUDA's autocast computes them; two numbers for each norm and one for each head; and a
-    byte for each element of a dropout's mask. `fused` (the CPU's pieces): dropout and GELU keep nothing, and the
+    byte for each element of a dropout's mask. With `fused` (the CPU's fused parts) dropout and GELU keep nothing, and the
     projections' outputs go into sums that are kept once: 8 widths and one inner activation, with two fp32 numbers for each
     norm.
     """
@@ -65,9 +64,9 @@ def estimate(
     Args:
         element_bytes: of activations (2 under bf16 or fp16 autocast, 4 in fp32).
         shards: ranks over which optimizer state is divided.
-        keeps_scores: the CPU's way: probabilities are kept for backward, and the layers' fused pieces keep less; else the
-            device's kernels keep no probabilities, and dropout its masks.
-        logits_rows: rows of logits that are alive at a time (all masked positions if unset).
+        keeps_scores: as on CPUs, attention probabilities are kept for backward, and the fused layers keep less; otherwise
+            the device's kernels keep no probabilities, and dropout keeps its masks.
+        logits_rows: rows of logits in memory at a time (all masked positions if unset).
     """
     parameters = num_parameters(config)
     width, table = config.hidden_size, config.vocab_size * config.hidden_size
@@ -78,47 +77,29 @@ def estimate(
         activations += rows * config.vocab_size * (8 + element_bytes)  # logits, their fp32 form, its gradient
         activations += masked * 5 * width * element_bytes + table * element_bytes
     else:
-        activations += (
-            tokens * width * (5 if config.hidden_dropout else 4)
-        )  # the embeddings' norm, in fp32, and its dropout
+        # The embeddings' norm, in fp32, and its dropout
+        activations += tokens * width * (5 if config.hidden_dropout else 4)
         activations += masked * width * (4 * element_bytes + 4)
-        activations += table * (
-            4 if rows < masked else element_bytes
-        )  # gradient of the decoder's weight, known with the loss
+        # The gradient of the decoder's weight, which is computed with the loss
+        activations += table * (4 if rows < masked else element_bytes)
         if element_bytes < 4:  # autocast's copies of the matrices, which backward needs
-            activations += element_bytes * (
-                parameters - table - width * (config.max_positions + config.type_vocab_size)
-            )
-        # What is alive for a moment: logits, their fp32 form, its gradient and that in the logits' format; or, in a layer's
-        # backward, the gradients of its inner activations
+            matrices = parameters - table - width * (config.max_positions + config.type_vocab_size)
+            activations += element_bytes * matrices
+        # Temporary: logits, their fp32 form, its gradient and that gradient in the logits' dtype; or, in a layer's backward,
+        # the gradients of its inner activations
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
-    return MemoryEstimate(4 * parameters, 4 * parameters, -(-8 * parameters // shards), activations)
+    return MemoryEstimate(4 * parameters, 4 * parameters, ceil_div(8 * parameters, shards), activations)
 
 
 def least_bytes(config: Config, element_bytes: int = 2) -> int:
-    """Bytes that a rank needs whatever else it does: weights, gradients, optimizer state, and each layer's input of one batch.
+    """A lower bound of a rank's bytes: weights, gradients, optimizer state, and each layer's input of one batch.
 
-    Below `estimate` on purpose: what is more than a machine's memory by this count cannot run there.
+    It is below `estimate` on purpose: a model with a lower bound above a machine's memory cannot run there.
     """
     shards = config.system.world_size if config.communication.shard_optimizer else 1
     tokens = config.batch.micro_batch_size * config.data.max_seq_len
     tokens += -tokens % config.batch.shape_multiple
-    inputs = (
-        3 * 8 * tokens * config.batch.gradient_accumulation_steps
-    )  # tokens, types and positions of the synthetic step
+    inputs = 3 * 8 * tokens * config.batch.gradient_accumulation_steps  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
     return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + inputs + kept
-
-
-def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that this machine, or the container around us, has."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (groups / name).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            there = min(there, int(text))
-    return there

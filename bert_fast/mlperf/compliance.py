@@ -1,7 +1,7 @@
-"""MLPerf's own checkers, run on what we wrote, with their verdict read from their output.
+"""Runs MLPerf's own checkers on what we wrote, and reads their verdict from their output.
 
-Two of them (package, system description) end with exit code 0 on failure, and the package checker writes `scaling.json` beside
-the results of a closed package. So their text is read, and they are given a copy.
+Two of them (package, system description) exit with 0 on failure, so their text is read. The package checker writes
+`scaling.json` beside the results of a closed package, so it is given a copy.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a checker said: `text` is its whole output, `reasons` the lines of it that tell why it failed."""
+class CheckerVerdict:
+    """What one of MLPerf's checkers says: `text` is its whole output, `reasons` the lines of it that tell why it failed."""
 
     passed: bool
     text: str
@@ -40,7 +40,7 @@ class Verdict:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """The checkers drop log files where they are started."""
+    """A working folder for the checkers, which leave log files where they are started."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -49,90 +49,93 @@ def _run(module: str, arguments: list[str], scratch: Path) -> tuple[int, str]:
     try:
         done = subprocess.run(
             [sys.executable, "-m", f"mlperf_logging.{module}", *arguments],
-            cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT_S,
-        )  # fmt: skip
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"mlperf_logging.{module} did not end within {_TIMEOUT_S} s") from None
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
-def check_log(path: str | Path, ruleset: str) -> Verdict:
+def check_log(path: str | Path, ruleset: str) -> CheckerVerdict:
     """The compliance checker on one result log."""
     full = str(Path(path).resolve())
     with _scratch() as scratch:
         code, text = _run(
             "compliance_checker",
-            ["--usage", "training", "--ruleset", ruleset, "--log_output", str(scratch / "checker.log"), full], scratch,
-        )  # fmt: skip
+            ["--usage", "training", "--ruleset", ruleset, "--log_output", str(scratch / "checker.log"), full],
+            scratch,
+        )
         text = text.replace(full, Path(path).name).replace(f"{scratch}/", "")
-    return Verdict(code == 0 and "SUCCESS" in text, text)
+    return CheckerVerdict(code == 0 and "SUCCESS" in text, text)
 
 
-def check_logs(paths: list[Path], ruleset: str) -> list[Verdict]:
+def check_logs(paths: list[Path], ruleset: str) -> list[CheckerVerdict]:
     """The compliance checker on many logs, in one process: starting it takes far longer than a log."""
     from mlperf_logging.compliance_checker import mlp_compliance
 
     verdicts = []
     for path in paths:
-        said = io.StringIO()
-        handler = logging.StreamHandler(said)
+        output = io.StringIO()
+        handler = logging.StreamHandler(output)
         root = logging.getLogger()
         level, others = root.level, root.handlers[:]
         root.handlers[:], root.level = [handler], logging.INFO
         try:
             checker = mlp_compliance.make_checker("training", ruleset, quiet=False, werror=False)
             passed = mlp_compliance.main(str(path), f"training_{ruleset}/common.yaml", checker)[0]
-        except Exception as error:  # of the rules, which are code that is evaluated over the log
+        except Exception as error:  # raised by the rules, which are code that is evaluated over the log
             passed = False
-            said.write(f"ERROR - {type(error).__name__}: {error}\n")
+            output.write(f"ERROR - {type(error).__name__}: {error}\n")
         finally:
             root.handlers[:], root.level = others, level
-        verdicts.append(Verdict(bool(passed), said.getvalue().replace(str(path), path.name)))
+        verdicts.append(CheckerVerdict(bool(passed), output.getvalue().replace(str(path), path.name)))
     return verdicts
 
 
-def check_system(path: str | Path, ruleset: str) -> Verdict:
+def check_system(path: str | Path, ruleset: str) -> CheckerVerdict:
     """The system description checker."""
     with _scratch() as scratch:
         _, text = _run("system_desc_checker", [str(Path(path).resolve()), "training", ruleset], scratch)
-    return Verdict("checker passed" in text and "checker failed" not in text and "Traceback" not in text, text)
+    return CheckerVerdict("checker passed" in text and "checker failed" not in text and "Traceback" not in text, text)
 
 
-def check_convergence(results: str | Path, ruleset: str) -> Verdict:
+def check_convergence(results: str | Path, ruleset: str) -> CheckerVerdict:
     """The RCP checker on a folder of result logs (closed division)."""
     with _scratch() as scratch:
         copied = _copied(Path(results), scratch / "results")
         code, text = _run(
             "rcp_checker", [str(copied), "--rcp_version", ruleset, "--log_output", str(scratch / "rcp.log")], scratch
         )
-    return Verdict(code == 0 and "PASSED" in text, text.replace(f"{scratch}/", ""))
+    return CheckerVerdict(code == 0 and "PASSED" in text, text.replace(f"{scratch}/", ""))
 
 
 @dataclass(frozen=True)
-class PackageVerdict:
-    """The package checker's verdict, the factor it found for the score, and the minutes of the summarizer, by system."""
+class PackageVerdicts:
+    """What MLPerf's package checker and result summarizer say of a package."""
 
-    verdict: Verdict
-    scaling: dict[str, float]
-    minutes: dict[str, float]
-    summary: Verdict
+    checker: CheckerVerdict
+    scaling: dict[str, float]  # by system: the factor that the reference convergence puts on the score
+    minutes: dict[str, float]  # by system: the summarizer's score
+    summarizer: CheckerVerdict
 
 
-def check_package(organization: str | Path, ruleset: str) -> PackageVerdict:
+def check_package(organization: str | Path, ruleset: str) -> PackageVerdicts:
     """The package checker and the result summarizer on `<org>/` (with results/ and systems/), in a copy of it."""
     with _scratch() as scratch:
         copied = _copied(Path(organization), scratch / Path(organization).resolve().name)
         _, text = _run(
-            "package_checker",
-            [str(copied), "training", ruleset, "--log_output", str(scratch / "package.log")], scratch,
-        )  # fmt: skip
+            "package_checker", [str(copied), "training", ruleset, "--log_output", str(scratch / "package.log")], scratch
+        )
         passed = "PACKAGE CHECKER FOUND NO ERRORS" in text and "Traceback" not in text
         scaling = {path.parent.parent.name: _scaling(path) for path in copied.glob("results/*/bert/scaling.json")}
         table = scratch / "summary.csv"
-        code, said = _run("result_summarizer", [str(copied), "training", ruleset, "--csv", str(table)], scratch)
+        code, summary = _run("result_summarizer", [str(copied), "training", ruleset, "--csv", str(table)], scratch)
         minutes = _minutes(table) if table.is_file() else {}
-        summary = Verdict(code == 0 and bool(minutes), said.replace(f"{scratch}/", ""))
-    return PackageVerdict(Verdict(passed, text.replace(f"{scratch}/", "")), scaling, minutes, summary)
+        summarizer = CheckerVerdict(code == 0 and bool(minutes), summary.replace(f"{scratch}/", ""))
+    return PackageVerdicts(CheckerVerdict(passed, text.replace(f"{scratch}/", "")), scaling, minutes, summarizer)
 
 
 def _copied(folder: Path, target: Path) -> Path:
@@ -141,8 +144,8 @@ def _copied(folder: Path, target: Path) -> Path:
 
 
 def _scaling(path: Path) -> float:
-    found = re.search(r"[-+0-9.eE]+", path.read_text(encoding="utf-8").partition(":")[2])
-    return float(found.group()) if found else 1.0
+    factor = re.search(r"[-+0-9.eE]+", path.read_text(encoding="utf-8").partition(":")[2])
+    return float(factor.group()) if factor else 1.0
 
 
 def _minutes(table: Path) -> dict[str, float]:
@@ -153,10 +156,10 @@ def _minutes(table: Path) -> dict[str, float]:
         return {}
     names = [cell.strip().lower() for cell in rows[head]]
     value, system = names.index("bert"), next((n for n, name in enumerate(names) if "system" in name), 0)
-    found = {}
+    minutes = {}
     for row in rows[head + 1 :]:
         try:
-            found[row[system]] = float(row[value])
+            minutes[row[system]] = float(row[value])
         except (ValueError, IndexError):
             continue
-    return found
+    return minutes

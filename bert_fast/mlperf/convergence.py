@@ -1,6 +1,6 @@
-"""Reference convergence points (RCPs): how many samples the reference needs at a global batch, and what is too few to be true.
+"""Reference convergence points (RCPs): how many samples the reference needs at a global batch size, and how few may pass.
 
-The points, their pruning, interpolation and the t-test are mlperf-logging's (`rcp_checker`); here is a typed reading of them.
+The points, their pruning, interpolation and the t-test are mlperf-logging's (`rcp_checker`); this module gives them types.
 """
 
 from __future__ import annotations
@@ -22,21 +22,29 @@ NUM_RUNS = 10
 
 @dataclass(frozen=True)
 class ConvergencePoint:
-    """Samples to the target at a global batch: the reference's mean (without fastest and slowest) and the least that passes."""
+    """Samples to the target at a global batch size.
+
+    Attributes:
+        mean: of the reference's runs, without the fastest and the slowest.
+        least: the fewest samples that pass.
+        kind: `reference`, `interpolated`, or `of a larger batch`.
+    """
 
     global_batch_size: int
     mean: float
     least: float
     kind: str  # reference | interpolated | of a larger batch
 
-    @property
-    def max_speedup(self) -> float:
-        return self.mean / self.least
-
 
 @dataclass(frozen=True)
 class ConvergenceVerdict:
-    """What the reference says of a set of runs. `scale` multiplies the score of runs faster than the mean, but allowed."""
+    """The verdict on a set of runs.
+
+    Attributes:
+        point: the reference's, None where there is no reference.
+        samples: mean of the runs, without the fastest and the slowest; None of too few runs.
+        scale: factor of the score, above 1 for runs that are faster than the reference but allowed.
+    """
 
     passed: bool
     text: str
@@ -47,7 +55,7 @@ class ConvergenceVerdict:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The checker writes to the root logger."""
+    """Silence the checker, which writes to the root logger."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.CRITICAL)
@@ -67,7 +75,11 @@ def _checker(ruleset: str) -> Any:
 
 
 def reference_points(ruleset: str, *, pruned: bool = True) -> dict[int, ConvergencePoint]:
-    """Points of a ruleset by global batch; without those that an interpolation of their neighbours beats, if `pruned`."""
+    """Points of a ruleset by global batch size; if `pruned`, without those that an interpolation of their neighbors beats.
+
+    Raises:
+        UserError: the ruleset has no points of BERT.
+    """
     checker = _checker(ruleset)
     records = checker.pruned_rcp_data if pruned else checker.rcp_data
     points = (_point(record, "reference") for record in records.values())
@@ -75,7 +87,14 @@ def reference_points(ruleset: str, *, pruned: bool = True) -> dict[int, Converge
 
 
 def reference_point(global_batch_size: int, ruleset: str) -> ConvergencePoint | None:
-    """The pruned point of a global batch: its own, interpolated, the smallest for batches below, None for those above all."""
+    """The pruned point of a global batch size: its own, else interpolated; the smallest for sizes below all points.
+
+    Returns:
+        None for sizes above all points.
+
+    Raises:
+        UserError: the ruleset has no points of BERT.
+    """
     points = reference_points(ruleset)
     if global_batch_size in points:
         return points[global_batch_size]
@@ -98,7 +117,7 @@ def _point(record: dict[str, Any], kind: str) -> ConvergencePoint:
 
 
 def judge(samples: Sequence[float | None], global_batch_size: int, ruleset: str) -> ConvergenceVerdict:
-    """Compare samples to converge of the runs of one system with the reference (None: a run that did not converge).
+    """Compare the samples to converge of one system's runs (None: a run that did not converge) with the reference.
 
     One run that did not converge counts as the slowest.
     """

@@ -1,4 +1,4 @@
-"""The MLPerf result log: the only caller of mllog. All keys of ruleset 5.0.0, closed and open."""
+"""The MLPerf result log: the only caller of mllog. All keys of ruleset 5.0.0, for the closed and the open division."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STATUS = {
 
 
 class _StrictHandler(logging.FileHandler):
-    """A handler that lets errors through (logging's own prints and goes on): a log with holes is worth nothing."""
+    """A handler that lets errors through (logging's own prints and goes on): a log with holes is not valid."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
@@ -34,18 +34,30 @@ class _StrictHandler(logging.FileHandler):
 
 
 def _reopen(path: Path) -> None:
-    """Make the log of a run that stopped one that can go on: no line without its end, no end of the run."""
+    """Prepare the log of a stopped run for more lines: remove an unfinished last line and the end of the run."""
     cut_last_line(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if f'"key": "{constants.RUN_STOP}"' not in line]
-    if kept != lines:  # it was ended before its last files were there, and does its last steps again
+    if kept != lines:  # it ended before its last files were written, and repeats its last steps
         write_atomically(path, "".join(kept))
 
 
 class ResultLog:
-    """Writes `path` (result_0.txt) line by line. `path=None` swallows everything (ranks other than 0)."""
+    """A run's result log: `:::MLLOG` and one JSON object per line, with time, key, value, and the line that logged it.
+
+    Rank 0 writes it, from init_start to run_stop; the other ranks have a log without a path, which writes nothing, so that
+    they run the same code. Who submits and the hyper-parameters (`submission`, `hyperparameters`, `tensors`) come before
+    init_stop. The rest is logged as it happens, by MLPerf's keys: run_start and run_stop, a block_start and block_stop
+    around the steps between two evaluations, eval_start, eval_stop and eval_accuracy with the samples so far as
+    epoch_num, and tracked_stats. Keys of our own, which the checkers let pass, are open_because, the data
+    sets' hashes, eval_samples_of_training_text, interrupted, resumed and a few of the hyper-parameters. All
+    times are wall-clock milliseconds.
+
+    Each line is flushed before the call returns, and an error in writing is raised: a log with holes is not valid.
+    """
 
     def __init__(self, path: Path | None, *, append: bool = False) -> None:
+        """`path` is the file, None to write nothing. `append` continues the log of a run that stopped."""
         self._logger: MLLogger | None = None
         if path is None:
             return
@@ -60,27 +72,29 @@ class ResultLog:
         self._logger = MLLogger(sink, default_stack_offset=2, root_dir=root)
 
     def event(self, key: str, value: Any = None, **metadata: Any) -> None:
-        """One point in time."""
+        """One point in time (POINT_IN_TIME)."""
         if self._logger:
             self._logger.event(key, value, metadata or None)
 
     def start(self, key: str, **metadata: Any) -> None:
+        """The start of an interval (INTERVAL_START)."""
         if self._logger:
             self._logger.start(key, None, metadata or None)
 
     def end(self, key: str, **metadata: Any) -> None:
+        """The end of an interval (INTERVAL_END)."""
         if self._logger:
             self._logger.end(key, None, metadata or None)
 
     @contextmanager
     def interval(self, start: str, stop: str, **metadata: Any) -> Iterator[None]:
-        """An interval whose start and stop keys differ (eval_start, eval_stop)."""
+        """Log the block as an interval whose start and stop have keys of their own (eval_start, eval_stop)."""
         self.start(start, **metadata)
         yield
         self.end(stop, **metadata)
 
     def submission(self, config: Config) -> None:
-        """Who submits what."""
+        """Who submits what: benchmark, division, organization, platform, status, contact."""
         mlperf = config.mlperf
         self.event(constants.SUBMISSION_BENCHMARK, constants.BERT)
         self.event(constants.SUBMISSION_DIVISION, mlperf.division)
@@ -95,7 +109,7 @@ class ResultLog:
             self.event("open_because", open_because(config))
 
     def hyperparameters(self, config: Config) -> None:
-        """Every hyper-parameter key of the closed rules, for LAMB and for Adam alike (names are MLPerf's)."""
+        """Log every hyperparameter of the closed rules under MLPerf's keys, the same for LAMB and Adam."""
         optimizer, schedule = config.optimizer, config.schedule
         for key, value in (
             (constants.SEED, config.train.seed),
@@ -124,15 +138,16 @@ class ResultLog:
             self.event(key, value)
 
     def tensors(self, names: Iterable[str], ruleset: str) -> None:
-        """The tensors that were initialised, by TensorFlow's names, for rulesets that ask for them."""
+        """Log the tensors that were initialized, by TensorFlow's names, for rulesets that ask for them."""
         if wants_tensors(ruleset):
             for name in names:
                 self.event(constants.WEIGHTS_INITIALIZATION, tensor=name)
 
     def throughput(self, samples_per_s: float, step: int) -> None:
-        """Samples per second up to a step, without evaluations."""
+        """Log samples per second up to a step, without evaluations."""
         self.event("tracked_stats", {"throughput": samples_per_s}, step=step)
 
     def close(self) -> None:
+        """Close the file."""
         if self._logger:
             self._handler.close()

@@ -1,4 +1,4 @@
-"""What a published BERT result log says: time, samples, steps, rates, start-up. Reads logs of any submitter and round."""
+"""Reads BERT result logs of any submitter and round: time, samples, steps, rates, start-up."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MARK = b":::MLLOG"
 _LINE_END = re.compile(rb"[\r\n]")
 MOST_LOG_BYTES = 256 << 20
 _MOST_LINE_BYTES = 1 << 20
-_MOST_EVENT_BYTES = 16 << 20  # of all events together: parsed, they take many times their size
-_WHOLE_SET = 156_725_653  # samples of MLPerf's training set, of which a run sees some percent
+_MOST_EVENT_BYTES = 16 << 20  # of all events together, which take many times their size once parsed
+_WHOLE_SET = 156_725_653  # samples of MLPerf's training set, of which a run sees a few percent
 
 
 class Evaluation(NamedTuple):
-    """Seconds after run_start, samples until then (None where the log does not tell), masked-LM accuracy."""
+    """An evaluation: seconds after run_start, samples until then (None if the log does not say), masked-LM accuracy."""
 
     time_s: float
     samples: int | None
@@ -32,10 +32,10 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class RunScore:
-    """One run. Times in seconds after run_start. None is what the log does not tell.
+    """One run. Times are in seconds after run_start. Values that the log does not give are None.
 
-    `samples_key` says where the samples were read: epoch_num or samples_count of the evaluations, or train_samples. A run
-    that was cut off has no run_stop; its `time_s` ends with its last event.
+    `samples_key` is where the samples were read: epoch_num or samples_count of the evaluations, or train_samples. A log that
+    is cut off has no run_stop, and its `time_s` ends with its last event.
     """
 
     path: str
@@ -55,12 +55,12 @@ class RunScore:
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """Events of a log; text before the mark (rank prefixes) and other lines are left, and so is a last line that was cut.
+    """The events of a log. Text before the mark (rank prefixes), other lines and an unfinished last line are ignored.
 
     Every event has a `key` (text), a `value`, and `time_ms` as a number.
 
     Raises:
-        UserError: there are none, one is damaged (the line is named), or the file is larger than a log is.
+        UserError: there are no events, one is damaged (the line is named), or the file is larger than a log can be.
     """
     try:
         data = read_bounded(path, MOST_LOG_BYTES, "a result log")
@@ -94,7 +94,7 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _event(text: str) -> dict[str, Any] | None:
-    """An event, or None if it is none."""
+    """The event in a text, or None if the text is not one."""
     try:
         event = parse_json(text)
     except ValueError:
@@ -106,7 +106,7 @@ def _event(text: str) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also one that was written as text."""
+    """`value` as a finite number, also if it was written as text; else None."""
     if isinstance(value, str) and len(value) < 40:
         try:
             value = float(value)
@@ -123,13 +123,13 @@ def _metadata(event: dict[str, Any]) -> dict[str, Any]:
 def score_run(path: str | Path) -> RunScore:
     """Score one log.
 
-    The time of a step is the median gap between evaluations over their steps, so it contains evaluation; where only the samples
-    of the whole run are known, it is the time to the last evaluation over all steps. Start-up is the time to the first
-    evaluation beyond its steps at that pace. It is known where that evaluation came after as many samples as the later ones;
-    after another number, evaluations are taken out of the pace if the log says how long they took.
+    The time of a step is the median time between evaluations divided by the steps between them, so it includes evaluation. If
+    only the samples of the whole run are known, it is the time to the last evaluation divided by all steps. The start-up time
+    is the time to the first evaluation minus its steps at that pace. It is known if the first evaluation came after as many
+    samples as the later ones; otherwise evaluations are left out of the pace, if the log says how long they took.
 
     Raises:
-        UserError: no log, or a value of another kind than its key wants.
+        UserError: not a log, or a value has another type than its key requires.
     """
     events = read_events(path)
     last = {event["key"]: event for event in events}
@@ -145,14 +145,21 @@ def score_run(path: str | Path) -> RunScore:
     evaluations, key, samples = _evaluations(path, events, end if begin is None else begin, batch)
     step_s = _step_s(evaluations, batch, samples)
     return RunScore(
-        path=str(path), division=shown(last.get("submission_division", {}).get("value", "unknown"), 20), global_batch_size=batch,
+        path=str(path),
+        division=shown(last.get("submission_division", {}).get("value", "unknown"), 20),
+        global_batch_size=batch,
         seed=_seed(last["seed"]["value"]) if "seed" in last else None,
-        converged=not cut_off and _metadata(last["run_stop"]).get("status") == "success", time_s=max(0.0, time_s),
-        samples=samples, steps=round(samples / batch) if samples is not None and batch else None,
-        startup_s=_startup_s(evaluations, _pauses(events, begin), batch, step_s), step_s=step_s,
-        target=_number(last["target_accuracy"]["value"]) if "target_accuracy" in last else None, evaluations=evaluations,
-        samples_key=key, cut_off=cut_off,
-    )  # fmt: skip
+        converged=not cut_off and _metadata(last["run_stop"]).get("status") == "success",
+        time_s=max(0.0, time_s),
+        samples=samples,
+        steps=round(samples / batch) if samples is not None and batch else None,
+        startup_s=_startup_s(evaluations, _pauses(events, begin), batch, step_s),
+        step_s=step_s,
+        target=_number(last["target_accuracy"]["value"]) if "target_accuracy" in last else None,
+        evaluations=evaluations,
+        samples_key=key,
+        cut_off=cut_off,
+    )
 
 
 def _seed(value: Any) -> int | str | None:
@@ -180,8 +187,8 @@ def _evaluations(
     """The evaluations, the key that tells their samples, and the samples of the run.
 
     By the rules `epoch_num` counts samples. Some logs of the first rounds count epochs there, or write 1, and have the samples
-    under `train_samples`, which in others is the size of the data set, or an accuracy. The first that can be what it should is
-    taken.
+    under `train_samples`, which in others is the size of the data set, or an accuracy. The first key whose values can be
+    samples is used.
     """
     times, accuracies = [], []
     readings: dict[str, list[Any]] = {"epoch_num": [], "samples_count": [], "train_samples": []}
@@ -217,7 +224,7 @@ _TRAINING_STEPS = "opt_learning_rate_training_steps"
 
 
 def _as_float(value: Any) -> float | None:
-    """A number, which may be NaN or infinite."""
+    """`value` as a number, which may be NaN or infinite; None if it is not one."""
     try:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -230,10 +237,10 @@ def _floored(value: Any) -> float | None:
 
 
 def _are_samples(counts: Sequence[int | None], batch: int | None, limit: int | None) -> bool:
-    """Whether counts at evaluations can be samples that a run has seen: whole batches, and no whole data set.
+    """Whether counts at evaluations can be samples that a run has seen: at least a batch, and less than the data set.
 
     Args:
-        limit: more than this is none either.
+        limit: more than this is not possible either.
     """
     known = [count for count in counts if count is not None]
     if not known or 2 * len(known) < len(counts) or not batch:
@@ -248,7 +255,7 @@ def _are_samples(counts: Sequence[int | None], batch: int | None, limit: int | N
 
 
 def _known_gaps(evaluations: Sequence[Evaluation]) -> Iterator[tuple[Evaluation, Evaluation, int]]:
-    """Evaluations after one another with the samples between them."""
+    """Pairs of successive evaluations, with the samples between them where both are known."""
     for a, b in itertools.pairwise(evaluations):
         if a.samples is not None and b.samples is not None and b.samples > a.samples and b.time_s > a.time_s:
             yield a, b, b.samples - a.samples
@@ -266,7 +273,7 @@ def _step_s(evaluations: Sequence[Evaluation], batch: int | None, samples: int |
 
 
 def _pauses(events: list[dict[str, Any]], begin: float | None) -> list[tuple[float, float]]:
-    """When evaluations began and ended, in seconds after run_start, as far as the log says both."""
+    """When evaluations began and ended, in seconds after run_start, where the log has both."""
     found, start = [], None
     for event in events:
         if event["key"] == "eval_start":
@@ -306,11 +313,13 @@ class SystemScore:
     name: str
     accelerators: int | None
     runs: tuple[RunScore, ...]
-    scale: float = 1.0  # of a closed result that was faster than the reference, from scaling.json beside the logs
+    scale: float = (
+        1.0  # above 1 for a closed result that was faster than the reference, from scaling.json beside the logs
+    )
 
     @property
     def scaled_minutes(self) -> float | None:
-        """MLPerf's score: minutes, times the factor that the reference convergence asks for."""
+        """MLPerf's score: minutes, times the factor that the reference convergence points require."""
         return None if self.minutes is None else self.minutes * self.scale
 
     @property
@@ -324,7 +333,7 @@ class SystemScore:
         return statistics.fmean(kept) / 60 if kept and kept[-1] != float("inf") else None
 
     def mean(self, field: str) -> float | None:
-        """Mean of a figure over the converged runs."""
+        """Mean of a field over the converged runs that know it; None if no run does."""
         values = [getattr(run, field) for run in self.runs if run.converged and getattr(run, field) is not None]
         return statistics.fmean(values) if values else None
 
@@ -336,24 +345,24 @@ class SystemScore:
 
     @property
     def global_batch_size(self) -> int | None:
-        """Of the first run that tells it."""
+        """The global batch size of the first run whose log has it."""
         return next((run.global_batch_size for run in self.runs if run.global_batch_size is not None), None)
 
     @property
     def samples_to_converge(self) -> list[float | None] | None:
-        """For the reference's verdict: None for a run that did not converge, and in all if samples of one are not known."""
+        """Samples of each run, None for one that did not converge; None if those of a converged run are not known."""
         if any(run.converged and run.samples is None for run in self.runs):
             return None
         return [run.samples if run.converged else None for run in self.runs]
 
     @property
     def samples_keys(self) -> str:
-        """Where samples were read in the runs, a word each."""
+        """Where samples were read in the runs, separated by blanks."""
         return " ".join(dict.fromkeys(run.samples_key for run in self.runs if run.samples_key)) or "-"
 
 
 def score_folder(folder: str | Path) -> SystemScore:
-    """All result_*.txt of a folder; the accelerators from systems/NAME.json of the submission, if that is there.
+    """Score all result_*.txt of a folder. The accelerators come from the submission's systems/NAME.json, if it exists.
 
     Raises:
         UserError: there are no result files, or one cannot be read.
@@ -394,7 +403,7 @@ def _object(path: Path, what: str) -> dict[str, Any]:
 
 
 def _accelerators(folder: Path, system: str) -> int | None:
-    """Of the system's description, which is in a folder above; None if there is none, or none with both numbers."""
+    """The accelerators by the system description in a folder above; None without one, or if it lacks a number."""
     for parent in folder.resolve().parents:
         description = parent / "systems" / f"{system}.json"
         if description.is_file():

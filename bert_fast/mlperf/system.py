@@ -1,4 +1,4 @@
-"""The description of a system that a submission carries: what the machine says of itself, completed by a person's YAML."""
+"""The description of a system that a submission carries: what the machine says of itself, completed by a user's YAML."""
 
 from __future__ import annotations
 
@@ -14,36 +14,61 @@ from typing import Any
 import yaml
 
 from bert_fast.errors import UserError
+from bert_fast.hardware import cpu_info, physical_memory
 
 STATUSES = ("Available on-premise", "Available cloud", "Research, Development, or Internal (RDI)", "Preview")
-# What MLPerf's system checker wants, in its order. `None`: only a person knows it.
+# What MLPerf's system checker wants, in its order. `None`: only the user knows it.
 FIELDS: dict[str, str | None] = {
-    "submitter": None, "division": None, "status": None, "system_name": None, "number_of_nodes": None,
-    "host_processors_per_node": "1", "host_processor_model_name": "", "host_processor_core_count": "",
-    "host_processor_vcpu_count": "", "host_processor_frequency": "", "host_processor_caches": "",
-    "host_processor_interconnect": "", "host_memory_capacity": "", "host_storage_type": "", "host_storage_capacity": "",
-    "host_networking": "", "host_networking_topology": None, "host_memory_configuration": "", "accelerators_per_node": "0",
-    "accelerator_model_name": "", "accelerator_host_interconnect": "", "accelerator_frequency": "",
-    "accelerator_on-chip_memories": "", "accelerator_memory_configuration": "", "accelerator_memory_capacity": "",
-    "accelerator_interconnect": "", "accelerator_interconnect_topology": "", "cooling": "", "hw_notes": "", "framework": "",
-    "other_software_stack": "", "operating_system": "", "sw_notes": "",
-}  # fmt: skip
+    "submitter": None,
+    "division": None,
+    "status": None,
+    "system_name": None,
+    "number_of_nodes": None,
+    "host_processors_per_node": "1",
+    "host_processor_model_name": "",
+    "host_processor_core_count": "",
+    "host_processor_vcpu_count": "",
+    "host_processor_frequency": "",
+    "host_processor_caches": "",
+    "host_processor_interconnect": "",
+    "host_memory_capacity": "",
+    "host_storage_type": "",
+    "host_storage_capacity": "",
+    "host_networking": "",
+    "host_networking_topology": None,
+    "host_memory_configuration": "",
+    "accelerators_per_node": "0",
+    "accelerator_model_name": "",
+    "accelerator_host_interconnect": "",
+    "accelerator_frequency": "",
+    "accelerator_on-chip_memories": "",
+    "accelerator_memory_configuration": "",
+    "accelerator_memory_capacity": "",
+    "accelerator_interconnect": "",
+    "accelerator_interconnect_topology": "",
+    "cooling": "",
+    "hw_notes": "",
+    "framework": "",
+    "other_software_stack": "",
+    "operating_system": "",
+    "sw_notes": "",
+}
 
 
 def collect_system() -> dict[str, str]:
-    """The fields that this machine (one node of the system) can tell. Needs no torch, so a login node can ask a node."""
-    cpu = _cpu_info()
+    """The fields that can be read on this machine, a node of the system. Needs no torch, so that any node can be asked."""
+    cpu = cpu_info()
     sockets = len({each.get("physical id", "0") for each in cpu}) or 1
     cores = len({(each.get("physical id"), each.get("core id")) for each in cpu}) or len(cpu)
     storage = shutil.disk_usage(Path.cwd())
-    found = {
+    fields = {
         "host_processors_per_node": str(sockets),
         "host_processor_model_name": cpu[0].get("model name", platform.processor()) if cpu else platform.processor(),
         "host_processor_core_count": str(max(1, cores // sockets)),
         "host_processor_vcpu_count": str(os.cpu_count() or 1),
         "host_processor_frequency": f"{cpu[0]['cpu MHz']} MHz" if cpu and "cpu MHz" in cpu[0] else "",
         "host_processor_caches": cpu[0].get("cache size", "") if cpu else "",
-        "host_memory_capacity": f"{_memory_gib():.0f} GiB",
+        "host_memory_capacity": f"{physical_memory() / 2**30:.0f} GiB",
         "host_storage_type": _storage_type(),
         "host_storage_capacity": f"{storage.total / 2**40:.1f} TiB",
         "host_networking": ", ".join(_networks()),
@@ -52,19 +77,19 @@ def collect_system() -> dict[str, str]:
         "operating_system": _read("/etc/os-release", lambda text: text.split('PRETTY_NAME="')[1].split('"')[0])
         or platform.platform(),
     }
-    return {**found, **_accelerators()}
+    return {**fields, **_accelerators()}
 
 
-def complete_system(collected: dict[str, str], person: dict[str, Any], division: str, num_nodes: int) -> dict[str, str]:
-    """The description: the person's words over the machine's, all fields present, values as text.
+def complete_system(collected: dict[str, str], given: dict[str, Any], division: str, num_nodes: int) -> dict[str, str]:
+    """The description: what the user has given over what the machine says, all fields present, values as text.
 
     Raises:
-        UserError: unknown fields, fields that only a person knows are missing, or a status that the rules do not have.
+        UserError: unknown fields, fields that only the user knows are missing, or a status that the rules do not have.
     """
-    unknown = [name for name in person if name not in FIELDS]
+    unknown = [name for name in given if name not in FIELDS]
     if unknown:
         raise UserError(f"system description: unknown field {unknown[0]}; known: {', '.join(FIELDS)}")
-    merged: dict[str, Any] = {**FIELDS, **collected, "division": division, "number_of_nodes": num_nodes, **person}
+    merged: dict[str, Any] = {**FIELDS, **collected, "division": division, "number_of_nodes": num_nodes, **given}
     missing = [name for name, value in FIELDS.items() if value is None and not str(merged[name] or "").strip()]
     if missing:
         raise UserError(
@@ -80,8 +105,8 @@ def complete_system(collected: dict[str, str], person: dict[str, Any], division:
     return {name: str(merged[name]) for name in FIELDS}
 
 
-def read_person(path: str | Path) -> dict[str, Any]:
-    """A person's YAML of fields. Raises UserError if it is none."""
+def read_given_fields(path: str | Path) -> dict[str, Any]:
+    """The user's YAML of fields. Raises UserError for a file that holds something else."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -91,13 +116,13 @@ def read_person(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold fields, one `name: value` a line")
+        raise UserError(f"{path} must hold fields, one `name: value` per line")
     return {name: value for name, value in values.items() if value is not None}
 
 
 def template(collected: dict[str, str]) -> str:
-    """A YAML to fill in: what only a person knows on top, what was found below, to be corrected."""
-    head = "# What only a person knows. status is one of: " + "; ".join(STATUSES) + "\n"
+    """A YAML to fill in: what only the user knows on top, what was found below, to be corrected."""
+    head = "# What only you know. status is one of: " + "; ".join(STATUSES) + "\n"
     wanted = [name for name, value in FIELDS.items() if value is None and name not in ("division", "number_of_nodes")]
     blanks = "".join(f"{name}:\n" for name in wanted)
     rest = {name: collected.get(name, "") for name, value in FIELDS.items() if value is not None}
@@ -114,20 +139,6 @@ def _read(path: str | Path, of: Callable[[str], str] = str.strip) -> str:
         return of(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, IndexError):
         return ""
-
-
-def _cpu_info() -> list[dict[str, str]]:
-    blocks = _read("/proc/cpuinfo").split("\n\n")
-    parsed = (
-        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
-        for block in blocks
-    )
-    return [each for each in parsed if "processor" in each]
-
-
-def _memory_gib() -> float:
-    text = _read("/proc/meminfo", lambda text: text.split("MemTotal:")[1].split("kB")[0])
-    return float(text) / 2**20 if text else 0.0
 
 
 def _storage_type() -> str:
@@ -172,8 +183,11 @@ def _accelerators() -> dict[str, str]:
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
         rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     except (OSError, subprocess.SubprocessError):
         rows = []
@@ -181,6 +195,8 @@ def _accelerators() -> dict[str, str]:
         return {"accelerators_per_node": "0", "accelerator_model_name": "N/A"}
     name, memory, clock, _ = rows[0]
     return {
-        "accelerators_per_node": str(len(rows)), "accelerator_model_name": name, "accelerator_memory_capacity": memory,
+        "accelerators_per_node": str(len(rows)),
+        "accelerator_model_name": name,
+        "accelerator_memory_capacity": memory,
         "accelerator_frequency": clock,
-    }  # fmt: skip
+    }

@@ -15,14 +15,14 @@ from torch import nn
 
 from bert_fast.config import ModelConfig
 from bert_fast.model import fused
-from bert_fast.model.attention import BACKENDS, SequenceLayout
+from bert_fast.model.attention import Attention, SequenceLayout, find_backend
 from bert_fast.model.fp8 import fp8_context
 from bert_fast.model.loss import LossSums, loss_sums
 from bert_fast.parts import declare_parts
 
 
 class BertInput(NamedTuple):
-    """What the model reads of a batch; `data.batch.Batch` has these fields and more.
+    """The fields of a batch that the model reads; `data.batch.Batch` has these and more.
 
     input_ids, token_type_ids, position_ids: [T] int64; masked_positions, masked_labels: [M] int64;
     next_sentence_labels: [B] int64 (1: B is from another document); layout: lengths of the B samples. A masked label
@@ -58,18 +58,20 @@ class Embeddings(nn.Module):
 
 
 class ResidualNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x)). A module of its own, called as one: sharding waits for weights before a module runs."""
+    """LayerNorm(residual + dropout(x)). One module, as sharding waits for weights before a module runs."""
 
+    # More arguments than nn.LayerNorm's, as the residual is added here
     def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor, dropout: float) -> torch.Tensor:  # type: ignore[override]
         if fused.fuses(x_TD):
             return fused.dropout_add_norm(x_TD, residual_TD, self, dropout)
-        # CUDA's autocast normalises in fp32: the residual stream is kept in its own format (the same on CPUs)
+        # CUDA's autocast normalizes in fp32; the residual stream keeps its own dtype (on CPUs nothing changes)
         return super().forward(residual_TD + _dropout(x_TD, dropout)).to(residual_TD.dtype)
 
 
 class GeluLinear(nn.Linear):
-    """linear(gelu(x))."""
+    """linear(gelu(x)), [T, F] to [T, D]; `form` is the `approximate` of `F.gelu`."""
 
+    # One argument more than nn.Linear's
     def forward(self, x_TF: torch.Tensor, form: str) -> torch.Tensor:  # type: ignore[override]
         if fused.fuses(x_TF):
             return fused.gelu_linear(x_TF, self, form)
@@ -84,7 +86,7 @@ class EncoderLayer(nn.Module):
         width = config.hidden_size
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        for parameter in self.qkv.parameters():  # three layers of the published model in one
+        for parameter in self.qkv.parameters():  # query, key and value of the published model in one
             declare_parts(parameter, (width,) * 3)
         self.attention_out = nn.Linear(width, width)
         self.attention_norm = ResidualNorm(width, eps=config.layer_norm_eps)
@@ -95,9 +97,9 @@ class EncoderLayer(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, backend: str) -> torch.Tensor:
+    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Attention) -> torch.Tensor:
         qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
-        context_TD = BACKENDS[backend](qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
+        context_TD = attend(qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
         dropout = self.hidden_dropout if self.training else 0.0
         hidden_TD = self.attention_norm(self.attention_out(context_TD), hidden_TD, dropout)
         output_TD = self.down(self.up(hidden_TD), self.gelu_form)
@@ -118,26 +120,32 @@ class PretrainingHeads(nn.Module):
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, masked_MD: torch.Tensor, first_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is projected to the vocabulary [M, D], and next-sentence logits [B, 2]."""
+        """The input of the vocabulary projection [M, D], and next-sentence logits [B, 2]."""
         masked_MD = F.gelu(self.transform(masked_MD), approximate=self.gelu_form)
         return self.transform_norm(masked_MD), self.next_sentence(torch.tanh(self.pooler(first_BD)))
 
 
 class BertForPretraining(nn.Module):
-    """Embeddings, encoder, heads. `forward` returns sums of losses and counts; normalisation is the caller's."""
+    """Embeddings, encoder, heads. `forward` returns sums of losses and counts, which the caller normalizes.
+
+    Args:
+        config: the shape of the model.
+        backend: a key of `attention.BACKENDS`.
+    """
 
     def __init__(self, config: ModelConfig, backend: str = "loop") -> None:
         super().__init__()
         self.config = config
         self.backend = backend
+        self._attend = find_backend(backend).compute
         self.fp8 = False  # set by fp8.use_fp8
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.heads = PretrainingHeads(config)
-        self.apply(self._initialise)
+        self.apply(self._initialize)
 
-    def _initialise(self, module: nn.Module) -> None:
-        """BERT's initialisation: truncated normal weights, zero biases, unit LayerNorm."""
+    def _initialize(self, module: nn.Module) -> None:
+        """BERT's initialization: truncated normal weights, zero biases, unit LayerNorm."""
         if isinstance(module, nn.Linear | nn.Embedding):
             std = self.config.initializer_range
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -145,14 +153,14 @@ class BertForPretraining(nn.Module):
             nn.init.zeros_(module.bias)
 
     def encode(self, batch: BertInput) -> torch.Tensor:
-        """Final hidden states, [T, D]. Under autocast the residual stream is in the autocast format."""
+        """Final hidden states, [T, D]. Under autocast the residual stream has the autocast dtype."""
         hidden_TD = self.embeddings(batch)
         device = hidden_TD.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
         with fp8_context(self.fp8):
             for layer in self.layers:
-                hidden_TD = layer(hidden_TD, batch.layout, self.backend)
+                hidden_TD = layer(hidden_TD, batch.layout, self._attend)
         return hidden_TD
 
     def _head_inputs(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +168,7 @@ class BertForPretraining(nn.Module):
         masked_MD = hidden_TD.index_select(0, batch.masked_positions)
         num_samples = len(batch.next_sentence_labels)
         starts_B = batch.layout.cu_seqlens[:num_samples].long()
-        # Empty sequences after the last (train/graphs.py) begin where the tokens end; they have no label
+        # Empty sequences after the last (train/cuda_graphs.py) begin where the tokens end; they have no label
         first_BD = hidden_TD.index_select(0, starts_B.clamp_max(len(hidden_TD) - 1))
         return self.heads(masked_MD, first_BD)
 
@@ -172,9 +180,14 @@ class BertForPretraining(nn.Module):
     def forward(self, batch: BertInput, with_accuracy: bool = False) -> LossSums:
         masked_MD, nsp_logits_B2 = self._head_inputs(batch)
         return loss_sums(
-            masked_MD, self.embeddings.word.weight, self.heads.decoder_bias, batch.masked_labels, nsp_logits_B2,
-            batch.next_sentence_labels, with_accuracy,
-        )  # fmt: skip
+            masked_MD,
+            self.embeddings.word.weight,
+            self.heads.decoder_bias,
+            batch.masked_labels,
+            nsp_logits_B2,
+            batch.next_sentence_labels,
+            with_accuracy,
+        )
 
 
 def _dropout(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -186,7 +199,7 @@ def _dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 def expected_ready_order(model: BertForPretraining) -> list[int]:
     """Indices of the parameters in the order in which backward is expected to finish their gradients.
 
-    Heads first, then layers from last to first, embeddings last. A run measures the real order.
+    Heads first, then layers from last to first, embeddings last. A run measures the actual order.
     """
     names = [name for name, _ in model.named_parameters()]
 

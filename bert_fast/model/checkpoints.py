@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders (`config.json` + `model.safetensors`) of BertForPreTraining; TensorFlow's in."""
+"""Reads and writes Hugging Face folders (`config.json`, `model.safetensors`) of BertForPreTraining; reads TensorFlow's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
 def _pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
-    """Our parameter name and the Hugging Face names that are concatenated in it (three for query, key, value)."""
+    """Our parameter names, and the Hugging Face names that each concatenates (three for query, key, value)."""
     yield "embeddings.word.weight", ["bert.embeddings.word_embeddings.weight"]
     yield "embeddings.position.weight", ["bert.embeddings.position_embeddings.weight"]
     yield "embeddings.token_type.weight", ["bert.embeddings.token_type_embeddings.weight"]
@@ -44,7 +44,7 @@ def _pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def to_huggingface(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our state dict under the names of transformers' BertForPreTraining (the tied decoder is not repeated)."""
+    """Our state dict under the names of transformers' BertForPreTraining, without the tied decoder."""
     renamed: dict[str, torch.Tensor] = {}
     for ours, theirs in _pairs(config):
         for name, tensor in zip(theirs, state[ours].chunk(len(theirs)), strict=True):
@@ -53,7 +53,7 @@ def to_huggingface(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[
 
 
 class Stored(NamedTuple):
-    """A tensor of a file, not read yet. `kind` is its number format by safetensors' names (F32, BF16, I8, ...)."""
+    """A tensor of a file that is not read yet. `kind` is its dtype by safetensors' names (F32, BF16, I8, ...)."""
 
     shape: tuple[int, ...]
     kind: str
@@ -70,10 +70,11 @@ def from_huggingface(
     """The inverse of `to_huggingface`, in fp32. Rows beyond a shorter vocabulary are zero.
 
     Args:
-        shapes: of our tensors by name.
+        shapes: of our tensors, by name.
+        where: the checkpoint, for messages.
 
     Raises:
-        UserError: naming a tensor that is missing, of another shape or of a number format that is not read.
+        UserError: a tensor, which is named, is missing, of another shape, or of a dtype that is not supported.
     """
     state: dict[str, torch.Tensor] = {}
     for ours, theirs in _pairs(config):
@@ -106,7 +107,7 @@ def from_huggingface(
 
 
 def _missing(name: str, weights: Mapping[str, Stored], where: str) -> str:
-    """What to say of a checkpoint without a tensor."""
+    """The message for a checkpoint without a tensor."""
     heads = "bert.pooler.dense.weight", "cls.seq_relationship.weight"
     if (
         name.startswith(("bert.pooler.", "cls.seq_relationship."))
@@ -122,7 +123,7 @@ def _missing(name: str, weights: Mapping[str, Stored], where: str) -> str:
 
 
 def _check_extra(weights: Mapping[str, Stored], config: ModelConfig, where: str) -> None:
-    """Refuse tensors that this model has no place for, and a decoder that is another than the word embedding."""
+    """Refuse tensors that this model has no place for, and a decoder that is not the word embedding."""
     known = {name for _, theirs in _pairs(config) for name in theirs}
     extra = sorted(set(weights) - known - _BUFFERS)
     for name, tied in _TIED.items():
@@ -143,10 +144,8 @@ def _check_extra(weights: Mapping[str, Stored], config: ModelConfig, where: str)
         )
 
 
-_BUFFERS = {
-    "bert.embeddings.position_ids",
-    "bert.embeddings.token_type_ids",
-}  # 0, 1, 2 ... and zeros, of older versions
+# 0, 1, 2 ... and zeros, which older versions of transformers saved
+_BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 _TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -154,12 +153,12 @@ _TIED = {
 
 
 def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, Stored]:
-    """A checkpoint of Google's BERT under Hugging Face's names; optimizer slots (adam_m, lamb_v, ...) are left.
+    """A checkpoint of Google's BERT under Hugging Face's names, without optimizer slots (adam_m, lamb_v, ...).
 
-    Kernels are [in, out] there and [out, in] here. Variables of the model that are not BERT's keep their names.
+    Kernels are [in, out] there and [out, in] here. Variables of the model that BERT does not have keep their names.
 
     Raises:
-        UserError: naming a tensor that is missing.
+        UserError: a tensor, which is named, is missing.
     """
     renamed: dict[str, Stored] = {}
     known: set[str] = set()
@@ -168,9 +167,10 @@ def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, Stored]:
             raise UserError(f"checkpoint {bundle.prefix} has no tensor {google}")
         entry, turned = bundle.entries[google], google.endswith("/kernel")
         renamed[theirs] = Stored(
-            entry.shape[::-1] if turned else entry.shape, bundle.kind(google) or f"{entry.kind} of TensorFlow",
+            entry.shape[::-1] if turned else entry.shape,
+            bundle.kind(google) or f"{entry.kind} of TensorFlow",
             functools.partial(_read_google, bundle, google, turned),
-        )  # fmt: skip
+        )
         known.add(google)
     for name in bundle.entries:
         if name.startswith(("bert/", "cls/")) and name not in known and name.rpartition("/")[0] not in known:
@@ -184,7 +184,7 @@ def _read_google(bundle: TensorBundle, name: str, turned: bool) -> torch.Tensor:
 
 
 def google_variables(num_layers: int) -> Iterator[tuple[str, str]]:
-    """(Hugging Face's name, TensorFlow's variable) of every tensor."""
+    """(Hugging Face's name, TensorFlow's variable) of every tensor of BERT."""
 
     def norm(theirs: str, google: str) -> Iterator[tuple[str, str]]:
         yield f"{theirs}.LayerNorm.weight", f"{google}/LayerNorm/gamma"
@@ -215,7 +215,7 @@ def google_variables(num_layers: int) -> Iterator[tuple[str, str]]:
 
 
 def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` that `BertForPreTraining.from_pretrained` reads."""
+    """Write `config.json` and `model.safetensors` for `BertForPreTraining.from_pretrained`. Raises UserError (disk)."""
     folder = Path(folder)
     description: dict[str, Any] = {
         "architectures": ["BertForPreTraining"],
@@ -241,11 +241,11 @@ def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
 def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
     """Load a Hugging Face folder, or a TensorFlow checkpoint by its prefix (`model.ckpt-28252`), into `model`.
 
-    Dropout is the config's: it decides how a model is trained on, not what its weights mean.
+    Dropout comes from the config, as it changes how a model is trained and not what its weights mean.
 
     Raises:
-        UserError: files missing or damaged, a tensor that is missing, too many or of another shape, or a description that
-            says of the model's mathematics something else than the config.
+        UserError: files are missing or damaged; a tensor is missing, unknown or of another shape; or the description does
+            not agree with the config about the model's mathematics.
     """
     where = shown(folder)
     weights: Mapping[str, Stored]
@@ -273,7 +273,7 @@ _MOST_HEADER_BYTES = 16 << 20  # BERT-large's has 0.05 MB
 
 
 def _read_safetensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Stored]:
-    """The tensors of a folder by Hugging Face's names today; LayerNorm's gamma and beta of older files are renamed."""
+    """The tensors of a folder by Hugging Face's current names; LayerNorm's gamma and beta of older files are renamed."""
     path = folder / "model.safetensors"
     if not path.is_file():
         others = [name for name in ("pytorch_model.bin", "model.safetensors.index.json") if (folder / name).is_file()]
@@ -307,20 +307,25 @@ def _read_safetensors(folder: Path, files: contextlib.ExitStack) -> dict[str, St
                 new = name.removesuffix(old) + today
         renamed[name if new in stored else new] = tensor
     bias = "cls.predictions.bias"
-    if (
-        bias not in renamed and "cls.predictions.decoder.bias" in renamed
-    ):  # one parameter, of which a file keeps one name
+    if bias not in renamed and "cls.predictions.decoder.bias" in renamed:  # one parameter, saved under either name
         renamed[bias] = renamed["cls.predictions.decoder.bias"]
     return renamed
 
 
-# What BertConfig takes where its file says nothing
+# What BertConfig uses where its file says nothing
 _DEFAULTS: dict[str, Any] = {
-    "model_type": "bert", "num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
-    "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
-    "tie_word_embeddings": True, "pruned_heads": None, "quantization_config": None,
-}  # fmt: skip
-# One function under several names
+    "model_type": "bert",
+    "num_attention_heads": 12,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "pruned_heads": None,
+    "quantization_config": None,
+}
+# Several names of one function
 _GELU = {
     "gelu": ("gelu", "gelu_python"),
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
@@ -328,12 +333,13 @@ _GELU = {
 
 
 def _check_description(config: ModelConfig, path: Path, *, untied: bool = False, by_google: bool = False) -> None:
-    """Refuse what shapes do not show but the outputs would: heads, activation, epsilon, kind of positions, decoder.
+    """Refuse differences that shapes do not show: heads, activation, epsilon, kind of positions, decoder.
 
     Args:
-        untied: the weights have no decoder of their own, so `tie_word_embeddings` says whether there is one. Where they have
-            one, it is compared with the word embedding instead.
-        by_google: Google's `bert_config.json`, whose "gelu" is by tanh in TensorFlow and by erf in what others made of it.
+        untied: the weights have no decoder of their own, so `tie_word_embeddings` decides. A decoder in the weights is
+            compared with the word embedding instead.
+        by_google: the file is Google's `bert_config.json`, whose "gelu" is computed by tanh in TensorFlow and by erf in
+            conversions of it.
     """
     if not path.is_file():
         return
@@ -367,7 +373,7 @@ _MOST_CONFIG_BYTES = 1 << 20
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The raw `config.json` of a Hugging Face folder, or of the file itself. Raises UserError if it is no JSON object."""
+    """The raw `config.json` in a Hugging Face folder, or at this path. Raises UserError if it is not a JSON object."""
     path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         description = parse_json(read_bounded(path, _MOST_CONFIG_BYTES, "a model's description"))

@@ -1,4 +1,4 @@
-"""Model FLOPs: what the mathematics needs, without recomputation or padding. A multiply-add counts two."""
+"""Model FLOPs: what the mathematics needs, without recomputation or padding. A multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from bert_fast.config import ModelConfig
 
 
 def forward_flops_per_token(config: ModelConfig) -> float:
-    """Dense layers of the encoder for one token (the linear term of a sample's cost, head not included)."""
+    """Forward FLOPs of the encoder's dense layers per token: the linear term of a sample's cost, without the heads."""
     width, inner = config.hidden_size, config.intermediate_size
     return config.num_layers * (2 * 4 * width * width + 2 * 2 * width * inner)
 
 
 def forward_flops_per_token_squared(config: ModelConfig) -> float:
-    """Attention scores and their weighted sum, for one pair of tokens."""
+    """Forward FLOPs of attention scores and their weighted sum per pair of tokens."""
     return config.num_layers * 2 * 2 * config.hidden_size
 
 
 def forward_flops_per_masked_token(config: ModelConfig) -> float:
-    """Masked-LM transform and vocabulary projection of one masked position."""
+    """Forward FLOPs of the masked-LM transform and vocabulary projection per masked position."""
     return 2 * config.hidden_size * (config.hidden_size + config.vocab_size)
 
 
 def train_flops(config: ModelConfig, tokens: float, tokens_squared: float, masked: float) -> float:
-    """Forward and backward (3x forward) of samples with these sums of L, of L^2 and of masked positions."""
+    """FLOPs of forward and backward (3x forward) of samples with these sums of L, L^2 and masked positions."""
     return 3 * (
         forward_flops_per_token(config) * tokens
         + forward_flops_per_token_squared(config) * tokens_squared
@@ -31,6 +31,6 @@ def train_flops(config: ModelConfig, tokens: float, tokens_squared: float, maske
 
 
 def cost_coefficients(config: ModelConfig, mask_share: float = 0.15) -> tuple[float, float]:
-    """(a, b) of cost(L) = a L + b L^2 in training FLOPs, the head spread over all tokens."""
+    """(a, b) of cost(L) = a L + b L^2 in training FLOPs, with the heads spread over all tokens."""
     linear = forward_flops_per_token(config) + mask_share * forward_flops_per_masked_token(config)
     return 3 * linear, 3 * forward_flops_per_token_squared(config)

@@ -1,4 +1,4 @@
-"""FP8 matmuls of the encoder through NVIDIA's Transformer Engine (optional package), weights and moments staying fp32.
+"""FP8 matmuls of the encoder by NVIDIA's Transformer Engine, an optional package. Weights and moments stay in fp32.
 
 Heads, embeddings and norms stay in bf16. Token counts must be multiples of 16 (`batch.shape_multiple`).
 """
@@ -6,18 +6,20 @@ Heads, embeddings and norms stay in bf16. Token counts must be multiples of 16 (
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from bert_fast.errors import UserError
 from bert_fast.parts import declare_parts, parts_of
 
+if TYPE_CHECKING:
+    from bert_fast.model.bert import BertForPretraining  # which imports this module
+
 
 def check_fp8(device: torch.device, shape_multiple: int) -> None:
-    """Refuse what Transformer Engine cannot do. Raises UserError."""
+    """Refuse a device or token counts that Transformer Engine cannot work with. Raises UserError."""
     if device.type != "cuda":
         raise UserError(f"train.precision=fp8 needs CUDA, this run is on {device.type}; set train.precision=bf16")
     if shape_multiple % 16:
@@ -27,17 +29,17 @@ def check_fp8(device: torch.device, shape_multiple: int) -> None:
     _engine()
 
 
-def use_fp8(model: nn.Module) -> None:
-    """Replace the encoder's linear layers, parameters and their names kept, by Transformer Engine's."""
+def use_fp8(model: BertForPretraining) -> None:
+    """Replace the encoder's linear layers by Transformer Engine's; parameters keep their values and names. Raises UserError."""
     engine = _engine()
 
-    class Fp8GeluLinear(engine.Linear):  # type: ignore[misc, name-defined]  # a module of an optional package
+    class Fp8GeluLinear(engine.Linear):  # type: ignore[misc, name-defined]  # known only where the package is installed
         """linear(gelu(x)), as `bert.GeluLinear`."""
 
         def forward(self, x_TF: torch.Tensor, form: str) -> torch.Tensor:
             return super().forward(F.gelu(x_TF, approximate=form))
 
-    for layer in model.layers:  # type: ignore[union-attr]
+    for layer in model.layers:
         for name, kind in (
             ("qkv", engine.Linear),
             ("attention_out", engine.Linear),
@@ -58,7 +60,7 @@ def use_fp8(model: nn.Module) -> None:
 
 
 def fp8_context(enabled: bool) -> AbstractContextManager[Any]:
-    """Around the encoder's forward."""
+    """The context for the encoder's forward; does nothing unless `enabled`."""
     return _engine().fp8_autocast(enabled=True) if enabled else nullcontext()
 
 

@@ -1,10 +1,10 @@
-"""Fused pieces of the encoder for CPUs: dropout that stores nothing, and layers that keep less for backward.
+"""Fused parts of the encoder for CPUs: dropout that stores no mask, and layers that keep less for backward.
 
-Dropout on a CPU is slow in torch: one scalar draw an element, a fifth of a step. Here 16 bits an element come from a vectorised
-generator and become a factor, 0 or 1 / (1 - p), by integer arithmetic; backward draws them again from the seed, so no mask is
-kept. The seed is drawn from torch's generator: a run is repeated, and resumed, by torch's state alone.
+Dropout on a CPU is slow in torch: one scalar draw per element, a fifth of a step. Here a vectorized generator draws the bits of
+each element, and integer arithmetic turns them into a factor, 0 or 1 / (1 - p). Backward draws them again from the seed, so
+that no mask is kept. The seed comes from torch's generator, so torch's state alone is enough to repeat or resume a run.
 
-Every function has a plain twin in `bert.py` or `attention.py`, which other devices and `torch.compile` use.
+Every function has a plain counterpart in `bert.py` or `attention.py`, which other devices and `torch.compile` use.
 
 Shapes: T tokens, D hidden width, F feed-forward width; G sequences of one group, L their length, H heads, K head width.
 """
@@ -20,7 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Of the random bits so many decide: p is met to within 2^-16.
+from bert_fast.integers import ceil_div
+
+# Random bits that decide about an element: p is met to within 2^-16.
 _DRAW_BITS = 15
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,13 +31,13 @@ _enabled = True
 
 
 def fuses(x: torch.Tensor) -> bool:
-    """Whether these functions are used for `x`: on CPUs, outside of `torch.compile` (which fuses by itself)."""
+    """Whether these functions are used for `x`: on CPUs, outside of `torch.compile`, which fuses by itself."""
     return _enabled and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @contextmanager
 def turned_off() -> Iterator[None]:
-    """Inside, the plain twins are used: for tests, and to measure what fusing buys."""
+    """Use the plain counterparts inside the block: for tests, and to measure what fusing gains."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -45,24 +47,24 @@ def turned_off() -> Iterator[None]:
 
 
 def draw_seed() -> int:
-    """A seed for one dropout, from torch's generator."""
+    """A seed for one dropout, drawn from torch's generator."""
     return int(torch.randint(0, 2**62, ()))
 
 
 def dropout_factor(shape: torch.Size, dtype: torch.dtype, p: float, seed: int) -> torch.Tensor:
-    """0 with probability p, else 1 / (1 - p), of `shape` and `dtype` on the CPU; the same for the same seed.
+    """A CPU tensor of 0 with probability p and 1 / (1 - p) otherwise; the same for the same seed.
 
-    The probability is rounded to a multiple of 2^-15, and the factor is that of the rounded one.
+    The probability is rounded to a multiple of 2^-15, and the factor belongs to the rounded one.
     """
     count = math.prod(shape)
     threshold = round(p * 2**_DRAW_BITS)
     integer = _INTEGER[dtype.itemsize]
     per_draw = 8 // dtype.itemsize
-    raw = np.random.SFC64(seed).random_raw(-(-count // per_draw))
+    raw = np.random.SFC64(seed).random_raw(ceil_div(count, per_draw))
     bits = torch.from_numpy(raw).view(integer)[:count]
     keep = torch.tensor(2**_DRAW_BITS / (2**_DRAW_BITS - threshold), dtype=dtype).view(integer)
     bits.bitwise_and_(2**_DRAW_BITS - 1)
-    # threshold - 1 - draw is negative where the draw is kept: its sign, spread over all bits, lets the factor through
+    # threshold - 1 - draw is negative for elements that are kept: its sign, spread over all bits, is the mask of the factor
     bits.neg_().add_(threshold - 1).bitwise_right_shift_(8 * dtype.itemsize - 1).bitwise_and_(keep)
     return bits.view(dtype).view(shape)
 
@@ -74,23 +76,28 @@ class _Dropout(torch.autograd.Function):
         return x * dropout_factor(x.shape, x.dtype, p, ctx.seed)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad * dropout_factor(grad.shape, grad.dtype, ctx.p, ctx.seed), None
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """`F.dropout(x, p)`, any shape."""
+    """`F.dropout(x, p)` for any shape."""
     return _Dropout.apply(x, p) if p > 0 else x
 
 
 class _DropoutAddNorm(torch.autograd.Function):
-    """LayerNorm(residual + dropout(x)); keeps the sum and two numbers a row."""
+    """LayerNorm(residual + dropout(x)); keeps the sum and two numbers per row."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float,
+        ctx: Any,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor,
+        weight_D: torch.Tensor,
+        bias_D: torch.Tensor,
+        eps: float,
         p: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         ctx.p, ctx.seed = p, draw_seed() if p > 0 else 0
         if p > 0:
             sum_TD = torch.addcmul(residual_TD, x_TD, dropout_factor(x_TD.shape, x_TD.dtype, p, ctx.seed))
@@ -101,7 +108,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         return out_TD
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:
         sum_TD, mean, rstd, weight_D, bias_D = ctx.saved_tensors
         d_sum_TD, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             grad_TD, sum_TD, weight_D.shape, mean, rstd, weight_D, bias_D, [True, True, True]
@@ -113,12 +120,12 @@ class _DropoutAddNorm(torch.autograd.Function):
 
 
 def dropout_add_norm(x_TD: torch.Tensor, residual_TD: torch.Tensor, norm: torch.nn.LayerNorm, p: float) -> torch.Tensor:
-    """`norm(residual + F.dropout(x, p))`."""
+    """`norm(residual + F.dropout(x, p))`, [T, D]."""
     return _DropoutAddNorm.apply(x_TD, residual_TD, norm.weight, norm.bias, norm.eps, p)
 
 
 class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(x)); keeps x alone and computes gelu(x) again for the weight's gradient."""
+    """linear(gelu(x)); keeps only x and computes gelu(x) again for the weight's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x_TF: torch.Tensor, weight_DF: torch.Tensor, bias_D: torch.Tensor, form: str) -> torch.Tensor:
@@ -127,7 +134,7 @@ class _GeluLinear(torch.autograd.Function):
         return F.linear(F.gelu(x_TF, approximate=form), weight_DF, bias_D)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[Any, ...]:
         x_TF, weight_DF = ctx.saved_tensors
         d_weight = grad_TD.t() @ F.gelu(x_TF, approximate=ctx.form)
         d_inner = grad_TD @ weight_DF
@@ -135,13 +142,13 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def gelu_linear(x_TF: torch.Tensor, linear: torch.nn.Linear, form: str) -> torch.Tensor:
-    """`linear(F.gelu(x, approximate=form))`."""
+    """`linear(F.gelu(x, approximate=form))`, [T, F] to [T, D]."""
     dtype = x_TF.dtype  # autocast does not reach into backward, so the weights are cast here
     return _GeluLinear.apply(x_TF, linear.weight.to(dtype), linear.bias.to(dtype), form)
 
 
 class _Attention(torch.autograd.Function):
-    """Softmax attention inside a rectangle of sequences by two batched products; keeps qkv and the probabilities."""
+    """Softmax attention inside a rectangle of sequences as two batched products; keeps qkv and the probabilities."""
 
     @staticmethod
     def forward(ctx: Any, qkv_GL3HK: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
@@ -155,7 +162,7 @@ class _Attention(torch.autograd.Function):
         return (_dropped(weights_GHLL, ctx.p, ctx.seed) @ value).transpose(1, 2).flatten(2)
 
     @staticmethod
-    def backward(ctx: Any, grad_GLD: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_GLD: torch.Tensor) -> tuple[Any, ...]:
         qkv_GL3HK, weights_GHLL = ctx.saved_tensors
         query, key, value = qkv_GL3HK.permute(2, 0, 3, 1, 4)
         scale = query.shape[-1] ** -0.5
@@ -182,5 +189,5 @@ def _dropped(weights: torch.Tensor, p: float, seed: int) -> torch.Tensor:
 
 
 def attention(qkv_GL3HK: torch.Tensor, mask: torch.Tensor | None, p: float) -> torch.Tensor:
-    """Attention inside a rectangle [G, L, 3, H, K], keys masked by bool [G, 1, 1, L]; [G, L, H * K]."""
+    """Attention inside a rectangle [G, L, 3, H, K] of sequences, keys masked by bool [G, 1, 1, L]. Returns [G, L, H * K]."""
     return _Attention.apply(qkv_GL3HK, mask, p)

@@ -1,4 +1,4 @@
-"""Pretraining losses as sums plus counts, so that any split of a batch adds up to the same loss."""
+"""Pretraining losses as sums and counts, so that any split of a batch adds up to the same loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 
 
 class LossSums(NamedTuple):
-    """Scalars (fp32 sums; counts are tensors only where they must be counted on the device)."""
+    """Sums of losses and counts of right predictions of a batch.
+
+    mlm_sum, nsp_sum: scalars, at least fp32. mlm_correct, nsp_correct: int64 scalars, None unless accuracy was asked for.
+    """
 
     mlm_sum: torch.Tensor
     nsp_sum: torch.Tensor
@@ -17,26 +20,31 @@ class LossSums(NamedTuple):
     nsp_correct: torch.Tensor | None = None
 
 
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of fp32 logits that are alive at a time
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of fp32 logits in memory at a time
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows of logits that are computed together."""
+    """Rows of logits that are computed together for a vocabulary of this size on this type of device."""
     return max(16, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
 
 
 class ProjectedCrossEntropy(torch.autograd.Function):
-    """Vocabulary projection and summed cross-entropy, chunk by chunk of rows: the logits are never all alive.
+    """Vocabulary projection and summed cross-entropy by chunks of rows, so that the logits are never all in memory.
 
-    The gradient is known up to one factor when the loss is, so forward computes it as well and keeps no logits. Rows with a
-    label below 0 do not count. Products are in `dtype`, sums in fp32 at least.
+    The gradient is known up to one factor as soon as the loss is, so forward computes it as well and keeps no logits. Rows with
+    a label below 0 do not count. Products are in the dtype of the hidden states, sums in at least fp32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor, rows: int,
+        ctx: Any,
+        hidden_MD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor,
+        labels_M: torch.Tensor,
+        rows: int,
         with_accuracy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = hidden_MD.dtype
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         narrow_VD, narrow_V = weight_VD.to(dtype), bias_V.to(dtype)
@@ -62,17 +70,28 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         return total, correct
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         weight_kind, bias_kind = ctx.kinds
         return d_hidden * grad, d_weight.to(weight_kind) * grad, (d_bias * grad).to(bias_kind), None, None, None
 
 
 def loss_sums(
-    masked_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, labels_M: torch.Tensor,
-    nsp_logits_B2: torch.Tensor, nsp_labels_B: torch.Tensor, with_accuracy: bool = False,
-) -> LossSums:  # fmt: skip
-    """Cross-entropies summed over masked positions (projected to the vocabulary here) and over samples."""
+    masked_MD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor,
+    labels_M: torch.Tensor,
+    nsp_logits_B2: torch.Tensor,
+    nsp_labels_B: torch.Tensor,
+    with_accuracy: bool = False,
+) -> LossSums:
+    """Cross-entropies summed over masked positions, which are projected to the vocabulary here, and over samples.
+
+    Args:
+        masked_MD: what the masked-LM head projects; weight_VD, bias_V: the decoder's; labels_M: int64.
+        nsp_logits_B2, nsp_labels_B: of the next-sentence head, int64 labels.
+        with_accuracy: also count right predictions.
+    """
     device = masked_MD.device.type
     rows = chunk_rows(len(weight_VD), device)
     narrow = device != "meta" and torch.is_autocast_enabled(device)
@@ -87,11 +106,11 @@ def loss_sums(
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy summed over rows, in fp32 at least; keeps only its gradient, in the logits' own format.
+    """Cross-entropy summed over rows, in at least fp32; keeps only its gradient, in the logits' dtype.
 
     Rows with a label below 0 do not count.
 
-    Against `F.cross_entropy(logits.float())` it spares the fp32 log-probabilities and one pass over them.
+    Unlike `F.cross_entropy(logits.float())` it needs no fp32 log-probabilities and no second pass over them.
     """
 
     @staticmethod
@@ -102,15 +121,15 @@ class SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None  # a 0-dim factor: computed in fp32, kept in the gradient's format
+        return gradient * grad_output, None  # a 0-dim factor: computed in fp32, stored in the gradient's dtype
 
 
 def _cross_entropy(
     logits_MV: torch.Tensor, labels_M: torch.Tensor, wants_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss in fp32 at least, and its gradient in the format of the logits."""
+    """Summed loss in at least fp32, and its gradient in the dtype of the logits."""
     wide = logits_MV.float() if logits_MV.dtype in (torch.bfloat16, torch.float16) else logits_MV
     counts = labels_M[:, None] >= 0
     column = labels_M[:, None].clamp_min(0)
@@ -118,7 +137,7 @@ def _cross_entropy(
     loss = ((log_sum - wide.gather(1, column)) * counts).sum()
     if not wants_gradient:
         return loss, None
-    # a row that does not count: exp(x - inf) = 0, and nothing is taken off at its label
+    # a row that does not count: exp(x - inf) = 0, and nothing is subtracted at its label
     gradient = (wide - log_sum.masked_fill(~counts, torch.inf)).exp_()
     gradient.scatter_add_(1, column, -counts.to(gradient.dtype))
     return loss, gradient.to(logits_MV.dtype)

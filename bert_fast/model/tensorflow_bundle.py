@@ -29,7 +29,7 @@ _TYPES: dict[int, str] = {1: "<f4", 2: "<f8", 3: "<i4", 4: "u1", 6: "i1", 9: "<i
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """Where a tensor lies: TensorFlow's number of its type, its shape, and its shard, offset and size in bytes."""
 
     kind: int
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ def is_bundle(prefix: str | Path) -> bool:
 
 
 class TensorBundle:
-    """A checkpoint's tensors by name; each is read when asked for."""
+    """A checkpoint's tensors by name; each is read only when asked for."""
 
     def __init__(self, prefix: str | Path) -> None:
         """Open PREFIX.index. Raises UserError if it is missing or damaged."""
@@ -63,14 +63,14 @@ class TensorBundle:
             ) from None
 
     def kind(self, name: str) -> str | None:
-        """Of a floating-point tensor: F64, F32, F16 or BF16. None for other types."""
+        """The number format of a floating-point tensor: F64, F32, F16 or BF16. None for other types."""
         return _FLOATS.get(self.entries[name].kind)
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A tensor, float types as float32. Raises UserError if it is missing, cut short or of a type that is not read."""
+        """A tensor, float types as float32. Raises UserError if it is missing, cut short or of an unsupported type."""
         entry = self.entries.get(name)
         if entry is None:
             raise UserError(f"checkpoint {self.prefix} has no tensor {name}")
@@ -107,7 +107,7 @@ class TensorBundle:
 def _read_index(data: bytes) -> tuple[dict[str, Entry], int]:
     if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
         raise ValueError("its last bytes are not a table's")
-    _, at = _handle(data, len(data) - _FOOTER)  # of the meta index, which has nothing for us
+    _, at = _handle(data, len(data) - _FOOTER)  # of the meta index, which is not needed
     index, _ = _handle(data, at)
     entries: dict[str, Entry] = {}
     shards, read, named = 1, 0, 0
@@ -128,7 +128,7 @@ def _read_index(data: bytes) -> tuple[dict[str, Entry], int]:
 
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """Offset and size of a block, and the place behind the handle."""
+    """Offset and size of a block, and the index of the byte after the handle."""
     offset, at = varint(data, at)
     size, at = varint(data, at)
     return (offset, size), at
@@ -158,7 +158,7 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
 
 
 def _number(proto: bytes, field: int, default: int) -> int:
-    """A number in a message."""
+    """The number in a field of a message, or `default` where it has no such field."""
     return next(
         (varint(proto, begin)[0] for found, kind, begin, _ in fields(proto) if (found, kind) == (field, VARINT)),
         default,
@@ -177,16 +177,15 @@ def _entry(proto: bytes) -> Entry:
     kind, shard, offset, size = (_number(proto, field, 0) for field in (1, 3, 4, 5))
     places = (begin for field, form, begin, _ in fields(proto) if (field, form) == (6, FIXED32))
     crc = next((struct.unpack_from("<I", proto, begin)[0] for begin in places), 0)
-    if max(*shape, shard, offset, size, 0) >= 1 << 63:  # below 0, as protobuf writes it
+    if max(*shape, shard, offset, size, 0) >= 1 << 63:  # negative, as protobuf writes it
         raise ValueError("a number is below 0")
     return Entry(kind, tuple(shape), shard, offset, size, crc)
 
 
 def _has_crc(data: bytes, masked: int) -> bool:
-    """Whether the bytes have this checksum; true where there is none, or no package that computes it."""
+    """Whether the bytes have this checksum. True for 0 (no checksum), and without the package that computes it."""
     try:
-        import google_crc32c
+        from bert_fast.crc32c import masked_crc32c
     except ModuleNotFoundError:
         return True
-    crc = google_crc32c.value(data)
-    return masked in (0, (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+    return masked in (0, masked_crc32c(data))

@@ -1,16 +1,42 @@
-"""The optimizer a config asks for, with decay on matrices only. The one place that imports apex."""
+"""The optimizer that a config names, and what a run must know of any optimizer.
+
+A new optimizer is a subclass of `RunOptimizer`, a function that builds it, and an entry in `config.choices.OPTIMIZERS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from bert_fast.config import OptimizerConfig
-from bert_fast.errors import UserError
-from bert_fast.optim.lamb import Lamb
+from bert_fast.config.choices import OPTIMIZERS, find
+
+
+class RunOptimizer(torch.optim.Optimizer):
+    """A torch optimizer with what checkpoints, sharding and the finite check must know of it.
+
+    Every tensor must be treated on its own, as `BucketwiseOptimizer` steps over some at a time, and the state of a
+    parameter must be made in its first step: restoring a checkpoint clears it and fills it again.
+    """
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """Names in a parameter's state of the tensors that have the parameter's shape and format, such as moments. A checkpoint
+    holds them, and a sharded run divides them over ranks."""
+
+    step_dtype: ClassVar[torch.dtype | None] = None
+    """Dtype of `step`, a 0-dim tensor in a parameter's state that counts its updates; None where its state has none."""
+
+    reads_found_inf: ClassVar[bool] = False
+    """Whether `step` looks on the device at `found_inf`, an attribute that is then set before it (0-dim float32), and changes
+    nothing where that is 1. Otherwise the host has to wait for the gradient's norm before every `step`."""
+
+    share_squares: Callable[[list[torch.Tensor], torch.Tensor | None], torch.Tensor] | None = None
+    """Set where parameters are pieces of tensors; an optimizer that needs norms of whole tensors calls it. It turns squared
+    norms [k, n] of the parts (`bert_fast.parts`) that the given parameters hold, in order, into those of the whole parts. It
+    is a collective: every rank calls it as often, with `([], None)` where it holds nothing."""
 
 
 def has_decay(name: str) -> bool:
@@ -18,26 +44,20 @@ def has_decay(name: str) -> bool:
     return not name.endswith("bias") and "norm" not in name
 
 
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
-) -> torch.optim.Optimizer:
-    """AdamW (torch, fused; apex's with `use_apex`) or LAMB (ours). Raises UserError if apex is missing."""
+def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups, in this order on every rank: those with `weight_decay`, and biases and LayerNorm without."""
     named = list(named_parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in named if has_decay(name)], "weight_decay": config.weight_decay},
+    return [
+        {"params": [p for name, p in named if has_decay(name)], "weight_decay": weight_decay},
         {"params": [p for name, p in named if not has_decay(name)], "weight_decay": 0.0},
     ]
-    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.name == "lamb":
-        # The reference leaves out the same names from weight decay and from layer adaptation, whatever the rate of decay
-        groups[0]["layer_adaptation"], groups[1]["layer_adaptation"] = True, False
-        return Lamb(groups, **settings, weight_decay=config.weight_decay)
-    if config.use_apex:
-        try:
-            from apex.optimizers import FusedAdam
-        except ImportError:
-            raise UserError(
-                "optimizer.use_apex=true: apex is not installed; install it or set use_apex=false"
-            ) from None
-        return FusedAdam(groups, **settings, adam_w_mode=True)
-    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """The optimizer `config.name` over the parameters, in the groups of `decay_groups`.
+
+    Raises:
+        UserError: it needs a package that is not installed.
+    """
+    optimizer: RunOptimizer = find(OPTIMIZERS, config.name)(named_parameters, config)
+    return optimizer

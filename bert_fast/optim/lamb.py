@@ -1,7 +1,7 @@
 """LAMB (You et al., arXiv 1904.00962) with the semantics of MLPerf's reference.
 
 Bias-corrected moments; weight decay added to the update before the trust ratio |w| / |update|, which is taken tensor by
-tensor of the reference: a parameter that declares parts (`bert_fast.parts`) has one ratio a part. Whether a group decays
+tensor of the reference: a parameter that declares parts (`bert_fast.parts`) has one ratio per part. Whether a group decays
 (`weight_decay`) and whether it is adapted (`layer_adaptation`) are two settings. Clipping is not done here.
 """
 
@@ -11,21 +11,22 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch import nn
 
+from bert_fast.config import OptimizerConfig
+from bert_fast.optim.build import RunOptimizer, decay_groups
 from bert_fast.parts import parts_of
 
 _ROW = 1024  # elements whose squares are added up at a time
 
 
-class Lamb(Optimizer):
-    """Vectorised over tensors (foreach). `found_inf`, a 0-dim tensor set by the caller, skips a step where it is 1."""
+class Lamb(RunOptimizer):
+    """Vectorised over tensors (foreach)."""
 
+    state_names = ("exp_avg", "exp_avg_sq")
+    step_dtype = torch.float64
+    reads_found_inf = True
     found_inf: torch.Tensor | None = None
-    # Set where parameters are pieces of tensors: turns squared norms [2, n] (weights, updates) of the parts that the
-    # parameters hold, in order, into those of the whole parts. Called for every group with layer adaptation, also where
-    # it has no pieces here: it may be a collective.
-    share_squares: Callable[[list[torch.Tensor], torch.Tensor | None], torch.Tensor] | None = None
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
@@ -38,6 +39,7 @@ class Lamb(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update. Where `found_inf` is 1, weights, moments and counts stay as they are."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
@@ -48,7 +50,7 @@ class Lamb(Optimizer):
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float64, device=parameter.device)
+            state["step"] = torch.zeros((), dtype=self.step_dtype, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
@@ -96,6 +98,16 @@ class Lamb(Optimizer):
             return weights, steps
         squares = self.share_squares(parameters, torch.stack([torch.stack(weights), torch.stack(steps)]).square())
         return squares.sqrt().unbind()
+
+
+def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> Lamb:
+    """LAMB with the groups of MLPerf's reference.
+
+    It leaves out the same names from weight decay and from layer adaptation, whatever the rate of decay.
+    """
+    decayed, plain = decay_groups(named_parameters, config.weight_decay)
+    groups = [{**decayed, "layer_adaptation": True}, {**plain, "layer_adaptation": False}]
+    return Lamb(groups, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
 
 
 def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

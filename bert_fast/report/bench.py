@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.files import write_json
+from bert_fast.hardware import cpu_name
 
 _PACKAGES = ("bert_fast", "torch", "transformers", "numpy")
 
@@ -30,7 +31,7 @@ def write_result(
     environment: dict[str, Any],
     samples: dict[str, Any],
 ) -> None:
-    """One self-contained JSON object: figures by name, what was run, where, and the raw repeats behind the figures."""
+    """One self-contained JSON object: metrics by name, what was run, where, and the raw repeats behind them."""
     write_json(path, {"metrics": metrics, "config": config, "environment": environment, "samples": samples})
 
 
@@ -38,7 +39,7 @@ def environment() -> dict[str, Any]:
     """Versions and hardware for the record; the load average tells whether the machine was busy with other work."""
     return {
         "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: installed for name in _PACKAGES if (installed := _version(name)) is not None},
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
@@ -52,19 +53,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def cpu_name() -> str:
-    """The CPU's model name, as far as the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table that also reads well on a terminal: the first column to the left, figures to the right."""
+    """A Markdown table that also reads well on a terminal: the first column to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(headers))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

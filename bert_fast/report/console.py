@@ -1,13 +1,19 @@
-"""What a person sees in the terminal: one progress line while a run goes, a table at its end."""
+"""What the terminal shows: one progress line while a run goes, a table at its end."""
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from bert_fast.report.schema import EnergyRecord, PeakMemory, RunMetrics, RunRecord
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def seconds_text(seconds: float) -> str:
@@ -16,6 +22,17 @@ def seconds_text(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Values as bars, means of equal parts where there are more than `width`; ? where nothing is finite."""
+    parts = np.array_split(np.array(values, dtype=float), min(width, len(values))) if values else []
+    means = [float(part[np.isfinite(part)].mean()) if np.isfinite(part).any() else math.nan for part in parts]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    if not finite:
+        return "?" * len(means)
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join("?" if math.isnan(mean) else _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
 class ProgressLine:
@@ -76,70 +93,68 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     Console(soft_wrap=False).print(table)
 
 
-def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows of the end-of-run table from a `metrics.json` record."""
-    metrics, split = record["metrics"], record["time_split_s"]
-    total = max(1e-9, metrics["time_to_train_s"])
-    verdict = record["compliance"]
+def run_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """The rows of the table at the end of a run, and of its report's summary."""
+    metrics, total = record.metrics, max(1e-9, record.metrics.time_to_train_s)
+    shares = [f"{name} {100 * seconds / total:.1f} %" for name, seconds in record.time_split_s.as_json().items()]
     return [
-        ("time to train", f"{metrics['time_to_train_s']:.1f} s ({record['status']})"),
+        ("time to train", f"{metrics.time_to_train_s:.1f} s ({record.status})"),
         ("target", _target_text(record)),
-        *_shared_rows(record.get("shared_text")),
-        ("samples", f"{metrics['samples_to_target']:,} in {metrics['steps']:,} steps"),
-        ("throughput", f"{metrics['samples_per_s']:,.0f} samples/s, {metrics['tokens_per_s']:,.0f} real tokens/s"),
+        *_shared_rows(record.shared_text),
+        ("samples", f"{metrics.samples_to_target:,} in {metrics.steps:,} steps"),
+        ("throughput", f"{metrics.samples_per_s:,.0f} samples/s, {metrics.tokens_per_s:,.0f} real tokens/s"),
         ("model-FLOPs utilisation", _mfu_text(metrics)),
-        ("imbalance (planned)", f"{metrics['imbalance_mean']:.4f} max/mean cost over ranks"),
-        ("imbalance (measured)", f"{metrics['compute_imbalance']:.3f} max/mean compute time over ranks"),
-        ("exposed communication", f"{1e3 * metrics['exposed_communication_s']:.2f} ms a step"),
+        ("imbalance (planned)", f"{metrics.imbalance_mean:.4f} max/mean cost over ranks"),
+        ("imbalance (measured)", f"{metrics.compute_imbalance:.3f} max/mean compute time over ranks"),
+        ("exposed communication", f"{1e3 * metrics.exposed_communication_s:.2f} ms per step"),
         ("start-up", _start_text(record)),
-        ("time split", ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in split.items())),
-        ("peak memory", _memory_text(record["peak_memory"])),
-        *_energy_rows(record.get("energy")),
-        ("MLPerf compliance", verdict["summary"]),
+        ("time split", ", ".join(shares)),
+        ("peak memory", _memory_text(record.peak_memory)),
+        *_energy_rows(record.energy),
+        ("MLPerf compliance", record.compliance.summary),
     ]
 
 
-def _shared_rows(shared: list[int] | None) -> list[tuple[str, str]]:
+def _shared_rows(shared: tuple[int, int] | None) -> list[tuple[str, str]]:
     """A row if the run was evaluated on text that it was trained on."""
-    if not shared:
+    if shared is None:
         return []
     return [("evaluated on", f"TRAINING TEXT: {shared[0]:,} of {shared[1]:,} evaluation samples that were compared")]
 
 
-def _energy_rows(energy: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _energy_rows(energy: EnergyRecord) -> list[tuple[str, str]]:
     """A row if anything was metered."""
-    if not energy or energy.get("kwh") is None:
+    if energy.kwh is None:
         return []
-    text = f"{energy['kwh']:.4g} kWh ({energy['source']})"
-    if energy.get("money") is not None:
-        text += f", costs {energy['money']:.4g}"
-    if energy.get("kg_co2e") is not None:
-        text += f", {energy['kg_co2e']:.4g} kg CO2e"
+    text = f"{energy.kwh:.4g} kWh ({energy.source})"
+    if energy.money is not None:
+        text += f", costs {energy.money:.4g}"
+    if energy.kg_co2e is not None:
+        text += f", {energy.kg_co2e:.4g} kg CO2e"
     return [("energy", text)]
 
 
-def _target_text(record: dict[str, Any]) -> str:
-    metrics = record["metrics"]
-    if record["target_accuracy"] is None:
+def _target_text(record: RunRecord) -> str:
+    if record.target_accuracy is None:
         return "none was set"
-    accuracy = metrics.get("final_accuracy")
-    reached = "reached" if metrics["target_reached"] else "NOT reached"
-    shown = "was never measured" if accuracy is None else f"{accuracy:.4f}"
-    return f"{reached}: masked-LM accuracy {shown} of {record['target_accuracy']:.4f}"
+    accuracy = record.metrics.final_accuracy
+    reached = "reached" if record.metrics.target_reached else "NOT reached"
+    measured = "was never measured" if accuracy is None else f"{accuracy:.4f}"
+    return f"{reached}: masked-LM accuracy {measured} of {record.target_accuracy:.4f}"
 
 
-def _start_text(record: dict[str, Any]) -> str:
-    first = record["metrics"].get("first_step_s")
+def _start_text(record: RunRecord) -> str:
+    first = record.metrics.first_step_s
     then = "no step was needed" if first is None else f"then {first:.2f} s to the first step"
-    return f"{record['init_s']:.1f} s to run_start, {then}"
+    return f"{record.init_s:.1f} s to run_start, {then}"
 
 
-def _mfu_text(metrics: dict[str, Any]) -> str:
-    if not metrics.get("mfu"):
+def _mfu_text(metrics: RunMetrics) -> str:
+    if metrics.mfu is None:
         return "not measured"
-    return f"{100 * metrics['mfu']:.1f} % of a matmul ceiling of {metrics['matmul_peak_tflops']:.2f} TFLOP/s"
+    return f"{100 * metrics.mfu:.1f} % of a measured matmul peak of {metrics.matmul_peak_tflops:.2f} TFLOP/s"
 
 
-def _memory_text(memory: dict[str, float]) -> str:
-    device = f", {memory['device_mib']:,.0f} MiB on the device" if memory["device_mib"] else ""
-    return f"{memory['host_mib']:,.0f} MiB resident{device} (largest rank)"
+def _memory_text(memory: PeakMemory) -> str:
+    device = f", {memory.device_mib:,.0f} MiB on the device" if memory.device_mib else ""
+    return f"{memory.host_mib:,.0f} MiB resident{device} (largest rank)"

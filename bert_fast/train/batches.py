@@ -1,17 +1,78 @@
-"""Batches on the device, and batches made up for warm-up and dry runs."""
+"""From a plan to the input of a step, and batches made up for warm-up and dry runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bert_fast.balance.planner import Plan
+from bert_fast.config import Config
 from bert_fast.data.batch import Batch, in_rows, padded, to_longest
+from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertInput
+from bert_fast.train.step import StepInput
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """This rank's batches of a step, and what all ranks know of the step from its plan."""
+
+    plan: Plan
+    batches: list[Batch]
+    num_masked: int
+    num_tokens: int
+    num_tokens_squared: int
+
+    def micro_batch_tokens(self) -> list[int]:
+        """Tokens of every micro-batch of this rank."""
+        return [batch.num_tokens for batch in self.batches]
+
+
+def plan_step(
+    store: Store, plan: Plan, rank: int, config: Config, change: Callable[[Batch], Batch] | None = None
+) -> PlannedStep:
+    """Read a rank's batches of a plan from the store; `change` is made to the samples before they are laid out."""
+    _ = plan.checksum  # is kept in the plan: where this runs in the background, no step waits for it
+    batches = planned_batches(store, plan, rank, config.balance.strategy, config.data.max_seq_len, change)
+    lengths = store.lengths[plan.ids].astype(np.int64)
+    num_masked = int(store.num_masked[plan.ids].sum(dtype=np.int64))
+    return PlannedStep(plan, batches, num_masked, int(lengths.sum()), int((lengths**2).sum()))
+
+
+def step_input(planned: PlannedStep, config: Config, device: torch.device) -> StepInput:
+    """A planned step on the device."""
+    inputs = [to_device(batch, device, config.batch.shape_multiple) for batch in planned.batches]
+    return StepInput(inputs, planned.num_masked, config.batch.global_batch_size)
+
+
+class StepLoader:
+    """Yields a run's steps in order, each as `(PlannedStep, StepInput)`; plans and reads ahead in a background thread."""
+
+    def __init__(
+        self, read_step: Callable[[int], PlannedStep], first_step: int, config: Config, device: torch.device
+    ) -> None:
+        """
+        Args:
+            read_step: plans and reads a step by its number; called in the background, `balance.prefetch` steps ahead.
+        """
+        self._config, self._device = config, device
+        self._prefetcher = Prefetcher(read_step, first_step, config.train.max_steps, config.balance.prefetch)
+
+    def __iter__(self) -> Iterator[tuple[PlannedStep, StepInput]]:
+        return self
+
+    def __next__(self) -> tuple[PlannedStep, StepInput]:
+        planned = self._prefetcher.next()
+        return planned, step_input(planned, self._config, self._device)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._prefetcher.close()
 
 
 def planned_batches(

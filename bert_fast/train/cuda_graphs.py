@@ -23,7 +23,7 @@ from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertInput
 from bert_fast.trace import Trace
 from bert_fast.train.clock import DeviceTimer
-from bert_fast.train.step import StepInput, StepResult, TrainStep
+from bert_fast.train.step import DeviceTimes, StepInput, StepResult, TrainStep, do_nothing
 
 _WARM_UP = 3  # steps before a capture, as torch's notes have it
 _BACKENDS = ("flash", "varlen", "torch_flash")  # those that read lengths from the device alone
@@ -65,45 +65,54 @@ class CudaGraphStep:
     Times are of the device and of the whole step: inside a graph nothing can be told apart.
     """
 
-    exposed_timer: DeviceTimer | None = None
-
     def __init__(
-        self, step: TrainStep, max_seq_len: int, capture: Callable[[Callable[[], StepResult]], tuple[Graph, StepResult]],
+        self,
+        step: TrainStep,
+        max_seq_len: int,
+        capture: Callable[[Callable[[], StepResult]], tuple[Graph, StepResult]],
         timer: DeviceTimer | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
+        """
+        Args:
+            step: what is captured; made with `use_device_timers=False`, as events cannot be read out of a graph.
+            capture: records a call (`capture_on_cuda`).
+            timer: of the device, around each replay.
+        """
         self.optimizer = step.optimizer
-        self.compute_timer = timer
+        self._timer = timer
         self._step, self._max_seq_len, self._capture = step, max_seq_len, capture
-        step.compute_timer = step.exposed_timer = None  # their events cannot be read out of a graph
-        self.before_update: Callable[[], None] = lambda: None
         self._captured: dict[tuple[Any, ...], _Captured] = {}
 
     def set_trace(self, trace: Trace | None) -> None:
         """Spans are of the host, which does nothing inside a graph."""
         assert trace is None, "refused by check_graphs"
 
-    def __call__(self, inputs: StepInput, lr: float) -> StepResult:
-        self.before_update()
+    def prepare_rates(self) -> None:
+        tensor_rates(self.optimizer, next(iter(self.optimizer.param_groups[0]["params"])).device)
+
+    def read_device_times(self) -> DeviceTimes | None:
+        return None if self._timer is None else DeviceTimes(self._timer.read(), None)
+
+    def __call__(self, inputs: StepInput, lr: float, before_update: Callable[[], None] = do_nothing) -> StepResult:
+        before_update()
         inputs = static_form(inputs, self._max_seq_len)
         key = _shape_of(inputs)
-        found = self._captured.get(key)
-        if found is None:
-            found = self._captured[key] = self._first(inputs)
-        copy_into(found.inputs, inputs)
+        captured = self._captured.get(key)
+        if captured is None:
+            captured = self._captured[key] = self._first(inputs)
+        copy_into(captured.inputs, inputs)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
-        with self.compute_timer or nullcontext():
-            found.graph.replay()
-        engine = self._step.engine
-        engine.wire.bytes_sent += found.bytes_sent
-        engine.clip_statistics.count_replay()
-        return replace(found.result, compute_s=0.0, exposed_s=0.0, optimizer_s=0.0)
+        with self._timer or nullcontext():
+            captured.graph.replay()
+        self._step.engine.count_replay(captured.bytes_sent)
+        return replace(captured.result, compute_s=0.0, exposed_s=0.0, optimizer_s=0.0)
 
     def _first(self, inputs: StepInput) -> _Captured:
         """Capture a step for a new shape. Weights, moments and random numbers end as they were."""
         buffers = _clone(inputs)
         engine = self._step.engine
-        sent, calls = engine.wire.bytes_sent, 0
+        sent, calls = engine.counters()["gradient_bytes"], 0
 
         def step() -> StepResult:
             nonlocal calls
@@ -112,9 +121,9 @@ class CudaGraphStep:
 
         with kept(self.optimizer):
             graph, result = self._capture(step)
-        per_step = (engine.wire.bytes_sent - sent) // calls
+        per_step = (engine.counters()["gradient_bytes"] - sent) // calls
+        engine.reset_counters()  # forget the steps that only warmed up
         engine.wire.bytes_sent = sent
-        engine.clip_statistics.read()  # forget the steps that only warmed up
         return _Captured(buffers, result, graph, per_step)
 
 

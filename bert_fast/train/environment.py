@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,11 +14,11 @@ import torch.distributed as dist
 from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
 from bert_fast.errors import LostRankError, UserError
+from bert_fast.hardware import cpu_has_bf16, cpu_name
 from bert_fast.launch.binding import bind, is_bound_by_slurm
 from bert_fast.launch.machine_file import MachineFile, load_machine_file, nic_variables, set_variables
 from bert_fast.launch.rendezvous_check import check_rendezvous_address
 from bert_fast.launch.topology import format_cpulist, read_topology
-from bert_fast.report.bench import cpu_name
 from bert_fast.train.setup.rendezvous import meet
 
 
@@ -41,15 +40,6 @@ class Environment:
     @property
     def autocast(self) -> bool:
         return self.dtype != torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -178,6 +168,11 @@ def _visible_devices() -> str | None:
             return os.environ.get("CUDA_VISIBLE_DEVICES")
         found.append(f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0")
     return ",".join(found)
+
+
+def seed_ranks(seed: int, environment: Environment) -> None:
+    """Each rank its own dropout. Torch takes 64 bits, so large seeds wrap around."""
+    torch.manual_seed((seed * 100_003 + environment.rank) % 2**64)
 
 
 def describe(environment: Environment) -> dict[str, object]:

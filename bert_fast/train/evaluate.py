@@ -8,14 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from mlperf_logging.mllog import constants
 
 from bert_fast.balance.assign import karmarkar_karp
 from bert_fast.balance.cost import CostModel
 from bert_fast.config import EvaluationConfig
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining, BertInput
+from bert_fast.report.schema import EvaluationLine
 from bert_fast.train.batches import to_device
+from bert_fast.train.checkpoint.train_state import TrainState
+from bert_fast.train.context import RunContext
 from bert_fast.train.environment import Environment
+from bert_fast.train.health.heartbeat import EVALUATION, METRICS_SYNC
+from bert_fast.train.step import do_nothing
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,14 @@ class Evaluator:
     def __call__(
         self,
         model: BertForPretraining,
-        on_batch: Callable[[], None] = lambda: None,
-        on_exchange: Callable[[], None] = lambda: None,
+        on_batch: Callable[[], None] = do_nothing,
+        on_sync: Callable[[], None] = do_nothing,
     ) -> Evaluation:
         """Evaluate. A collective: all ranks call it together.
 
         Args:
             on_batch: called before every batch.
-            on_exchange: called before the wait for the other ranks.
+            on_sync: called before the wait for the other ranks.
         """
         environment = self._environment
         sums = torch.zeros(4, dtype=torch.float64, device=environment.device)
@@ -74,7 +80,7 @@ class Evaluator:
                 losses = model(batch, with_accuracy=True)
                 sums += torch.stack([x.double() for x in losses])
         model.train(was_training)
-        on_exchange()
+        on_sync()
         if dist.is_initialized():
             dist.all_reduce(sums)
         mlm_loss, nsp_loss, mlm_correct, nsp_correct = sums.tolist()
@@ -82,6 +88,84 @@ class Evaluator:
             mlm_correct / self._num_masked, mlm_loss / self._num_masked,
             nsp_correct / self._num_samples, nsp_loss / self._num_samples,
         )  # fmt: skip
+
+
+class EvaluationRunner:
+    """Evaluates on the clock when it is time, logs it, and says whether the target is reached."""
+
+    def __init__(self, context: RunContext, state: TrainState, store: Store) -> None:
+        self._context, self._state, self._store = context, state, store
+        self._config = context.config.evaluation
+        self._evaluator: Evaluator | None = None  # reads its samples at the first evaluation
+        # A closed run evaluates at its interval alone
+        self._may_evaluate_last = self._config.target_accuracy is not None and (
+            context.config.mlperf.division == "open" or not context.config.mlperf.enabled
+        )
+
+    @property
+    def is_due_at_start(self) -> bool:
+        """Whether the starting weights are evaluated."""
+        return self._config.at_start and self._state.progress.step == 0
+
+    def is_due(self, is_last: bool) -> bool:
+        """Whether the step just finished is followed by an evaluation; `is_last`: it is the run's last."""
+        progress = self._state.progress
+        return progress.samples >= progress.next_evaluation or (is_last and self._may_evaluate_last)
+
+    def begin_block(self) -> None:
+        """MLPerf's block of training up to the next evaluation begins."""
+        progress = self._state.progress
+        self._context.mllog.start(
+            constants.BLOCK_START,
+            first_epoch_num=progress.samples,
+            epoch_count=progress.next_evaluation - progress.samples,
+        )
+
+    def run(self) -> bool:
+        """Evaluate. Returns whether the target is reached. A collective."""
+        context, progress, config = self._context, self._state.progress, self._config
+        samples, heartbeat = progress.samples, context.heartbeat
+        heartbeat.at(progress.step, EVALUATION)
+        context.mllog.end(constants.BLOCK_STOP, first_epoch_num=samples)
+        with (
+            context.clock.pause("evaluation"),
+            context.mllog.interval(constants.EVAL_START, constants.EVAL_STOP, epoch_num=samples),
+        ):
+            if self._evaluator is None:
+                multiple = context.config.batch.shape_multiple
+                self._evaluator = Evaluator(self._store, config, multiple, self._state.cost, context.environment)
+            result = self._evaluator(
+                self._state.components.model,
+                lambda: heartbeat.at(progress.step, EVALUATION),
+                lambda: heartbeat.at(progress.step, METRICS_SYNC),
+            )
+            context.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
+        context.mllog.throughput(samples / context.clock.training, progress.step)
+        while progress.next_evaluation <= samples:
+            progress.next_evaluation += config.every_samples
+        self._record(result)
+        reached = config.target_accuracy is not None and result.mlm_accuracy >= config.target_accuracy
+        if not reached and progress.step < context.config.train.max_steps:
+            self.begin_block()
+        return reached
+
+    def _record(self, result: Evaluation) -> None:
+        context, progress = self._context, self._state.progress
+        line = EvaluationLine(
+            step=progress.step,
+            samples=progress.samples,
+            time_s=context.clock.elapsed,
+            accuracy=result.mlm_accuracy,
+            mlm_loss=result.mlm_loss,
+            nsp_accuracy=result.nsp_accuracy,
+            nsp_loss=result.nsp_loss,
+        )
+        progress.evaluations.append(line.values())
+        context.metrics.write(line)
+        context.log(
+            f"evaluation at {progress.samples:,} samples, {context.clock.elapsed:.1f} s: masked-LM accuracy "
+            f"{result.mlm_accuracy:.4f}, loss {result.mlm_loss + result.nsp_loss:.4f}"
+        )
 
 
 def _shard(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING
 from bert_fast.claims import release
 from bert_fast.command import drop_output_without_reader, explain
 from bert_fast.config import Config, as_plain
-from bert_fast.config.load import load_config, to_yaml
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.files import write_json
+from bert_fast.hardware import machine_memory
 from bert_fast.launch.error_report import report_error
 from bert_fast.launch.local import LAUNCHER_PID, run_local
 from bert_fast.launch.mpi import adopt_mpi
 from bert_fast.launch.provenance import commit
 from bert_fast.launch.slurm import adopt_slurm, is_launched
-from bert_fast.memory.estimate import machine_memory
 from bert_fast.mlperf.rules import check_division
 from bert_fast.run_folder import STOPPED, create_folder, run_folder, take_folder
 from bert_fast.train.complete import exit_code_of, finished_again, is_over
@@ -35,8 +36,9 @@ from bert_fast.train.health.flight_recorder import flight_record, record_flight
 from bert_fast.train.setup.inputs import check_inputs
 
 if TYPE_CHECKING:
+    from bert_fast.train.context import RunContext
     from bert_fast.train.health.heartbeat import Verdict
-    from bert_fast.train.loop import Outcome, Run
+    from bert_fast.train.run import RunSummary
 
 _PROCESS_BYTES = 150 << 20  # of a rank that has imported torch and does nothing
 _LEAVE_S = 5.0  # for the last words of a rank that leaves
@@ -142,18 +144,19 @@ def _check_room(config: Config) -> None:
 
 def _preflight(config: Config) -> int:
     from bert_fast.train.environment import join
-    from bert_fast.train.setup.preflight import preflight, say_preflight
+    from bert_fast.train.setup.preflight import preflight, print_preflight
 
     environment = join(config)
     report = preflight(config, environment)
     if environment.is_main:
-        say_preflight(report)
+        print_preflight(report)
     return 0
 
 
 def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
+    from bert_fast.train.context import open_context
     from bert_fast.train.environment import join
-    from bert_fast.train.loop import Run
+    from bert_fast.train.run import run as run_phases
     from bert_fast.train.run_record import finish
 
     record_flight(run_folder(config))
@@ -161,18 +164,17 @@ def _be_a_rank(config: Config, resume: bool, process_start: float) -> int:
     if environment.is_main:
         folder = create_folder(config, resume, commit())
         (folder / STOPPED).unlink(missing_ok=True)
-    run = Run(config, environment, resume, process_start, on_lost=_leave)
+    context = open_context(config, environment, resume, on_lost=_leave)
     try:
-        outcome = run.execute()
+        summary = run_phases(context, process_start)
     except RuntimeError as error:
         if classify(error) is not CollectiveError.LOST_RANK:
             raise
-        raise _lost_rank(run.heartbeat.diagnose(), _first_line(error)) from error
-    if outcome.status != "stopped":
-        finish(run, outcome)
-    run.heartbeat.stop()
-    run.metrics.close()
-    return _exit_code(run, outcome) if environment.is_main else 0  # one rank speaks for the run
+        raise _lost_rank(context.heartbeat.diagnose(), _first_line(error)) from error
+    if summary.outcome.status != "stopped":
+        finish(context, summary)
+    context.close()
+    return _exit_code(context, summary) if environment.is_main else 0  # one rank speaks for the run
 
 
 def _lost_rank(verdict: Verdict | None, error: str) -> LostRankError:
@@ -193,12 +195,13 @@ def _leave(verdict: Verdict) -> None:
     os._exit(code)
 
 
-def _exit_code(run: Run, outcome: Outcome) -> int:
+def _exit_code(context: RunContext, summary: RunSummary) -> int:
     """Exit code of a run that ended by itself or was stopped."""
+    outcome = summary.outcome
     if outcome.status != "stopped":
         return ExitCode.TARGET_MISSED if outcome.status == "aborted" else ExitCode.OK
-    step, name = run.progress.step, outcome.signal_name
-    write_json(run.folder / STOPPED, {"step": step, "signal": name})
+    step, name = summary.state.progress.step, outcome.signal_name
+    write_json(context.folder / STOPPED, {"step": step, "signal": name})
     print(f"stopped by {name} at step {step}; go on with --resume", flush=True)
     return of_signal(getattr(signal, name or "", signal.SIGTERM))
 

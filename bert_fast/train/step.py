@@ -6,35 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
 
-from bert_fast.communication.clip import ClipStatistics
-from bert_fast.communication.reducer import BucketReducer
-from bert_fast.communication.sharded import ShardedReducer
-from bert_fast.communication.wire_format import WireFormat
+from bert_fast.communication.engine import Engine
 from bert_fast.model.bert import BertInput
+from bert_fast.model.objective import Objective
 from bert_fast.optim.bucketwise import BucketwiseOptimizer
+from bert_fast.optim.build import RunOptimizer
 from bert_fast.trace import Trace, span_or_nothing
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.loss_scale import LossScale
-
-
-class Engine(Protocol):
-    """What `communication.reducer.BucketReducer` and `communication.ddp.DdpEngine` share."""
-
-    module: nn.Module
-    wire: WireFormat
-    clip_statistics: ClipStatistics
-    exposed_s: float
-    trace: Trace | None
-
-    def zero_grad(self) -> None: ...
-    def micro_batch(self, last: bool, scale: torch.Tensor | None = None) -> Any: ...
-    def finish(self) -> torch.Tensor: ...
-    def wait_pending(self) -> None: ...
 
 
 @dataclass
@@ -48,7 +31,7 @@ class StepInput:
 
 @dataclass
 class StepResult:
-    """0-dim device tensors of this rank and host timings in seconds (on CUDA the timers have the device's)."""
+    """0-dim device tensors of this rank and host timings in seconds (on CUDA `read_device_times` has the device's)."""
 
     mlm_sum: torch.Tensor
     nsp_sum: torch.Tensor
@@ -60,80 +43,128 @@ class StepResult:
     optimizer_s: float
 
 
+@dataclass(frozen=True)
+class DeviceTimes:
+    """Seconds on the device since the last reading: forward and backward step by step, exposed communication in all."""
+
+    compute_s: list[float]
+    exposed_s: float | None
+
+
+def do_nothing() -> None:
+    """Where nothing has to happen before an update."""
+
+
+class Step(Protocol):
+    """One optimizer step, run eagerly (`TrainStep`) or as a CUDA graph (`cuda_graphs.CudaGraphStep`)."""
+
+    optimizer: RunOptimizer
+
+    def __call__(self, inputs: StepInput, lr: float, before_update: Callable[[], None] = do_nothing) -> StepResult:
+        """Run it with a learning rate. `before_update` is called before weights and moments change."""
+
+    def set_trace(self, trace: Trace | None) -> None:
+        """Record spans of what happens from now on, or stop recording."""
+
+    def read_device_times(self) -> DeviceTimes | None:
+        """What was timed on the device since the last reading, which must be past it; None: the host's times hold."""
+
+    def prepare_rates(self) -> None:
+        """After the optimizer's state was loaded: bring its learning rates into the form that this step needs."""
+
+
 class TrainStep:
     """Forward, backward with overlapped reduction, finite check, update."""
 
     def __init__(
-        self, engine: Engine, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype,
-        world_size: int, loss_scale: LossScale | None,
-    ) -> None:  # fmt: skip
-        self.engine = self._engine = engine
-        self.optimizer, self._device, self._dtype = optimizer, device, dtype
-        self._world, self._loss_scale = world_size, loss_scale
-        self._parts: BucketwiseOptimizer | None = None
-        self._trace: Trace | None = None
-        self.compute_timer = DeviceTimer() if device.type == "cuda" else None
-        self.exposed_timer = (
-            DeviceTimer() if device.type == "cuda" else None
-        )  # from backward's end to the averaged gradient
-        self.before_update: Callable[[], None] = lambda: None  # called before weights and moments change
-        self._needs_host_check = not isinstance(optimizer, torch.optim.AdamW) and not hasattr(
-            type(optimizer), "found_inf"
-        )
-
-    def update_by_bucket(self, parts: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Update a bucket's weights as soon as it is reduced (config `optimizer.step_per_bucket`). A collective.
-
-        Args:
-            parts: the parameters, or pieces of them, that lie in each bucket.
+        self,
+        engine: Engine,
+        optimizer: RunOptimizer,
+        objective: Objective,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        world_size: int,
+        loss_scale: LossScale | None,
+        parameters_by_bucket: Sequence[Sequence[torch.Tensor]] | None = None,
+        use_device_timers: bool = True,
+    ) -> None:
         """
-        assert isinstance(self._engine, BucketReducer), "checked by the config"
-        self._parts = BucketwiseOptimizer(self.optimizer, parts)
-        self._engine.enable_nonfinite_flag()
+        Args:
+            dtype: autocast format; fp32: no autocast.
+            parameters_by_bucket: what the optimizer updates of each bucket, to update each as soon as it is reduced
+                (`optimizer.step_per_bucket`); None: all at the end. With it the call is a collective.
+            use_device_timers: time a CUDA device by events; not inside a CUDA graph, whose events cannot be read.
+        """
+        self.engine, self.optimizer, self._objective = engine, optimizer, objective
+        self._device, self._dtype = device, dtype
+        self._world, self._loss_scale = world_size, loss_scale
+        self._bucketwise: BucketwiseOptimizer | None = None
+        if parameters_by_bucket is not None:
+            self._bucketwise = BucketwiseOptimizer(optimizer, parameters_by_bucket)
+            engine.enable_nonfinite_flag()
+        self._trace: Trace | None = None
+        timed = use_device_timers and device.type == "cuda"
+        self._compute_timer = DeviceTimer() if timed else None
+        self._exposed_timer = DeviceTimer() if timed else None  # from backward's end to the averaged gradient
+        self._waits_for_flag = device.type == "cpu" or not optimizer.reads_found_inf
 
     def set_trace(self, trace: Trace | None) -> None:
-        """Keep spans of what happens from now on, or no longer."""
-        self._trace = self._engine.trace = trace
+        self._trace = trace
+        self.engine.set_trace(trace)
 
-    def __call__(self, inputs: StepInput, lr: float | None) -> StepResult:
+    def prepare_rates(self) -> None:
+        pass  # plain numbers will do
+
+    def read_device_times(self) -> DeviceTimes | None:
+        if self._compute_timer is None or self._exposed_timer is None:
+            return None
+        return DeviceTimes(self._compute_timer.read(), sum(self._exposed_timer.read()))
+
+    def __call__(
+        self, inputs: StepInput, lr: float | None, before_update: Callable[[], None] = do_nothing
+    ) -> StepResult:
         """One step; a learning rate of None leaves the optimizer's as it is."""
         start = time.perf_counter()
-        self._engine.zero_grad()
-        with self.compute_timer or nullcontext():
+        self.engine.zero_grad()
+        with self._compute_timer or nullcontext():
             mlm_sum, nsp_sum = self._forward_backward(inputs)
         backward_end = time.perf_counter()
-        self.before_update()
+        before_update()
         if lr is not None:
             self._set_rate(lr)
-        if self._parts is None:
-            with self.exposed_timer or nullcontext():
-                norm = self._engine.finish()
+        if self._bucketwise is None:
+            with self._exposed_timer or nullcontext():
+                norm = self.engine.finish()
             is_finite = torch.isfinite(norm)
             with span_or_nothing(self._trace, "optimizer", "all"):
                 self._update((~is_finite).to(torch.float32), self.optimizer.step)
         else:
-            norm, is_finite = self._finish_by_bucket(self._parts)
-        waited_s = 0.0  # in forward, for weights of the step before
-        if isinstance(self._engine, ShardedReducer):
-            self._engine.gather_weights()
-            waited_s = self._engine.weight_wait_s
-        exposed_s = self._engine.exposed_s
+            norm, is_finite = self._finish_by_bucket(self._bucketwise)
+        self.engine.gather_weights()
+        waited_s, exposed_s = self.engine.weight_wait_s, self.engine.exposed_s
         return StepResult(
-            mlm_sum, nsp_sum, norm, is_finite, torch.isfinite(mlm_sum + nsp_sum), backward_end - start - waited_s,
-            exposed_s + waited_s, time.perf_counter() - backward_end - exposed_s,
-        )  # fmt: skip
+            mlm_sum,
+            nsp_sum,
+            norm,
+            is_finite,
+            local_is_finite=torch.isfinite(mlm_sum + nsp_sum),
+            compute_s=backward_end - start - waited_s,
+            exposed_s=exposed_s + waited_s,
+            optimizer_s=time.perf_counter() - backward_end - exposed_s,
+        )
 
-    def _finish_by_bucket(self, parts: BucketwiseOptimizer) -> tuple[torch.Tensor, torch.Tensor]:
+    def _finish_by_bucket(self, bucketwise: BucketwiseOptimizer) -> tuple[torch.Tensor, torch.Tensor]:
         """Reduce and update bucket by bucket: norm, and whether the gradient was finite (else nothing was updated)."""
         flags: list[torch.Tensor] = []
 
         def update(number: int, found_inf: torch.Tensor) -> None:
             flags.append(found_inf)
             with span_or_nothing(self._trace, "optimizer", f"bucket {number}"):
-                self._update(found_inf, lambda: parts.step(number), once=number == 0)
+                self._update(found_inf, lambda: bucketwise.step(number), once=number == 0)
 
-        with self.exposed_timer or nullcontext():  # with the updates in between
-            norm = self._engine.finish(update)  # type: ignore[call-arg]
+        with self._exposed_timer or nullcontext():  # with the updates in between
+            norm = self.engine.finish(update)
         return norm, torch.isfinite(norm) & (flags[0] == 0)
 
     def _forward_backward(self, inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,11 +173,11 @@ class TrainStep:
         sums = []
         for index, batch in enumerate(inputs.micro_batches):
             last = index == len(inputs.micro_batches) - 1
-            with self._engine.micro_batch(last, scale):
+            with self.engine.micro_batch(last, scale):
                 autocast = torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
                 with autocast, span_or_nothing(self._trace, "compute", f"forward {index}"):
-                    losses = self._engine.module(batch)
-                loss = self._world * (losses.mlm_sum / inputs.global_masked + losses.nsp_sum / inputs.global_samples)
+                    losses = self.engine.module(batch)
+                loss = self._world * self._objective.loss(losses, inputs.global_masked, inputs.global_samples)
                 with span_or_nothing(self._trace, "compute", f"backward {index}"):
                     (loss if scale is None else loss * scale).backward()
             sums.append((losses.mlm_sum.detach(), losses.nsp_sum.detach()))
@@ -162,7 +193,7 @@ class TrainStep:
         """Apply the gradient, or leave everything as it is where it is not finite."""
         if self._loss_scale and once:
             self._loss_scale.update(found_inf)
-        if self._needs_host_check or self._device.type == "cpu":
+        if self._waits_for_flag:
             if not bool(found_inf):
                 step()
             return

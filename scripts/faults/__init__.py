@@ -1,1 +1,1 @@
-"""Parts of scripts/fault_drill.py: what goes wrong (victim), how a run is watched (watched), the drills."""
+"""Runs broken on purpose (drill): what goes wrong (victim), how a run is watched (watched), the drills."""

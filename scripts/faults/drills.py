@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from overlap.hosts import hosts
-
 from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.train.checkpoint.storage import damage, latest_checkpoint
-from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, EXCHANGE
-from faults.victim import VARIABLE
-from faults.watched import HANG_S, Drill, Ended, losses_of, weights_of
+from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, GRADIENT_SYNC
 
-MOMENTS = {"compute": COMPUTE, "all-reduce": EXCHANGE, "checkpoint": CHECKPOINT}
+from ..benchmarks.overlap.hosts import hosts
+from .victim import VARIABLE
+from .watched import HANG_S, PYTHONPATH, Drill, Ended, losses_of, weights_of
+
+MOMENTS = {"compute": COMPUTE, "all-reduce": GRADIENT_SYNC, "checkpoint": CHECKPOINT}
 RESTART = "recovery.max_restarts=3"
 SLOW = {"action": "slow", "seconds": 0.08, "rank": -1}
 Row = dict[str, Any]
@@ -302,7 +302,7 @@ def _on_hosts(drill: Drill, names: list[str], folder: Path, *more: str) -> list[
         variables = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29533", "GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR", VARIABLE: json.dumps(SLOW),
+            "TORCH_CPP_LOG_LEVEL": "ERROR", VARIABLE: json.dumps(SLOW), "PYTHONPATH": PYTHONPATH,
         }  # fmt: skip
         command = ["ip", "netns", "exec", name, *drill.command(folder, "system.ranks_per_node=1", *more)]
         processes.append(

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults.victim import VARIABLE
+from .victim import VARIABLE
 
 VICTIM = Path(__file__).with_name("victim.py")
+_ROOT = str(Path(__file__).resolve().parents[2])
+PYTHONPATH = os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])  # where run_pretraining is
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 HANG_S = 240.0  # a run that is not over by then hangs
 
@@ -85,7 +87,7 @@ class Drill:
         start = time.monotonic()
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                self.command(run_folder, *more), env={**environment, "OMP_NUM_THREADS": "1"},
+                self.command(run_folder, *more), env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         if meanwhile is not None:

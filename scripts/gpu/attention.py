@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from bert_fast.balance.lengths import wikipedia_like
+from bert_fast.config.choices import ATTENTION_BACKENDS
 from bert_fast.errors import UserError
-from bert_fast.model.attention import BACKENDS, SequenceLayout, choose_backend
-from scripts.gpu.stage import CheckFailed, Context, NotAvailable
-from scripts.gpu.timing import median_seconds, peak_mib, reset_peak
+from bert_fast.model.attention import SequenceLayout, choose_backend, find_backend
+
+from .stage import CheckFailed, Context, NotAvailable
+from .timing import median_seconds, peak_mib, reset_peak
 
 _LENGTHS = (1, 2, 3, 7, 16, 17, 31, 64, 65, 127, 128, 129, 200, 255, 256, 257, 384, 511, 512)
 _DRAWS, _TINY_DRAWS = 48, 12  # of dropout, for a mean
 _P = 0.1
-# Relative error |found - exact| / |exact| that a format may have
+# Relative error |computed - exact| / |exact| that a format may have
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
 
 
@@ -36,7 +38,7 @@ class Case:
     def compute(self, backend: str, dtype: torch.dtype, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [T, D] and gradient [T, 3, H, K] of a backend."""
         qkv = self.qkv.to(dtype, copy=True).requires_grad_()
-        out_TD = BACKENDS[backend](qkv, self.layout(), dropout)
+        out_TD = find_backend(backend)(qkv, self.layout(), dropout)
         (gradient,) = torch.autograd.grad(out_TD, qkv, self.grad.to(dtype))
         return out_TD.detach(), gradient
 
@@ -54,7 +56,7 @@ def run(context: Context) -> None:
     dtypes = (torch.float32,) if context.tiny else (torch.bfloat16, torch.float16)
     heads = 2 if context.tiny else 16
     lengths = [n for n in _LENGTHS if not context.tiny or n <= 65]
-    names = [name for name in BACKENDS if name not in ("torch_flash", "flex")]
+    names = [name for name in ATTENTION_BACKENDS if name not in ("torch_flash", "flex")]
     names += ["torch_flash", "flex"]  # a fault of these may take the whole process with it
     draws = _TINY_DRAWS if context.tiny else _DRAWS
     cases = {dtype: make_case(lengths, heads, dtype, context.device) for dtype in dtypes}
@@ -79,7 +81,7 @@ def run(context: Context) -> None:
                 context.case(label, partial(_timed, context, timed, name, dtypes[0], dropout, device))
     times = {k: v for k, v in result.metrics.items() if k.startswith("attention_ms/")}
     fastest = min(times, key=lambda k: times[k], default="")
-    result.figure = (
+    result.summary = (
         f"{agreed} of {len(names) * len(dtypes)} agree with fp64; fastest {fastest.removeprefix('attention_ms/')}"
     )
 
@@ -91,15 +93,15 @@ def _require(name: str, device: torch.device, dtype: torch.dtype, dropout: float
         raise NotAvailable(str(missing)) from None
 
 
-def _gap(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def _gap(computed: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((computed.double() - exact).norm() / exact.norm())
 
 
 def _agrees(case: Case, name: str, dtype: torch.dtype, device: torch.device) -> None:
     _require(name, device, dtype, 0.0)
     exact = case.compute("loop", torch.float64)
-    for what, found, wanted in zip(("output", "gradient"), case.compute(name, dtype), exact, strict=True):
-        gap = _gap(found, wanted)
+    for what, computed, wanted in zip(("output", "gradient"), case.compute(name, dtype), exact, strict=True):
+        gap = _gap(computed, wanted)
         if not gap <= _TOLERANCE[dtype]:
             raise CheckFailed(f"{what} is {gap:.2g} off the loop in fp64, may be {_TOLERANCE[dtype]:g}")
 
@@ -137,7 +139,7 @@ def _timed(context: Context, case: Case, name: str, dtype: torch.dtype, dropout:
     qkv = case.qkv.to(dtype, copy=True).requires_grad_()
 
     def once() -> None:
-        out = BACKENDS[name](qkv, layout, dropout)
+        out = find_backend(name)(qkv, layout, dropout)
         torch.autograd.grad(out, qkv, case.grad)
 
     once()

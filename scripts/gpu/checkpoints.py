@@ -7,10 +7,12 @@ import time
 
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 from bert_fast.train.checkpoint.snapshot import captured, rank_state
-from bert_fast.train.setup.build import build, synthetic_input
-from scripts.gpu.parts import config_of, environment_of
-from scripts.gpu.stage import CheckFailed, Context
-from scripts.gpu.timing import wait
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
+
+from .parts import config_of, environment_of
+from .stage import CheckFailed, Context
+from .timing import wait
 
 _LEAST_STEPS = 5
 
@@ -58,6 +60,6 @@ def run(context: Context) -> None:
         "checkpoint/stall_over_synchronous": stall_s / alone_s, "checkpoint/slow_down_s": excess_s,
         "checkpoint/step_s": plain, "checkpoint/step_beside_s": statistics.median(beside),
     }  # fmt: skip
-    result.figure = (
+    result.summary = (
         f"stall {1e3 * stall_s:.1f} ms of {alone_s:.2f} s, steps beside it {1e3 * excess_s:,.0f} ms longer in all"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
+from benchmarks.step.variants import ours
 from bert_fast.train.telemetry.energy_meter import EnergyMeter
-from scripts.gpu.parts import arguments, precision_of
-from scripts.gpu.stage import Context, NotAvailable
-from scripts.gpu.timing import wait
-from scripts.step.variants import ours
+
+from .parts import arguments, precision_of
+from .stage import Context, NotAvailable
+from .timing import wait
 
 _SECONDS = 4.0
 
@@ -37,4 +38,4 @@ def run(context: Context) -> None:
     if reading.joules_gpu is None and (reading.joules_cpu is None or not context.tiny):
         raise NotAvailable(f"counted: {reading.source}")
     shown = [f"{name} {1e3 * joules / count:,.0f} J" for name, joules in parts.items() if joules is not None]
-    result.figure = f"per 1,000 sequences: {', '.join(shown)}"
+    result.summary = f"per 1,000 sequences: {', '.join(shown)}"

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.plan import Link
 from bert_fast.communication.wire_format import WireFormat
-from scripts.gpu.timing import repeat
+
+from .timing import repeat
 
 _SPIN = 5_000_000  # cycles of the calibrating kernel
 

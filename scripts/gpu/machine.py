@@ -11,10 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from bert_fast.report.bench import cpu_name
-from bert_fast.train.environment import cpu_has_bf16
-from scripts.gpu.stage import Context, NotAvailable
-from scripts.gpu.timing import repeat
+from bert_fast.hardware import cpu_has_bf16, cpu_name
+
+from .stage import Context, NotAvailable
+from .timing import repeat
 
 _PACKAGES = (
     "torch", "triton", "transformers", "numpy", "pydantic", "mlperf-logging", "flash-attn", "transformer-engine", "apex",
@@ -45,13 +45,13 @@ def run(context: Context) -> None:
     context.case("memory bandwidth", partial(_note, context, "memory_gb_per_s", bandwidth, 1e-9))
     context.case("launch latency", partial(_note, context, "launch_us", _launch, 1e6))
     best = result.metrics.get("peak_tflops/bf16") or result.metrics.get("peak_tflops/fp32", 0.0)
-    result.figure = f"{facts.get('card', facts['cpu'])}: {best:,.1f} TFLOP/s" + (
+    result.summary = f"{facts.get('card', facts['cpu'])}: {best:,.1f} TFLOP/s" + (
         f", {result.metrics['memory_gb_per_s']:,.0f} GB/s" if "memory_gb_per_s" in result.metrics else ""
     )
 
 
-def _note(context: Context, figure: str, measure: Callable[[str], float], factor: float) -> None:
-    context.result.metrics[figure] = factor * measure(context.device)
+def _note(context: Context, metric: str, measure: Callable[[str], float], factor: float) -> None:
+    context.result.metrics[metric] = factor * measure(context.device)
 
 
 def _version(name: str) -> str | None:
@@ -70,8 +70,8 @@ def _nvidia_smi() -> dict[str, str]:
     values = [each.strip() for each in done.stdout.strip().split(",")]
     if done.returncode or len(values) != len(_QUERY):
         return {}
-    found = dict(zip(_QUERY, values, strict=True))
-    return {"driver": found.pop("driver_version"), **found}
+    named = dict(zip(_QUERY, values, strict=True))
+    return {"driver": named.pop("driver_version"), **named}
 
 
 def _matmul(dtype: torch.dtype) -> Callable[[str], float]:

@@ -16,9 +16,10 @@ from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.optim.bucketwise import BucketwiseOptimizer
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.cuda_graphs import tensor_rates
-from scripts.gpu.machine import bandwidth
-from scripts.gpu.stage import Context, NotAvailable
-from scripts.gpu.timing import median_seconds
+
+from .machine import bandwidth
+from .stage import Context, NotAvailable
+from .timing import median_seconds
 
 # Bytes that an update in fp32 moves for each parameter at least. AdamW reads weight, gradient and two moments and writes all
 # but the gradient. LAMB needs the norm of the update before it can apply it: it reads the weight and the moments once more.
@@ -50,7 +51,7 @@ def run(context: Context) -> None:
         if context.has_time(15 if variant == "lamb_compiled" else 2, variant):
             context.case(variant, partial(_measure, context, names, tensors, variant, name, make))
     shown = {v: result.metrics.get(f"optimizer_ms/{v}") for v in variants}
-    result.figure = ", ".join(f"{v} {ms:.2f} ms" for v, ms in shown.items() if ms is not None)
+    result.summary = ", ".join(f"{v} {ms:.2f} ms" for v, ms in shown.items() if ms is not None)
 
 
 def _parameters(shape: ModelConfig, device: str) -> tuple[list[str], list[nn.Parameter], list[int]]:

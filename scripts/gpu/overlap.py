@@ -26,12 +26,14 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.bucket_sizes import measure_ready_times, plan_buckets
-from bert_fast.train.setup.build import build_model, make_layout, synthetic_input
+from bert_fast.train.setup.build import build_model, make_layout
+from bert_fast.train.setup.warmup import synthetic_input
 from bert_fast.train.step import TrainStep
-from scripts.gpu.link import LinkDdp, LinkWire, ModelledLink
-from scripts.gpu.parts import config_of, environment_of, process_group
-from scripts.gpu.stage import Context
-from scripts.gpu.timing import reset_peak, wait
+
+from .link import LinkDdp, LinkWire, ModelledLink
+from .parts import config_of, environment_of, process_group
+from .stage import Context
+from .timing import reset_peak, wait
 
 # All-reduce of all gradients alone, over the time of backward; the latency of a collective is this part of backward
 LINKS = {"0.5x": 0.5, "1x": 1.0, "2x": 2.0}
@@ -91,7 +93,7 @@ def run(context: Context) -> None:
         for link, (a, b) in shares.items()
         if a is not None and b is not None
     ]
-    result.figure = "auto hides: " + ", ".join(shown)
+    result.summary = "auto hides: " + ", ".join(shown)
 
 
 def _profile_backward(config: Config, environment: Environment) -> tuple[list[int], np.ndarray, int]:

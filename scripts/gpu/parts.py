@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.step.setting import make_config
 from bert_fast.config import Config
 from bert_fast.train.environment import Environment, pick_dtype
-from scripts.gpu.stage import Context
-from scripts.step.setting import make_config
+
+from .stage import Context
 
 BEST_DROPOUT = 0.1
 
@@ -21,7 +22,7 @@ BEST_DROPOUT = 0.1
 def arguments(
     context: Context, size: str, batch: int, dropout: float = BEST_DROPOUT, layers: int | None = None
 ) -> argparse.Namespace:
-    """What scripts/step takes: size and batch of a step on this device. On a CPU the smallest of all."""
+    """What scripts/benchmarks/step takes: size and batch of a step on this device. On a CPU the smallest of all."""
     if context.tiny:
         size, batch, layers = "mini", 4, 1
     return argparse.Namespace(

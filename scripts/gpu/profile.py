@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from benchmarks.step.breakdown import profile
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import markdown_table
-from scripts.gpu.parts import arguments, precision_of
-from scripts.gpu.stage import Context
-from scripts.step.breakdown import profile
+
+from .parts import arguments, precision_of
+from .stage import Context
 
 _ROWS = 25
 
@@ -27,4 +28,4 @@ def run(context: Context) -> None:
     write_atomically(context.out / "top.md", f"{parts}\n\n{kernels}\n")
     result.metrics |= {f"profile/large/{name}": share for name, share in shares.items()}
     shown = sorted(shares.items(), key=lambda item: -item[1])[:4]
-    result.figure = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shown)
+    result.summary = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shown)

@@ -34,14 +34,14 @@ class Result:
     """What a stage found.
 
     Attributes:
-        figure: the stage's one line for the table.
+        summary: the stage's one line for the table.
         metrics: numbers by name, as they stand in gpu_check.json (`mfu/large/ours_best`).
         details: whatever else belongs in the record: rows of a table, versions.
         left_out: cases that were not run, each with its reason.
         failures: what is not as it must be; the stage has failed if there is one.
     """
 
-    figure: str = ""
+    summary: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)

@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step.measure import ceiling
+from benchmarks.step.setting import make_config
+from benchmarks.step.variants import Step, huggingface, ours
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch, padded
@@ -27,12 +30,10 @@ from bert_fast.model.flops import train_flops
 from bert_fast.model.loss import chunk_rows
 from bert_fast.train.batches import batch_of_lengths, lay_out
 from bert_fast.train.setup.cost_model import make_planner
-from scripts.gpu.parts import arguments, precision_of
-from scripts.gpu.stage import Context, NotAvailable
-from scripts.gpu.timing import peak_mib, repeat, reset_peak
-from scripts.step.measure import ceiling
-from scripts.step.setting import make_config
-from scripts.step.variants import Step, huggingface, ours
+
+from .parts import arguments, precision_of
+from .stage import Context, NotAvailable
+from .timing import peak_mib, repeat, reset_peak
 
 _BATCHES = 6  # of a variant, in turn
 _GRAPH_MULTIPLE = 1024  # few shapes: each is captured once
@@ -109,16 +110,16 @@ def _measure(
 ) -> None:  # fmt: skip
     """Measure one variant into `rows`; with a smaller local batch where memory does not suffice."""
     try:
-        found = None
+        row = None
         with contextlib.suppress(torch.OutOfMemoryError):  # whose traceback would keep alive what did not fit
-            found = _measure_once(context, size, name, batch, dropout, precision, best)
-        if found is None:
+            row = _measure_once(context, size, name, batch, dropout, precision, best)
+        if row is None:
             _free(context)
-            found = _measure_once(context, size, name, _SMALLER, dropout, precision, best)
-            found["wanted_batch"] = batch
-        rows.append(found)
+            row = _measure_once(context, size, name, _SMALLER, dropout, precision, best)
+            row["wanted_batch"] = batch
+        rows.append(row)
         context.result.details["rows"] = rows
-        _figures(context, size, rows)
+        _metrics(context, size, rows)
     except UserError as missing:
         raise NotAvailable(str(missing)) from None
     finally:
@@ -171,11 +172,11 @@ def expected_mib(config: Config, batches: Sequence[Batch], device: str) -> float
     shapes = [padded(batch, config.batch.shape_multiple) for batch in batches]
     largest = max(shapes, key=lambda batch: batch.num_tokens)
     lengths = np.array(largest.lengths, np.int64)
-    found = estimate(
+    memory = estimate(
         config.model, tokens=int(lengths.sum()), tokens_squared=int((lengths**2).sum()), masked=len(largest.masked_labels),
         element_bytes=2, keeps_scores=device == "cpu", logits_rows=chunk_rows(config.model.vocab_size, device),
     )  # fmt: skip
-    return found.total / 2**20
+    return memory.total / 2**20
 
 
 def batches_of(config: Config, peer: Peer) -> list[Batch]:
@@ -210,7 +211,7 @@ def _packed(config: Config, lengths: np.ndarray) -> list[Batch]:
     return batches
 
 
-def _figures(context: Context, size: str, rows: list[dict[str, Any]]) -> None:
+def _metrics(context: Context, size: str, rows: list[dict[str, Any]]) -> None:
     """Metrics by name from the rows of the first case that has them (the largest batch, dropout on)."""
     metrics = context.result.metrics
     for row in rows:
@@ -234,7 +235,7 @@ def _figures(context: Context, size: str, rows: list[dict[str, Any]]) -> None:
         for name in ("hf_default", "hf_best"):
             if f"ratio/{size}/ours_over_{name}" in metrics:
                 parts.append(f"{metrics[f'ratio/{size}/ours_over_{name}']:.2f} x {name}")
-        context.result.figure = ", ".join(parts)
+        context.result.summary = ", ".join(parts)
     errors = [row["memory_estimate_error"] for row in rows if "memory_estimate_error" in row]
     if errors and size == "large":
         metrics["memory_estimate_error"] = max(errors, key=abs)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from bert_fast.train.setup.build import build, synthetic_input
-from scripts.gpu.parts import config_of, environment_of, process_group
-from scripts.gpu.stage import CheckFailed, Context, NotAvailable
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
+
+from .parts import config_of, environment_of, process_group
+from .stage import CheckFailed, Context, NotAvailable
 
 ENGINES: dict[str, dict[str, dict[str, Any]]] = {
     "bucketed": {"communication": {"engine": "bucketed", "clip": "bucket_before_reduce"}},
@@ -39,9 +41,9 @@ def run(context: Context) -> None:
                 quiet += context.case(label, partial(_step, context, sections, optimizer, precision))
     result.metrics |= {"synchronization/quiet": quiet, "synchronization/total": total}
     if context.tiny:
-        result.figure = f"{quiet} of {total} ran; a CPU does not wait"
+        result.summary = f"{quiet} of {total} ran; a CPU does not wait"
     else:
-        result.figure = f"no synchronization in {quiet} of {total}"
+        result.summary = f"no synchronization in {quiet} of {total}"
     if quiet == 0 and not result.failures:
         raise NotAvailable("no case was run")
 

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
-from scripts.gpu.stage import ROOT, Context, NotAvailable
+from .stage import ROOT, Context, NotAvailable
 
 # What pyproject.toml has may name plugins that an image does not bring
 _SETTINGS = """[pytest]
 addopts = -q --strict-markers
-pythonpath = {root} {root}/tests/distributed {root}/scripts
+pythonpath = {root} {root}/tests {root}/scripts
 markers =
     gpu: needs a CUDA device
     slow: takes more than a few seconds
@@ -34,7 +34,7 @@ def run(context: Context) -> None:
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     result.metrics |= {"tests/passed": passed, **{f"tests/{k}": v for k, v in counts.items() if k != "tests"}}
-    result.figure = f"{passed} of {counts['tests']} passed, {counts['skipped']} skipped"
+    result.summary = f"{passed} of {counts['tests']} passed, {counts['skipped']} skipped"
     for case in suite.iter("testcase"):
         for bad in (*case.iter("failure"), *case.iter("error")):
             first = (bad.get("message") or "").strip().splitlines()

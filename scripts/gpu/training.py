@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.exit_codes import ExitCode, of_signal
-from scripts.gpu.stage import ROOT, CheckFailed, Context
+
+from .stage import ROOT, CheckFailed, Context
 
 _CONFIG = "configs/mini_cpu.yaml"
 _MORE_STEPS = 20  # after the stop, with the same losses
@@ -37,16 +38,16 @@ def run(context: Context) -> None:
     if context.tiny:
         settings += [
             "model.hidden_size=16", "model.num_layers=1", "model.intermediate_size=32", "model.max_positions=32",
-            "data.max_seq_len=32", "checkpoint.init_from=null", "evaluation.target_accuracy=0.0001", "evaluation.num_samples=64",
-            "evaluation.every_samples=320", "run.measure_peak_flops=false", "train.warmup_batches=1",
-            "batch.global_batch_size=32", "batch.micro_batch_size=32",
+            "data.max_seq_len=32", "checkpoint.init_from=null", "evaluation.target_accuracy=0.0001",
+            "evaluation.num_samples=64", "evaluation.every_samples=320", "run.measure_peak_flops=false",
+            "train.warmup_batches=1", "batch.global_batch_size=32", "batch.micro_batch_size=32",
         ]  # fmt: skip
     else:
         settings.append("checkpoint.every_steps=200")
     context.case("to the target", partial(_to_the_target, context, settings))
     context.case("stop and resume", partial(_stop_and_resume, context, settings))
     if not result.failures:
-        result.figure = (
+        result.summary = (
             f"accuracy {result.metrics['run/final_accuracy']:.3f} in {result.metrics['run/time_to_train_s']:.1f} s, log "
             "accepted, same losses after a stop"
         )

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.step.setting import make_config
 from bert_fast.config import Config
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.environment import Environment, pick_dtype
 from bert_fast.train.setup.build import build
 from bert_fast.train.step import StepInput
-from scripts.gpu.parts import arguments
-from scripts.gpu.stage import CheckFailed, Context
-from scripts.step.setting import make_config
+
+from .parts import arguments
+from .stage import CheckFailed, Context
 
 _STEPS = 3
 _RATE = 1e-3
@@ -57,12 +58,12 @@ def run(context: Context) -> None:
         raise CheckFailed(f"rank {late[0]} did not end in time")
     if any(process.exitcode for process in ranks):
         raise CheckFailed(f"ranks ended with exit codes {[process.exitcode for process in ranks]}; see two_ranks.log")
-    found = [torch.load(context.scratch / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    weights = [torch.load(context.scratch / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     _work(context.device, 0, 1, None, context.scratch / "alone.pt")
     alone = torch.load(context.scratch / "alone.pt", weights_only=True)
-    right = sum(context.case(name, partial(_compare, name, found, alone)) for name in CASES)
+    right = sum(context.case(name, partial(_compare, name, weights, alone)) for name in CASES)
     result.metrics |= {"two_ranks/right": right, "two_ranks/total": len(CASES)}
-    result.figure = f"{right} of {len(CASES)} exchanges right"
+    result.summary = f"{right} of {len(CASES)} exchanges right"
 
 
 def _compare(name: str, ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:

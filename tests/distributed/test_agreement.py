@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -154,9 +155,10 @@ def refused(ends: list[dict[str, Any]], text: str) -> None:
 @pytest.mark.parametrize("case", STORES)
 def test_another_store_on_one_rank_is_named(pool: Pools, tiny_store: Path, tmp_path: Path, case: str) -> None:
     split, change, text = STORES[case]
+    section, field = ("data", "train") if split == "train" else ("evaluation", "data")
     trees = trees_of(tiny_store, tmp_path / "run")
-    trees[0]["data"][split] = change_store(tiny_store / split, tmp_path / "first")
-    trees[1]["data"][split] = change_store(tiny_store / split, tmp_path / "other", **change)
+    trees[0][section][field] = change_store(tiny_store / split, tmp_path / "first")
+    trees[1][section][field] = change_store(tiny_store / split, tmp_path / "other", **change)
     refused(pool(2).call(start, trees), text)
 
 
@@ -213,7 +215,7 @@ def test_a_rank_that_strays_from_the_plan_stops_the_run(
 ) -> None:
     trees = trees_of(tiny_store, tmp_path / "run")
     for tree in trees:
-        tree["train"] |= {"checkpoint_every_steps": 2, "async_checkpoints": False}
+        tree["checkpoint"] = {"every_steps": 2, "async_save": False}
         tree.setdefault("balance", {})["prefetch"] = 1
     ends = pool(2).call(start, trees, step)
     assert ends[0]["error"] == ends[1]["error"]
@@ -244,9 +246,40 @@ def test_evaluation_on_the_training_store_is_refused_or_named(
 
 
 def test_what_may_differ_may_also_change() -> None:
-    assert set(MAY_DIFFER) <= {name for name in every_setting() if any(fnmatch(name, p) for p in MAY_CHANGE)} | {
-        "balance.cost_file"  # what it says is compared
-    }
+    assert set(MAY_DIFFER) <= {name for name in every_setting() if any(fnmatch(name, p) for p in MAY_CHANGE)}
+
+
+def compare_configs(rank: int, world: int, trees: list[dict[str, Any]]) -> str | None:
+    try:
+        check_config(config_from_tree(trees[rank]), False, environment_of(rank, world))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "said"),
+    [
+        ("a/cost.json", "b/cost.json", None),  # what the files say is compared, and not where they are
+        ("a/cost.json", "measure", 'balance.cost is "measure" there and "a file" on rank 0'),
+        ("flops", "b/cost.json", 'balance.cost is "a file" there and "flops" on rank 0'),
+    ],
+)
+def test_a_cost_file_may_be_in_another_place(
+    pool: Pools, tiny_store: Path, mine: str, theirs: str, said: str | None
+) -> None:
+    trees = [config_over(tiny_store) | {"balance": {"cost": cost}} for cost in (mine, theirs)]
+    for found in pool(2).call(compare_configs, trees):
+        assert found is None if said is None else said in str(found)
+
+
+def test_another_cost_in_a_file_in_another_place_is_named(pool: Pools, tiny_store: Path, tmp_path: Path) -> None:
+    trees = trees_of(tiny_store, tmp_path / "run")
+    for number, tree in enumerate(trees):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"fitted": {"linear": 5.0 + number, "quadratic": 0.1}}), encoding="utf-8")
+        tree["balance"] = {"cost": str(path)}
+    refused(pool(2).call(start, trees), "rank 1 has another start than rank 0: ")
 
 
 def every_setting() -> list[str]:

@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("train.max_steps=many", "train.max_steps: .*integer.*'many'"),
         ("communication.clip=local", "communication.clip: .*'global_after_reduce'.*'local'"),
         ("batch.micro_batch_size=7", r"7 x 2 x 1 = 14; set batch\.global_batch_size=14"),
-        ("model.num_heads=5", "nearest number of heads that does is 4"),
+        ("model.num_heads=5", r"set model\.num_heads=4, the nearest number that does"),
         ("data.train=nowhere/train", r"no data at nowhere/train .*(prepare_data\.py|make data)"),
         (
             "checkpoint.init_from=nowhere",

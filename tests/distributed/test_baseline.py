@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +16,8 @@ from support.paths import ROOT
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config
-from bert_fast.config.load import load_config, to_yaml
+from bert_fast.config.load import load_config
+from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
@@ -27,21 +26,10 @@ from bert_fast.model.checkpoints import save_pretrained
 from bert_fast.train import evaluate
 from bert_fast.train.batches import to_device
 from bert_fast.train.environment import Environment
+from scripts.benchmarks.time_to_train import baseline_hf as baseline
 
-SCRIPT = ROOT / "scripts" / "baseline_hf.py"
 NUM_STEPS = 4
 GLOBAL_BATCH_SIZE = 8
-
-
-@pytest.fixture(scope="module")
-def baseline() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("baseline_hf", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +88,7 @@ def _our_model(config: Config) -> BertForPretraining:
     return model
 
 
-def test_padded_loss_is_our_unpadded_loss(baseline: ModuleType, config_file: Path) -> None:
+def test_padded_loss_is_our_unpadded_loss(config_file: Path) -> None:
     config = load_config(config_file)
     store = Store(config.data.train)
     ids = np.random.default_rng(0).permutation(len(store))[:24]
@@ -114,7 +102,7 @@ def test_padded_loss_is_our_unpadded_loss(baseline: ModuleType, config_file: Pat
     assert theirs.item() == pytest.approx(ours.item(), abs=1e-5)
 
 
-def test_evaluation_is_ours(baseline: ModuleType, config_file: Path) -> None:
+def test_evaluation_is_ours(config_file: Path) -> None:
     config = load_config(config_file)
     store = Store(config.evaluation.data)
     alone = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
@@ -132,7 +120,8 @@ def test_runs_over_two_ranks(config_file: Path, tmp_path: Path) -> None:
     result = tmp_path / "baseline.json"
     command = [
         sys.executable,
-        str(SCRIPT),
+        "-m",
+        "scripts.benchmarks.time_to_train.baseline_hf",
         "--config",
         str(config_file),
         "--max-steps",
@@ -141,7 +130,7 @@ def test_runs_over_two_ranks(config_file: Path, tmp_path: Path) -> None:
         str(result),
     ]
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
 
     assert done.returncode == 1, done.stderr  # the target is out of reach
     assert "warn" not in (done.stdout + done.stderr).lower()

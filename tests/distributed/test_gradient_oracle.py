@@ -17,10 +17,10 @@ from test_engines import Gradients, averaged, clipped, global_norm
 from torch import nn
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
-from bert_fast.communication.clip import MODES
 from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
+from bert_fast.config.choices import CLIP_MODES
 
 pytestmark = pytest.mark.distributed
 
@@ -200,7 +200,7 @@ SEEDS = [seed for seeds in MODELS.values() for seed in seeds]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_reducer_equals_one_process(
@@ -221,8 +221,8 @@ def test_reducer_equals_one_process(
 @pytest.mark.parametrize(
     ("clip", "dtype", "tolerance"),
     [
-        *((clip, torch.float32, 1e-5) for clip in MODES),
-        *((clip, torch.float64, 1e-12) for clip in MODES),
+        *((clip, torch.float32, 1e-5) for clip in CLIP_MODES),
+        *((clip, torch.float64, 1e-12) for clip in CLIP_MODES),
     ],
 )
 def test_ddp_equals_one_process(
@@ -242,7 +242,7 @@ def test_ddp_equals_one_process(
 
 def test_the_cases_tell_modes_and_orders_apart(pool: Pools) -> None:
     """Else the tests above could not fail: modes differ, and ranks do finish gradients in different orders."""
-    results = [oracle(Case(0, clip=mode), 2) for mode in MODES]
+    results = [oracle(Case(0, clip=mode), 2) for mode in CLIP_MODES]
     for number, one in enumerate(results):
         for other in results[:number]:
             assert max(float((one[name] - other[name]).abs().max()) for name in one) > 1e-3
@@ -255,7 +255,7 @@ def test_the_cases_tell_modes_and_orders_apart(pool: Pools) -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 65536.0])
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_buckets_do_not_change_a_bit_over_ranks(pool: Pools, clip: str, scale: float | None) -> None:
     """Two addends commute, so that not even the order of additions can differ."""
     case = Case(4, clip=clip, dtype=torch.float32, scale=scale, accumulation=2)
@@ -267,7 +267,7 @@ def test_buckets_do_not_change_a_bit_over_ranks(pool: Pools, clip: str, scale: f
         assert ranks[0]["norm"] == ranks[1]["norm"] == results[0][0]["norm"]
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 @pytest.mark.parametrize("engine", ["bucketed", "ddp"])
 def test_a_loss_scale_carries_small_gradients_over_an_fp16_wire(pool: Pools, engine: str, clip: str) -> None:
     """Entries of 1e-8, below fp16's smallest, equal the unscaled oracle to fp16's precision; without the scale they do not."""
@@ -304,7 +304,7 @@ def test_nan_in_one_group_of_one_rank_is_seen_by_all(pool: Pools, buckets: str, 
                 np.testing.assert_allclose(gradient, expected[name].numpy(), rtol=0, atol=tolerance * largest)
 
 
-@pytest.mark.parametrize("clip", [mode for mode in MODES if mode != "bucket_before_reduce"])
+@pytest.mark.parametrize("clip", [mode for mode in CLIP_MODES if mode != "bucket_before_reduce"])
 @pytest.mark.parametrize("engine", ["bucketed", "ddp"])
 def test_nan_of_one_rank_under_a_loss_scale(pool: Pools, engine: str, clip: str) -> None:
     case = Case(2, engine, clip, dtype=torch.float32, with_unused=False, routes=False, scale=1024.0, accumulation=3)

@@ -15,7 +15,7 @@ from support.rank_pool import RankPool
 
 from bert_fast.train.checkpoint.async_writer import OwnWork
 from bert_fast.train.environment import Environment
-from bert_fast.train.health.heartbeat import COMPUTE, EXCHANGE, Heartbeat, Verdict
+from bert_fast.train.health.heartbeat import COMPUTE, GRADIENT_SYNC, Heartbeat, Verdict
 
 pytestmark = pytest.mark.distributed
 
@@ -45,7 +45,7 @@ def stuck(rank: int, world: int) -> tuple[list[Verdict], float]:
     """Rank 1 computes for ever, the others wait for it."""
     start = time.monotonic()
     heart, lost, said = beating(rank, world, "stuck")
-    heart.at(7, COMPUTE if rank == 1 else EXCHANGE)
+    heart.at(7, COMPUTE if rank == 1 else GRADIENT_SYNC)
     said.wait(TIMEOUT_S + 10)
     return lost, time.monotonic() - start
 
@@ -69,7 +69,7 @@ def writing(rank: int, world: int) -> tuple[list[Verdict], float]:
         while not said.is_set() and time.monotonic() < start + 1.0 + SLACK_S:
             heart.at(12, COMPUTE)
             time.sleep(0.1)
-            heart.at(12, EXCHANGE)
+            heart.at(12, GRADIENT_SYNC)
     return lost, time.monotonic() - start
 
 
@@ -85,7 +85,7 @@ def test_a_rank_that_hangs_while_it_writes_a_checkpoint_is_named(pool: Pools) ->
 def silent(rank: int, world: int) -> tuple[list[Verdict], float]:
     """Rank 2 says nothing any more, as under SIGSTOP."""
     heart, lost, said = beating(rank, world, "silent")
-    heart.at(9, EXCHANGE)
+    heart.at(9, GRADIENT_SYNC)
     heart._beat()
     dist.barrier()
     start = time.monotonic()
@@ -101,7 +101,7 @@ def test_a_rank_that_is_silent_is_named_on_the_others(pool: Pools) -> None:
     for lost, seconds in pool(3).call(silent)[:2]:
         (verdict,) = lost
         assert verdict.rank == 2
-        assert "has not answered for 2 s; last step 9, exchange of gradients" in verdict.text
+        assert "has not answered for 2 s; last step 9, gradient synchronisation" in verdict.text
         assert seconds <= TIMEOUT_S + SLACK_S
 
 
@@ -112,7 +112,7 @@ def healthy(rank: int, world: int) -> list[Verdict]:
     for step in range(8):
         heart.at(step, COMPUTE)
         time.sleep(0.15)
-    heart.at(8, EXCHANGE)
+    heart.at(8, GRADIENT_SYNC)
     time.sleep(1.5 * patience_s)
     heart.stop()
     time.sleep(1.0 * rank)
@@ -158,7 +158,7 @@ def test_one_rank_has_nobody_to_lose() -> None:
 def unreachable(rank: int, world: int) -> tuple[list[Verdict], float, Verdict | None]:
     """Rank 0's store answers no more, as behind a cut network: calls into it never come back."""
     heart, lost, said = beating(rank, world, "unreachable")
-    heart.at(3, EXCHANGE)
+    heart.at(3, GRADIENT_SYNC)
     if rank == 0:
         heart._end.set()
         time.sleep(TIMEOUT_S + 6)

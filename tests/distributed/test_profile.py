@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.training_run import Workspace
 
-from bert_fast.trace import Span, Trace, write_trace
+from bert_fast.trace import Trace, TraceSpan, write_trace
 
 SETTINGS = (
     "train.max_steps=12", "evaluation.every_samples=100000", "run.profile=true", "run.profile_after=4",
@@ -50,10 +50,10 @@ def test_a_run_writes_a_trace_of_its_steps(workspace: Workspace, shard: bool) ->
 
 def test_spans_that_overlap_go_to_lanes_of_their_track(tmp_path: Path) -> None:
     spans = [
-        Span("a", "one", 0.0, 2.0),
-        Span("a", "two", 1.0, 3.0),
-        Span("a", "three", 2.0, 4.0),
-        Span("b", "x", 0.0, 1.0),
+        TraceSpan("a", "one", 0.0, 2.0),
+        TraceSpan("a", "two", 1.0, 3.0),
+        TraceSpan("a", "three", 2.0, 4.0),
+        TraceSpan("b", "x", 0.0, 1.0),
     ]
     write_trace(tmp_path / "trace.json", {"rank 0": spans}, ["b", "a"], {})
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]

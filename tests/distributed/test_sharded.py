@@ -19,10 +19,11 @@ from bert_fast.communication.sharded import ShardedReducer, pieces_of
 from bert_fast.config import Config
 from bert_fast.data.store import Store
 from bert_fast.train.batches import planned_batches, to_device
+from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import TrainComponents, build
+from bert_fast.train.rank_optimizer import ShardedOptimizer
+from bert_fast.train.setup.build import build
 from bert_fast.train.setup.cost_model import make_planner
-from bert_fast.train.sharded_optimizer import ShardedOptimizer
 from bert_fast.train.step import StepInput, StepResult
 
 pytestmark = pytest.mark.distributed

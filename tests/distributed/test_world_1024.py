@@ -22,10 +22,10 @@ import torch.distributed as dist
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Plan
 from bert_fast.communication.buckets import measure_ready_order
-from bert_fast.communication.clip import MODES
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import fp16_scale, wire_format
 from bert_fast.config import Config
+from bert_fast.config.choices import CLIP_MODES
 from bert_fast.config.load import config_from_tree
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import merge_parts, write_part
@@ -167,7 +167,7 @@ def local_gradient() -> np.ndarray:
     return np.concatenate([p.grad.numpy().ravel() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_every_bucket_leaves_once_in_order_from_one_buffer(local_gradient: np.ndarray, clip: str) -> None:
     """During backward, but where the whole gradient must be known first; no second copy of the gradients is made."""
     got = as_rank(517, reducer_step, make_config(clip=clip, max_norm=1e9), 2)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults import drills
-from faults.watched import Drill
 from support.tiny_task import config_over, prepare_store
+
+from scripts.faults import drills
+from scripts.faults.watched import Drill
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Each drill of scripts/fault_drill.py once, on the tiny task: what is promised of failures is true.
+"""Each drill of scripts/faults/drill.py once, on the tiny task: what is promised of failures is true.
 
 The whole table, with 50 kills, is made by the script: results/faults/.
 """
@@ -9,9 +9,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-import fault_drill
 import pytest
-from faults import drills
+
+from scripts.faults import drill as fault_drill
+from scripts.faults import drills
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 

@@ -39,8 +39,10 @@ from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.checkpoint.resume import latest_valid_checkpoint, load_checkpoint, resume_key
 from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, rank_state
 from bert_fast.train.checkpoint.storage import as_bytes, write_checkpoint
+from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import TrainComponents, build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 ODD = (
     b"",

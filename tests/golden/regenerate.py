@@ -27,8 +27,8 @@ from bert_fast.config.load import config_from_tree
 from bert_fast.data.samples import SampleParams, make_samples
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.data.wordpiece import Vocabulary
+from bert_fast.hardware import cpu_name
 from bert_fast.optim.schedule import learning_rate
-from bert_fast.report.bench import cpu_name
 from bert_fast.train.batches import planned_batches, to_device
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import build

@@ -13,7 +13,8 @@ from bert_fast.config import Config
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, rank_state, restore
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 pytestmark = [
     pytest.mark.gpu,

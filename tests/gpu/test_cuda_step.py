@@ -11,8 +11,9 @@ from bert_fast.communication.buckets import measure_ready_order, plan_layout
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import ModelConfig, OptimizerConfig
+from bert_fast.config.choices import ATTENTION_BACKENDS
 from bert_fast.errors import UserError
-from bert_fast.model.attention import BACKENDS, SequenceLayout, choose_backend
+from bert_fast.model.attention import SequenceLayout, choose_backend, find_backend
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.batches import synthetic_batch, to_device
@@ -41,7 +42,7 @@ def cuda() -> torch.device:
 def available(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Backends that this device and format have."""
     names = []
-    for name in BACKENDS:
+    for name in ATTENTION_BACKENDS:
         try:
             names.append(choose_backend(name, device, dtype, 0.0))
         except UserError:
@@ -171,7 +172,7 @@ def test_attention_backends_agree_with_the_loop(lengths: list[int], dtype: torch
 
     def run(backend: str, like: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         qkv = qkv_T3HK.to(like).requires_grad_()
-        out_TD = BACKENDS[backend](qkv, SequenceLayout(lengths, ends), 0.0)
+        out_TD = find_backend(backend)(qkv, SequenceLayout(lengths, ends), 0.0)
         (gradient,) = torch.autograd.grad(out_TD, qkv, grad_TD.to(like))
         return out_TD.float(), gradient.float()
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from scripts.gpu.stage import CheckFailed, Context, NotAvailable
+from gpu.stage import CheckFailed, Context, NotAvailable
 
 
 def run(context: Context, how: str) -> None:
@@ -28,7 +28,7 @@ def run(context: Context, how: str) -> None:
     context.case("lacking", _lacking)
     if how == "fails a case":
         context.case("wrong", _wrong)
-    context.result.figure = "42"
+    context.result.summary = "42"
 
 
 def _lacking() -> None:

@@ -24,7 +24,7 @@ from bert_fast.errors import UserError
 from bert_fast.files import create_atomically
 
 KIND = Kind("a box", ("a.txt", "parts/*.bin", "deep/in/[0-9].txt"), "choose another box")
-ALONE = Kind("a box", KIND.writes, KIND.mend, alone=True)
+ALONE = Kind("a box", KIND.writes, KIND.fix, alone=True)
 
 
 def note(folder: Path, **changes: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +21,15 @@ from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.protobuf import varint
 
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+PROGRAMS = sorted(
+    path for path in (ROOT / "scripts").rglob("*.py") if "\ndef main() -> int" in path.read_text(encoding="utf-8")
+)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "scripts"))
+
+
 BLOCK = """
 import runpy, sys
 package, script = sys.argv[1:3]
@@ -34,15 +44,29 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_guards_its_imports_and_its_main(path: Path) -> None:
+@pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
+def test_every_program_guards_its_imports_and_its_main(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert re.search(r"^guard_imports\(\)$", text, re.MULTILINE)
+    guard = "import guard" if path.parent == ROOT / "scripts" else "import scripts.guard"
+    assert f"\n{guard}  # noqa: F401\n" in text
     assert "@guarded\ndef main()" in text
-    third_party = re.search(
-        r"^(import|from) (numpy|torch|yaml|rich|transformers|matplotlib|pydantic)\b", text, re.MULTILINE
+    ours = re.search(
+        r"^(import|from) ([.]|bert_fast|numpy|torch|yaml|rich|transformers|matplotlib)", text, re.MULTILINE
     )
-    assert third_party is None or text.index("guard_imports()") < third_party.start()
+    assert ours is not None
+    assert text.index(guard) < ours.start()
+
+
+def test_a_program_without_the_package_is_one_line(tmp_path: Path) -> None:
+    """As with a Python that has not got it, and from another folder."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-S", str(tmp_path / "scripts/prepare_data.py"), "--help"]  # -S: no installed packages
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=bare)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: the package bert_fast is not installed; run `make env`")
+    assert line.endswith(f"PYTHONPATH={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -126,20 +150,22 @@ def taken(parser, *_):
             print("/".join(action.option_strings), text)
     raise SystemExit(0)
 argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_intermixed_args = taken
-script = sys.argv[1]
-sys.path.insert(0, script.rpartition("/")[0])
-sys.argv = [script]
-runpy.run_path(script, run_name="__main__")
+program = sys.argv[1]
+sys.argv = [program]
+if program.startswith("scripts."):
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+sys.path.insert(0, program.rpartition("/")[0])
+runpy.run_path(program, run_name="__main__")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", [path for path in SCRIPTS if path.name != "prepare_data.py"], ids=lambda path: path.name
-)
-def test_numbers_of_scripts_are_bounded(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in PROGRAMS if path.name != "prepare_data.py"], ids=name_of)
+def test_numbers_of_programs_are_bounded(path: Path) -> None:
     """Not of prepare_data.py: its options and its recipes are checked by the same typed model, in other tests."""
-    ended = subprocess.run([sys.executable, "-c", PARSER_OF, str(path)], capture_output=True, text=True, cwd=ROOT)
+    is_tool = path.parent == ROOT / "scripts"
+    program = str(path) if is_tool else ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    ended = subprocess.run([sys.executable, "-c", PARSER_OF, program], capture_output=True, text=True, cwd=ROOT)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
 
 
@@ -152,10 +178,11 @@ def test_a_varint_without_end() -> None:
 
 
 def test_a_record_of_a_claimed_gigabyte(tmp_path: Path) -> None:
-    from bert_fast.data.formats.tfrecord import _CRC, _LENGTH, masked_crc
+    from bert_fast.crc32c import masked_crc32c
+    from bert_fast.data.formats.tfrecord import _CRC, _LENGTH
 
     head = _LENGTH.pack(1 << 29)
-    (tmp_path / "x").write_bytes(head + _CRC.pack(masked_crc(head)) + bytes(100))
+    (tmp_path / "x").write_bytes(head + _CRC.pack(masked_crc32c(head)) + bytes(100))
     with pytest.raises(UserError, match=r"record 0 claims 536,870,912 bytes, and no sample takes more than 16,777,216"):
         list(read_records(tmp_path / "x"))
 
@@ -166,7 +193,7 @@ def test_a_record_of_a_claimed_gigabyte(tmp_path: Path) -> None:
         ("", "is empty"),
         ("- corpus: prose", "must hold fields .*, not a list"),
         ("corpus: [", "is not valid YAML"),
-        ("corpus: txt", r"corpus: Input should be 'pydocs'.*got 'txt'"),
+        ("corpus: txt", r"corpus: must be one of 'pydocs'.*got 'txt'"),
         ("packages: numpy", "packages: Input should be a valid list"),
         ("packages: ['../x']", r"packages\.0: "),
         ("recipe: recipe.yaml", "unknown field recipe; the fields are corpus"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.run_files import run_record
 
 from bert_fast import claims
 from bert_fast.claims import MARK
@@ -26,7 +28,7 @@ from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.run_folder import PENDING_RECORD, create_folder, run_folder, take_folder
+from bert_fast.run_folder import PENDING_RECORD, RECORD, create_folder, run_folder, take_folder
 from bert_fast.train import complete as completing
 from bert_fast.train.checkpoint.storage import latest_checkpoint
 from bert_fast.train.complete import complete, exit_code_of, finished_again
@@ -51,7 +53,7 @@ def crash(*_: Any, **__: Any) -> Any:
 
 
 class Planted:
-    """Files of a person's in every folder below one, and what they were."""
+    """A user's own files in every folder below one, and what was in them."""
 
     def __init__(self, top: Path) -> None:
         self._files: dict[Path, bytes] = {}
@@ -131,7 +133,7 @@ def test_a_folder_that_only_looks_like_a_runs_is_refused(make_config: Callable[.
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("{}", encoding="utf-8")
     before = contents(folder)
-    for start in (take_folder, create_folder):
+    for start in (take_folder, functools.partial(create_folder, commit="a commit")):
         with pytest.raises(UserError, match="holds files that are not a run's"):
             start(config, False)
     assert contents(folder) == before
@@ -190,6 +192,25 @@ def test_a_run_killed_while_it_finishes_is_finished_by_the_next_start(
     assert "its last files are made now" in capsys.readouterr().out
     with pytest.raises(UserError, match="already holds a finished run"):
         take_folder(config, resume=False)
+
+
+def test_a_finished_run_of_an_older_form_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Its exit code is not guessed, and its last files are not made of it."""
+    assert exit_code_of(tmp_path) is None
+    older = {name: value for name, value in run_record().as_json().items() if name != "format"}
+    for name, call in ((RECORD, exit_code_of), (PENDING_RECORD, complete)):
+        (tmp_path / name).write_text(json.dumps(older), encoding="utf-8")
+        with pytest.raises(
+            UserError, match=rf"^.*/{name} was written before the settings were renamed \(it has no format\)"
+        ):
+            call(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {RECORD, PENDING_RECORD}
+
+
+@pytest.mark.parametrize(("status", "code"), [("success", 0), ("target not reached", 1)])
+def test_the_exit_code_of_a_finished_run(tmp_path: Path, status: str, code: int) -> None:
+    (tmp_path / RECORD).write_text(json.dumps(run_record(status=status).as_json()), encoding="utf-8")
+    assert exit_code_of(tmp_path) == code
 
 
 # ---- half-made run folders ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Many samples as arrays: between the padded features of foreign files and the records of the store, without a Python loop."""
+"""Many samples as arrays, between the padded features of foreign files and the records of the store."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HEADER = 3
-LONGEST = 2**16 - 1  # tokens of a sample: the store keeps lengths in 16 bits
+from bert_fast.data.record import HEADER, read_headers, sections_of
+from bert_fast.integers import segment_ids, segment_ranges
+
+LONGEST = 2**16 - 1  # tokens of a sample; a store's lengths have 16 bits
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,15 @@ class SampleTable:
 
 
 def check(table: SampleTable, vocab_size: int, first: int = 0) -> None:
-    """Raise ValueError(index, reason) for the first sample that is none. `first` is the index of the table's first."""
+    """Raise ValueError(index, reason) for the first invalid sample. `first` is the index of the table's first sample."""
 
     def refuse(bad: np.ndarray, owner: np.ndarray | None, reason: str) -> None:
         if bad.any():
             place = int(np.flatnonzero(bad)[0])
             raise ValueError(first + (place if owner is None else int(owner[place])), reason)
 
-    of_token = np.repeat(np.arange(len(table)), table.lengths)
-    of_mask = np.repeat(np.arange(len(table)), table.num_masked)
+    of_token = segment_ids(table.lengths)
+    of_mask = segment_ids(table.num_masked)
     refuse(table.lengths < 3, None, "has fewer than 3 tokens")
     refuse(table.lengths > LONGEST, None, f"has more than the {LONGEST:,} tokens that a store holds")
     refuse(
@@ -65,10 +67,16 @@ def check(table: SampleTable, vocab_size: int, first: int = 0) -> None:
 
 
 def from_padded(
-    input_ids: np.ndarray, input_mask: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, labels: np.ndarray,
-    num_masked: np.ndarray, next_sentence: np.ndarray, first: int = 0,
-) -> SampleTable:  # fmt: skip
-    """From padded rows [n, S] and [n, P]; `num_masked` [n] says how many of the P count.
+    input_ids: np.ndarray,
+    input_mask: np.ndarray,
+    segment_ids: np.ndarray,
+    positions: np.ndarray,
+    labels: np.ndarray,
+    num_masked: np.ndarray,
+    next_sentence: np.ndarray,
+    first: int = 0,
+) -> SampleTable:
+    """Samples from padded rows [n, S] and [n, P]; `num_masked` [n] is how many of the P are used.
 
     Raises:
         ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
@@ -77,13 +85,18 @@ def from_padded(
     real = np.arange(input_ids.shape[1]) < lengths[:, None]
     counted = np.arange(positions.shape[1]) < num_masked[:, None]
     return SampleTable(
-        input_ids[real].astype(np.int64), lengths, len_a, positions[counted].astype(np.int64),
-        labels[counted].astype(np.int64), num_masked.astype(np.int64), next_sentence.ravel().astype(np.int64),
-    )  # fmt: skip
+        input_ids[real].astype(np.int64),
+        lengths,
+        len_a,
+        positions[counted].astype(np.int64),
+        labels[counted].astype(np.int64),
+        num_masked.astype(np.int64),
+        next_sentence.ravel().astype(np.int64),
+    )
 
 
 def segments_of(input_mask: np.ndarray, segment_ids: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """lengths and len_a [n] from padded rows [n, S].
+    """`lengths` and `len_a`, int64 [n], from padded rows [n, S].
 
     Raises:
         ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
@@ -114,15 +127,18 @@ def to_padded(table: SampleTable, width: int, most_masked: int) -> dict[str, np.
         return rows
 
     return {
-        "input_ids": padded(table.tokens, real), "input_mask": real.astype(np.int64),
+        "input_ids": padded(table.tokens, real),
+        "input_mask": real.astype(np.int64),
         "segment_ids": (real & (np.arange(width) >= table.len_a[:, None])).astype(np.int64),
-        "masked_lm_positions": padded(table.positions, counted), "masked_lm_ids": padded(table.labels, counted),
-        "masked_lm_weights": counted.astype(np.float32), "next_sentence_labels": table.is_random_next[:, None],
-    }  # fmt: skip
+        "masked_lm_positions": padded(table.positions, counted),
+        "masked_lm_ids": padded(table.labels, counted),
+        "masked_lm_weights": counted.astype(np.float32),
+        "next_sentence_labels": table.is_random_next[:, None],
+    }
 
 
 def to_records(table: SampleTable) -> np.ndarray:
-    """The store's records, one after the other, uint16 (`data.store`)."""
+    """The samples' records end to end, uint16 (`data.record`)."""
     header = np.stack([table.len_a, table.num_masked, table.is_random_next], axis=1)
     pieces = (header.ravel(), table.positions, table.labels, table.tokens)
     counts = np.stack([np.full(len(table), HEADER), table.num_masked, table.num_masked, table.lengths], axis=1)
@@ -134,19 +150,15 @@ def to_records(table: SampleTable) -> np.ndarray:
 
 
 def from_records(records: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_masked: np.ndarray) -> SampleTable:
-    """The inverse: samples whose records begin at `starts` in `records` (uint16)."""
+    """The inverse: samples whose records start at `starts` (int64 [n]) in `records` (uint16)."""
     lengths, num_masked = lengths.astype(np.int64), num_masked.astype(np.int64)
-    positions = records[_runs(starts + HEADER, num_masked)]
-    labels = records[_runs(starts + HEADER + num_masked, num_masked)]
-    tokens = records[_runs(starts + HEADER + 2 * num_masked, lengths)]
+    headers, sections = read_headers(records, starts), sections_of(starts, num_masked)
     return SampleTable(
-        tokens.astype(np.int64), lengths, records[starts].astype(np.int64), positions.astype(np.int64),
-        labels.astype(np.int64), num_masked, records[starts + 2].astype(np.int64),
-    )  # fmt: skip
-
-
-def _runs(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """begins[0], begins[0] + 1, ... counts[0] of them, then those of the next."""
-    total = int(counts.sum())
-    offsets = np.cumsum(counts) - counts
-    return np.repeat(begins - offsets, counts) + np.arange(total)
+        tokens=records[segment_ranges(sections.tokens, lengths)].astype(np.int64),
+        lengths=lengths,
+        len_a=headers.len_a,
+        positions=records[segment_ranges(sections.positions, num_masked)].astype(np.int64),
+        labels=records[segment_ranges(sections.labels, num_masked)].astype(np.int64),
+        num_masked=num_masked,
+        is_random_next=headers.is_random_next,
+    )

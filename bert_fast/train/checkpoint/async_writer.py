@@ -76,7 +76,7 @@ class AsyncCheckpointWriter:
 
     def start(
         self,
-        stretches: Sequence[TensorSlice],
+        slices: Sequence[TensorSlice],
         own: dict[str, Any],
         description: dict[str, Any],
         began: float | None = None,
@@ -84,7 +84,7 @@ class AsyncCheckpointWriter:
         """Begin to write a checkpoint; waits for the one before. All ranks call it at the same step.
 
         Args:
-            stretches: views that do not change before `before_update` returns.
+            slices: views that do not change before `before_update` returns.
             own: this rank's own state, which belongs to the saver from now on.
             began: when training began to wait for this checkpoint (`time.perf_counter`), if that was before the call.
         """
@@ -93,17 +93,17 @@ class AsyncCheckpointWriter:
         record = {"step": float(description["step"]), "stall_s": 0.0, "copy_s": 0.0, "total_s": 0.0}
         self.records.append(record)
         self._copied.clear()
-        copies = [TensorSlice(s.name, s.begin, s.numel, self._buffer(s)) for s in stretches]
+        copies = [TensorSlice(s.name, s.begin, s.numel, self._buffer(s)) for s in slices]
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                for copy, stretch in zip(copies, stretches, strict=True):
-                    copy.values.copy_(stretch.values, non_blocking=True)
+                for copy, piece in zip(copies, slices, strict=True):
+                    copy.values.copy_(piece.values, non_blocking=True)
                 self._event = torch.cuda.Event()
                 self._event.record()
         self._thread = threading.Thread(
             target=self._write,
-            args=(list(stretches), copies, own, description, record, began),
+            args=(list(slices), copies, own, description, record, began),
             daemon=True,
             name="saver",
         )
@@ -136,17 +136,17 @@ class AsyncCheckpointWriter:
         if self._error is not None:
             raise self._error
 
-    def _buffer(self, stretch: TensorSlice) -> torch.Tensor:
+    def _buffer(self, piece: TensorSlice) -> torch.Tensor:
         """Host memory for a copy, kept from checkpoint to checkpoint; pinned on CUDA."""
-        key = (stretch.name, stretch.begin)
+        key = (piece.name, piece.begin)
         found = self._buffers.get(key)
-        if found is None or len(found) != len(stretch.values):
-            found = torch.empty(len(stretch.values), dtype=stretch.values.dtype, pin_memory=self._stream is not None)
+        if found is None or len(found) != len(piece.values):
+            found = torch.empty(len(piece.values), dtype=piece.values.dtype, pin_memory=self._stream is not None)
             self._buffers[key] = found
         return found
 
     def _write(
-        self, stretches: list[TensorSlice], copies: list[TensorSlice], own: dict[str, Any], description: dict[str, Any],
+        self, slices: list[TensorSlice], copies: list[TensorSlice], own: dict[str, Any], description: dict[str, Any],
         record: dict[str, float], began: float,
     ) -> None:  # fmt: skip
         rank = self._environment.rank
@@ -156,8 +156,8 @@ class AsyncCheckpointWriter:
             if self._event is not None:
                 self._event.synchronize()
             else:
-                for copy, stretch in zip(copies, stretches, strict=True):
-                    copy.values.copy_(stretch.values)
+                for copy, piece in zip(copies, slices, strict=True):
+                    copy.values.copy_(piece.values)
             record["copy_s"] = time.perf_counter() - began
             self._copied.set()
             mine = [*copies, as_bytes(rank_name(rank), own)]

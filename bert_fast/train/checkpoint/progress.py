@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from bert_fast.train.batches import PlannedStep
+
 
 @dataclass
 class Progress:
@@ -21,6 +23,16 @@ class Progress:
     sessions: int = 1
     first_step_s: float | None = None
     joules: list[float | None] = field(default_factory=lambda: [0.0, 0.0])  # of GPUs and of CPUs; None: not known
+
+    def count(self, planned: PlannedStep, global_batch_size: int, elapsed_s: float) -> None:
+        """Count a finished step; `elapsed_s` is on MLPerf's clock."""
+        if self.first_step_s is None:
+            self.first_step_s = elapsed_s
+        self.step += 1
+        self.samples += global_batch_size
+        self.tokens += planned.num_tokens
+        self.tokens_squared += planned.num_tokens_squared
+        self.masked += planned.num_masked
 
     def add(self, name: str, value: float) -> None:
         """Add to a running sum over the run (imbalance, data wait, ...)."""

@@ -12,11 +12,10 @@ from typing import Any
 from bert_fast.config import Config, as_plain
 from bert_fast.errors import UserError
 from bert_fast.run_folder import checkpoints_in
-from bert_fast.train.checkpoint.snapshot import restore
-from bert_fast.train.checkpoint.storage import damage, read_description, remove_partial
-from bert_fast.train.cuda_graphs import tensor_rates
+from bert_fast.train.checkpoint.storage import read_description, remove_partial, verify_checkpoint
+from bert_fast.train.checkpoint.train_state import TrainState, parse_description
+from bert_fast.train.collectives import broadcast_value, gather_floats
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import TrainComponents, broadcast_value, gather_floats, seed_ranks
 
 # What may differ between the run that wrote a checkpoint and the one that goes on: how fast, where, how long, how watched.
 # Everything else decides which weights come out, and is refused.
@@ -60,7 +59,7 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
 
 def check_key(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model, data set or setting. Raises UserError with both values."""
-    mend = "resume with the run's own config or start a new run"
+    fix = "resume with the run's own config or start a new run"
     for name in ("train data", "eval data"):
         if theirs.get(name) != ours[name]:
             raise UserError(
@@ -76,11 +75,11 @@ def check_key(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     model = ""
     if theirs.get("model") != ours["model"]:
         model = f"another model (hash {theirs.get('model')}, now {ours['model']}): "
-    raise UserError(f"checkpoint {path} does not fit this config: {model}{shown}{more}; {mend}")
+    raise UserError(f"checkpoint {path} does not fit this config: {model}{shown}{more}; {fix}")
 
 
-def latest_valid_checkpoint(folder: Path, environment: Environment, say: Callable[[str], None]) -> Path:
-    """The newest checkpoint whose files are as they were written; says which are not. A collective.
+def latest_valid_checkpoint(folder: Path, environment: Environment, log: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files are as they were written; names those are not. A collective.
 
     Raises:
         UserError: there is none.
@@ -91,54 +90,37 @@ def latest_valid_checkpoint(folder: Path, environment: Environment, say: Callabl
     names = broadcast_value([path.name for path in reversed(checkpoints_in(folder))])
     damaged = []
     for path in (folder / name for name in names):
-        wrong = damage(path, environment.rank, environment.world_size)
-        bad = gather_floats([float(wrong is not None)], environment)[:, 0]
+        wrong = verify_checkpoint(path, environment.rank, environment.world_size)
+        bad = gather_floats([float(wrong is not None)], environment.device)[:, 0]
         if not bad.any():
             return path
         ranks = [rank for rank, flag in enumerate(bad) if flag]
         damaged.append(f"checkpoint {path} is damaged ({wrong or f'found by rank {ranks[0]}'})")
-        say(f"warning: {damaged[-1]}; looking for an earlier one")
+        log(f"warning: {damaged[-1]}; looking for an earlier one")
     if not damaged:
         raise UserError(f"--resume: {folder} has no complete checkpoint; start the run without --resume")
     raise UserError(f"{damaged[0]} and there is no earlier one that is whole; remove it and start the run anew")
 
 
-def load_checkpoint(
-    path: Path,
-    key: dict[str, Any],
-    config: Config,
-    machinery: TrainComponents,
-    environment: Environment,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Load a checkpoint into the machine, on every rank by itself; what else it holds (progress, clock, cost).
+def load_checkpoint(path: Path, key: dict[str, Any], state: TrainState, seed: int, log: Callable[[str], None]) -> None:
+    """Load a checkpoint into `state`, on every rank by itself.
+
+    Args:
+        key: of the run that goes on (`resume_key`).
+        seed: of the run, for random numbers that begin anew where another number of ranks wrote the checkpoint.
 
     Raises:
-        UserError: it is of another model, data set or setting.
+        UserError: it is damaged, or of another model, data set or setting.
     """
-    description = read_description(path)
-    key_then, state, wrote = (description.get(name) for name in ("key", "state", "world_size"))
-    if not isinstance(key_then, dict) or not isinstance(state, dict) or type(wrote) is not int:
-        raise UserError(
-            f"checkpoint {path} is damaged (complete.json has no key, state and world_size of a run); remove it"
-        )
-    for name, kind in (("progress", dict), ("clock", dict), ("optimizer", dict), ("cost", list)):
-        if not isinstance(state.get(name), kind):
-            raise UserError(f"checkpoint {path} is damaged (complete.json has no {name} of a run); remove it")
-    check_key(path, key_then, key)
-    same_ranks = wrote == environment.world_size
-    if not same_ranks:  # random state and error feedback begin anew
-        seed_ranks(config.train.seed + state["progress"]["step"], environment)
-        say(
-            f"resumed by {environment.world_size} ranks, stopped by {wrote}: the same samples in the same steps, dealt to "
+    description = parse_description(path, read_description(path))
+    check_key(path, description.key, key)
+    now = state.environment.world_size
+    if description.world_size != now:
+        log(
+            f"resumed by {now} ranks, stopped by {description.world_size}: the same samples in the same steps, assigned to "
             "other ranks"
         )
-    restore(path, machinery, environment, state["optimizer"], same_ranks)
-    if config.train.cuda_graphs:  # nothing is captured yet; the rates that were loaded may be numbers
-        tensor_rates(machinery.step.optimizer, environment.device)
-    if machinery.loss_scale and state["loss_scale"]:
-        machinery.loss_scale.load_state_dict(state["loss_scale"])
-    return state
+    state.load(path, description, seed)
 
 
 def _hash(value: Any) -> str:

@@ -1,9 +1,13 @@
-"""What of a machine goes into a checkpoint, and back."""
+"""The tensors of a run as slices of a checkpoint: weights, the optimizer's moments, each rank's own state.
+
+model.NAME               weights and buffers, each once (a tied one under its first name)
+optimizer.MOMENT.NAME    the optimizer's state, element by element of the parameter NAME
+rank.RANK                that rank's random state and what its wire format keeps, as bytes
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +15,8 @@ import torch
 from torch import nn
 
 from bert_fast.train.checkpoint.storage import TensorSlice, read_bytes, read_metadata, read_slices
+from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import TrainComponents
-from bert_fast.train.sharded_optimizer import ShardedOptimizer
-
-
-@dataclass(frozen=True)
-class Held:
-    """A parameter of the optimizer on this rank: elements [begin, begin + its size) of the model's flattened `name`."""
-
-    name: str
-    begin: int
-    numel: int
-    parameter: torch.Tensor
-
-
-def _held(machinery: TrainComponents) -> list[Held]:
-    optimizer = machinery.optimizer
-    if isinstance(optimizer, ShardedOptimizer):
-        return [Held(*each) for each in optimizer.held()]
-    return [Held(name, 0, p.numel(), p) for name, p in machinery.model.named_parameters()]
-
-
-def _inner(machinery: TrainComponents) -> torch.optim.Optimizer:
-    optimizer = machinery.optimizer
-    return optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
 
 
 def own_slices(sizes: list[int], rank: int, world: int) -> Iterator[tuple[int, int, int]]:
@@ -50,87 +31,87 @@ def own_slices(sizes: list[int], rank: int, world: int) -> Iterator[tuple[int, i
         start += size
 
 
-def captured(machinery: TrainComponents, environment: Environment) -> list[TensorSlice]:
+def slices_to_write(components: TrainComponents, environment: Environment) -> list[TensorSlice]:
     """Views of the weights and moments that this rank writes: what all ranks have is shared out evenly.
 
     They are those of the last update until the next one: weights on the wire (sharded optimizer) are waited for.
     """
-    machinery.engine.wait_pending()
-    whole = [(f"model.{name}", value) for name, value in _tensors(machinery.model)]
-    stretches = []
-    state = _inner(machinery).state
-    sharded = isinstance(machinery.optimizer, ShardedOptimizer)
-    for held in _held(machinery):
-        for key, value in _moments(state.get(held.parameter, {}), held.parameter):
-            if sharded:
-                stretches.append(TensorSlice(f"optimizer.{key}.{held.name}", held.begin, held.numel, _flat(value)))
+    components.engine.wait_pending()
+    whole = [(f"model.{name}", value) for name, value in _tensors(components.model)]
+    slices = []
+    optimizer = components.optimizer.optimizer
+    state = optimizer.state
+    for held in components.optimizer.slices:
+        entry = state.get(held.parameter, {})
+        for key, value in ((name, entry[name]) for name in optimizer.state_names if name in entry):
+            if components.engine.is_sharded:
+                slices.append(TensorSlice(f"optimizer.{key}.{held.name}", held.begin, held.numel, _flat(value)))
             else:
                 whole.append((f"optimizer.{key}.{held.name}", value))
     sizes = [value.numel() for _, value in whole]
     for index, begin, end in own_slices(sizes, environment.rank, environment.world_size):
         name, value = whole[index]
-        stretches.append(TensorSlice(name, begin, value.numel(), _flat(value)[begin:end]))
-    return stretches
+        slices.append(TensorSlice(name, begin, value.numel(), _flat(value)[begin:end]))
+    return slices
 
 
-def optimizer_counts(machinery: TrainComponents) -> dict[str, Any]:
+def optimizer_counts(components: TrainComponents) -> dict[str, Any]:
     """How often the optimizer has stepped, as plain values. A collective where it is sharded."""
-    inner = _inner(machinery)
-    if isinstance(machinery.optimizer, ShardedOptimizer):
-        count: float | None = float(machinery.optimizer.steps())
-    else:
-        counts = [float(entry["step"]) for entry in inner.state.values() if "step" in entry]
-        count = max(counts) if counts else None
+    groups = components.optimizer.optimizer.param_groups
     return {
-        "step": count,
-        "groups": [_plain(group.get("step")) for group in inner.param_groups],
-    }  # apex counts by group
+        "step": components.optimizer.step_count(),
+        "groups": [_plain(group.get("step")) for group in groups],  # apex counts per group
+    }
 
 
-def rank_state(machinery: TrainComponents, environment: Environment) -> dict[str, Any]:
+def rank_state(components: TrainComponents, environment: Environment) -> dict[str, Any]:
     """What every rank has of its own: random state, and what its wire format keeps (error feedback). Copies."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if environment.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(environment.device)
-    return {**state, "wire": _copied(machinery.engine.wire.state_dict())}
+    return {**state, "wire": _copied(components.engine.wire.state_dict())}
 
 
 def rank_name(rank: int) -> str:
-    """The entry of a rank's own state."""
+    """The name of a rank's own state in a checkpoint."""
     return f"rank.{rank}"
 
 
-def restore(
-    path: Path, machinery: TrainComponents, environment: Environment, counts: dict[str, Any], same_ranks: bool
+def load_tensors(
+    path: Path, components: TrainComponents, environment: Environment, counts: dict[str, Any], same_ranks: bool
 ) -> None:
-    """Put a checkpoint back, on every rank by itself. `same_ranks`: as many as wrote it, so each takes its own state too."""
-    machinery.engine.wait_pending()
+    """Put a checkpoint's tensors back, on every rank by itself.
+
+    Args:
+        counts: of `optimizer_counts`.
+        same_ranks: as many ranks as wrote it, so that each takes its own state too.
+    """
+    components.engine.wait_pending()
     metadata = read_metadata(path)
-    stretches = [TensorSlice(f"model.{n}", 0, v.numel(), _flat(v)) for n, v in _tensors(machinery.model)]
-    inner = _inner(machinery)
-    inner.state.clear()
-    for held in _held(machinery):
-        for key in ("exp_avg", "exp_avg_sq"):
+    slices = [TensorSlice(f"model.{n}", 0, v.numel(), _flat(v)) for n, v in _tensors(components.model)]
+    optimizer = components.optimizer.optimizer
+    optimizer.state.clear()
+    for held in components.optimizer.slices:
+        for key in optimizer.state_names:
             name = f"optimizer.{key}.{held.name}"
             if name in metadata.state_dict_metadata:
                 value = torch.empty_like(held.parameter)
-                inner.state[held.parameter][key] = value
-                stretches.append(TensorSlice(name, held.begin, held.numel, _flat(value)))
-        if counts["step"] is not None and inner.state.get(held.parameter):
-            kind = torch.float32 if isinstance(inner, torch.optim.AdamW) else torch.float64
-            step = torch.tensor(counts["step"], dtype=kind, device=held.parameter.device)
-            inner.state[held.parameter] = {"step": step, **inner.state[held.parameter]}
-    for group, step in zip(inner.param_groups, counts["groups"], strict=True):
+                optimizer.state[held.parameter][key] = value
+                slices.append(TensorSlice(name, held.begin, held.numel, _flat(value)))
+        if counts["step"] is not None and optimizer.step_dtype is not None and optimizer.state.get(held.parameter):
+            step = torch.tensor(counts["step"], dtype=optimizer.step_dtype, device=held.parameter.device)
+            optimizer.state[held.parameter] = {"step": step, **optimizer.state[held.parameter]}
+    for group, step in zip(optimizer.param_groups, counts["groups"], strict=True):
         if step is not None:
             group["step"] = step
     with torch.no_grad():
-        read_slices(path, stretches)
+        read_slices(path, slices)
     own = read_bytes(path, metadata, rank_name(environment.rank)) if same_ranks else None
     if own is not None:
         torch.set_rng_state(own["cpu"])
         if environment.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], environment.device)
-        machinery.engine.wire.load_state_dict(own["wire"])
+        components.engine.wire.load_state_dict(own["wire"])
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -140,12 +121,6 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             seen.setdefault(id(value), (name, value.detach()))
     return list(seen.values())
-
-
-def _moments(entry: dict[str, Any], parameter: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    return [
-        (k, v) for k, v in entry.items() if isinstance(v, torch.Tensor) and v.dim() and v.numel() == parameter.numel()
-    ]
 
 
 def _flat(value: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Checkpoints through torch.distributed.checkpoint (DCP): whole or absent, checksummed, for any number of ranks.
 
-checkpoints/step-00000120/__R_0.distcp   what rank R wrote: stretches of flattened weights and moments, its own state
-                          tensors.json   which stretch lies where: DCP's own list is a pickle, which runs what is in it
+checkpoints/step-00000120/__R_0.distcp   what rank R wrote: slices of flattened weights and moments, its own state
+                          tensors.json   which piece lies where: DCP's own list is a pickle, which runs what is in it
                           complete.json  step, ranks, config, counters and clocks, size and hash of every file
 
 A checkpoint is written under a name that begins with a dot and renamed when all of it is on disk: a crash at any moment
-leaves the one before. Tensors are stored flat, in stretches that any number of ranks can read, sharded or not.
+leaves the one before. Tensors are stored flat, in slices that any number of ranks can read, sharded or not.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ from bert_fast.run_folder import (
 )
 from bert_fast.train.collectives import broadcast_json, gather_json
 
-FORMAT = "bert_fast checkpoint 3"
+FORMAT = "bert_fast checkpoint 4"
+_BEFORE_THE_RENAMING = tuple(f"bert_fast checkpoint {number}" for number in (1, 2, 3))
 _SHARE = re.compile(r"__\d+_\d+\.distcp")
 _DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)}
 
@@ -74,15 +75,15 @@ class TensorSlice:
 
 
 class _Saving(DefaultSavePlanner):
-    """DCP's planner over stretches instead of a state dict."""
+    """DCP's planner over slices instead of a state dict."""
 
-    def __init__(self, stretches: Sequence[TensorSlice]) -> None:
+    def __init__(self, slices: Sequence[TensorSlice]) -> None:
         super().__init__(flatten_state_dict=False)
-        self._stretches = stretches
-        self._values = {(s.name, s.begin): s.values for s in stretches}
+        self._slices = slices
+        self._values = {(s.name, s.begin): s.values for s in slices}
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(stretch) for stretch in self._stretches])
+        self.plan = SavePlan([_write_item(piece) for piece in self._slices])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
@@ -91,19 +92,19 @@ class _Saving(DefaultSavePlanner):
 
 
 class _Loading(DefaultLoadPlanner):
-    """Fills stretches from whatever stretches were written."""
+    """Fills slices from whatever slices were written."""
 
-    def __init__(self, stretches: Sequence[TensorSlice]) -> None:
+    def __init__(self, slices: Sequence[TensorSlice]) -> None:
         super().__init__(flatten_state_dict=False)
-        self._stretches = stretches
-        self._values = {(s.name, s.begin): s.values for s in stretches}
+        self._slices = slices
+        self._values = {(s.name, s.begin): s.values for s in slices}
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items: list[ReadItem] = []
-        for stretch in self._stretches:
-            entry = self.metadata.state_dict_metadata[stretch.name]
-            items += create_read_items_for_chunk_list(stretch.name, entry, [_chunk(stretch)])  # type: ignore[arg-type]
+        for piece in self._slices:
+            entry = self.metadata.state_dict_metadata[piece.name]
+            items += create_read_items_for_chunk_list(piece.name, entry, [_chunk(piece)])  # type: ignore[arg-type]
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
@@ -113,19 +114,19 @@ class _Loading(DefaultLoadPlanner):
         return self._values[index.fqn, index.offset[0]][start : start + read_item.lengths[0]]
 
 
-def _chunk(stretch: TensorSlice) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size([stretch.begin]), torch.Size([len(stretch.values)]))
+def _chunk(piece: TensorSlice) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([piece.begin]), torch.Size([len(piece.values)]))
 
 
-def _write_item(stretch: TensorSlice) -> WriteItem:
-    properties = TensorProperties.create_from_tensor(stretch.values)
-    data = TensorWriteData(_chunk(stretch), properties, torch.Size([stretch.numel]))
-    index = MetadataIndex(stretch.name, torch.Size([stretch.begin]))
+def _write_item(piece: TensorSlice) -> WriteItem:
+    properties = TensorProperties.create_from_tensor(piece.values)
+    data = TensorWriteData(_chunk(piece), properties, torch.Size([piece.numel]))
+    index = MetadataIndex(piece.name, torch.Size([piece.begin]))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
 def as_bytes(name: str, value: Any) -> TensorSlice:
-    """Anything torch can save, as a stretch of bytes."""
+    """Anything torch can save, as a piece of bytes."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     values = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
@@ -136,13 +137,13 @@ def as_bytes(name: str, value: Any) -> TensorSlice:
 
 
 def write_checkpoint(
-    folder: Path, stretches: Sequence[TensorSlice], description: dict[str, Any], rank: int, keep: int,
+    folder: Path, slices: Sequence[TensorSlice], description: dict[str, Any], rank: int, keep: int,
     group: dist.ProcessGroup | None, own_work: contextlib.AbstractContextManager[None] | None = None,
 ) -> None:  # fmt: skip
     """Write one checkpoint and remove all but the newest `keep`. A collective over `group` (None: one rank alone).
 
     Args:
-        stretches: what this rank writes, on the host. Over all ranks they must cover every tensor once.
+        slices: what this rank writes, on the host. Over all ranks they must cover every tensor once.
         description: rank 0's: `step`, and whatever else `complete.json` shall hold.
         own_work: entered, several times, around what this rank does alone.
 
@@ -158,7 +159,7 @@ def write_checkpoint(
                 _remove(unfinished)
         _from_rank_0(None, group)  # nobody writes before; a barrier would take NCCL's device for its tensor
         with own_work:
-            mine: Any = _write_share(unfinished, stretches, rank)
+            mine: Any = _write_share(unfinished, slices, rank)
     except Exception as caught:
         mine = error = _explain(caught, folder, rank)
     everyone = [mine] if group is None else gather_json(mine, group)
@@ -178,21 +179,21 @@ def write_checkpoint(
         raise UserError(f"checkpoint of step {step} was not written: {error}. {_what_there_is(folder)}")
 
 
-def _write_share(folder: Path, stretches: Sequence[TensorSlice], rank: int) -> dict[str, Any]:
-    """Write this rank's stretches through DCP's writer. Returns its files and where each stretch is, as plain values."""
+def _write_share(folder: Path, slices: Sequence[TensorSlice], rank: int) -> dict[str, Any]:
+    """Write this rank's slices through DCP's writer. Returns its files and where each piece is, as plain values."""
     folder.mkdir(parents=True, exist_ok=True)
     # Without read-ahead: tensors are on the host already, and DCP would wait for a CUDA stream to copy them
     writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
-    planner = _Saving(stretches)
+    planner = _Saving(slices)
     plan = replace(planner.create_local_plan(), storage_data=_StoragePrefix(f"__{rank}_"))
-    by_index = {(s.name, s.begin): s for s in stretches}
+    by_index = {(s.name, s.begin): s for s in slices}
     tensors = []
     for written in writer.write_data(plan, planner).wait():
-        stretch = by_index[written.index.fqn, written.index.offset[0]]  # type: ignore[index]
+        piece = by_index[written.index.fqn, written.index.offset[0]]  # type: ignore[index]
         place = written.storage_data
-        kind = str(stretch.values.dtype).removeprefix("torch.")
-        size = [stretch.numel, stretch.begin, len(stretch.values)]
-        tensors.append([stretch.name, kind, *size, place.relative_path, place.offset, place.length])
+        kind = str(piece.values.dtype).removeprefix("torch.")
+        size = [piece.numel, piece.begin, len(piece.values)]
+        tensors.append([piece.name, kind, *size, place.relative_path, place.offset, place.length])
     names = sorted({entry[5] for entry in tensors})
     return {"files": {name: _file_entry(folder / name) for name in names}, "tensors": tensors}
 
@@ -206,11 +207,11 @@ def _list_of_tensors(written: list[list[Any]]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     ends: dict[str, int] = {}
     for name, kind, numel, begin, length, *place in sorted(written, key=lambda entry: (entry[0], entry[3])):
-        entry = tensors.setdefault(name, {"dtype": kind, "numel": numel, "stretches": []})
+        entry = tensors.setdefault(name, {"dtype": kind, "numel": numel, "slices": []})
         if (kind, numel, begin) != (entry["dtype"], entry["numel"], ends.get(name, 0)):
             raise ValueError(f"the ranks did not write {name} exactly once")
         ends[name] = begin + length
-        entry["stretches"].append([begin, length, *place])
+        entry["slices"].append([begin, length, *place])
     for name, entry in tensors.items():
         if ends[name] != entry["numel"]:
             raise ValueError(f"the ranks did not write {name} as a whole")
@@ -316,15 +317,18 @@ def read_description(path: Path) -> dict[str, Any]:
         description: dict[str, Any] = json.loads((path / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST} is not JSON); remove it") from None
-    if description.get("format") != FORMAT:
+    found = description.get("format", _BEFORE_THE_RENAMING[0])
+    if found != FORMAT:
+        age = ", written before settings were renamed," if found in _BEFORE_THE_RENAMING else ""
         raise UserError(
-            f"checkpoint {path} is of format {description.get('format', 'bert_fast checkpoint 1')!r} and this code reads "
-            f"{FORMAT!r}; go on with the code that wrote it, or start a new run"
+            f"checkpoint {path} is of format {found!r}{age} and this code reads {FORMAT!r}; resume with the code that wrote "
+            "it, or start a new run. A new run can start from the weights of this one only if it saved its final model: "
+            "checkpoint.init_from=RUN/model"
         )
     return description
 
 
-def damage(path: Path, rank: int = 0, world: int = 1) -> str | None:
+def verify_checkpoint(path: Path, rank: int = 0, world: int = 1) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files (every `world`-th), by size and hash; None if nothing."""
     try:
         description = read_description(path)
@@ -354,7 +358,7 @@ def read_metadata(path: Path) -> Metadata:
         for name, entry in tensors.items():
             kind, numel = _DTYPES[entry["dtype"]], _count(entry["numel"])
             chunks = []
-            for begin, length, file, offset, size in entry["stretches"]:
+            for begin, length, file, offset, size in entry["slices"]:
                 if not _SHARE.fullmatch(file):
                     raise ValueError(f"{file} is not the name of a rank's file")
                 chunk = ChunkStorageMetadata(torch.Size([_count(begin)]), torch.Size([_count(length)]))
@@ -374,22 +378,22 @@ def _count(value: Any) -> int:
     return value
 
 
-def read_slices(path: Path, stretches: Sequence[TensorSlice]) -> None:
-    """Fill the values of `stretches` (on any device); each rank by itself. Raises UserError for what is not there."""
+def read_slices(path: Path, slices: Sequence[TensorSlice]) -> None:
+    """Fill the values of `slices` (on any device); each rank by itself. Raises UserError for what is not there."""
     metadata = read_metadata(path)
     entries = metadata.state_dict_metadata
-    for stretch in stretches:
-        entry = entries.get(stretch.name)
+    for piece in slices:
+        entry = entries.get(piece.name)
         if entry is None:
-            raise UserError(f"checkpoint {path} has no tensor {stretch.name}; it is of another model or optimizer")
+            raise UserError(f"checkpoint {path} has no tensor {piece.name}; it is of another model or optimizer")
         size = entry.size[0]  # type: ignore[union-attr]
-        if size != stretch.numel:
+        if size != piece.numel:
             raise UserError(
-                f"checkpoint {path} has {size:,} numbers in {stretch.name} and the model {stretch.numel:,}; it is of another "
+                f"checkpoint {path} has {size:,} numbers in {piece.name} and the model {piece.numel:,}; it is of another "
                 "model"
             )
-    if stretches:
-        reader, planner = dcp.FileSystemReader(path), _Loading(stretches)
+    if slices:
+        reader, planner = dcp.FileSystemReader(path), _Loading(slices)
         planner.set_up_planner({}, metadata, is_coordinator=True)
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         try:

@@ -23,12 +23,12 @@ import torch.distributed as dist
 from bert_fast.train.environment import Environment
 
 # Waiting for others: a rank is never blamed for these
-EXCHANGE, FIGURES = "exchange of gradients", "exchange of figures"
+GRADIENT_SYNC, METRICS_SYNC = "gradient synchronisation", "metrics synchronisation"
 DATA, COMPUTE, EVALUATION, CHECKPOINT = "waiting for data", "forward and backward", "evaluation", "checkpoint"
 LOGGING, FINISHING, _STOPPING, _DONE, _STARTING = "writing the log", "finishing", "stopping", "done", "starting"
-_WAITING = (EXCHANGE, FIGURES)
+_WAITING = (GRADIENT_SYNC, METRICS_SYNC)
 _BLAMELESS = {*_WAITING, CHECKPOINT, FINISHING, _STOPPING, _DONE, _STARTING}
-_ORDER = (FIGURES, LOGGING, EVALUATION, DATA, COMPUTE, EXCHANGE)  # from the end of a step to that of the next
+_ORDER = (METRICS_SYNC, LOGGING, EVALUATION, DATA, COMPUTE, GRADIENT_SYNC)  # from the end of a step to that of the next
 _ANSWER_S = 3.0  # for which the store may keep us waiting
 _HURRY_S = 6.0  # after SIGTERM: how long a rank may be silent, or we in one place, before the launcher ends us all
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from bert_fast.balance.planner import Planner
+from bert_fast.train.collectives import gather_floats
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import gather_floats
 from bert_fast.train.step import StepResult
 
 
@@ -56,7 +56,7 @@ class NonfiniteWatch:
         in_a_row = int(self._in_a_row.item())
         if in_a_row == 0:
             return None
-        steps = gather_floats([float(self._first_bad.item())], self._environment)[:, 0]
+        steps = gather_floats([float(self._first_bad.item())], self._environment.device)[:, 0]
         ranks = [rank for rank, step in enumerate(steps) if step >= 0]
         step = int(steps[ranks[0]]) if ranks else last_step
         where = ", ".join(sorted({hosts[rank % len(hosts)] for rank in ranks}))

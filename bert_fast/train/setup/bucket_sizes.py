@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bert_fast.communication.buckets import Layout
+from bert_fast.communication.buckets import Ordering
 from bert_fast.communication.plan import BucketPlan, Link, exact_plan, lower_bound, tabulate_link, timeline
 from bert_fast.communication.plan_sharded import ShardedTimes, delays, sharded_plan
 from bert_fast.communication.sharded import start_gather
-from bert_fast.communication.wire_format import WireFormat
-from bert_fast.config import CommunicationConfig
+from bert_fast.communication.wire_format import WireFormat, wire_format
+from bert_fast.config import CommunicationConfig, Config
+from bert_fast.train.collectives import barrier, broadcast_numbers, max_over_ranks
 from bert_fast.train.environment import Environment
+from bert_fast.train.telemetry.hardware import synchronize
 
 _BACKWARDS = 4  # measured after a first one that prepares kernels
 _SMALLEST = 2**16  # bytes of the smallest collective that is measured
@@ -50,7 +52,7 @@ class BucketRecord:
     weights: WeightRecord | None = None  # of the sharded variant
 
     def bucket_mb(self, element_bytes: int = 4, wire_bytes: int = 4) -> list[float]:
-        """The plan as a list for `communication.bucket_mb` (MiB of gradients, exactly)."""
+        """The plan for people, as a list for `communication.bucket_mb` of another run (MiB of gradients)."""
         edges = [0, *self.plan.ends]
         sizes = [sum(self.bytes[a:b]) for a, b in pairwise(edges)]
         return [size // wire_bytes * element_bytes / 2**20 for size in sizes]
@@ -97,8 +99,7 @@ def measure_ready_times(
         end = _now(cuda)
         for handle in handles:
             handle.remove()
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(environment.device)
         if number:
             passes.append([_seconds(start, marks.get(index, end)) for index in range(len(parameters))])
         for parameter in parameters:
@@ -127,8 +128,7 @@ def measure_need_times(model: nn.Module, forward: Callable[[], torch.Tensor], en
         with torch.no_grad():
             forward()
         end = _now(cuda)
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(environment.device)
         if number:
             passes.append([_seconds(start, marks.get(index, end)) for index in range(len(index_of))])
     for handle in handles:
@@ -188,11 +188,11 @@ def measure_link(
     buffers = [torch.zeros(-(-int(numel) // world) * world, dtype=dtype, device=environment.device) for numel in grid]
     for number in range(1 + _REPEATS):
         for buffer in buffers:
-            dist.barrier()
-            _wait(environment)
+            barrier()
+            synchronize(environment.device)
             start = time.perf_counter()
             collective(buffer)
-            _wait(environment)
+            synchronize(environment.device)
             if number:
                 sizes.append(buffer.numel() * width)
                 seconds.append(time.perf_counter() - start)
@@ -204,32 +204,48 @@ def measure_link(
         return Link(float(slowest.median()), _UNMEASURED)
 
 
-def _wait(environment: Environment) -> None:
-    if environment.device.type == "cuda":
-        torch.cuda.synchronize()
+def measure_and_plan(
+    config: Config,
+    environment: Environment,
+    model: nn.Module,
+    ordering: Ordering,
+    forward: Callable[[], torch.Tensor],
+) -> BucketRecord:
+    """Measure this run's backward and link, and plan its buckets. A collective; every rank gets rank 0's plan.
+
+    Args:
+        forward: the summed losses of a made-up micro-batch.
+    """
+    parameters = list(model.parameters())
+    wire = wire_format(config.communication.reduce_dtype, parameters[0].dtype).dtype
+    ready_s = measure_ready_times(parameters, forward, environment)
+    needed_s = measure_need_times(model, forward, environment) if config.communication.shard_optimizer else None
+    return plan_buckets(ordering, ready_s, config.communication, wire, environment, needed_s)
 
 
 def plan_buckets(
-    layout: Layout, ready_s: np.ndarray, config: CommunicationConfig, wire_dtype: torch.dtype, environment: Environment,
-    needed_s: np.ndarray | None = None, link: Link | None = None,
-) -> BucketRecord:  # fmt: skip
+    ordering: Ordering,
+    ready_s: np.ndarray,
+    config: CommunicationConfig,
+    wire_dtype: torch.dtype,
+    environment: Environment,
+    needed_s: np.ndarray | None = None,
+    link: Link | None = None,
+) -> BucketRecord:
     """Measure the link and plan. A collective; every rank gets rank 0's plan.
 
     Args:
-        layout: with any buckets; its clip groups, and its order of parameters.
-        ready_s: this rank's [parameters].
-        needed_s: this rank's [parameters], when forward needs them; for the sharded variant.
+        ordering: of the gradients; a bucket holds whole units of it.
+        ready_s: seconds at which this rank's gradients are ready, float64 [parameters].
+        needed_s: seconds at which forward needs the weights, float64 [parameters]; for the sharded engine.
         link: what reduces gradients, if it is known; else it is measured where there are several ranks.
     """
-    whole = config.clip == "bucket_before_reduce"
-    members = [group.parameters for group in layout.groups] if whole else [(index,) for index in layout.order]
-    names = [group.name for group in layout.groups] if whole else [layout.names[index] for index in layout.order]
+    units, device = ordering.units, environment.device
     width = torch.empty((), dtype=wire_dtype).element_size()
-    sizes = [sum(layout.numel[i] for i in unit) * width for unit in members]
+    sizes = [sum(ordering.numel[i] for i in unit) * width for unit in units]
     shards = config.shard_optimizer and environment.world_size > 1
-    ready = np.array([max(float(ready_s[i]) for i in unit) for unit in members])
+    ready = max_over_ranks(np.array([max(float(ready_s[i]) for i in unit) for unit in units]), device)
     if environment.world_size > 1:
-        ready = _latest(ready, environment)
         link = link or measure_link(sum(sizes), wire_dtype, environment, reduce_scatter if shards else all_reduce)
     link = link or Link(0.0, _UNMEASURED)
     ready = np.maximum.accumulate(ready)
@@ -239,28 +255,27 @@ def plan_buckets(
         ends = _of_first_rank(plan.ends, len(sizes), environment)
     else:
         assert needed_s is not None
-        needed = _latest(np.array([min(float(needed_s[i]) for i in unit) for unit in members]), environment)
+        needed = max_over_ranks(np.array([min(float(needed_s[i]) for i in unit) for unit in units]), device)
         gathering = measure_link(sum(sizes) // width * 4, torch.float32, environment, gather)
         times = ShardedTimes(ready, needed, np.array(sizes), np.array(sizes) / width * 4, link, gathering)
         ends = _of_first_rank(sharded_plan(times, min_bytes=least, max_bytes=most), len(sizes), environment)
     plan = timeline(ready, np.array(sizes), ends, link)
     bound = lower_bound(ready, np.array(sizes), link)
     weights = WeightRecord(tuple(needed.tolist()), gathering, delays(times, ends)[1]) if shards else None
-    return BucketRecord(tuple(names), tuple(ready.tolist()), tuple(sizes), link, plan, bound, weights)
-
-
-def _latest(seconds: np.ndarray, environment: Environment) -> np.ndarray:
-    """The slowest rank's times."""
-    shared = torch.tensor(seconds, dtype=torch.float64, device=environment.device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return shared.cpu().numpy()
+    return BucketRecord(ordering.unit_names, tuple(ready.tolist()), tuple(sizes), link, plan, bound, weights)
 
 
 def _of_first_rank(ends: Sequence[int], count: int, environment: Environment) -> list[int]:
     """Rank 0's ends: processors may round differently, and all ranks must have the same buckets."""
-    if environment.world_size == 1:
-        return list(ends)
-    shared = torch.zeros(count + 1, dtype=torch.int64, device=environment.device)
-    shared[: len(ends)] = torch.tensor(ends, device=environment.device)
-    dist.broadcast(shared, 0)
-    return [end for end in shared.tolist() if end]
+    padded = [*ends, *[0] * (count + 1 - len(ends))]
+    return [int(end) for end in broadcast_numbers(padded, environment.device, torch.int64) if end]
+
+
+def ends_of_record(record: dict[str, Any], ordering: Ordering) -> list[int] | None:
+    """Where buckets end by a run's buckets.json; None where that is of other gradients."""
+    ends, units = record.get("ends"), record.get("units")
+    if not isinstance(ends, list) or not isinstance(units, list):
+        return None
+    names = tuple(unit.get("name") if isinstance(unit, dict) else None for unit in units)
+    rising = all(type(end) is int for end in ends) and all(a < b for a, b in pairwise([0, *ends]))
+    return ends if names == ordering.unit_names and rising and ends[-1:] == [len(names)] else None

@@ -11,14 +11,13 @@ import json
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from bert_fast.communication.buckets import Layout
+from bert_fast.communication.buckets import GradientLayout
 from bert_fast.config import Config, as_plain
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.train.collectives import broadcast_json
+from bert_fast.train.collectives import broadcast_value, gather_floats
 from bert_fast.train.environment import Environment
 
 # What may differ between ranks: where things lie on their node (what is in them is compared) and how a node is used.
@@ -53,13 +52,15 @@ def check_config(config: Config, resume: bool, environment: Environment) -> None
         for name, value in values.items()
         if f"{section}.{name}" not in MAY_DIFFER
     }
+    if config.balance.cost_path is not None:  # where the file lies may differ; `check_state` compares what it says
+        settings["balance.cost"] = "a file"
     _check({**settings, "--resume": resume}, environment, "another config", "start all ranks with the same config")
 
 
-def check_layout(layout: Layout, model: nn.Module, environment: Environment) -> None:
+def check_layout(layout: GradientLayout, model: nn.Module, environment: Environment) -> None:
     """A collective. Raises UserError on every rank where a rank's starting weights, or buckets of them, are not rank 0's."""
     found = {
-        "the order of gradients": list(layout.order),
+        "the order of gradients": list(layout.ordering.order),
         "the checksum of the starting weights": _checksum(model),
         "the buckets": [[bucket.start, bucket.end] for bucket in layout.buckets],
     }
@@ -122,20 +123,16 @@ def _checksum(model: nn.Module) -> list[int]:
 
 def _first_difference(value: Any, environment: Environment) -> tuple[int, Any] | None:
     """The first rank whose value (plain, as JSON) is not rank 0's, and that value; digests travel first."""
-    if not dist.is_initialized():
-        return None
-    digest = hashlib.sha256(json.dumps(value).encode()).digest()[:8]
-    mine = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=environment.device)
-    everyone = [mine.clone() for _ in range(environment.world_size)]
-    dist.all_gather(everyone, mine)
-    digests = [int(each) for each in everyone]
+    digest = hashlib.sha256(json.dumps(value).encode()).digest()
+    mine = [float(int.from_bytes(digest[:4], "big")), float(int.from_bytes(digest[4:8], "big"))]
+    digests = gather_floats(mine, environment.device).tolist()
     rank = next((rank for rank, each in enumerate(digests) if each != digests[0]), None)
     return None if rank is None else (rank, _of_rank(value, rank))
 
 
 def _of_rank(value: Any, rank: int) -> Any:
     """What a rank has. A collective."""
-    return broadcast_json(value, rank)
+    return broadcast_value(value, rank)
 
 
 def _describe(entry: tuple[str, list[int]]) -> str:

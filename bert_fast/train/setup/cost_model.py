@@ -6,7 +6,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from bert_fast.balance.cost import CostFit, CostModel, fit_cost, read_cost
 from bert_fast.balance.planner import Planner
@@ -15,8 +14,10 @@ from bert_fast.config.balance import CostCoefficients
 from bert_fast.errors import TrainingError
 from bert_fast.model.flops import cost_coefficients
 from bert_fast.train.batches import batch_of_lengths, to_device
+from bert_fast.train.collectives import broadcast_numbers, gather_floats
+from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import TrainComponents, gather_floats
+from bert_fast.train.telemetry.hardware import synchronize
 
 _ROUNDS = 5
 
@@ -26,8 +27,8 @@ def make_cost(config: Config) -> tuple[CostModel, str]:
     balance = config.balance
     if isinstance(balance.cost, CostCoefficients):
         return CostModel(balance.cost.linear, balance.cost.quadratic), "config"
-    if balance.cost not in ("flops", "measure"):
-        return read_cost(balance.cost), f"file {balance.cost}"
+    if balance.cost_path is not None:
+        return read_cost(balance.cost_path), f"file {balance.cost_path}"
     return CostModel(*cost_coefficients(config.model)), "FLOPs of the model"
 
 
@@ -54,7 +55,7 @@ def probe_lengths(micro_batch_size: int, max_seq_len: int) -> list[np.ndarray]:
     ]
 
 
-def calibrate(config: Config, environment: Environment, machinery: TrainComponents) -> CostFit:
+def fit_cost_model(config: Config, environment: Environment, components: TrainComponents) -> CostFit:
     """Fit the cost model to forward and backward times of made-up batches, all ranks measuring at once. A collective.
 
     Weights, optimizer and data stay untouched; the random state does not.
@@ -71,33 +72,27 @@ def calibrate(config: Config, environment: Environment, machinery: TrainComponen
     times = []
     for round_number in range(_ROUNDS + 1):
         for batch in inputs:
-            seconds = _forward_backward(machinery, batch, environment)
+            seconds = _forward_backward(components, batch, environment)
             if round_number:  # the first prepares kernels for these shapes
                 times.append(1e3 * seconds)
-    machinery.engine.zero_grad()
-    table = gather_floats(times, environment)  # [ranks, rounds * probes]
+    components.engine.zero_grad()
+    table = gather_floats(times, environment.device)  # [ranks, rounds * probes]
     sums = np.array([[p.sum(), (p**2).sum()] for p in probes], np.float64)
     try:
         fit = fit_cost(np.column_stack([np.tile(sums, (table.size // len(probes), 1)), table.ravel()]))
     except ValueError as error:
         raise TrainingError(f"balance.cost=measure: {error}; set balance.cost=flops to plan with FLOPs") from None
-    numbers = torch.tensor([fit.linear, fit.quadratic, fit.fixed, fit.residual, fit.doubt], dtype=torch.float64)
-    numbers = numbers.to(environment.device)
-    if dist.is_initialized():  # processors may round differently, and every rank must plan the same
-        dist.broadcast(numbers, 0)
-    return CostFit(*numbers.tolist(), rows=fit.rows)
+    mine = [fit.linear, fit.quadratic, fit.fixed, fit.residual, fit.doubt]
+    return CostFit(*broadcast_numbers(mine, environment.device), rows=fit.rows)
 
 
-def _forward_backward(machinery: TrainComponents, batch: object, environment: Environment) -> float:
+def _forward_backward(components: TrainComponents, batch: object, environment: Environment) -> float:
     """Seconds of one pass without communication."""
-    cuda = environment.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize(environment.device)
     start = time.perf_counter()
-    with machinery.engine.micro_batch(last=False):
+    with components.engine.micro_batch(last=False):
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
-            losses = machinery.engine.module(batch)
+            losses = components.engine.module(batch)
         (losses.mlm_sum + losses.nsp_sum).backward()
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize(environment.device)
     return time.perf_counter() - start

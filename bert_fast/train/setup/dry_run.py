@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
-from bert_fast.communication.buckets import Layout, measure_ready_order
-from bert_fast.communication.sharded import ShardedReducer
+from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.config import Config
 from bert_fast.data.store import Store
 from bert_fast.memory.estimate import estimate, num_parameters
@@ -24,9 +24,9 @@ from bert_fast.report.console import print_table
 from bert_fast.run_folder import run_folder
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.environment import Environment, pick_device, pick_dtype
-from bert_fast.train.setup.build import make_engine, make_layout
+from bert_fast.train.rank_optimizer import RankOptimizer
+from bert_fast.train.setup.build import make_engine, make_ordering, shards_of
 from bert_fast.train.setup.cost_model import make_cost, make_planner
-from bert_fast.train.sharded_optimizer import ShardedOptimizer
 
 _PLANNED_STEPS, _PLANNING_S = 20, 3.0
 
@@ -43,11 +43,7 @@ def dry_run(config: Config) -> None:
     with torch.device("meta"):
         model = BertForPretraining(config.model)
     build_optimizer(model.named_parameters(), config.optimizer.model_copy(update={"use_apex": False}))
-    plans_buckets = config.communication.bucket_mb == "auto"  # from measurements, which a dry run does not make
-    shown = config.model_copy(
-        update={"communication": config.communication.model_copy(update={"bucket_mb": 25.0})} if plans_buckets else {}
-    )
-    layout = make_layout(shown, model, expected_ready_order(model))
+    ordering = make_ordering(config, model, expected_ready_order(model))
     lengths, where = _lengths(config)
     planner = make_planner(config, lengths)
     print_table(f"{config.run.name}: dry run", [
@@ -60,9 +56,9 @@ def dry_run(config: Config) -> None:
         ("memory of a rank", _memory_text(config, planner, dtype)),
         ("lengths", where),
         ("plan", _plan_text(config, planner)),
-        ("clipping", f"{config.communication.clip}, {len(layout.groups)} clip groups"),
+        ("clipping", f"{config.communication.clip}, {len(ordering.groups)} clip groups"),
         ("rehearsal", rehearse(config)),
-        ("buckets", ("planned before the clock; of 25 MiB it were " if plans_buckets else "") + _bucket_text(layout)),
+        ("buckets", _bucket_text(config, ordering)),
     ])  # fmt: skip
 
 
@@ -76,11 +72,8 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     meta, world = torch.device("meta"), config.system.world_size
-    communication = config.communication
-    if communication.bucket_mb == "auto":
-        communication = communication.model_copy(update={"bucket_mb": 25.0})
     shape = config.model.model_copy(update={"num_layers": min(num_layers, config.model.num_layers)})
-    config = config.model_copy(update={"model": shape, "communication": communication})
+    config = config.model_copy(update={"model": shape})
     dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
     try:
         environment = Environment(world - 1, (world - 1) % config.system.node_size, world, meta, torch.float32)
@@ -95,12 +88,10 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
 
         order = measure_ready_order(list(model.parameters()), backward)
         model.zero_grad(set_to_none=True)
-        engine = make_engine(config, environment, model, make_layout(config, model, order))
+        ordering = make_ordering(config, model, order)
+        engine = make_engine(config, environment, model, lay_out(ordering, _ends(config, ordering), shards_of(config)))
         own = config.optimizer.model_copy(update={"use_apex": False})
-        if isinstance(engine, ShardedReducer):
-            optimizer = ShardedOptimizer(engine, list(model.named_parameters()), own).inner
-        else:
-            optimizer = build_optimizer(model.named_parameters(), own)
+        optimizer = RankOptimizer(engine, list(model.named_parameters()), own).optimizer
         for group in optimizer.param_groups:
             group["fused"] = False  # torch's fused update knows real devices only
         engine.zero_grad()
@@ -109,7 +100,7 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
         engine.finish()
         optimizer.step()
         engine.wait_pending()
-        sent = engine.wire.bytes_sent / 2**20
+        sent = engine.counters()["gradient_bytes"] / 2**20
     finally:
         dist.destroy_process_group()
     return f"a step of rank {world - 1:,} of {world:,} with {shape.num_layers} layers: {sent:,.1f} MiB of gradients to reduce"
@@ -124,14 +115,12 @@ def _lengths(config: Config) -> tuple[np.ndarray, str]:
             store.lengths,
             f"{len(store):,} samples of {folder}, mean {mean:.0f}, longest {store.manifest['max_length']}",
         )
-    count = max(100_000, 4 * config.batch.global_batch_size)
-    rng = np.random.default_rng(0)
     longest = config.data.max_seq_len
-    lengths = rng.integers(5, longest + 1, count)
-    lengths[: count // 4] = longest
-    rng.shuffle(lengths)
-    text = f"no data at {folder} yet: plan and memory are for made-up lengths (a quarter {longest}, the rest uniform)"
-    return lengths.astype(np.uint16), text
+    lengths = np.minimum(wikipedia_like(max(100_000, 4 * config.batch.global_batch_size)), longest)
+    return (
+        lengths,
+        f"no data at {folder} yet: plan and memory are for lengths as in MLPerf's Wikipedia, up to {longest}",
+    )
 
 
 def _batch_text(config: Config) -> str:
@@ -187,13 +176,24 @@ def _plan_text(config: Config, planner: Planner) -> str:
         fill = np.mean([np.sum(planner.lengths_of(plan)) / plan.tokens.sum() for plan in plans])
         grown = sum(plan.num_rows > plans[0].num_rows for plan in plans)
         text += f"; {plans[0].num_rows} rows a micro-batch, {100 * fill:.1f} % filled, {grown} steps need more rows"
-    if config.balance.strategy == "balanced_free":
+    if planner.cap is not None:
         capped = sum(plan.capped for plan in plans)
         text += f"; at most {planner.cap:,} tokens a micro-batch, which changed {capped} of these steps"
     return text
 
 
-def _bucket_text(layout: Layout) -> str:
+def _ends(config: Config, ordering: Ordering) -> list[int]:
+    """Where buckets end; `auto` plans them from measurements, which a dry run does not make: here one per unit."""
+    size = config.communication.bucket_mb
+    return list(range(1, len(ordering.units) + 1)) if size == "auto" else bucket_ends(ordering, size)
+
+
+def _bucket_text(config: Config, ordering: Ordering) -> str:
+    if config.communication.bucket_mb == "auto":
+        return (
+            f"planned before the clock from measurements: at most {len(ordering.units)}, of whole gradients or groups"
+        )
+    layout = lay_out(ordering, _ends(config, ordering), shards_of(config))
     sizes = [sum(layout.numel[i] for i in b.parameters) * 4 / 2**20 for b in layout.buckets]
     shown = ", ".join(f"{size:.2f}" for size in sizes[:12]) + (", ..." if len(sizes) > 12 else "")
     return f"{len(sizes)} of {shown} MiB in ready order"

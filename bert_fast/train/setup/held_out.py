@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
-import torch.distributed as dist
-
 from bert_fast.config import Config
 from bert_fast.data.overlap import Shared, known_shared_text, shared_text
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
+from bert_fast.train.collectives import broadcast_numbers
 from bert_fast.train.environment import Environment
 
 
@@ -24,16 +22,14 @@ def find_shared_text(train: Store, evaluation: Store, config: Config, environmen
     Raises:
         UserError: on every rank, the evaluation store is of training text and `data.allow_shared_text` is false.
     """
-    numbers = torch.zeros(3, dtype=torch.float64, device=environment.device)
+    numbers = [0.0, 0.0, 0.0]
     if environment.is_main:
         with contextlib.suppress(
             UserError, ValueError, IndexError
         ):  # of damaged samples more is said where a step reads them
             own = known_shared_text(train, evaluation) or shared_text(train, evaluation, config.evaluation.num_samples)
-            numbers += torch.tensor([own.found, own.compared, own.looked_at], device=environment.device)
-    if dist.is_initialized():
-        dist.broadcast(numbers, 0)
-    found, compared, looked_at = numbers.tolist()
+            numbers = [own.found, own.compared, own.looked_at]
+    found, compared, looked_at = broadcast_numbers(numbers, environment.device)
     shared = Shared(int(found), int(compared), looked_at)
     if not shared.is_held_out and not config.data.allow_shared_text:
         raise UserError(

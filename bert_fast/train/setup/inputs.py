@@ -9,22 +9,24 @@ from bert_fast.config import Config
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.model.tensorflow_bundle import is_bundle
+from bert_fast.run_folder import MODEL
 
 
 def check_inputs(config: Config) -> None:
     """Things to find missing before ranks are started: only looks whether files are there."""
-    for split, folder in (("train", config.data.train), ("eval", config.evaluation.data)):
+    for field, folder, split in (
+        ("data.train", config.data.train, "train"),
+        ("evaluation.data", config.evaluation.data, "eval"),
+    ):
         if not (Path(folder) / "manifest.json").is_file():
             if (Path(folder) / split / "manifest.json").is_file():
-                raise UserError(
-                    f"{folder} (data.{split}) holds stores and is none; set data.{split}={Path(folder) / split}"
-                )
+                raise UserError(f"{folder} ({field}) holds stores but is not one; set {field}={Path(folder) / split}")
             raise UserError(
-                f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
+                f"no data at {folder} ({field}); make it with the prepare_data.py command at the top of the "
                 "config file, or `make data` for the mini benchmark"
             )
-    if isinstance(config.balance.cost, str) and config.balance.cost not in ("flops", "measure"):
-        read_cost(config.balance.cost)
+    if config.balance.cost_path is not None:
+        read_cost(config.balance.cost_path)
     checkpoint = config.checkpoint.init_from
     if checkpoint and not is_bundle(checkpoint) and not (Path(checkpoint) / "model.safetensors").is_file():
         raise UserError(
@@ -36,7 +38,7 @@ def check_inputs(config: Config) -> None:
 def _hint(folder: Path) -> str:
     """What is in a folder that is no starting checkpoint: a run's final model, TensorFlow's files, a pickle."""
     bundles = [path.with_suffix("") for path in sorted(folder.glob("*.index")) if is_bundle(path.with_suffix(""))]
-    inner = folder / "model"
+    inner = folder / MODEL
     if bundles or (inner / "model.safetensors").is_file():
         return f"; there is one: set checkpoint.init_from={bundles[0] if bundles else inner}"
     if (folder / "pytorch_model.bin").is_file():

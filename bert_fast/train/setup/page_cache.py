@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from bert_fast.train.collectives import gather_floats
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import gather_floats
 
 
 def clear_caches(environment: Environment, say: Callable[[str], None]) -> bool:
@@ -19,7 +19,7 @@ def clear_caches(environment: Environment, say: Callable[[str], None]) -> bool:
             Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
         except OSError:
             failed = 1
-    nodes = int(gather_floats([float(failed)], environment).sum())
+    nodes = int(gather_floats([float(failed)], environment.device).sum())
     if nodes:
         say(
             f"warning: caches were not cleared on {nodes} node(s) (not permitted); cache_clear is logged false. Run as root, "

@@ -23,8 +23,9 @@ from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.launch.binding import check_one_rank_per_gpu
 from bert_fast.report.preflight import node_table
+from bert_fast.train.collectives import barrier, gather_floats, gather_values
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import gather_floats, gather_values, matmul_peak
+from bert_fast.train.telemetry.hardware import matmul_peak, synchronize
 
 _SLOW_MATMUL, _SLOW_LINK = 0.9, 0.7  # of the median over ranks
 _CLOCK_S = 0.5  # apart: log files of hosts can no longer be read side by side
@@ -45,8 +46,8 @@ def preflight(config: Config, environment: Environment) -> dict[str, Any]:
     facts = gather_values(_facts(config, environment))
     _check(facts)
     offsets = _clock_offsets(environment)
-    rates = gather_floats([matmul_peak(environment)], environment)[:, 0]
-    links = gather_floats([_neighbour_rate(environment, config.system.node_size)], environment)[:, 0]
+    rates = gather_floats([matmul_peak(environment)], environment.device)[:, 0]
+    links = gather_floats([_neighbour_rate(environment, config.system.node_size)], environment.device)[:, 0]
     network = _all_reduce(environment)
     slow = _slow_ones(facts, rates, links, offsets)
     nodes: dict[str, dict[str, Any]] = {}
@@ -62,7 +63,7 @@ def preflight(config: Config, environment: Environment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def say_preflight(report: dict[str, Any]) -> None:
+def print_preflight(report: dict[str, Any]) -> None:
     """Print the node table and what is slow."""
     node_table(report)
 
@@ -79,7 +80,7 @@ def _facts(config: Config, environment: Environment) -> dict[str, Any]:
         "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
         "memory_gib": round(memory, 1),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "data": {split: _data_hash(getattr(config.data, split)) for split in ("train", "eval")},
+        "data": {"train": _data_hash(config.data.train), "eval": _data_hash(config.evaluation.data)},
     }
 
 
@@ -98,14 +99,15 @@ def _check(facts: list[dict[str, Any]]) -> None:
     """The same verdict on every rank."""
     for rank, fact in enumerate(facts):
         for split, value in fact["data"].items():
+            field = "data.train" if split == "train" else "evaluation.data"
             if value.startswith("error"):
                 raise UserError(
-                    f"pre-flight: rank {rank} ({fact['host']}) cannot read data.{split}: {value.removeprefix('error: ')}; "
+                    f"pre-flight: rank {rank} ({fact['host']}) cannot read {field}: {value.removeprefix('error: ')}; "
                     "put it where every node sees it"
                 )
             if value != facts[0]["data"][split]:
                 raise UserError(
-                    f"pre-flight: rank {rank} ({fact['host']}) has another data.{split} than rank 0 ({facts[0]['host']}): "
+                    f"pre-flight: rank {rank} ({fact['host']}) has another {field} than rank 0 ({facts[0]['host']}): "
                     f"{value}, not {facts[0]['data'][split]}; copy the store anew"
                 )
         if fact["versions"] != facts[0]["versions"]:
@@ -120,9 +122,8 @@ def _clock_offsets(environment: Environment) -> np.ndarray:
     """Seconds by which every rank's clock is ahead of rank 0's, to about a millisecond (ranks leave a barrier together)."""
     rounds = []
     for _ in range(_CLOCK_ROUNDS):
-        if dist.is_initialized():
-            dist.barrier()
-        now = gather_floats([time.time()], environment)[:, 0]
+        barrier()
+        now = gather_floats([time.time()], environment.device)[:, 0]
         rounds.append(now - now[0])
     return np.median(np.stack(rounds), axis=0)
 
@@ -138,7 +139,7 @@ def _neighbour_rate(environment: Environment, node_size: int) -> float:
     theirs = torch.empty_like(ours)
     best = 0.0
     for _ in range(3):
-        dist.barrier()
+        barrier()
         start = time.perf_counter()
         works = dist.batch_isend_irecv(
             [
@@ -148,7 +149,7 @@ def _neighbour_rate(environment: Environment, node_size: int) -> float:
         )
         for work in works:
             work.wait()
-        _wait(environment)
+        synchronize(environment.device)
         best = max(best, 4 * ours.numel() / (time.perf_counter() - start))
     return best
 
@@ -164,7 +165,7 @@ def _all_reduce(environment: Environment) -> dict[str, float]:
         moved = 2 * (environment.world_size - 1) / environment.world_size * 4 * numel
         figures[f"bus_gb_s_{4 * numel >> 10}_kib"] = moved / seconds / 1e9
     names = list(figures)
-    table = gather_floats([figures[name] for name in names], environment)
+    table = gather_floats([figures[name] for name in names], environment.device)
     return {n: float(table[:, i].max() if n == "latency_us" else table[:, i].min()) for i, n in enumerate(names)}
 
 
@@ -172,19 +173,14 @@ def _time_all_reduce(environment: Environment, numel: int, rounds: int) -> float
     values = torch.ones(numel, device=environment.device)
     times = []
     for _ in range(rounds + 2):
-        dist.barrier()
-        _wait(environment)
+        barrier()
+        synchronize(environment.device)
         start = time.perf_counter()
         dist.all_reduce(values)
-        _wait(environment)
+        synchronize(environment.device)
         times.append(time.perf_counter() - start)
         values.fill_(1.0)
     return statistics.median(times[2:])
-
-
-def _wait(environment: Environment) -> None:
-    if environment.device.type == "cuda":
-        torch.cuda.synchronize(environment.device)
 
 
 def _slow_ones(facts: list[dict[str, Any]], rates: np.ndarray, links: np.ndarray, offsets: np.ndarray) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bert_fast.train.checkpoint.progress import Progress
+from bert_fast.train.collectives import gather_floats
 from bert_fast.train.environment import Environment
 from bert_fast.train.telemetry.energy_meter import EnergyMeter
 
@@ -16,8 +18,9 @@ class EnergyTally:
     """This rank's share: the first rank of a node counts for the node."""
 
     def __init__(self, environment: Environment) -> None:
+        self._environment = environment
         self._meter = EnergyMeter() if environment.local_rank == 0 else None
-        self._told = np.zeros(2)
+        self._counted = np.zeros(2)  # joules that earlier calls of `delta` have given
         self.source = ""
 
     def start(self) -> None:
@@ -30,20 +33,24 @@ class EnergyTally:
         if self._meter is not None:
             self._meter.tick()
 
-    def news(self, *, last: bool = False) -> list[float]:
+    def delta(self, *, last: bool = False) -> list[float]:
         """Joules since the last call, of GPUs and of CPUs, for a sum over ranks; NaN for what cannot be read."""
         if self._meter is None:
             return [0.0, 0.0]
         reading = self._meter.stop() if last else self._meter.tick()
         self.source = reading.source
         counted = np.array([np.nan if j is None else j for j in (reading.joules_gpu, reading.joules_cpu)])
-        news, self._told = counted - self._told, counted
-        return [float(each) for each in news]
+        delta, self._counted = counted - self._counted, counted
+        return [float(each) for each in delta]
+
+    def add_to(self, progress: Progress, *, last: bool = False) -> None:
+        """Add what all nodes took since the last call to the run's joules. A collective."""
+        progress.joules = summed(progress.joules, gather_floats(self.delta(last=last), self._environment.device))
 
 
-def summed(joules: Sequence[float | None], news: np.ndarray) -> Joules:
-    """`joules` so far and all ranks' `news` [ranks, 2]. What was once not known stays so."""
+def summed(joules: Sequence[float | None], deltas: np.ndarray) -> Joules:
+    """`joules` so far and all ranks' `deltas` [ranks, 2]. What was once not known stays so."""
     return [
         None if before is None or np.isnan(now) else before + float(now)
-        for before, now in zip(joules, news.sum(axis=0), strict=True)
+        for before, now in zip(joules, deltas.sum(axis=0), strict=True)
     ]

@@ -7,7 +7,6 @@ wrap around within minutes to an hour, and a second wrap between two ticks would
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 RAPL = Path("/sys/class/powercap")
-JOULES_PER_KWH = 3.6e6
 _NEVER_COUNTED = "fans, network, storage and power supplies"
 
 
@@ -26,13 +24,6 @@ class EnergyReading:
     joules_gpu: float | None
     joules_cpu: float | None
     source: str
-    seconds: float
-
-    @property
-    def kwh(self) -> float | None:
-        """kWh of all that was counted, or None if nothing was."""
-        counted = [joules for joules in (self.joules_gpu, self.joules_cpu) if joules is not None]
-        return sum(counted) / JOULES_PER_KWH if counted else None
 
 
 class EnergyMeter:
@@ -41,7 +32,6 @@ class EnergyMeter:
     def __init__(self, rapl: str | Path = RAPL, nvml: Any | None = None) -> None:
         """`rapl` is the folder of the zones, `nvml` a module with pynvml's functions (default: pynvml, if it is there)."""
         self._gpus, self._cpus = _Gpus(nvml), _Rapl(Path(rapl))
-        self._start = time.monotonic()
         self._stopped: EnergyReading | None = None
 
     def start(self) -> None:
@@ -49,32 +39,22 @@ class EnergyMeter:
         self._stopped = None
         self._gpus.start()
         self._cpus.start()
-        self._start = time.monotonic()
 
     def tick(self) -> EnergyReading:
-        """What was counted so far. A few file reads and one NVML call a GPU; asks no GPU to finish its work."""
+        """What was counted so far. A few file reads and one NVML call per GPU; asks no GPU to finish its work."""
         if self._stopped is not None:
             return self._stopped
         gpu, cpu = self._gpus.joules(), self._cpus.joules()
-        counted = [found for found in (self._gpus.counted, self._cpus.counted) if found]
-        missing = [why for why in (self._gpus.missing, self._cpus.missing) if why]
+        counted = [name for name in (self._gpus.counted, self._cpus.counted) if name]
+        missing = [reason for reason in (self._gpus.missing, self._cpus.missing) if reason]
         source = f"{' + '.join(counted) or 'none'}; not counted: {', '.join([*missing, _NEVER_COUNTED])}"
-        return EnergyReading(gpu, cpu, source, time.monotonic() - self._start)
+        return EnergyReading(gpu, cpu, source)
 
     def stop(self) -> EnergyReading:
         """The end: what was counted since `start()`. Later calls give the same."""
         self._stopped = self.tick()
         self._gpus.close()
         return self._stopped
-
-
-def cost(kwh: float | None, price_per_kwh: float | None = None, gco2_per_kwh: float | None = None) -> dict[str, Any]:
-    """Money (in the price's currency) and kg of CO2 equivalent; None where the energy or the factor is not known."""
-    return {
-        "kwh": kwh,
-        "money": None if kwh is None or price_per_kwh is None else kwh * price_per_kwh,
-        "kg_co2e": None if kwh is None or gco2_per_kwh is None else kwh * gco2_per_kwh / 1e3,
-    }
 
 
 # ---- GPUs -----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from bert_fast.config import RunConfig
-from bert_fast.trace import Span, Trace, write_trace
+from bert_fast.run_folder import PROFILER_TRACE
+from bert_fast.trace import Trace, TraceSpan, write_trace
+from bert_fast.train.collectives import barrier, gather_values
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import gather_values
-from bert_fast.train.step import TrainStep
+from bert_fast.train.step import Step
 
 TRACKS = ("data", "compute", "buckets", "clip", "collectives", "wait", "optimizer", "weights")
 _RANKS = 8  # more make the picture hard to read
@@ -24,7 +24,7 @@ class StepProfile:
     profiler-0.json  torch.profiler's trace of rank 0 with kernels and streams (CUDA)
     """
 
-    def __init__(self, config: RunConfig, environment: Environment, folder: Path, step: TrainStep, first: int) -> None:
+    def __init__(self, config: RunConfig, environment: Environment, folder: Path, step: Step, first: int) -> None:
         """
         Args:
             first: the step at which this session starts; a few wait_pending it before the trace begins.
@@ -41,8 +41,7 @@ class StepProfile:
         if not self._wanted or number != self._first:
             return self._trace
         cuda = self._environment.device.type == "cuda"
-        if dist.is_initialized():
-            dist.barrier()  # ranks on several hosts have no common clock: their traces begin together
+        barrier()  # ranks on several hosts have no common clock: their traces begin together
         self._trace = Trace(torch.profiler.record_function if cuda else None)
         self._step.set_trace(self._trace)
         if cuda and self._environment.is_main:
@@ -65,12 +64,12 @@ class StepProfile:
         if self._profiler is not None:
             torch.cuda.synchronize()
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self._folder / "profiler-0.json"))
+            self._profiler.export_chrome_trace(str(self._folder / PROFILER_TRACE))
             self._profiler = None
         everyone = gather_values(spans)
         if rank:
             return None
         path = self._folder / "trace.json"
-        processes = {f"rank {i}": [Span(*span) for span in everyone[i]] for i in range(min(world, _RANKS))}
+        processes = {f"rank {i}": [TraceSpan(*span) for span in everyone[i]] for i in range(min(world, _RANKS))}
         write_trace(path, processes, TRACKS, {"first_step": self._first, "last_step": self._last})
         return path

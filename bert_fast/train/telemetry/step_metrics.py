@@ -1,39 +1,37 @@
-"""The steps between two log lines: added up by every rank, exchanged once, made into figures."""
+"""The steps between two log lines: added up by every rank, gathered once, made into a line of metrics.jsonl."""
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.balance.planner import Plan
+from bert_fast.report.schema import ClipRecord, StepLine
 from bert_fast.report.stragglers import StragglerTally
 from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
+from bert_fast.train.collectives import gather_floats
+from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import TrainComponents, gather_floats
 from bert_fast.train.step import StepResult
 
 _COST_ROWS = 64  # measurements of cost in a log line (at least one of every rank)
 
 
 @dataclass(frozen=True)
-class Exchanged:
-    """The same on every rank: figures of a log line, the signal at which to stop (0: none), the first rank with an alarm.
+class IntervalSummary:
+    """An interval over all ranks. The same on every rank, but that only rank 0 has the line."""
 
-    `strayed` is the first rank whose plans, or masked tokens in them, were not rank 0's.
-    """
-
-    values: dict[str, Any]
-    seconds: float
+    line: StepLine | None
+    seconds: float  # of training
     steps: int
-    signal: int
-    alarmed: int | None
-    strayed: int | None
+    signal: int  # at which all ranks shall stop; 0: go on
+    first_rank_with_alarm: int | None
+    first_rank_with_other_plan: int | None  # whose plans, or masked tokens in them, were not rank 0's
 
 
 class IntervalMetrics:
@@ -42,13 +40,13 @@ class IntervalMetrics:
     def __init__(
         self,
         environment: Environment,
-        machinery: TrainComponents,
+        components: TrainComponents,
         clock: Clock,
         progress: Progress,
         cost: CostModel,
         global_batch_size: int,
     ) -> None:
-        self._environment, self._machinery, self._clock, self._progress = environment, machinery, clock, progress
+        self._environment, self._components, self._clock, self._progress = environment, components, clock, progress
         self._cost, self._global_batch = cost, global_batch_size
         self.stragglers = StragglerTally()
         self.reset()
@@ -79,22 +77,22 @@ class IntervalMetrics:
         self._optimizer_s += result.optimizer_s
         self._progress.add("imbalance", plan.imbalance)
 
-    def exchange(self, signal: int, alarm: bool) -> Exchanged:
-        """Figures over all ranks, counted into the run's sums; the next interval begins. A collective.
+    def summarize(self, signal: int, alarm: bool) -> IntervalSummary:
+        """The interval over all ranks, counted into the run's sums; the next one begins. A collective.
 
         Args:
             signal: the signal this rank was sent, 0 for none.
             alarm: whether this rank has found something for which all shall stop.
         """
-        steps, step = self.steps, self._machinery.step
-        if step.compute_timer is not None:
-            self._compute = step.compute_timer.read()
-        if step.exposed_timer is not None:
-            self._exposed_s = sum(step.exposed_timer.read())
+        steps, device_times = self.steps, self._components.step.read_device_times()
+        if device_times is not None:
+            self._compute = device_times.compute_s
+            if device_times.exposed_s is not None:
+                self._exposed_s = device_times.exposed_s
         table = gather_floats(
             [*self._losses.tolist(), float(signal), float(alarm), self._exposed_s, self._data_s, self._optimizer_s,
              float(self._checksum), *self._compute],
-            self._environment,
+            self._environment.device,
         )  # fmt: skip
         mlm_sum, nsp_sum, signals, alarms, exposed_s, data_s, optimizer_s, checksums = table[:, :8].T
         compute = table[:, 8:]  # [ranks, steps]
@@ -110,26 +108,40 @@ class IntervalMetrics:
         progress.add("compute_imbalance", uneven.sum())
         seconds = self._clock.training - self._start
         mlm, nsp = mlm_sum.sum() / self._masked, nsp_sum.sum() / (steps * self._global_batch)
-        values = {
-            "samples": progress.samples, "time_s": self._clock.elapsed, "loss": mlm + nsp, "mlm_loss": mlm,
-            "nsp_loss": nsp, "lr": self._lr, "grad_norm": float(self._norm),
-            "samples_per_s": steps * self._global_batch / seconds,
-            "imbalance": [round(plan.imbalance, 6) for plan in self._plans],
-            "compute_imbalance": [round(x, 4) for x in uneven.tolist()],
-            "compute_ms": np.round(1e3 * compute.mean(axis=1), 3).tolist(),
-            "data_ms_rank": np.round(1e3 * data_s / steps, 3).tolist(),
-            "exposed_ms_rank": np.round(1e3 * exposed_s / steps, 3).tolist(),
-            "exposed_ms": 1e3 * exposed_s.min() / steps, "data_ms": 1e3 * data_s.max() / steps,
-            "optimizer_ms": 1e3 * optimizer_s.mean() / steps, "capped": sum(plan.capped for plan in self._plans),
-        }  # fmt: skip
+        line = None
         if self._environment.is_main:
-            values["cost"] = self._cost_rows(compute)
+            line = StepLine(
+                step=progress.step,
+                samples=progress.samples,
+                time_s=self._clock.elapsed,
+                loss=mlm + nsp,
+                mlm_loss=mlm,
+                nsp_loss=nsp,
+                lr=self._lr,
+                grad_norm=float(self._norm),
+                samples_per_s=steps * self._global_batch / seconds,
+                imbalance=[round(plan.imbalance, 6) for plan in self._plans],
+                compute_imbalance=[round(x, 4) for x in uneven.tolist()],
+                compute_ms=np.round(1e3 * compute.mean(axis=1), 3).tolist(),
+                data_ms_rank=np.round(1e3 * data_s / steps, 3).tolist(),
+                exposed_ms_rank=np.round(1e3 * exposed_s / steps, 3).tolist(),
+                exposed_ms=1e3 * exposed_s.min() / steps,
+                data_ms=1e3 * data_s.max() / steps,
+                optimizer_ms=1e3 * optimizer_s.mean() / steps,
+                capped=sum(plan.capped for plan in self._plans),
+                cost=self._cost_rows(compute),
+                clip=self._clip_records(),
+            )
         self.reset()
         differ = checksums != checksums[0]
-        return Exchanged(
-            values, seconds, steps, int(signals.max()), int(alarms.argmax()) if alarms.any() else None,
-            int(differ.argmax()) if differ.any() else None,
-        )  # fmt: skip
+        return IntervalSummary(
+            line,
+            seconds,
+            steps,
+            int(signals.max()),
+            first_rank_with_alarm=int(alarms.argmax()) if alarms.any() else None,
+            first_rank_with_other_plan=int(differ.argmax()) if differ.any() else None,
+        )
 
     def _count_stragglers(self, compute: np.ndarray, data_s: np.ndarray, exposed_s: np.ndarray) -> None:
         """Who was last in these steps; work that was planned to be uneven is allowed for."""
@@ -140,13 +152,17 @@ class IntervalMetrics:
         waits = exposed_s if exposed_s.any() else None  # DDP's is inside backward, a graph's inside the step
         self.stragglers.add(compute, np.maximum(np.stack(costs, axis=1), 1e-12), data_wait=data_s, exposed=waits)
 
-    def _cost_rows(self, compute: np.ndarray) -> list[list[float]]:
+    def _cost_rows(self, compute: np.ndarray) -> list[tuple[int, int, float]]:
         """(tokens, squared lengths, milliseconds) of ranks in the interval's last steps, for a later fit of the cost."""
         steps = max(1, _COST_ROWS // self._environment.world_size)
         return [
-            [int(tokens), int(squared), round(1e3 * seconds, 3)]
+            (int(tokens), int(squared), round(1e3 * seconds, 3))
             for plan, times in zip(self._plans[-steps:], compute.T[-steps:], strict=True)
             for tokens, squared, seconds in zip(
                 plan.tokens.sum(axis=1), plan.tokens_squared.sum(axis=1), times, strict=True
             )
         ]
+
+    def _clip_records(self) -> dict[str, ClipRecord]:
+        statistics = self._machinery.engine.clip_statistics.read()
+        return {group: ClipRecord(**values) for group, values in statistics.items()}

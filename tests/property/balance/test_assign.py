@@ -1,4 +1,4 @@
-"""Properties of the strategies that deal samples to ranks, and plain versions of the fast ones."""
+"""Properties of the algorithms that assign samples to ranks, and plain versions of the fast ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.lengths import MAX_LEN, costs_of, make_lengths
 from bert_fast.balance import assign
 from bert_fast.balance.cost import CostModel, imbalance
 
-DEALS = {
+ALGORITHMS = {
     "in_order": assign.in_order,
     "round_robin": assign.round_robin,
     "snake": assign.snake,
@@ -25,10 +25,10 @@ DEALS = {
 }
 
 
-@pytest.mark.parametrize("name", DEALS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
 def test_every_deal_is_a_permutation_with_equal_counts(name: str, ranks: int, per_rank: int, seed: int) -> None:
-    grid = DEALS[name](costs_of(ranks * per_rank, seed), ranks)
+    grid = ALGORITHMS[name](costs_of(ranks * per_rank, seed), ranks)
     assert grid.shape == (ranks, per_rank)
     assert np.issubdtype(grid.dtype, np.integer)
     np.testing.assert_array_equal(np.sort(grid.ravel()), np.arange(ranks * per_rank))
@@ -38,13 +38,13 @@ def test_every_deal_is_a_permutation_with_equal_counts(name: str, ranks: int, pe
 def test_deals_do_not_change_their_input(ranks: int, per_rank: int, seed: int) -> None:
     costs = costs_of(ranks * per_rank, seed)
     before = costs.copy()
-    for deal in DEALS.values():
-        deal(costs, ranks)
+    for assign_all in ALGORITHMS.values():
+        assign_all(costs, ranks)
     np.testing.assert_array_equal(costs, before)
 
 
 def test_snake_by_hand() -> None:
-    costs = np.array([5.0, 9, 1, 7, 3, 8])  # falling: 1 5 3 0 4 2
+    costs = np.array([5.0, 9, 1, 7, 3, 8])  # descending: 1 5 3 0 4 2
     assert assign.snake(costs, 2).tolist() == [[1, 0, 4], [5, 3, 2]]
     assert assign.snake(costs, 3).tolist() == [[1, 2], [5, 4], [3, 0]]
 
@@ -64,8 +64,8 @@ def imbalance_of(costs: np.ndarray, grid: np.ndarray) -> float:
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 10_000))
 def test_imbalance_is_at_least_one(ranks: int, per_rank: int, seed: int) -> None:
     costs = costs_of(ranks * per_rank, seed)
-    for deal in DEALS.values():
-        value = imbalance_of(costs, deal(costs, ranks))
+    for assign_all in ALGORITHMS.values():
+        value = imbalance_of(costs, assign_all(costs, ranks))
         assert 1 - 1e-12 <= value <= ranks + 1e-12
 
 
@@ -76,8 +76,8 @@ def test_karmarkar_karp_is_mostly_better_than_the_snake_and_much_better_than_cha
         ranks, per_rank = int(rng.integers(2, 17)), int(rng.integers(2, 17))
         costs = costs_of(ranks * per_rank, seed)
         excess = [
-            imbalance_of(costs, deal(costs, ranks)) - 1
-            for deal in (assign.karmarkar_karp, assign.snake, assign.in_order)
+            imbalance_of(costs, assign_all(costs, ranks)) - 1
+            for assign_all in (assign.karmarkar_karp, assign.snake, assign.in_order)
         ]
         better += excess[0] <= excess[1] + 1e-12
         ratios.append((excess[0] + 1e-9) / (excess[2] + 1e-9))
@@ -105,7 +105,7 @@ def best_imbalance(costs: np.ndarray, ranks: int) -> float:
 
 @pytest.mark.parametrize(("ranks", "per_rank"), [(2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (4, 2)])
 def test_karmarkar_karp_is_near_the_optimum_on_small_inputs(ranks: int, per_rank: int) -> None:
-    """Pairs are dealt optimally (longest with shortest); larger groups stay within a known bound (Michiels et al.)."""
+    """Pairs are assigned optimally (longest with shortest); larger groups stay within a known bound (Michiels et al.)."""
     ratios = []
     for seed in range(15):
         costs = costs_of(ranks * per_rank, seed)
@@ -119,11 +119,11 @@ def test_karmarkar_karp_is_near_the_optimum_on_small_inputs(ranks: int, per_rank
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
 def test_a_known_order_changes_nothing(ranks: int, per_rank: int, seed: int) -> None:
-    """The planner sorts by length: an order of falling cost, equals in their order, like the strategies' own."""
+    """The planner sorts by length: an order of descending cost, equals in their order, like the algorithms' own."""
     costs = costs_of(ranks * per_rank, seed)
-    order = assign.falling(costs)
-    for deal in (assign.round_robin, assign.snake, assign.karmarkar_karp, assign.balanced, assign.longest_first):
-        np.testing.assert_array_equal(deal(costs, ranks), deal(costs, ranks, order))
+    order = assign.descending(costs)
+    for assign_all in (assign.round_robin, assign.snake, assign.karmarkar_karp, assign.balanced, assign.longest_first):
+        np.testing.assert_array_equal(assign_all(costs, ranks), assign_all(costs, ranks, order))
 
 
 def test_round_robin_by_hand() -> None:
@@ -145,7 +145,7 @@ def plain_longest_first(costs: np.ndarray, num_slots: int) -> np.ndarray:
     """Graham's LPT sample by sample."""
     heap = [(0, slot) for slot in range(num_slots)]
     slot_of = np.empty(len(costs), np.int64)
-    for sample in assign.falling(costs).tolist():
+    for sample in assign.descending(costs).tolist():
         load, slot = heapq.heappop(heap)
         slot_of[sample] = slot
         heapq.heappush(heap, (load + int(costs[sample]), slot))
@@ -171,7 +171,7 @@ def test_grid_holds_every_sample_in_its_slot(slots: int, count: int, spare: int,
 
 
 @given(st.integers(2, 12), st.integers(1, 8), st.integers(0, 1000))
-def test_refinement_never_makes_the_dearest_dearer(ranks: int, per_rank: int, seed: int) -> None:
+def test_refinement_never_raises_the_costliest(ranks: int, per_rank: int, seed: int) -> None:
     costs = costs_of(ranks * per_rank, seed)
     before = assign.in_order(costs, ranks)
     after = assign.refine(costs, before, budget_ms=0.5)
@@ -194,7 +194,7 @@ LAWS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 @pytest.mark.parametrize("law", LAWS)
 def test_balanced_is_near_the_bound_for_any_law_of_lengths(law: str) -> None:
-    """1,024 ranks of 16 samples each: within 0.1 % of what no deal can be below."""
+    """1,024 ranks of 16 samples each: within 0.1 % of what no assignment can be below."""
     rng, table = np.random.default_rng(0), CostModel(6_243.0, 1.0).table(512)[0]
     for _ in range(3):
         costs = table[LAWS[law](rng, 16_384)]
@@ -252,7 +252,7 @@ def test_free_counts_hold_every_sample_once_under_the_cap(slots: int, per_slot: 
 
 
 def test_the_cap_bites_and_holds() -> None:
-    """Tokens of short samples are cheap where attention is dear: without a cap a slot of them grows long."""
+    """Tokens of short samples are cheap where attention is costly: without a cap a slot of them grows long."""
     lengths = np.array([100, 100] + [10] * 60)
     costs = lengths**2
     free, capped = assign.balanced_free(costs, 4, tokens=lengths, cap=10_000)
@@ -275,9 +275,9 @@ def test_free_counts_are_no_worse_than_the_greedy(slots: int, per_slot: int, see
 
 
 def test_plans_do_not_depend_on_the_unit_of_cost() -> None:
-    """Whole numbers: the same deal whether cost is in FLOPs or in milliseconds."""
+    """Whole numbers: the same assignment whether cost is in FLOPs or in milliseconds."""
     lengths = make_lengths(96)
     tables = [CostModel(a * unit, b * unit).table(MAX_LEN)[0] for a, b in ((3.0, 0.07),) for unit in (1.0, 1e12, 1e-9)]
-    deals = [assign.balanced(table[lengths], 12) for table in tables]
-    np.testing.assert_array_equal(deals[0], deals[1])
-    np.testing.assert_array_equal(deals[0], deals[2])
+    found = [assign.balanced(table[lengths], 12) for table in tables]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])

@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-from bench_planner import random_timeline as random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from bert_fast.communication.plan import (
     timeline,
     uniform_ends,
 )  # fmt: skip
+from scripts.benchmarks.bucket_planner import random_timeline as random_case
 
 
 def brute_force(ready: np.ndarray, sizes: np.ndarray, link: Link) -> float:

@@ -120,5 +120,5 @@ def test_bad_cost_file_gets_one_line(tmp_path: Path, text: str, why: str) -> Non
 
 
 def test_missing_cost_file_gets_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"balance\.cost_file .*No such file.*give the cost\.json of a finished run"):
+    with pytest.raises(UserError, match=r"balance\.cost .*No such file.*give the cost\.json of a finished run"):
         read_cost(tmp_path / "cost.json")

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bert_fast.communication.buckets import FlatGradients, Layout, clip_group_of, measure_ready_order, plan_layout
-from bert_fast.communication.clip import MODES, ClipStatistics, coefficient, group_threshold
+from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import WireFormat, wire_format
 from bert_fast.config import ModelConfig
+from bert_fast.config.choices import CLIP_MODES
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
 
@@ -370,7 +371,7 @@ def plain_gradients(clip: str, max_norm: float, factor: float) -> tuple[dict[str
 @pytest.mark.parametrize("scale", [None, 1024.0])
 @pytest.mark.parametrize("bucket_mb", [1e-6, 4e-4, 100.0])
 @pytest.mark.parametrize("max_norm", [0.3, 1e3])
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_reducer_on_one_rank_equals_autograd_and_plain_clipping(
     clip: str, max_norm: float, bucket_mb: float, scale: float | None
 ) -> None:
@@ -386,9 +387,9 @@ def test_reducer_on_one_rank_equals_autograd_and_plain_clipping(
 
 def test_the_oracle_clips() -> None:
     """At the small threshold every mode changes the gradient, each in its own way; at the large one none does."""
-    small = {clip: plain_gradients(clip, 0.3, 1.0)[0]["layers.1.weight"] for clip in MODES}
-    large = {clip: plain_gradients(clip, 1e3, 1.0)[0]["layers.1.weight"] for clip in MODES}
-    assert all(torch.equal(large[clip], large["none"]) for clip in MODES)
+    small = {clip: plain_gradients(clip, 0.3, 1.0)[0]["layers.1.weight"] for clip in CLIP_MODES}
+    large = {clip: plain_gradients(clip, 1e3, 1.0)[0]["layers.1.weight"] for clip in CLIP_MODES}
+    assert all(torch.equal(large[clip], large["none"]) for clip in CLIP_MODES)
     assert not torch.equal(small["none"], small["global_before_reduce"])
     assert not torch.allclose(small["bucket_before_reduce"], small["global_before_reduce"], rtol=1e-3)
     torch.testing.assert_close(small["global_before_reduce"], small["global_after_reduce"])
@@ -400,7 +401,7 @@ def test_clipped_squares_of_a_rank_stay_below_the_threshold() -> None:
     assert norm.item() <= 0.3 * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_shows_in_the_norm(clip: str, bad: float) -> None:
     net = make_net()
@@ -409,7 +410,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(clip: str, bad: float) 
     assert torch.isfinite(run_reducer(reducer, net, 1.0)), "and is gone in the next step"
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_statistics_of_the_reducer(clip: str) -> None:
     net = make_net()
     reducer = reducer_of(net, clip, 0.3)

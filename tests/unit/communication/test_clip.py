@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bert_fast.communication.buckets import plan_layout
-from bert_fast.communication.clip import MODES
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
+from bert_fast.config.choices import CLIP_MODES
 
 BY_FIRST_NAME = {"a": "^a", "b": "^b", "c": "^c"}
 SIZES = {"a.x": 3, "b.x": 40, "c.x": 17, "a.y": 16, "b.y": 1, "c.y": 5, "a.z": 33}
@@ -123,7 +123,7 @@ def assert_near(found: Gradients, expected: Gradients, rel: float) -> None:
 
 
 @given(
-    clip=st.sampled_from(MODES), rng=st.randoms(use_true_random=False), scale=st.sampled_from([None, 1.0, 3.7, 65536.0]),
+    clip=st.sampled_from(list(CLIP_MODES)), rng=st.randoms(use_true_random=False), scale=st.sampled_from([None, 1.0, 3.7, 65536.0]),
     max_norm=st.floats(1e-4, 1e3), micro_batches=st.integers(1, 3),
     bucket_mb=st.one_of(st.floats(1e-6, 1e-3), st.lists(st.floats(1e-6, 1e-3), min_size=1, max_size=4)),
 )  # fmt: skip
@@ -147,7 +147,7 @@ BUCKETS = [1e-9, 1e-4, 1.5e-4, 3e-4, 25.0, [1e-9, 25.0], [2e-4, 1e-9]]
 
 @pytest.mark.parametrize("scale", [None, 65536.0])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_buckets_do_not_change_a_bit(clip: str, order: list[int], scale: float | None) -> None:
     results, counts = [], set()
     for bucket_mb in BUCKETS:
@@ -198,7 +198,7 @@ def test_a_group_at_its_threshold_is_left_alone() -> None:
 
 @pytest.mark.parametrize("scale", [2.0**-4, 2.0, 1024.0, 65536.0])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_a_power_of_two_as_loss_scale_leaves_not_a_bit_of_trace(clip: str, micro_batches: int, scale: float) -> None:
     """In fp32, gradient, norm and what is said of clipping are those without a scale: it only moves exponents."""
     batches = [drawn(seed, torch.float32) for seed in range(micro_batches)]
@@ -213,7 +213,7 @@ def test_a_power_of_two_as_loss_scale_leaves_not_a_bit_of_trace(clip: str, micro
     assert_near(results[0][0], plainly_clipped(batches, clip, 1.0, members(SIZES)), rel=1e-5)
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_a_scale_that_changes_from_step_to_step(clip: str) -> None:
     """As after an overflow: each step is unscaled by the scale that it ran under, also one without any after one with."""
     reducer = Way(clip).reducer(SIZES)
@@ -271,7 +271,7 @@ def test_one_bad_group_is_nan_and_the_others_are_as_ever(bad: float, scale: floa
     assert_near(found, expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_an_overflow_by_the_scale_alone_shows(clip: str) -> None:
     """Gradients are fine, times the loss scale they are not: the step must be skipped."""
     reducer = Way(clip, dtype=torch.float32).reducer(SIZES)

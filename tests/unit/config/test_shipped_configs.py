@@ -61,12 +61,10 @@ def test_config_loads_and_dry_runs(
     ):
         assert part in printed, part
     batch = config.batch
-    assert (
-        f"{batch.global_batch_size:,} = {batch.micro_batch_size} x {config.system.world_size:,} ranks x {batch.gradient_accumulation_steps}"
-        in printed
-    )
+    factors = f"{batch.micro_batch_size} x {config.system.world_size:,} ranks x {batch.gradient_accumulation_steps}"
+    assert f"{batch.global_batch_size:,} = {factors}" in printed
     assert f"{num_parameters(config.model):,} parameters" in printed
-    assert "made-up lengths" in printed
+    assert "lengths as in MLPerf's Wikipedia" in printed
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
 

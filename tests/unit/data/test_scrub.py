@@ -95,14 +95,14 @@ def test_a_file_that_goes_is_found(watch: Callable[..., Scrubber], copy: Path, n
 def test_a_file_that_goes_between_two_looks_is_named(
     watch: Callable[..., Scrubber], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names_stand = Scrubber._names_stand
+    names_stand = Scrubber._files_are_same
 
     def then_it_goes(self: Scrubber) -> bool:
         stands = names_stand(self)
         (copy / "samples.bin").unlink(missing_ok=True)
         return stands
 
-    monkeypatch.setattr(Scrubber, "_names_stand", then_it_goes)
+    monkeypatch.setattr(Scrubber, "_files_are_same", then_it_goes)
     found = watch()
     until(lambda: found.alarm)
     assert "samples.bin has vanished" in str(found.alarm)

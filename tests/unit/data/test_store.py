@@ -16,8 +16,9 @@ import pytest
 
 from bert_fast import files
 from bert_fast.data.batch import Batch
+from bert_fast.data.record import pack_record, unpack_record
 from bert_fast.data.samples import Sample, SampleParams, make_samples
-from bert_fast.data.store import FORMAT, Store, merge_parts, pack_record, read_part, unpack_record, write_part
+from bert_fast.data.store import FORMAT, Store, merge_parts, read_part, write_part
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.errors import UserError
 
@@ -251,7 +252,7 @@ def test_check_accepts_what_fits(store: Store) -> None:
         ({"vocab_size": 59}, "a vocabulary of 60 tokens and model.vocab_size=59"),
         ({"max_seq_len": 39}, "a sample of 40 tokens and data.max_seq_len=39; raise it or prepare shorter"),
         ({"vocab_sha256": "w" * 64}, r"vocab.*vvvvvvvv.*wwwwwwww.*prepare the data"),
-        ({"sha256": "x" * 64}, r"data\.eval_sha256.*xxxxxxxx.*prepare the data"),
+        ({"sha256": "x" * 64}, r"evaluation\.sha256.*xxxxxxxx.*prepare the data"),
     ],
     ids=["vocabulary too large", "sample too long", "other vocabulary", "other evaluation set"],
 )

@@ -581,7 +581,6 @@ def test_bad_submissions(desk: Desk, arguments: list[str], word: str) -> None:
 def test_of_two_submissions_in_a_second_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, desk: Desk
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import submit_slurm
 
     monkeypatch.setattr(submit_slurm.shutil, "which", lambda _name: "/bin/true")

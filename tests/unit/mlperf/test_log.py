@@ -12,7 +12,7 @@ import pytest
 from mlperf_logging.mllog import constants
 
 from bert_fast.config import Config
-from bert_fast.mlperf.compliance import Verdict, check_log
+from bert_fast.mlperf.compliance import CheckerVerdict, check_log
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.mlperf.rules import RULESET, TARGET_ACCURACY, evaluation_interval
 
@@ -45,7 +45,7 @@ def config_of(make_config: Callable[..., Config]) -> Callable[[str], Config]:
     return lambda division: make_config(f"mlperf.division={division}", "optimizer.name=lamb", "mlperf.enabled=true")
 
 
-def checked(path: Path, config: Config, edit: Edit | None = None, **values: Any) -> Verdict:
+def checked(path: Path, config: Config, edit: Edit | None = None, **values: Any) -> CheckerVerdict:
     write_log(path, config, **values)
     if edit:
         before = path.read_text().splitlines()
@@ -169,7 +169,7 @@ def test_lines_carry_time_file_and_metadata(tmp_path: Path, config_of: Callable[
     assert times == sorted(times)
     accuracy = [entry for entry in logged if entry["key"] == "eval_accuracy"]
     assert [(entry["value"], entry["metadata"]["epoch_num"]) for entry in accuracy] == [(0.5, 32), (0.7301, 64)]
-    assert all(Path(entry["metadata"]["file"]).name.startswith("test_mlperf") for entry in accuracy), (
+    assert all(Path(entry["metadata"]["file"]).name.startswith("test_log") for entry in accuracy), (
         "the caller's line"
     )
     stop = next(entry for entry in logged if entry["key"] == "run_stop")

@@ -24,9 +24,7 @@ CLOSED: dict[str, Any] = {
     "communication": {"clip": "global_before_reduce"},
     "optimizer": {"name": "lamb", "lr": 4.25e-4, "weight_decay": 0.01},
     "schedule": {"total_steps": 6700},
-    "train": {
-        "max_steps": 6700,
-    },
+    "train": {"max_steps": 6700},
     "system": {"world_size": 8, "device": "cuda"},
     "mlperf": {"division": "closed"},
 }  # fmt: skip
@@ -73,10 +71,10 @@ def test_a_closed_config_is_let_through() -> None:
         ({"balance__strategy": "stratified_presort"}, "balance.strategy=stratified_presort"),
         ({"evaluation__num_samples": None}, "evaluation.num_samples=None"),
         ({"evaluation__num_samples": 5000}, "evaluation.num_samples=5000"),
-        ({"train__target_accuracy": 0.7}, "evaluation.target_accuracy=0.7"),
+        ({"evaluation__target_accuracy": 0.7}, "evaluation.target_accuracy=0.7"),
         ({"evaluation__every_samples": 175_000}, "evaluation.every_samples=175000"),
         ({"evaluation__start_samples": 1_000_000}, "evaluation.start_samples=1000000"),
-        ({"train__init_checkpoint": None}, "checkpoint.init_from is not set"),
+        ({"checkpoint__init_from": None}, "checkpoint.init_from is not set"),
         ({"schedule__power": 0.5}, "schedule.power=0.5"),
         ({"schedule__end_lr": 1e-5}, "schedule.end_lr=1e-05"),
     ],

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from score import COLUMNS, row_of
 from support.paths import ROOT
 
 from bert_fast.errors import UserError
 from bert_fast.mlperf.score import score_folder, score_run
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from score import COLUMNS, row_of  # noqa: E402
 
 
 def write_log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import math
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bert_fast.config.choices import ATTENTION_BACKENDS
 from bert_fast.errors import UserError
-from bert_fast.model import attention
-from bert_fast.model.attention import BACKENDS, SequenceLayout, choose_backend
+from bert_fast.model.attention import SequenceLayout, choose_backend, find_backend
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ def runs_here(name: str) -> bool:
     return True
 
 
-HERE = [name for name in BACKENDS if runs_here(name)]
+HERE = [name for name in ATTENTION_BACKENDS if runs_here(name)]
 MIXES = {
     "sorted mix": [512, 512, 500, 310, 307, 64, 33, 5, 1],
     "unsorted": [3, 512, 17, 16, 15, 1, 129],
@@ -64,7 +65,7 @@ def plain(qkv_T3HK: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 
 def forward_backward(name: str, lengths: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     qkv = random_qkv(sum(lengths), dtype=dtype)
-    out = BACKENDS[name](qkv, layout_of(lengths), 0.0) if name != "plain" else plain(qkv, lengths)
+    out = find_backend(name)(qkv, layout_of(lengths), 0.0) if name != "plain" else plain(qkv, lengths)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     (gradient,) = torch.autograd.grad((out * weights).sum(), qkv)
     return out.detach(), gradient
@@ -115,7 +116,7 @@ def test_sequences_do_not_see_each_other(name: str) -> None:
     qkv = random_qkv(sum(lengths)).detach()
     changed = qkv.clone()
     changed[30:59] = torch.randn_like(changed[30:59])
-    a, b = (BACKENDS[name](x, layout_of(lengths), 0.0) for x in (qkv, changed))
+    a, b = (find_backend(name)(x, layout_of(lengths), 0.0) for x in (qkv, changed))
     assert torch.equal(a[:30], b[:30])
     assert torch.equal(a[59:], b[59:])
     assert not torch.equal(a[30:59], b[30:59])
@@ -129,14 +130,14 @@ def test_a_layout_is_used_by_every_layer(name: str) -> None:
     for seed in range(2):
         torch.manual_seed(seed)
         qkv = torch.randn(46, 3, 2, 4, dtype=torch.float64)
-        torch.testing.assert_close(BACKENDS[name](qkv, layout, 0.0), plain(qkv, lengths), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(find_backend(name)(qkv, layout, 0.0), plain(qkv, lengths), rtol=1e-10, atol=1e-12)
 
 
 def test_backends_that_share_a_layout_do_not_share_its_groups() -> None:
     lengths = [40, 30, 29, 20, 7]
     layout, qkv = layout_of(lengths), random_qkv(sum(lengths)).detach()
     for name in (*HERE, *reversed(HERE)):
-        torch.testing.assert_close(BACKENDS[name](qkv, layout, 0.0), plain(qkv, lengths), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(find_backend(name)(qkv, layout, 0.0), plain(qkv, lengths), rtol=1e-10, atol=1e-12)
     assert layout.groups(0.0) != layout.groups(math.inf)
     assert layout.groups(0.15, 1) != layout.groups(0.15, 16)
 
@@ -146,8 +147,8 @@ def test_dropout_keeps_the_mean(name: str) -> None:
     """Averaged over many masks, dropout gives what none gives; a single mask does not."""
     lengths = [9, 9, 8]
     qkv, layout = random_qkv(26).detach(), layout_of(lengths)
-    exact = BACKENDS[name](qkv, layout, 0.0)
-    draws = torch.stack([BACKENDS[name](qkv, layout, 0.2) for _ in range(3000)])
+    exact = find_backend(name)(qkv, layout, 0.0)
+    draws = torch.stack([find_backend(name)(qkv, layout, 0.2) for _ in range(3000)])
     assert (draws[0] - exact).abs().max() > 0.05
     standard_error = draws.std(0) / 3000**0.5
     assert ((draws.mean(0) - exact).abs() < 5.5 * standard_error + 1e-12).all()
@@ -197,12 +198,12 @@ def test_auto_on_the_cpu_runs_on_the_cpu() -> None:
 @pytest.fixture
 def flash_installed(monkeypatch: pytest.MonkeyPatch):
     """`flash_installed(True or False)`: pretend."""
-    real = attention.importlib.util.find_spec
+    real = importlib.util.find_spec
 
     def set_to(there: bool) -> None:
         spec = importlib.machinery.ModuleSpec("flash_attn", None) if there else None
         monkeypatch.setattr(
-            attention.importlib.util, "find_spec", lambda name, *a: spec if name == "flash_attn" else real(name, *a)
+            importlib.util, "find_spec", lambda name, *a: spec if name == "flash_attn" else real(name, *a)
         )
 
     return set_to
@@ -265,5 +266,5 @@ def test_packed_rows_hold_every_token_once_and_no_row_is_too_long() -> None:
 
 def test_flash_that_is_not_installed_is_refused(flash_installed) -> None:
     flash_installed(False)
-    with pytest.raises(UserError, match="flash-attn is not installed; use auto or grouped"):
+    with pytest.raises(UserError, match="needs the package flash-attn, which is not installed; use auto or grouped"):
         choose_backend("flash", torch.device("cuda"), torch.bfloat16, 0.0)

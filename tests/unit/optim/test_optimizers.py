@@ -340,8 +340,14 @@ def test_apex_that_is_not_installed_says_the_mend(monkeypatch: pytest.MonkeyPatc
 def test_apex_is_asked_for_the_same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for apex: Adam with decoupled decay, on matrices only."""
     seen: dict[str, Any] = {}
+
+    class FusedAdam(torch.optim.Optimizer):
+        def __init__(self, groups: Any, **settings: Any) -> None:
+            super().__init__(groups, {})
+            seen.update(groups=groups, **settings)
+
     module = types.ModuleType("apex.optimizers")
-    module.FusedAdam = lambda groups, **settings: seen.update(groups=groups, **settings)  # type: ignore[attr-defined]
+    module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
     build_optimizer(tiny_model().named_parameters(), OptimizerConfig(use_apex=True, weight_decay=0.3))

@@ -10,21 +10,26 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import watch as watch_script
 import yaml
 from rich.console import Console
 from support.paths import ROOT
+from support.run_files import run_record
 
 from bert_fast.errors import UserError
-from bert_fast.report.live import RunWatch, Tail, forecast, sparkline
+from bert_fast.report.console import sparkline
+from bert_fast.report.forecast import forecast
+from bert_fast.report.foreign_run import _READERS, _REQUIRED
+from bert_fast.report.live import RunWatch
+from bert_fast.report.schema import FORMAT, EvaluationLine, SkippedLine, StepLine
+from bert_fast.report.tail import Tail
 
 SCRIPT = ROOT / "scripts" / "watch.py"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import watch as watch_script  # noqa: E402
 
 CONFIG = """
 run: {name: made_up}
@@ -105,7 +110,7 @@ def test_tail_starts_again_in_another_file(tmp_path: Path, new: str) -> None:
 
 
 def test_tail_reads_more_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bert_fast.report.live._BLOCK", 7)
+    monkeypatch.setattr("bert_fast.report.tail._BLOCK", 7)
     path = tmp_path / "lines"
     lines = [b"x" * size for size in (0, 3, 20, 7, 1)]
     path.write_bytes(b"\n".join([*lines, b"rest"]))
@@ -164,7 +169,7 @@ def test_states(folder: Path) -> None:
         (0, 0.5, "target missed"),
         (0, None, "no target was set"),
     ):
-        record = {"metrics": {"target_reached": reached}, "target_accuracy": target, "sessions": 2}
+        record = {"format": FORMAT, "metrics": {"target_reached": reached}, "target_accuracy": target, "sessions": 2}
         (folder / "metrics.json").write_text(json.dumps(record))
         now = look(watch)
         assert now["state"] == "finished"
@@ -178,10 +183,35 @@ def test_no_run(tmp_path: Path, name: str) -> None:
         RunWatch(tmp_path / name).poll()
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+def older(tree: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in tree.items() if name != "format"})
 
 
-def test_figures(folder: Path) -> None:
+def test_a_run_of_an_older_form_is_refused_in_one_line(folder: Path) -> None:
+    """While it goes and when it is done: its values would be read as if they were not set."""
+    append(folder, step_line(10))
+    (folder / "metrics.json").write_text(older(run_record().as_json()))
+    done = script(folder, "--once")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "metrics.json was written before the settings were renamed (it has no format)" in done.stderr
+    (folder / "metrics.json").unlink()
+    (folder / "config.yaml").write_text("batch: {global_batch: 64}\ntrain: {seed: 3, target_accuracy: 0.5}\n")
+    with pytest.raises(UserError, match=r"config\.yaml was written before the settings were renamed"):
+        RunWatch(folder).poll()
+
+
+def test_the_names_are_those_of_the_schema() -> None:
+    """Of what a run writes nothing is read by another name."""
+    names = {field.name for kind in (StepLine, EvaluationLine, SkippedLine) for field in fields(kind)}
+    assert set(_READERS) <= names
+    for kind in (StepLine, EvaluationLine):
+        assert set(_REQUIRED[kind.kind]) <= {field.name for field in fields(kind)}
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_numbers(folder: Path) -> None:
     append(
         folder,
         *(step_line(step) for step in (10, 20)),
@@ -222,13 +252,9 @@ def test_resumes_at_the_last_line_are_in_the_log(folder: Path) -> None:
     assert look(watch)["sessions"] == look(watch)["sessions"] == 3
 
 
-@pytest.mark.parametrize("where", ["nodes.json", "line"])
-def test_slow_rank_and_its_host(folder: Path, where: str) -> None:
+def test_slow_rank_and_its_host(folder: Path) -> None:
     hosts = [{"rank": 1, "host": "node-b"}, {"rank": 0, "host": "node-a"}]
-    if where == "nodes.json":
-        (folder / "nodes.json").write_text(json.dumps(hosts))
-    else:
-        append(folder, json.dumps({"kind": "nodes", "step": 0, "hosts": ["node-a", "node-b"]}) + "\n")
+    (folder / "nodes.json").write_text(json.dumps(hosts))
     append(folder, *(step_line(step) for step in range(10, 410, 10)))
     now = look(RunWatch(folder))
     first = now["slowest"][0]
@@ -353,14 +379,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize("value", WRONG, ids=range(len(WRONG)))
-@pytest.mark.parametrize("kind", ["step", "eval", "skipped", "nodes"])
+@pytest.mark.parametrize("kind", ["step", "eval", "skipped", "unknown"])
 def test_values_of_another_kind_in_a_line(folder: Path, kind: str, value: Any) -> None:
     """Each value of each line in turn: the line is read, or left out and counted, and what is printed is short and plain."""
     good = {
         "step": json.loads(step_line(25, data_ms_rank=[1.0, 2.0], exposed_ms_rank=[1.0, 2.0], lr=0.1, grad_norm=1.0)),
         "eval": json.loads(eval_line(20, 0.3)),
         "skipped": {"kind": "skipped", "step": 29, "bad_step": 28, "ranks": [1]},
-        "nodes": {"kind": "nodes", "step": 0, "hosts": ["node-a", "node-b"]},
+        "unknown": {"kind": "unknown", "step": 0},
     }[kind]
     append(folder, *(step_line(step) for step in (10, 20)), *(eval_line(step, 0.01 * step) for step in range(1, 8)))
     append(
@@ -395,7 +421,8 @@ def assert_plain(now: dict[str, Any]) -> None:
 def test_values_of_another_kind_beside_the_lines(folder: Path, file: str, path: str, value: Any) -> None:
     append(folder, *(step_line(step) for step in (10, 20)), *(eval_line(step, 0.01 * step) for step in range(1, 8)))
     tree: Any = {
-        "config.yaml": yaml.safe_load(CONFIG), "metrics.json": {"metrics": {}, "target_accuracy": 0.5, "sessions": 1},
+        "config.yaml": yaml.safe_load(CONFIG),
+        "metrics.json": {"format": FORMAT, "metrics": {}, "target_accuracy": 0.5, "sessions": 1},
         "stopped.json": {"step": 3, "signal": "SIGTERM"}, "nodes.json": [],
         "result_0.txt": {"key": "run_stop", "value": None, "metadata": {"status": "aborted"}},
     }[file]  # fmt: skip
@@ -406,7 +433,11 @@ def test_values_of_another_kind_beside_the_lines(folder: Path, file: str, path: 
         node[keys[-1]] = value
     text = json.dumps(tree if path else value) + "\n"
     (folder / file).write_text(f":::MLLOG {text}" if file == "result_0.txt" else text)
-    assert_plain(look(RunWatch(folder)))
+    if (file, path, value) == ("metrics.json", "", {}):
+        with pytest.raises(UserError, match="it has no format"):
+            look(RunWatch(folder))
+    else:
+        assert_plain(look(RunWatch(folder)))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +504,8 @@ def test_follows_until_the_end_without_a_terminal(folder: Path) -> None:
         assert process.stdout.readline().startswith("waiting")
         append(folder, step_line(10))
         assert process.stdout.readline().startswith("running | step 10 ")
-        (folder / "metrics.json").write_text('{"metrics": {"target_reached": 1}, "target_accuracy": 0.5}')
+        record = {"format": FORMAT, "metrics": {"target_reached": 1}, "target_accuracy": 0.5}
+        (folder / "metrics.json").write_text(json.dumps(record))
         assert process.stdout.readline().startswith("finished: target reached | step 10 ")
         assert process.wait(20) == 0
     finally:

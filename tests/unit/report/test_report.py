@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.run_files import evaluation_line, run_record, step_line, write_run
 
 from bert_fast.errors import UserError
 from bert_fast.files import cut_last_line
@@ -18,6 +19,7 @@ from bert_fast.report.console import print_table
 from bert_fast.report.html import write_report
 from bert_fast.report.metrics import MetricsWriter, cost_rows, read_metrics
 from bert_fast.report.preflight import node_table
+from bert_fast.report.schema import ClipRecord, ComplianceRecord, Line, RunRecord, SkippedLine, TimeSplit, read_record
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 LOADING = {"src", "href", "xlink:href", "data", "srcset", "action"}
@@ -51,54 +53,16 @@ class Page(HTMLParser):
         self.text += data
 
 
-def step_line(step: int, every: int = 10) -> dict[str, Any]:
-    return {
-        "kind": "step", "step": step, "samples": 64 * step, "time_s": 0.1 * step, "loss": 9.0 / math.log(step + 2),
-        "mlm_loss": 8.0, "nsp_loss": 0.7, "lr": 1e-3, "grad_norm": 0.8 + 0.1 * math.sin(step), "samples_per_s": 400.0,
-        "imbalance": [1.0 + 1e-5 * (i % 3) for i in range(every)], "compute_ms": [120.0, 118.5], "exposed_ms": 7.3,
-        "data_ms": 1.1, "optimizer_ms": 1.4,
-        "clip": {"embeddings": {"clipped_share": 0.5, "mean_coefficient": 0.25 if step % 20 else 0.75}},
-    }  # fmt: skip
-
-
-def evaluation(step: int, accuracy: float) -> dict[str, Any]:
-    return {
-        "step": step, "samples": 64 * step, "time_s": 0.1 * step, "accuracy": accuracy, "mlm_loss": 4.5,
-        "nsp_accuracy": 0.61, "nsp_loss": 0.65,
-    }  # fmt: skip
-
-
-def make_record(evaluations: list[dict[str, Any]], name: str = "mini") -> dict[str, Any]:
-    store = {"num_samples": 1000, "mean_length": 94.5, "sha256": "ab" * 32, "vocab_sha256": None}
-    return {
-        "metrics": {
-            "time_to_train_s": 12.5, "samples_to_target": 12800, "target_reached": 1, "final_accuracy": 0.3375,
-            "steps": 200, "samples_per_s": 1024.0, "tokens_per_s": 96000.0, "imbalance_mean": 1.00002,
-            "compute_imbalance": 1.03, "data_wait_share": 0.01, "exposed_communication_s": 0.0073, "first_step_s": 0.4,
-            "mfu": 0.42, "matmul_peak_tflops": 0.34, "gradient_bytes_per_step": 1e6, "compliance_passed": 1,
-        },
-        "config": {"run": {"name": name}, "train": {"seed": 7}, "batch": {"global_batch_size": 64}},
-        "environment": {"torch": "2.13.0", "device": "some CPU", "load_average": [1.0, 2.0], "commit": None},
-        "status": "success", "target_accuracy": 0.3325, "evaluations": evaluations,
-        "time_split_s": {"forward and backward": 9.0, "evaluation": 2.5, "checkpoint": 0.0, "other": 1.0},
-        "init_s": 3.0, "sessions": 1, "peak_memory": {"host_mib": 900.0, "device_mib": 0.0},
-        "data": {"train": store, "eval": store},
-        "compliance": {"summary": "PASSED: compliance_checker", "passed": True, "text": "line 1 <ok> & SUCCESS"},
-    }  # fmt: skip
-
-
-def report(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    (folder / "metrics.json").write_text(json.dumps(record), encoding="utf-8")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    path = write_report(folder)
+def report(folder: Path, record: RunRecord, lines: list[Line]) -> str:
+    write_run(folder, record, lines)
+    path = write_report(folder, read_record(folder / "metrics.json"))
     assert path == folder / "report.html"
     return path.read_text(encoding="utf-8")
 
 
-def usual_run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    evaluations = [evaluation(100, 0.2125), evaluation(200, 0.3375)]
-    lines = [step_line(step) for step in range(10, 201, 10)]
-    return make_record(evaluations), [*lines, *({"kind": "eval", **e} for e in evaluations)]
+def usual_run() -> tuple[RunRecord, list[Line]]:
+    evaluations = [evaluation_line(100, 0.2125), evaluation_line(200, 0.3375)]
+    return run_record(evaluations), [*map(step_line, range(10, 201, 10)), *evaluations]
 
 
 def test_report_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
@@ -121,15 +85,15 @@ def test_report_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
 def test_evaluation_on_training_text_is_named(tmp_path: Path) -> None:
     record, lines = usual_run()
     assert "TRAINING TEXT" not in report(tmp_path, record, lines)
-    record["shared_text"] = [412, 500]
-    assert "TRAINING TEXT: 412 of 500 evaluation samples" in report(tmp_path, record, lines)
+    shared = replace(record, shared_text=(412, 500))
+    assert "TRAINING TEXT: 412 of 500 evaluation samples" in report(tmp_path, shared, lines)
 
 
 def test_run_name_and_texts_are_escaped(tmp_path: Path) -> None:
     record, lines = usual_run()
-    record["config"]["run"]["name"] = "<b>&"
-    record["environment"]["device"] = "<script>alert(1)</script>"
-    lines[0]["clip"] = {"<i>group": {"clipped_share": 0.5, "mean_coefficient": 0.5}}
+    record.config["run"]["name"] = "<b>&"
+    record.environment["device"] = "<script>alert(1)</script>"
+    lines[0] = step_line(10, clip={"<i>group": ClipRecord(clipped_share=0.5, mean_coefficient=0.5)})
     source = report(tmp_path, record, lines)
     page = Page(source)
     assert "<b>&" in page.text
@@ -140,11 +104,24 @@ def test_run_name_and_texts_are_escaped(tmp_path: Path) -> None:
 
 def test_missing_values_do_not_break_it(tmp_path: Path) -> None:
     record, lines = usual_run()
-    record["metrics"] |= {"mfu": None, "final_accuracy": None, "target_reached": 0}
-    record |= {"evaluations": [], "target_accuracy": None, "compliance": {"summary": "not checked"}, "time_split_s": {}}
-    bare = {"kind": "step", "step": 210, "time_s": 21.0, "loss": math.nan, "grad_norm": None, "samples": 1, "clip": {}}
-    skipped = {"kind": "skipped", "step": 210, "bad_step": 209, "ranks": [0]}
-    page = Page(report(tmp_path, record, [*(x for x in lines if x["kind"] == "step"), bare, skipped]))
+    metrics = replace(record.metrics, mfu=None, final_accuracy=None, target_reached=0, first_step_s=None)
+    nothing = TimeSplit(
+        forward_and_backward=0.0,
+        exposed_communication=0.0,
+        waiting_for_the_slowest_rank=0.0,
+        optimizer=0.0,
+        data_wait=0.0,
+        other=0.0,
+    )
+    record = run_record(
+        metrics=metrics,
+        target_accuracy=None,
+        compliance=ComplianceRecord(summary="not checked"),
+        time_split_s=nothing,
+    )
+    diverged = step_line(210, loss=math.nan, grad_norm=math.inf, clip={}, imbalance=[], compute_imbalance=[])
+    skipped = SkippedLine(step=210, bad_step=209, ranks=[0])
+    page = Page(report(tmp_path, record, [*(line for line in lines if line.kind == "step"), diverged, skipped]))
     for text in (
         "no target set",
         "compliance not checked",
@@ -156,30 +133,33 @@ def test_missing_values_do_not_break_it(tmp_path: Path) -> None:
 
 
 def test_a_run_without_lines(tmp_path: Path) -> None:
-    page = Page(report(tmp_path, make_record([]), []))
+    page = Page(report(tmp_path, run_record(), []))
     assert "No values were logged." in page.text
     assert "No clip statistics were logged." in page.text
 
 
 def test_steps_done_again_after_a_resume_count_once(tmp_path: Path) -> None:
     record, lines = usual_run()
-    lost = [{**step_line(step), "loss": 123.0} for step in range(10, 61, 10)]
+    lost = [step_line(step, loss=123.0) for step in range(10, 61, 10)]
     assert report(tmp_path, record, [*lost, *lines]) == report(tmp_path, record, lines)
 
 
 def test_badges_of_a_failed_run(tmp_path: Path) -> None:
     record, lines = usual_run()
-    record["metrics"]["target_reached"] = 0
-    record["compliance"]["passed"] = False
-    text = Page(report(tmp_path, record, lines)).text
+    failed = replace(
+        record,
+        metrics=replace(record.metrics, target_reached=0),
+        compliance=replace(record.compliance, passed=False),
+    )
+    text = Page(report(tmp_path, failed, lines)).text
     assert "✗ target not reached" in text
     assert "✗ compliance failed" in text
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
-    evaluations = [evaluation(step, step / 3e5) for step in range(50, 100_001, 50)]
+    evaluations = [evaluation_line(step, step / 3e5) for step in range(50, 100_001, 50)]
     lines = [step_line(step) for step in range(10, 100_001, 10)]
-    source = report(tmp_path, make_record(evaluations), [*lines, *({"kind": "eval", **e} for e in evaluations)])
+    source = report(tmp_path, run_record(evaluations), [*lines, *evaluations])
     assert len(source.encode()) < 1_000_000
     text = Page(source).text
     assert "of 2,000 evaluations" in text
@@ -250,16 +230,16 @@ def test_brackets_in_names_are_text(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in shown
 
 
-def test_metrics_of_anyone(tmp_path: Path) -> None:
+def test_lines_that_a_crash_cut_off_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    good = {"kind": "step", "step": 1, "cost": [[1, 2, 3.0], ["a", 2, 3], 5, [1, 2], [math.nan, 1, 1]]}
-    deep, lines = (
-        b"[" * 90_000,
-        [b"5", b"[]", b'{"kind": 1}', b'{"kind": "step", "step": "x"}', b"\xff", b'{"kind": "st'],
-    )
-    path.write_bytes(b"\n".join([json.dumps(good).encode(), deep, *lines]))
-    assert cost_rows(tmp_path) == [(1.0, 2.0, 3.0)]
-    path.unlink()
+    good = json.dumps(step_line(10).as_json()).encode()
+    path.write_bytes(b"\n".join([good, good[:40], b"\xff", b"[" * 90_000, good[:-1]]))
+    assert read_metrics(tmp_path) == [step_line(10)]
+    assert cost_rows(tmp_path) == step_line(10).cost
+
+
+def test_lines_that_no_run_writes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/zero")
     with pytest.raises(UserError, match=r"metrics\.jsonl is no regular file"):
         read_metrics(tmp_path)
@@ -274,12 +254,12 @@ def test_metrics_of_anyone(tmp_path: Path) -> None:
 def test_lines_after_one_that_was_cut_short_are_whole(tmp_path: Path, left: str) -> None:
     """As a kill or a full disk leaves it."""
     first = MetricsWriter(tmp_path)
-    first.write("step", 1, {"loss": 2.0})
+    first.write(step_line(1))
     first.close()
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(left)
     second = MetricsWriter(tmp_path, append=True)
-    second.write("step", 2, {"loss": 1.0})
+    second.write(step_line(2))
     second.close()
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["step"] for line in lines if line] == [1, 2]

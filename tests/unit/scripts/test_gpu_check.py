@@ -9,18 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import numpy as np
 import pytest
 import torch
 from support import gpu_check_stages  # noqa: F401 (found by the stages' processes too)
 from support.paths import ROOT
 
+from benchmarks.step.setting import make_config
 from bert_fast.communication.plan import Link
-from scripts import gpu_check
-from scripts.gpu import attention, step
-from scripts.gpu.link import ModelledLink
-from scripts.gpu.stage import CheckFailed, Context, NotAvailable, Stage
-from scripts.step.setting import make_config
+from bert_fast.model.attention import Backend, rectangles
+from gpu import attention, step
+from gpu.link import ModelledLink
+from gpu.stage import CheckFailed, Context, NotAvailable, Stage
 
 NO_DEVICE = {"tests", "energy"}  # have nothing to do on a CPU without counters
 
@@ -28,7 +29,9 @@ NO_DEVICE = {"tests", "energy"}  # have nothing to do on a CPU without counters
 @pytest.mark.timeout(1200)  # starts twenty processes; a busy machine is slow at that
 def test_every_stage_passes_on_this_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     whole = json.loads((tmp_path / "out" / "gpu_check.json").read_text(encoding="utf-8"))
     assert list(whole["stages"]) == list(gpu_check.STAGES)
     for name, record in whole["stages"].items():
@@ -88,7 +91,7 @@ def test_a_stage_that_goes_wrong_costs_that_stage_only(bad_stages: None, tmp_pat
     assert stages["lacks"]["why"] == "no such card"
     assert stages["fails a case"]["why"] == "wrong: 7 for 8"
     assert stages["works"]["left_out"] == ["lacking: no such kernel"]
-    assert stages["works"]["figure"] == "42"
+    assert stages["works"]["summary"] == "42"
     child = int((tmp_path / "out" / "child").read_text(encoding="ascii"))
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z", "what a stage started is ended with it"
@@ -167,16 +170,16 @@ def test_goals_are_judged_on_a_gpu_alone() -> None:
 def test_an_attention_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = attention.make_case([5, 17, 33], 2, torch.float32, "cpu")
     device = torch.device("cpu")
-    right = attention.BACKENDS["grouped"]
+    right = rectangles.GROUPED
     attention._agrees(case, "grouped", torch.float32, device)
     attention._drops(case, "grouped", torch.float32, device, 12)
-    monkeypatch.setitem(attention.BACKENDS, "grouped", lambda qkv, layout, p: 1.001 * right(qkv, layout, p))
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: 1.001 * right(qkv, layout, p)))
     with pytest.raises(CheckFailed, match="off the loop"):
         attention._agrees(case, "grouped", torch.float32, device)
-    monkeypatch.setitem(attention.BACKENDS, "grouped", lambda qkv, layout, p: right(qkv, layout, 0.0))
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: right(qkv, layout, 0.0)))
     with pytest.raises(CheckFailed, match="nothing is dropped"):
         attention._drops(case, "grouped", torch.float32, device, 12)
-    monkeypatch.setitem(attention.BACKENDS, "grouped", lambda qkv, layout, p: 1.1 * right(qkv, layout, p))
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: 1.1 * right(qkv, layout, p)))
     with pytest.raises(CheckFailed, match="mean of"):
         attention._drops(case, "grouped", torch.float32, device, 12)
 
@@ -196,7 +199,7 @@ def test_an_attention_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) ->
                 out = right(qkv, *ctx.rest)
             return torch.autograd.grad(out, qkv, grad)[0], None, None
 
-    monkeypatch.setitem(attention.BACKENDS, "grouped", Redrawn.apply)
+    monkeypatch.setattr(rectangles, "GROUPED", Backend(Redrawn.apply))
     with pytest.raises(CheckFailed, match="other weights than forward"):
         attention._drops(case, "grouped", torch.float32, device, 12)
     with pytest.raises(NotAvailable, match="CUDA"):

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from bert_fast.config import Config
 from bert_fast.train.environment import Environment, needs_process_group
-from bert_fast.train.setup.build import build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 
 @contextmanager

@@ -30,11 +30,12 @@ from bert_fast.train import main as entry
 from bert_fast.train.batches import planned_batches, to_device
 from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
-from bert_fast.train.environment import Environment, join, pick_device, pick_dtype
+from bert_fast.train.components import TrainComponents
+from bert_fast.train.environment import Environment, join, pick_device, pick_dtype, seed_ranks
 from bert_fast.train.evaluate import Evaluator, _shard
 from bert_fast.train.health.signals import HANDLED, StopFlag
 from bert_fast.train.loss_scale import LossScale
-from bert_fast.train.setup.build import TrainComponents, build, seed_ranks
+from bert_fast.train.setup.build import build
 from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.setup.inputs import check_inputs
 from bert_fast.train.step import StepInput
@@ -393,7 +394,8 @@ def test_print_config_and_dry_run_start_nothing(
     tmp_path: Path, make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from bert_fast.config import as_plain
-    from bert_fast.config.load import load_config, to_yaml
+    from bert_fast.config.load import load_config
+    from bert_fast.config.yaml_files import to_yaml
 
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(as_plain(make_config())))

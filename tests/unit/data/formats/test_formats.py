@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench_import
 import h5py
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from support.paths import ROOT
 
 from bert_fast import files as files_module
+from bert_fast.crc32c import masked_crc32c
 from bert_fast.data.formats import convert as importer
 from bert_fast.data.formats import tfrecord
 from bert_fast.data.formats.convert import FORMS, export_store, find_sources, import_store
@@ -24,6 +24,7 @@ from bert_fast.data.formats.mlperf import FEATURES, read_blocks
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.errors import UserError
+from scripts.benchmarks import tfrecord_import
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(395))]
 WIDTH, MOST = 64, 10
@@ -208,8 +209,8 @@ def test_checksum_is_tfrecords() -> None:
     def masked(crc: int) -> int:
         return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
-    assert tfrecord.masked_crc(b"") == masked(0)
-    assert tfrecord.masked_crc(bytes(32)) == masked(0x8A9136AA)
+    assert masked_crc32c(b"") == masked(0)
+    assert masked_crc32c(bytes(32)) == masked(0x8A9136AA)
 
 
 def records_of(path: str) -> list[bytes]:
@@ -431,12 +432,12 @@ def test_hdf5_fields_that_do_not_belong_together(
 
 
 def test_the_measurement_of_the_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """scripts/bench_import.py, as the process that it starts for ours."""
-    bench_import.make_rows(50, tmp_path / "rows.npz")
+    """scripts/benchmarks/tfrecord_import.py, as the process that it starts for ours."""
+    tfrecord_import.make_rows(50, tmp_path / "rows.npz")
     with np.load(tmp_path / "rows.npz") as rows:
         payloads = [tfrecord.make_example({name: rows[name][n] for name in rows}) for n in range(50)]
     tfrecord.write_records(tmp_path / "a.tfrecord", payloads)
-    bench_import.read_ours(str(tmp_path / "a.tfrecord"), str(tmp_path / "part.bin"))
+    tfrecord_import.read_ours(str(tmp_path / "a.tfrecord"), str(tmp_path / "part.bin"))
     rate, mib = map(float, capsys.readouterr().out.split())
     assert rate > 0
     assert mib > 10

@@ -26,6 +26,7 @@ from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 from bert_fast.train.checkpoint.resume import check_key, latest_valid_checkpoint, resume_key
 from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, own_slices, rank_state, restore
 from bert_fast.train.checkpoint.storage import (
+    FORMAT,
     TensorSlice,
     as_bytes,
     damage,
@@ -39,7 +40,8 @@ from bert_fast.train.checkpoint.storage import (
 )
 from bert_fast.train.environment import Environment
 from bert_fast.train.loop import Run
-from bert_fast.train.setup.build import build, synthetic_input
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.warmup import synthetic_input
 
 VALUES = torch.arange(10.0)
 
@@ -181,10 +183,19 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, how: str) -> None:
     assert name in wrong
 
 
-def test_the_older_format_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (None, "'bert_fast checkpoint 1', written before settings were renamed, and"),
+        ("bert_fast checkpoint 3", "'bert_fast checkpoint 3', written before settings were renamed, and"),
+        ("bert_fast checkpoint 9", "'bert_fast checkpoint 9' and"),
+    ],
+)
+def test_another_format_is_refused_by_name(tmp_path: Path, name: str | None, said: str) -> None:
     path = write(tmp_path, 5)
-    (path / "complete.json").write_text('{"step": 5, "world_size": 2, "key": {}}', encoding="utf-8")
-    with pytest.raises(UserError, match="of format 'bert_fast checkpoint 1' and this code reads"):
+    manifest = {"step": 5, "world_size": 2, "key": {}} | ({"format": name} if name else {})
+    (path / "complete.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=f"of format {said} this code reads '{FORMAT}'; resume with the code that wrote"):
         read_description(path)
 
 

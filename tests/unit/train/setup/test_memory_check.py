@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.memory.estimate import least_bytes, machine_memory, num_parameters
+from bert_fast.memory.estimate import least_bytes, num_parameters
 from bert_fast.train import main as entry
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup import build
@@ -45,11 +44,3 @@ def test_more_processes_than_memory_holds(make_config: Callable[..., Config]) ->
     config = make_config("system.world_size=131072", "batch.micro_batch_size=1", "batch.global_batch_size=131072")
     with pytest.raises(UserError, match=r"system\.world_size=131072 processes here need at least"):
         entry._check_room(config)
-
-
-def test_a_container_has_less_than_its_machine(tmp_path: Path) -> None:
-    assert machine_memory(tmp_path) > 1 << 28
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine_memory(tmp_path) > 1 << 28
-    (tmp_path / "memory.max").write_text("1048576\n")
-    assert machine_memory(tmp_path) == 1 << 20

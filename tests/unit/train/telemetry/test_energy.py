@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from bert_fast.config import Config
+from bert_fast.report.energy_cost import JOULES_PER_KWH, energy_cost
 from bert_fast.run_folder import create_folder
 from bert_fast.train.environment import Environment
 from bert_fast.train.loop import Run
 from bert_fast.train.run_record import energy_record
 from bert_fast.train.telemetry import energy as tally_module
 from bert_fast.train.telemetry.energy import EnergyTally, summed
-from bert_fast.train.telemetry.energy_meter import JOULES_PER_KWH, EnergyMeter, EnergyReading, cost
+from bert_fast.train.telemetry.energy_meter import EnergyMeter, EnergyReading
 from bert_fast.train.telemetry.step_metrics import IntervalMetrics
 
 RANGE_UJ = 262_143_328_850
@@ -89,7 +90,6 @@ def test_rapl_counts_packages_and_memory_once(tmp_path: Path) -> None:
     reading = meter.stop()
     assert reading.joules_cpu == pytest.approx(1 + 100 + 1000)  # packages 0 and 1, memory
     assert reading.joules_gpu is None
-    assert reading.kwh == pytest.approx(1101 / 3.6e6)
     assert "2 CPU packages and memory" in reading.source
     assert "Driver Not Loaded" in reading.source
 
@@ -157,7 +157,7 @@ def test_nothing_is_estimated(tmp_path: Path, fails: str, why: str) -> None:
     meter = EnergyMeter(tmp_path, FakeNvml([5000], fails))
     meter.start()
     reading = meter.stop()
-    assert (reading.joules_gpu, reading.joules_cpu, reading.kwh) == (None, None, None)
+    assert (reading.joules_gpu, reading.joules_cpu) == (None, None)
     assert reading.source.startswith("none; not counted: GPUs")
     assert why in reading.source
 
@@ -170,9 +170,9 @@ def test_no_visible_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_cost() -> None:
-    assert cost(2.0, 0.3, 400) == {"kwh": 2.0, "money": pytest.approx(0.6), "kg_co2e": pytest.approx(0.8)}
-    assert cost(2.0, gco2_per_kwh=0) == {"kwh": 2.0, "money": None, "kg_co2e": 0.0}
-    assert cost(None, 0.3, 400) == {"kwh": None, "money": None, "kg_co2e": None}
+    assert energy_cost(2.0, 0.3, 400) == {"kwh": 2.0, "money": pytest.approx(0.6), "kg_co2e": pytest.approx(0.8)}
+    assert energy_cost(2.0, gco2_per_kwh=0) == {"kwh": 2.0, "money": None, "kg_co2e": 0.0}
+    assert energy_cost(None, 0.3, 400) == {"kwh": None, "money": None, "kg_co2e": None}
 
 
 # ---- of a run -------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class MadeUp(EnergyMeter):
         self.first = MadeUp.joules
 
     def tick(self) -> EnergyReading:
-        return EnergyReading(MadeUp.joules - self.first, None, "made up", 1.0)
+        return EnergyReading(MadeUp.joules - self.first, None, "made up")
 
     stop = tick
 

@@ -1,0 +1,37 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101): torch's fused form, or apex's. The one place that imports apex."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from bert_fast.config import OptimizerConfig
+from bert_fast.errors import UserError
+from bert_fast.optim.build import RunOptimizer, decay_groups
+
+
+class AdamW(torch.optim.AdamW, RunOptimizer):
+    """torch's, which reads `found_inf` in its fused form."""
+
+    state_names = ("exp_avg", "exp_avg_sq")
+    step_dtype = torch.float32
+    reads_found_inf = True
+
+
+def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """torch's AdamW, fused; apex's with `use_apex`. Raises UserError if apex is missing."""
+    groups = decay_groups(named_parameters, config.weight_decay)
+    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if not config.use_apex:
+        return AdamW(groups, **settings, fused=True)
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        raise UserError("optimizer.use_apex=true: apex is not installed; install it or set use_apex=false") from None
+
+    class ApexAdamW(FusedAdam, RunOptimizer):  # type: ignore[misc]
+        state_names = ("exp_avg", "exp_avg_sq")  # it counts updates per group
+
+    return ApexAdamW(groups, **settings, adam_w_mode=True)

@@ -1,0 +1,79 @@
+"""What every phase of a run writes to, listens to and measures with."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_fast.config import Config
+from bert_fast.mlperf.log import ResultLog
+from bert_fast.report.console import ProgressLine
+from bert_fast.report.metrics import MetricsWriter
+from bert_fast.run_folder import RESULT_LOG, run_folder
+from bert_fast.train.clock import Clock
+from bert_fast.train.environment import Environment
+from bert_fast.train.health.heartbeat import Heartbeat, Verdict
+from bert_fast.train.health.signals import StopFlag
+from bert_fast.train.telemetry.energy import EnergyTally
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run on one rank: its settings and place, its logs, clocks and watchers. Only rank 0's logs write.
+
+    resume:    whether the run goes on from a checkpoint
+    clock:     MLPerf's and the throughput clock
+    heartbeat: says where this rank is, and which rank is lost
+    stop:      set by a signal
+    energy:    this rank's share of the nodes' meters
+    """
+
+    config: Config
+    environment: Environment
+    resume: bool
+    folder: Path
+    clock: Clock
+    mllog: ResultLog
+    metrics: MetricsWriter
+    line: ProgressLine
+    heartbeat: Heartbeat
+    stop: StopFlag
+    energy: EnergyTally
+
+    def log(self, text: str) -> None:
+        """A line on rank 0's terminal that stays."""
+        self.line.say(text)
+
+    def close(self) -> None:
+        """The run is done: this rank may be silent from now on."""
+        self.heartbeat.stop()
+        self.metrics.close()
+
+
+def open_context(
+    config: Config, environment: Environment, resume: bool, on_lost: Callable[[Verdict], None]
+) -> RunContext:
+    """Open the run's logs; nothing is started yet.
+
+    Args:
+        on_lost: called from another thread, with the verdict, when a rank is lost and this one may wait for it for ever.
+    """
+    is_main, folder = environment.is_main, run_folder(config)
+    stop = StopFlag()
+    return RunContext(
+        config=config,
+        environment=environment,
+        resume=resume,
+        folder=folder,
+        clock=Clock(),
+        mllog=ResultLog(folder / RESULT_LOG if is_main and config.mlperf.enabled else None, append=resume),
+        metrics=MetricsWriter(folder if is_main else None, append=resume, tensorboard=config.run.tensorboard),
+        line=ProgressLine(enabled=is_main),
+        heartbeat=Heartbeat(
+            environment, config.communication.timeout_s, on_lost, lambda: stop.number == signal.SIGTERM
+        ),
+        stop=stop,
+        energy=EnergyTally(environment),
+    )

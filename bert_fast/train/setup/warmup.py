@@ -1,0 +1,59 @@
+"""Made-up batches, and synthetic steps before the clock after which everything is as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from bert_fast.config import Config
+from bert_fast.model.bert import BertForPretraining
+from bert_fast.train.batches import synthetic_batch, to_device
+from bert_fast.train.components import TrainComponents
+from bert_fast.train.environment import Environment
+from bert_fast.train.step import StepInput
+from bert_fast.train.telemetry.hardware import synchronize
+
+
+def synthetic_input(config: Config, environment: Environment, seed: int) -> StepInput:
+    """Made-up batches of a rank, as long as the config allows; the same for the same seed."""
+    batches = [
+        synthetic_batch(config.batch.micro_batch_size, config.data.max_seq_len, config.model.vocab_size, seed + i)
+        for i in range(config.batch.gradient_accumulation_steps)
+    ]
+    masked = sum(len(b.masked_labels) for b in batches) * environment.world_size
+    inputs = [to_device(b, environment.device, config.batch.shape_multiple) for b in batches]
+    return StepInput(inputs, masked, config.batch.global_batch_size)
+
+
+def synthetic_loss(config: Config, environment: Environment, model: BertForPretraining) -> torch.Tensor:
+    """The summed losses of a made-up micro-batch, 0-dim, with their graph."""
+    inputs = synthetic_input(config, environment, seed=0)
+    with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
+        losses = model(inputs.micro_batches[0])
+    total: torch.Tensor = losses.mlm_sum + losses.nsp_sum
+    return total
+
+
+def warm_up(config: Config, environment: Environment, components: TrainComponents) -> None:
+    """Synthetic steps: communicator, kernels, allocator, DDP's bucket plan. Everything is put back afterwards."""
+    model, engine = components.model, components.engine
+    num_steps = max(config.train.warmup_batches, engine.num_warmup_steps)
+    if not num_steps:
+        return
+    weights = [p.detach().clone() for p in model.parameters()]
+    wire_state = copy.deepcopy(engine.wire.state_dict())
+    scale_state = components.loss_scale.state_dict() if components.loss_scale else None
+    for index in range(num_steps):
+        components.step(synthetic_input(config, environment, seed=index), lr=0.0)
+    engine.wait_pending()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    components.optimizer.optimizer.state.clear()
+    if components.loss_scale and scale_state:
+        components.loss_scale.load_state_dict(scale_state)
+    synchronize(environment.device)
+    components.step.read_device_times()
+    engine.wire.load_state_dict(wire_state)
+    engine.reset_counters()

@@ -1,0 +1,1 @@
+"""What every speed claim rests on: python -m scripts.benchmarks.NAME, from the root of the repository."""

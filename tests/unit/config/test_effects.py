@@ -1,0 +1,132 @@
+"""Settings that would have no effect are refused; those of a printed config, which are the defaults, are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bert_fast.config import Config, as_plain, sections
+from bert_fast.config.effects import RULES
+from bert_fast.config.load import config_from_tree
+from bert_fast.errors import UserError
+
+STRATIFIED = "balance.strategy=stratified_presort"
+PACKED = "balance.strategy=packed"
+AUTO = "communication.bucket_mb=auto"
+REFERENCE = "schedule.counting=reference"
+TWO_NODES = ("system.world_size=2", "system.ranks_per_node=1", "batch.micro_batch_size=4")
+LOGGED = "mlperf.enabled=true"
+
+# A setting; overrides with which it has an effect; overrides with which it has none, and the reason that is given
+CASES = [
+    ("balance.num_strata=2", [STRATIFIED], [], "balance.strategy=balanced does not read it; set .*=stratified_presort"),
+    ("balance.num_strata=2", [STRATIFIED], [STRATIFIED, "balance.strata=[8, 32]"], "balance.strata lists the strata"),
+    ("balance.strata=[8, 32]", [STRATIFIED], [], "balance.strategy=balanced does not read it"),
+    ("balance.strata_counts=[2, 2, 2, 2]", [STRATIFIED], [], "balance.strategy=balanced does not read it"),
+    ("balance.refine_ms=0", ["balance.strategy=balanced_free"], ["balance.strategy=exchange"], "exchange does not read it"),
+    ("balance.max_tokens=100", ["balance.strategy=balanced_free"], [], "set balance.strategy=balanced_free, or leave"),
+    ("balance.num_packs=4", [PACKED], [], "balanced does not read it; set balance.strategy=packed, or leave"),
+    ("balance.max_samples_per_pack=3", [PACKED], [], "balance.strategy=balanced does not read it"),
+    ("balance.pack_order=shortest", [PACKED], [], "balance.strategy=balanced does not read it"),
+    ("communication.min_bucket_mb=1", [AUTO], [], "nothing is planned; set communication.bucket_mb=auto"),
+    ("communication.max_bucket_mb=9", [AUTO], ["communication.bucket_mb=[1, 2]"], "nothing is planned"),
+    ("communication.max_norm=2", ["communication.clip=global_after_reduce"], ["communication.clip=none"], "clips no gradient"),
+    ("communication.clip_groups=tensor", [], ["communication.clip=global_after_reduce"], "global_after_reduce clips no groups"),
+    ("schedule.warmup_steps=4", ["schedule.start_warmup_step=-2"], ["schedule.start_warmup_step=-3"], "warm-up is over"),
+    ("schedule.warmup_steps=3", [REFERENCE, "schedule.start_warmup_step=-2"],
+     [REFERENCE, "schedule.start_warmup_step=-3"], "warm-up is over"),
+    ("schedule.start_warmup_step=-2", ["schedule.warmup_steps=0"], ["schedule.warmup_steps=0", REFERENCE], "warm-up is over"),
+    ("schedule.start_warmup_step=2", ["schedule.warmup_steps=0", REFERENCE],
+     ["schedule.warmup_steps=1", "schedule.start_warmup_step=-1", REFERENCE], "warm-up is over"),
+    ("schedule.counting=reference", ["schedule.start_warmup_step=-1"], [], "where schedule.start_warmup_step=0"),
+    ("schedule.power=2", [], ["schedule.end_lr=0.001"], "the learning rate does not decay; lower schedule.end_lr"),
+    ("train.loss_scale=8", ["train.precision=fp16", "system.device=cuda"], [], "train.precision=fp32 has no loss scale"),
+    ("checkpoint.async_save=false", ["checkpoint.every_steps=2"], [], "always waits for it; set checkpoint.every_steps"),
+    ("run.profile_after=1", ["run.profile=true"], [], "run.profile=false traces no step; set run.profile=true"),
+    ("run.profile_steps=1", ["run.profile=true"], [], "run.profile=false traces no step"),
+    ("run.profile=true", ["run.profile_after=5"], ["run.profile_after=6"], "lower run.profile_after"),
+    ("system.master_port=4711", ["system.ranks_per_node=1"], TWO_NODES, "on 2 nodes, .*; export MASTER_PORT"),
+    ("recovery.min_nodes=1", TWO_NODES, ["recovery.min_nodes=2"], "fill 1 node.*set it to at most 1"),
+    ("mlperf.division=closed", [LOGGED, "optimizer.name=lamb"], ["optimizer.name=lamb"], "writes no MLPerf log"),
+    ("mlperf.ruleset=4.1.0", [LOGGED], [], "writes no MLPerf log; set mlperf.enabled=true"),
+    ("mlperf.organization=x", [LOGGED], [], "writes no MLPerf log"),
+    ("mlperf.platform=x", [LOGGED], [], "writes no MLPerf log"),
+    ("mlperf.status=cloud", [LOGGED], [], "writes no MLPerf log"),
+    ("mlperf.poc_name=x", [LOGGED], [], "writes no MLPerf log"),
+    ("mlperf.poc_email=x@y.z", [LOGGED], [], "writes no MLPerf log"),
+]  # fmt: skip
+
+# Every other setting has an effect in every run, or may have one: that follows from the machine, the data or the launcher
+ALWAYS = {
+    # A launcher of several runs sets run.folder, and takes its name from results_dir
+    "run": ["name", "results_dir", "folder", "tensorboard", "measure_peak_flops", "price_per_kwh", "gco2_per_kwh"],
+    # initializer_range is also written into the final model's config.json
+    "model": [
+        "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "type_vocab_size",
+        "hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range", "activation", "attention_backend",
+    ],
+    "data": ["train", "max_seq_len", "vocab_sha256", "dynamic_masking", "allow_shared_text", "scrub_mb_per_s"],
+    "batch": ["global_batch_size", "micro_batch_size", "gradient_accumulation_steps", "shape_multiple"],
+    "balance": ["strategy", "cost", "prefetch"],
+    # At one rank some have nothing to do, but the number of ranks is no reason to refuse a config
+    "communication": ["engine", "bucket_mb", "clip", "shard_optimizer", "reduce_dtype", "backend", "timeout_s"],
+    "optimizer": ["name", "lr", "beta1", "beta2", "eps", "weight_decay", "step_per_bucket", "use_apex"],
+    "schedule": ["total_steps", "end_lr"],
+    "train": [
+        "seed", "precision", "compile", "cuda_graphs", "max_steps", "warmup_batches", "log_every_steps", "max_skipped_steps",
+        "deterministic",
+    ],
+    "evaluation": [
+        "data", "num_samples", "sha256", "batch_size", "every_samples", "start_samples", "at_start", "target_accuracy",
+    ],
+    # A run that is stopped writes a checkpoint whatever every_steps says
+    "checkpoint": ["init_from", "every_steps", "keep_last", "timeout_s", "save_final_model"],
+    "system": ["device", "world_size", "ranks_per_node", "threads_per_rank", "bind_cores", "machine_file", "preflight"],
+    # A job under Slurm replaces a node that does not answer at its first start too, without any restart
+    "recovery": ["max_restarts", "spare_nodes"],
+    "mlperf": ["enabled", "clear_caches"],  # caches are dropped without a log too
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "with_effect", "without", "reason"), CASES)
+def test_a_setting_without_effect_is_refused(
+    make_config: Callable[..., Config], setting: str, with_effect: list[str], without: list[str], reason: str
+) -> None:
+    field = setting.partition("=")[0]
+    make_config(setting, *with_effect)
+    with pytest.raises(UserError, match=rf"{field}=\S.* has no effect: .*{reason}") as refused:
+        make_config(setting, *without)
+    assert f"or leave {field} at its default (" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_field_is_said_to_have_an_effect_or_has_a_rule() -> None:
+    fields = {f"{section}.{name}" for section, model in sections().items() for name in model.model_fields}
+    always = {f"{section}.{name}" for section, names in ALWAYS.items() for name in names}
+    ruled = {field for rule in RULES for field in rule.fields}
+    assert always | ruled == fields
+    assert not always & ruled
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {field for rule in RULES for field in rule.fields} == {setting.partition("=")[0] for setting, *_ in CASES}
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), (PACKED,), (STRATIFIED, "balance.strata=[8, 32]"), ("communication.clip=none",)]
+)
+def test_a_config_with_all_its_defaults_loads(make_config: Callable[..., Config], overrides: tuple[str, ...]) -> None:
+    config = make_config(*overrides)
+    assert config_from_tree(as_plain(config)) == config
+
+
+def test_all_idle_settings_are_named_on_one_line(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError) as refused:
+        make_config(
+            "balance.num_packs=4", "mlperf.platform=x", "communication.clip_groups={a: x}", "communication.clip=none"
+        )
+    text = str(refused.value)
+    for part in ("balance.num_packs=4 has", "mlperf.platform=x has", 'communication.clip_groups={"a": "x"} has'):
+        assert part in text
+    assert "\n" not in text
