@@ -35,7 +35,7 @@ CLIPS = ["none", "global_before_reduce", "bucket_before_reduce", "global_after_r
 
 def make_config(store: Path, world: int, shard: bool, **changes: dict[str, Any]) -> Config:
     communication = {"shard_optimizer": shard, **changes.pop("communication", {})}
-    return unsharded_config(store, world, "end", communication=communication, **changes)
+    return unsharded_config(store, world, False, communication=communication, **changes)
 
 
 class Task:
