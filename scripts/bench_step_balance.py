@@ -3,7 +3,7 @@
 
     python scripts/bench_step_balance.py --json results/balance/step.json
 
-A small BERT on one core. Its cost model is fitted first, as `balance.fit_cost` does; every strategy plans with it. Then, one
+A small BERT on one core. Its cost model is fitted first, as `balance.cost=measure` does; every strategy plans with it. Then, one
 global batch after another, the batch of the slowest rank, of the mean rank, a copy of the latter (the noise floor) and of
 `balanced`'s mean rank are timed in turn; figures are medians over repeats, then means over global batches. As the slowest rank
 by the plan need not be the slowest by the clock, ranks drawn at random are timed, too.
