@@ -42,7 +42,7 @@ def planned(rank: int, world: int, config: Config) -> dict[str, Any]:
 @pytest.mark.parametrize("clip", ["none", "bucket_before_reduce"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_rank_lays_out_the_same_plan(pool: Pools, tiny_store: Path, world: int, clip: str) -> None:
-    config = make_config(tiny_store, world, "end", communication={"bucket_mb": "auto", "clip": clip})
+    config = make_config(tiny_store, world, False, communication={"bucket_mb": "auto", "clip": clip})
     results = [planned(0, 1, config)] if world == 1 else pool(world).call(planned, config)
     for result in results:
         assert result["buckets"] == results[0]["buckets"]
@@ -62,7 +62,7 @@ def test_every_rank_lays_out_the_same_plan(pool: Pools, tiny_store: Path, world:
 
 def test_limits_of_planned_buckets(pool: Pools, tiny_store: Path) -> None:
     limits = {"bucket_mb": "auto", "clip": "none", "max_bucket_mb": 0.01}
-    (result, _) = pool(2).call(planned, make_config(tiny_store, 2, "end", communication=limits))
+    (result, _) = pool(2).call(planned, make_config(tiny_store, 2, False, communication=limits))
     assert len(result["buckets"]) > 4
     for members, size in zip(result["buckets"], result["bytes"], strict=True):
         assert len(members) == 1 or size <= 0.01 * 2**20
@@ -70,7 +70,7 @@ def test_limits_of_planned_buckets(pool: Pools, tiny_store: Path) -> None:
 
 def test_auto_trains_the_same(pool: Pools, tiny_store: Path) -> None:
     weights = [
-        pool(2).call(train, make_config(tiny_store, 2, "end", communication={"bucket_mb": bucket_mb}))[0]["weights"]
+        pool(2).call(train, make_config(tiny_store, 2, False, communication={"bucket_mb": bucket_mb}))[0]["weights"]
         for bucket_mb in ("auto", 25.0)
     ]
     np.testing.assert_array_equal(*weights)

@@ -55,8 +55,9 @@ class Way:
             "micro_batch_size": local,
             "gradient_accumulation_steps": self.accumulation,
         }
-        tree["balance"] = {"strategy": self.strategy, "num_strata": 2, "max_samples_per_pack": 4}
-        tree["communication"] |= {"engine": self.engine, "clip": clip, "max_norm": 0.5}
+        own = {"stratified_presort": {"num_strata": 2}, "packed": {"max_samples_per_pack": 4}}
+        tree["balance"] = {"strategy": self.strategy, **own.get(self.strategy, {})}
+        tree["communication"] |= {"engine": self.engine, "clip": clip} | ({} if clip == "none" else {"max_norm": 0.5})
         tree["train"]["max_steps"] = 1000
         tree["system"]["world_size"] = self.ranks
         return config_from_tree(tree)

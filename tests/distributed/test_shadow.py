@@ -1,4 +1,4 @@
-"""optimizer.step_per_bucket=true: the weights of `end`, bit for bit, updated while later buckets are on the wire; or not at all."""
+"""optimizer.step_per_bucket=true: bit for bit the weights of false, updated while later buckets are on the wire; or not at all."""
 
 from __future__ import annotations
 
