@@ -39,9 +39,7 @@ CostFile = Annotated[str, Field(pattern=r"\.json$", description="path of a cost.
 class BalanceConfig(Section):
     """Which rank gets which sample, and what a sample is taken to cost."""
 
-    strategy: Annotated[str, one_of(STRATEGIES)] = Field(
-        "balanced", description="who gets which sample of the step (docs/balance.md)"
-    )
+    strategy: one_of(STRATEGIES) = Field("balanced", description="who gets which sample of the step (docs/balance.md)")
     num_strata: Count = Field(4, description="strata of equal width in tokens of stratified_presort")
     strata: list[Tokens] | None = Field(
         None,
@@ -87,7 +85,8 @@ class BalanceConfig(Section):
         """A setting that the strategy would ignore is an error."""
         for owner, choice in STRATEGIES.items():
             for name in choice.settings:
-                if getattr(self, name) is not None and self.strategy != owner:
+                is_set = type(self).model_fields[name].default is None and getattr(self, name) is not None
+                if is_set and self.strategy != owner:
                     raise ValueError(
                         f"balance.{name} is a setting of strategy {owner} and balance.strategy={self.strategy}; "
                         f"remove it or set balance.strategy={owner}"

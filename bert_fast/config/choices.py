@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ CLIP_MODES = {
 
 @dataclass(frozen=True)
 class StrategyChoice(Choice):
-    """`settings`: fields of `balance` that only this strategy reads.
+    """`settings`: fields of `balance` that this strategy reads, and not every other.
 
     `draws_by_rank`: which samples are in a step depends on how many ranks there are, and not every batch is as likely.
     """
@@ -108,17 +110,19 @@ STRATEGIES = {
     "stratified_presort": StrategyChoice(
         "bert_fast.balance.strategies.stratified_presort:StratifiedPresort",
         "the paper's: so many samples of each length stratum, sorted within each node",
-        settings=("strata", "strata_counts"), draws_by_rank=True,
+        settings=("num_strata", "strata", "strata_counts"), draws_by_rank=True,
     ),
     "balanced": StrategyChoice(
-        "bert_fast.balance.strategies.descending:Balanced", "Karmarkar-Karp, refined; every rank the same number of samples"
+        "bert_fast.balance.strategies.descending:Balanced", "Karmarkar-Karp, refined; every rank the same number of samples",
+        settings=("refine_ms",),
     ),
     "balanced_free": StrategyChoice(
         "bert_fast.balance.strategies.balanced_free:BalancedFree", "the same with any number of samples per rank",
-        settings=("max_tokens",),
+        settings=("refine_ms", "max_tokens"),
     ),
     "packed": StrategyChoice(
-        "bert_fast.balance.strategies.packed:Packed", "packed into rows of data.max_seq_len", settings=("num_packs",)
+        "bert_fast.balance.strategies.packed:Packed", "packed into rows of data.max_seq_len",
+        settings=("num_packs", "max_samples_per_pack", "pack_order"),
     ),
 }  # fmt: skip
 
@@ -169,43 +173,42 @@ CORPORA = {
 }
 
 
+class Meaning(NamedTuple):
+    """`what` a value means that is no entry of a table."""
+
+    what: str
+
+
 class Described(Protocol):
-    """What an entry of every table has."""
+    """What every entry of a table has."""
 
     @property
     def what(self) -> str: ...
 
 
-class OneOf:
-    """Marks a config field whose values are the names of a table. They are checked when a config is read."""
+class Names(NamedTuple):
+    """Marks a field's type with the table that its values are from, for `--help`."""
 
-    def __init__(self, table: Mapping[str, Described], also: Mapping[str, str]) -> None:
-        self._table, self._also = table, also
-
-    def described(self) -> dict[str, str]:
-        """Every value, and what it is."""
-        return {**self._also, **{name: entry.what for name, entry in self._table.items()}}
-
-    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, core_schema.str_schema())
-
-    def _check(self, name: str) -> str:
-        names = list(self.described())
-        if name in names:
-            return name
-        near = difflib.get_close_matches(name[:100], names, n=1)
-        guess = f" (did you mean {near[0]}?)" if near else ""
-        known = ", ".join(map(repr, names))
-        raise PydanticCustomError("one_of", "must be one of {known}{guess}", {"known": known, "guess": guess})
+    table: Mapping[str, Described]
 
 
-def one_of(table: Mapping[str, Described], also: Mapping[str, str] | None = None) -> OneOf:
-    """For a config field: `name: Annotated[str, one_of(OPTIMIZERS)]`.
+def one_of(table: Mapping[str, Any], also: Mapping[str, Meaning] | None = None) -> Any:
+    """The type of a config field whose values are the names of a table, checked when a config is read.
 
     Args:
-        also: values that are no entries of the table, with what they are.
+        also: values that are no entries of the table.
     """
-    return OneOf(table, also or {})
+    names = ChainMap(table, also or {})  # type: ignore[arg-type]  # neither is written to
+
+    def check(name: str) -> str:
+        if name not in names:
+            near = difflib.get_close_matches(name[:100], names, n=1)
+            guess = f" (did you mean {near[0]}?)" if near else ""
+            known = ", ".join(map(repr, names))
+            raise PydanticCustomError("one_of", "must be one of {known}{guess}", {"known": known, "guess": guess})
+        return name
+
+    return Annotated[str, AfterValidator(check), Names(names)]
 
 
 def find(table: Mapping[str, Choice], name: str) -> Any:

@@ -24,7 +24,7 @@ class CommunicationConfig(Section):
         0.0, description="auto: no bucket but the last is smaller"
     )
     max_bucket_mb: Mebibytes = Field(4096.0, description="auto: no bucket of several clip groups is larger")
-    clip: Annotated[str, one_of(CLIP_MODES)] = Field("bucket_before_reduce", description="which norm is clipped")
+    clip: one_of(CLIP_MODES) = Field("bucket_before_reduce", description="which norm is clipped")
     max_norm: PositiveFloat = Field(1.0, description="clipping threshold c; a group gets c / sqrt(number of groups)")
     clip_groups: Literal["layer", "tensor", "model"] | dict[str, str] = Field(
         "layer",
@@ -36,7 +36,7 @@ class CommunicationConfig(Section):
         description="reduce-scatter gradients, update a part of the weights on each rank, gather weights during the next "
         "forward pass; optimizer state is divided by the number of ranks",
     )
-    reduce_dtype: Annotated[str, one_of(WIRE_FORMATS)] = Field("fp32", description="number format on the wire")
+    reduce_dtype: one_of(WIRE_FORMATS) = Field("fp32", description="number format on the wire")
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto",
         description="auto: nccl on CUDA, gloo on CPU. Named, it is used by a run of one rank too: every collective is called",

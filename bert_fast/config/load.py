@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from bert_fast.command import one_line
 from bert_fast.config import Config, sections
-from bert_fast.config.choices import OneOf
+from bert_fast.config.choices import Names
 from bert_fast.errors import UserError
 from bert_fast.files import read_limited
 
@@ -249,10 +249,8 @@ def describe_fields() -> str:
         lines.append(f"\n{section}: {Config.model_fields[section].description}")
         for name, field in model.model_fields.items():
             default = "required" if field.default is PydanticUndefined else f"default {field.default}"
-            choices = next(
-                (each.described() for each in (*field.metadata, field.annotation) if isinstance(each, OneOf)), {}
-            )
+            choices = next((each.table for each in field.metadata if isinstance(each, Names)), {})
             kind = "|".join(choices) or _type_name(field.annotation)
             lines.append(f"  {section}.{name} ({kind}, {default})\n      {field.description}")
-            lines += [f"        {value}: {what}" for value, what in choices.items()]
+            lines += [f"        {value}: {choice.what}" for value, choice in choices.items()]
     return "\n".join(lines)

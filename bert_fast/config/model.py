@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bert_fast.config.choices import ATTENTION_BACKENDS, one_of
+from bert_fast.config.choices import ATTENTION_BACKENDS, Meaning, one_of
 from bert_fast.config.section import Count, PositiveFloat, Probability, Section, Tokens, Width
+
+_AUTO = {"auto": Meaning("picked by what the device and the packages can, and logged")}
 
 
 class ModelConfig(Section):
@@ -29,9 +31,9 @@ class ModelConfig(Section):
         0.02, description="standard deviation of the truncated normal that fills weights"
     )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu by erf (BERT) or by tanh")
-    attention_backend: Annotated[
-        str, one_of(ATTENTION_BACKENDS, also={"auto": "picked by what the device and the packages can; logged"})
-    ] = Field("auto", description="how variable-length attention is computed")
+    attention_backend: one_of(ATTENTION_BACKENDS, also=_AUTO) = Field(
+        "auto", description="how variable-length attention is computed"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:

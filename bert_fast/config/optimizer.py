@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field, model_validator
 
 from bert_fast.config.choices import OPTIMIZERS, one_of
@@ -11,7 +9,7 @@ from bert_fast.config.section import NonNegativeFloat, PositiveFloat, Probabilit
 
 
 class OptimizerConfig(Section):
-    name: Annotated[str, one_of(OPTIMIZERS)] = Field("adamw", description="which update rule")
+    name: one_of(OPTIMIZERS) = Field("adamw", description="which update rule")
     lr: PositiveFloat = Field(1e-4, description="base learning rate")
     beta1: Probability = Field(0.9, description="decay of the first moment")
     beta2: Probability = Field(0.999, description="decay of the second moment")

@@ -23,7 +23,7 @@ Package = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Z
 class RecipeFile(Section):
     """One line a field; the names are those of the command's flags with underscores, which say what they mean."""
 
-    corpus: Annotated[str, one_of(CORPORA)] = "pydocs"
+    corpus: one_of(CORPORA) = "pydocs"
     input: Text | None = None
     column: Text = "text"
     packages: list[Package] = Field(list(PYDOCS_PACKAGES), min_length=1, max_length=1000)

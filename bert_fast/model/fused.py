@@ -4,7 +4,7 @@ Dropout on a CPU is slow in torch: one scalar draw an element, a fifth of a step
 generator and become a factor, 0 or 1 / (1 - p), by integer arithmetic; backward draws them again from the seed, so no mask is
 kept. The seed is drawn from torch's generator: a run is repeated, and resumed, by torch's state alone.
 
-Every function has a plain twin in `bert.py` or `attention.py`, which other devices and `torch.compile` use.
+Every function has a plain twin in `bert.py` or `attention/rectangles.py`, which other devices and `torch.compile` use.
 
 Shapes: T tokens, D hidden width, F feed-forward width; G sequences of one group, L their length, H heads, K head width.
 """

@@ -69,9 +69,11 @@ def test_every_entry_imports_and_says_what_it_is(table: str, name: str) -> None:
 def test_help_lists_every_variant_with_what_it_is() -> None:
     text = describe_fields()
     assert "  optimizer.name (adamw|lamb, default adamw)" in text
-    assert "        lamb: LAMB as MLPerf's reference has it" in text
     assert "  model.attention_backend (auto|loop|" in text
-    assert "        bucket_before_reduce: each clip group of a rank" in text
+    in_configs = [table for name, table in TABLES.items() if name != "CORPORA"]
+    for table in (*in_configs, choices.CLIP_MODES):
+        for name, entry in table.items():
+            assert any(line.split()[0].strip(":") == name and entry.what in line for line in text.splitlines() if line)
 
 
 def test_a_name_that_is_nearly_right_is_guessed(make_config: Callable[..., Config]) -> None:
@@ -175,6 +177,8 @@ def test_a_new_attention_backend(add: Callable[..., None], make_config: Callable
         make_config("model.attention_backend=dummy", "model.attention_dropout=0.1")
     with pytest.raises(UserError, match=r"model\.attention_backend=dummy knows no torch\.bfloat16"):
         choose_backend("dummy", CPU, torch.bfloat16, 0.0)
+    with pytest.raises(UserError, match="dummy has no dropout"):
+        choose_backend("dummy", CPU, torch.float32, 0.1)
     losses = []
     for name in (config.model.attention_backend, "loop"):
         torch.manual_seed(0)
