@@ -39,6 +39,7 @@ from bert_fast.communication.plan import (  # noqa: E402
 from bert_fast.config.load import to_yaml  # noqa: E402
 from bert_fast.files import write_atomically  # noqa: E402
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result  # noqa: E402
+from bert_fast.run_folder import BUCKETS_CONFIG  # noqa: E402
 
 
 def read_trace(path: str) -> tuple[np.ndarray, np.ndarray, list[str], Link | None]:
@@ -177,7 +178,7 @@ def main() -> int:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         draw(plans, ready, folder / "timeline.svg")
-        write_atomically(folder / "buckets.yaml", to_yaml({"communication": {"bucket_mb": caps}}))
+        write_atomically(folder / BUCKETS_CONFIG, to_yaml({"communication": {"bucket_mb": caps}}))
     if args.json:
         config = {**{k: v for k, v in vars(args).items() if k != "json"}, "units": names}
         write_result(args.json, metrics, config, environment(), {"plan_ms": times})
