@@ -23,7 +23,7 @@ Package = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Z
 class RecipeFile(Section):
     """The fields of a recipe, named as the command's flags with underscores; `--help` explains them."""
 
-    corpus: one_of(CORPORA) = "pydocs"
+    corpus: Annotated[str, one_of(CORPORA)] = "pydocs"
     input: Text | None = None
     column: Text = "text"
     packages: list[Package] = Field(list(PYDOCS_PACKAGES), min_length=1, max_length=1000)
