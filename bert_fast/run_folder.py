@@ -1,6 +1,6 @@
-"""The run's folder: the names of everything in it, and whether a run may start there. Without torch.
+"""A run's folder: the name of everything in it, and whether a run may start there. Without torch.
 
-A run's own files are these and no others: only they are removed before a new start.
+A run's own files are these and no others: only they are removed before a new start. No other module spells their names.
 """
 
 from __future__ import annotations
@@ -30,27 +30,26 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"  # the final model in Hugging Face form
 FLIGHT = "flight"  # NCCL's flight records
 TENSORBOARD = "tensorboard"
-PENDING_RECORD = (
-    "finishing.json"  # the record of a run that is done, until metrics.json, the last of its files, is there
-)
+PENDING_RECORD = "finishing.json"  # the record of a run that is done, until the last of its files, RECORD, is there
 REPORT = "report.html"
 RECORD = "metrics.json"  # the record of the whole run (report.schema)
 
 CHECKPOINT_MANIFEST = "complete.json"  # the last file of a checkpoint
 CHECKPOINT_TENSORS = "tensors.json"
-STEP_FOLDER = "step-" + 8 * "[0-9]"  # the name of a checkpoint, as a pattern
+_STEP_PREFIX = "step-"
+STEP_FOLDER = _STEP_PREFIX + 8 * "[0-9]"  # the name of a checkpoint, as a pattern
 CHECKPOINT_FILES = ("__[0-9]*_[0-9]*.distcp", CHECKPOINT_TENSORS, CHECKPOINT_MANIFEST)
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def checkpoint_name(step: int) -> str:
     """The folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
+    return f"{_STEP_PREFIX}{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, from its name."""
-    return int(checkpoint.name.removeprefix("step-"))
+    """The step of a checkpoint, from its name. Raises ValueError for a folder of another name."""
+    return int(checkpoint.name.removeprefix(_STEP_PREFIX))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -21,8 +21,10 @@ from pathlib import Path
 import guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
+from bert_fast.config.choices import CORPORA
 from bert_fast.config.yaml_files import validate
-from bert_fast.data.corpus import AUTO, KINDS, PYDOCS_PACKAGES
+from bert_fast.data.corpora.base import AUTO
+from bert_fast.data.corpus import PYDOCS_PACKAGES
 from bert_fast.data.formats.convert import FORMS, export_store, find_sources, import_store
 from bert_fast.data.prepare import PICKS, SPLITS, Recipe, prepare
 from bert_fast.data.recipe import RecipeFile, read_recipe
@@ -41,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = SampleParams()
     add = parser.add_argument
     add("--recipe", metavar="FILE", help="YAML file that sets any of these options; flags go before it")
-    add("--corpus", choices=KINDS, default="pydocs", help="kind of text (docs/data.md)")
+    add("--corpus", choices=CORPORA, default="pydocs", help="kind of text (docs/data.md)")
     add("--input", metavar="FOLDER", help="folder of text files, or one file")
     add(
         "--eval-input",

@@ -32,8 +32,8 @@ from bert_fast.files import create_atomically, write_json
 from bert_fast.mlperf.convergence import NUM_RUNS
 from bert_fast.mlperf.rules import RULESET
 from bert_fast.mlperf.score import read_events
-from bert_fast.mlperf.submission import SUBMISSION, check_names, lay_out, verdict_of
-from bert_fast.mlperf.system import collect_system, complete_system, read_person, template
+from bert_fast.mlperf.submission import SUBMISSION, check_names, check_submission, lay_out
+from bert_fast.mlperf.system import collect_system, complete_system, read_given_fields, template
 from bert_fast.report.bench import markdown_table
 from bert_fast.run_folder import PENDING_RECORD, RUN, clear_run
 from runs import ROOT, pretrain
@@ -149,7 +149,7 @@ def build(args: argparse.Namespace) -> Path:
     """Run or collect, and lay the package out. Returns the organization's folder."""
     if not args.system:
         raise UserError("--system FILE is missing; make one with --describe FILE and fill it in")
-    person, out = read_person(args.system), Path(args.out)
+    person, out = read_given_fields(args.system), Path(args.out)
     collected = collect_system()
     if args.config:  # what would fail at the end is found before hours of runs
         config = load_config(args.config, args.overrides)
@@ -187,7 +187,7 @@ def main() -> int:
             print(f"{args.describe}: fill in what is empty")
             return 0
         package = Path(args.check) if args.check else build(args)
-        rows, metrics = verdict_of(package, args.ruleset)
+        rows, metrics = check_submission(package, args.ruleset)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR

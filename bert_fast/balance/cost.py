@@ -13,6 +13,7 @@ from bert_fast.config.section import Cost
 from bert_fast.config.yaml_files import validate
 from bert_fast.errors import UserError
 from bert_fast.files import read_json
+from bert_fast.run_folder import COST
 
 _FILE_BYTES = 1 << 20
 _RESOLUTION = 2**30  # the costliest sample in whole numbers: sums of 2^32 samples fit 64 bits
@@ -170,10 +171,10 @@ def read_cost(path: str | Path) -> CostModel:
     try:
         record = validate(_CostFile, read_json(path, what, _FILE_BYTES), f"{what} {path}")
     except UserError as error:
-        raise UserError(f"{error}; give the cost.json of a finished run") from None
+        raise UserError(f"{error}; give the {COST} of a finished run") from None
     found = record.fitted or record.planned_with
     if found is None:
-        raise UserError(f"{what} {path} holds no cost model; give the cost.json of a finished run")
+        raise UserError(f"{what} {path} holds no cost model; give the {COST} of a finished run")
     if found.linear == found.quadratic == 0:
         raise UserError(f"{what} {path}: both costs are 0; at least one must be positive")
     return CostModel(found.linear, found.quadratic)

@@ -1,4 +1,4 @@
-"""A batch: the tokens of all its samples end to end, no padding."""
+"""A batch: the tokens of all its samples end to end, without padding."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Batch:
     cu_seqlens: int32 [B + 1], where samples start and end
     masked_positions: int64 [M], indices into T; masked_labels: int64 [M]
     next_sentence_labels: int64 [B], 1 where B comes from another document
-    lengths: B host integers; sample_ids: int64 [B]
+    lengths: list of B integers; sample_ids: int64 [B]
 
-    Padding is dummy sequences of zero tokens that no sample attends to: they are in `lengths` and `cu_seqlens`, and their
-    next-sentence labels are -1 (or absent, at the end). Masked labels of -1 do not count either.
+    Where a batch is padded, it is with dummy sequences of token 0 that no sample attends to. They are in `lengths` and
+    `cu_seqlens`, and their next-sentence labels are -1 (or absent, at the end). Masked labels of -1 do not count either.
     """
 
     input_ids: np.ndarray
@@ -40,9 +40,9 @@ class Batch:
 
 
 def padded(batch: Batch, multiple: int) -> Batch:
-    """The batch with a last dummy sequence that makes its tokens a multiple of `multiple`, its masks of a quarter of it.
+    """Pad to a multiple of `multiple` tokens with a last dummy sequence, and to a multiple of a quarter of it masks.
 
-    Kernels are prepared for every new shape: with few shapes they are prepared once.
+    Kernels are prepared for every new shape, so there should be few shapes.
     """
     extra_tokens = -batch.num_tokens % multiple
     batch = _more_masks(batch, -len(batch.masked_labels) % max(1, multiple // 4))
@@ -60,10 +60,10 @@ def padded(batch: Batch, multiple: int) -> Batch:
 
 
 def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> Batch:
-    """Lay samples, which come row by row, into rows of `row_length` tokens, each filled up with a dummy sequence.
+    """Lay samples, which are sorted by row, into rows of `row_length` tokens, each filled up with a dummy sequence.
 
     Args:
-        rows: int64 [B], the row of every sample, rising.
+        rows: int64 [B], the row of every sample, ascending.
 
     Returns:
         A batch of num_rows * row_length tokens, and of masked positions a multiple of 16 % of that (masks are 15 % of
@@ -79,7 +79,7 @@ def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> B
 
 
 def to_longest(batch: Batch) -> Batch:
-    """As many tokens as if every sample were padded to the longest (attention over the padding is left out)."""
+    """Pad to as many tokens as if every sample were padded to the longest; nothing attends to the padding."""
     lengths = np.array(batch.lengths)
     gaps = lengths.max() - lengths
     gaps = np.sort(gaps[gaps > 0])[::-1]
@@ -88,7 +88,7 @@ def to_longest(batch: Batch) -> Batch:
 
 
 def _spread(batch: Batch, lengths: np.ndarray, is_sample: np.ndarray) -> Batch:
-    """The batch with dummy sequences between its samples: `lengths` [S] of all sequences, `is_sample` bool [S]."""
+    """Insert dummy sequences between the samples: `lengths` [S] of all sequences, `is_sample` bool [S]."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     shift = starts[:-1][is_sample] - batch.cu_seqlens[:-1]
     target = np.arange(batch.num_tokens) + np.repeat(shift, batch.lengths)
@@ -113,7 +113,7 @@ def _spread(batch: Batch, lengths: np.ndarray, is_sample: np.ndarray) -> Batch:
 
 
 def _more_masks(batch: Batch, count: int) -> Batch:
-    """`count` more masked positions that do not count."""
+    """Add `count` masked positions that do not count."""
     return replace(
         batch,
         masked_positions=np.concatenate([batch.masked_positions, np.zeros(count, dtype=np.int64)]),
@@ -124,7 +124,7 @@ def _more_masks(batch: Batch, count: int) -> Batch:
 def assemble(
     tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, sample_ids: np.ndarray, keep_order: bool = False
 ) -> Batch:
-    """Join the records tokens[start:end] of samples into a batch, without a Python loop over samples.
+    """Join the records tokens[start:end] of samples into a batch.
 
     Args:
         tokens: uint16, the records of a store (`data.record`).

@@ -1,4 +1,4 @@
-"""Documentation strings out of Python modules, which are parsed and never run."""
+"""Documentation strings from Python modules, which are parsed and never run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def documentation(path: str) -> Iterator[list[str]]:
-    """Documentation strings of a module in file order, a list for each top-level definition or documenting call."""
+    """Documentation strings of a module in file order: one list per top-level definition or documenting call."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -54,7 +54,7 @@ def _long_strings(argument: ast.AST) -> Iterator[str]:
 
 
 def clean_docstring(text: str) -> str:
-    """Drop what is not prose: doctests, underlines, directives, literal blocks."""
+    """The prose of a documentation string, without doctests, underlines, directives and literal blocks."""
     kept: list[str] = []
     in_example = False
     for line in inspect.cleandoc(text).splitlines():

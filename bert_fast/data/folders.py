@@ -1,7 +1,7 @@
-"""What lies in the folders of data: which files are ours, and which of the user's are read.
+"""Files in the folders of data: which are ours, and which of the user's are read.
 
-One place, so that nothing of ours is ever taken for text or samples, and nothing of the user's for ours. A folder that the
-program writes has a mark (`claims`); only the names that its kind writes are then ours, all else stays the user's.
+This is in one place, so that a file of ours is never read as text or samples, and a file of the user's is never removed. A
+folder that the program writes has a mark (`claims`); only the names that its kind writes are ours, the rest is the user's.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ SPLITS = ("train", "eval")
 _HEX = 12 * "[0-9a-f]"
 TEXT_FILES = (*(f"text/{split}-{digits(n)}.txt" for split in SPLITS for n in (5, 6, 7)), "text/stamp.json")
 PIECES_FOLDER = f"pieces-{_HEX}"
-PIECE_FILES = (
-    f"{digits(6)}.json",
-    f"{digits(6)}.pickle",
-)  # the latter of older versions: never read, but ours to remove
+# Older versions wrote .pickle: such a file is never read, but ours to remove
+PIECE_FILES = (f"{digits(6)}.json", f"{digits(6)}.pickle")
 PARTS_FOLDER = f"parts-{{}}-{_HEX}"  # of a split
 PART_FILES = (
     f"{digits(5)}.bin",
@@ -41,7 +39,7 @@ PART_FILES = (
 
 
 def _is_older(folder: Path) -> bool:
-    """Whether a version that left no mark has prepared this folder: its stamp of the text says what is in it."""
+    """Whether a version that left no mark has prepared this folder, by its stamp of the text."""
     try:
         stamp = json.loads((folder / "text" / "stamp.json").read_text(encoding="utf-8"))
         return all(set(stamp[split]) >= {"files", "documents", "sha256"} for split in SPLITS)
@@ -85,7 +83,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-\d+-of-(?P<set>(?P<count>\d+)(\..+)?)")
 
 
 def check_inputs(out: Path, inputs: Iterable[str | None]) -> None:
-    """Refuse a preparation whose input is what it would write. Raises UserError."""
+    """Refuse a preparation whose input is among what it would write. Raises UserError."""
     for given in filter(None, inputs):
         inside = Path(given).resolve()
         if out.resolve() in inside.parents:
@@ -97,7 +95,7 @@ def check_inputs(out: Path, inputs: Iterable[str | None]) -> None:
 
 
 def _is_ours(name: str, kind: Kind) -> bool:
-    """Whether something of this name in a folder of a kind is, or holds, what the program writes there."""
+    """Whether a file or folder of this name, in a folder of this kind, is or contains what the program writes there."""
     return any(fnmatchcase(name, pattern.split("/")[0]) for pattern in kind.writes)
 
 
@@ -105,15 +103,15 @@ def _is_ours(name: str, kind: Kind) -> bool:
 
 
 def files_below(root: Path) -> tuple[list[Path], dict[Path, str]]:
-    """Files below a folder in a fixed order, none of ours; and those that cannot be read, with why.
+    """The user's files below a folder in a fixed order, and those that cannot be read, with the reason.
 
-    Linked folders are followed, every folder once. Raises UserError for a folder that cannot be listed.
+    Links to folders are followed, each folder once. Raises UserError for a folder that cannot be listed.
     """
     files: list[Path] = []
     left_out: dict[Path, str] = {}
     folders, linked, seen = deque([root]), deque[Path](), set[tuple[int, int]]()
     while folders or linked:
-        folder = folders.popleft() if folders else linked.popleft()  # a folder goes by its own name before a link's
+        folder = folders.popleft() if folders else linked.popleft()  # a folder is found by its own name before a link's
         try:
             stat = folder.stat()
             if (stat.st_dev, stat.st_ino) in seen:
@@ -142,7 +140,7 @@ def files_below(root: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _own_names(folder: Path, names: list[str]) -> set[str]:
-    """Names in a folder that a preparation, an import or an export wrote."""
+    """Names in a folder that a preparation, an import or an export writes."""
     own: set[str] = {MARK, LOCK}
     for kind in (PREPARATION, STORE, IMPORT_PARTS, EXPORT):
         if is_marked(folder, kind) or kind.is_older(folder):
@@ -156,7 +154,7 @@ def _own_names(folder: Path, names: list[str]) -> set[str]:
 
 
 def is_part_of_dataset(path: Path, cache: dict[Path, set[str] | None]) -> bool:
-    """Whether a table file counts: `state.json` beside it says so; where there is none, a `cache-*` of `datasets` does not."""
+    """Whether a table file is part of its dataset: listed in the `state.json` next to it; without one, all but `cache-*`."""
     folder = path.parent
     if folder not in cache:
         cache[folder] = _files_of_dataset(folder)
@@ -181,10 +179,10 @@ def _files_of_dataset(folder: Path) -> set[str] | None:
 
 
 def check_one_set(folder: Path, files: list[str]) -> None:
-    """Refuse parts of two sets (part-00000-of-00004 beside part-00000-of-00002), and an export that was stopped.
+    """Refuse parts of two sets (part-00000-of-00004 and part-00000-of-00002), and an export that was stopped.
 
     Raises:
-        UserError: naming two files, or the folder.
+        UserError: two of the files, or the folder, are named.
     """
     is_export = is_marked(folder, EXPORT)
     if is_export:

@@ -1,4 +1,4 @@
-"""Batches of coming steps, prepared in a background thread while the current step computes."""
+"""Prepares the batches of coming steps in a background thread while the current step computes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _Made(Generic[T]):
 
 
 class Prefetcher(Generic[T]):
-    """Runs `make(step)` for step = start, start + 1, ... ahead of the consumer, at most `depth` results ahead.
+    """Runs `make(step)` for step = start ... end - 1 in a thread, at most `depth` results ahead of the consumer.
 
-    An exception in `make` is raised again in `next()`. `close()` stops the thread.
+    `next()` raises what `make` raised. `close()` stops the thread.
     """
 
     def __init__(self, make: Callable[[int], T], start: int, end: int, depth: int) -> None:
@@ -44,12 +44,13 @@ class Prefetcher(Generic[T]):
                 return
 
     def next(self) -> T:
-        """The next step's result; waits for it if need be."""
+        """The result of the next step; waits for it if necessary. Raises what `make` raised."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
         return item.result
 
     def close(self) -> None:
+        """Stop the thread after the step that it works on; waits at most 5 s."""
         self._stop.set()
         self._thread.join(timeout=5)

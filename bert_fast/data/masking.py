@@ -1,7 +1,7 @@
-"""Dynamic masking (open division): every time a sample is used, other tokens of it are predicted (RoBERTa, arXiv 1907.11692).
+"""Dynamic masking (open division): each use of a sample predicts other tokens of it (RoBERTa, arXiv 1907.11692).
 
-A sample keeps its number of masks, so that plans and counts stay as they are. The draw is a hash of seed, step, sample and
-place: it does not depend on which rank has the sample, nor on what else is in its batch.
+A sample keeps its number of masks, so that plans and counts stay valid. The draw is a hash of seed, step, sample and
+position: it does not depend on which rank has the sample, nor on what else is in its batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bert_fast.integers import SPLITMIX64, mix64, segment_ids, segment_positions
 
 
 def mask_id_of(manifest: dict[str, Any], folder: str) -> int:
-    """The id of [MASK] in a store's vocabulary. Raises UserError for stores that do not say it."""
+    """The id of [MASK] in a store's vocabulary. Raises UserError if the manifest does not have it."""
     if "mask_id" not in manifest:
         raise UserError(f"store {folder} does not say which token is [MASK]; prepare or import it again")
     return int(manifest["mask_id"])

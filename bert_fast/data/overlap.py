@@ -1,9 +1,9 @@
-"""Is the evaluation store's text also in the training store? From the samples themselves, in about a second.
+"""Is the evaluation store's text also in the training store? Found from the samples themselves, in about a second.
 
-Samples of one document differ in how they are cut and masked. So masked tokens are put back, and stretches of `_WINDOW`
-tokens inside a segment are compared: a sample that is covered to `_ENOUGH` by stretches of the training store was made from
-its text. Chance, quotations and licences repeat stretches, but not most of a sample; documents that a collection holds
-twice do, and no split by documents tells them apart.
+Samples of one document differ in how they are cut and masked. So the original tokens are restored, and runs of `_WINDOW` tokens
+inside a segment are compared: a sample of which at least the share `_ENOUGH` is covered by runs of the training store was made
+from its text. Quotations and licenses repeat runs, but not most of a sample. Documents that a collection holds twice do, and
+no split by documents tells them apart.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from bert_fast.data.store import Store
 from bert_fast.files import write_json
 from bert_fast.integers import SPLITMIX64, ceil_div
 
-_WINDOW = 12  # tokens: more than a phrase, less than a short segment
-_ENOUGH = 0.7  # of a sample's tokens; the rest may lie beside a cut
-_TRAIN_TOKENS, _EVAL_TOKENS = 3_000_000, 500_000  # that are looked at, at most
-_PIECES = 64  # of the training store, evenly spread
-MOST_SHARED = (
-    0.2  # of evaluation samples, in a held-out store: in the documentation of Python packages 14 % are there twice
-)
+_WINDOW = 12  # tokens; more than a phrase, less than a short segment
+_ENOUGH = 0.7  # share of a sample's tokens; the rest may lie next to a cut
+_TRAIN_TOKENS, _EVAL_TOKENS = 3_000_000, 500_000  # the most that are compared
+_PIECES = 64  # of the training store, spread evenly
+# Share of the samples of an evaluation store that may be of training text: in the documentation of Python packages, 14 % are
+MOST_SHARED = 0.2
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Of `compared` evaluation samples, `found` are of text that the training store has. `looked_at`: share of it read."""
+    """`found` of `compared` evaluation samples are of training text; `looked_at` is the share of the training store read."""
 
     found: int
     compared: int
@@ -43,8 +42,8 @@ class Shared:
 def shared_text(train: Store, evaluation: Store, eval_samples: int | None = None) -> Shared:
     """How many of the (first `eval_samples`) evaluation samples are of text in the training store.
 
-    Of a large store a part is read, so that it takes no longer than for a small one. The chance to notice shared text falls
-    with that part: of a training store of tens of millions of samples only the same token file is noticed.
+    Only a part of a large store is read, so that it takes no longer than a small one. The chance to find shared text shrinks
+    with that part: for a training store of tens of millions of samples, only an identical token file is found.
     """
     total = min(len(evaluation), eval_samples or len(evaluation))
     if train.manifest["sha256"] == evaluation.manifest["sha256"]:
@@ -52,10 +51,10 @@ def shared_text(train: Store, evaluation: Store, eval_samples: int | None = None
     count = max(1, int(_EVAL_TOKENS / max(1.0, float(np.mean(evaluation.lengths[:total])))))
     ids = np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
     batch = evaluation.batch(ids, keep_order=True)
-    hashes, starts = _stretches(batch)
+    hashes, starts = _runs(batch)
     theirs, seen = [], 0
     for piece in _pieces(train):
-        theirs.append(_stretches(train.batch(piece, keep_order=True))[0])
+        theirs.append(_runs(train.batch(piece, keep_order=True))[0])
         seen += len(piece)
     shared = starts[np.isin(hashes, np.concatenate(theirs))]
     covered, could_be = (_covered(each, batch) for each in (shared, starts))
@@ -64,7 +63,7 @@ def shared_text(train: Store, evaluation: Store, eval_samples: int | None = None
 
 
 def known_shared_text(train: Store, evaluation: Store) -> Shared | None:
-    """What the evaluation store's manifest says of this training store; None if it does not."""
+    """What the evaluation store's manifest says about this training store; None if it says nothing."""
     found = evaluation.manifest.get("shared_text")
     if not isinstance(found, dict) or found.get("train_sha256") != train.manifest["sha256"]:
         return None
@@ -72,7 +71,7 @@ def known_shared_text(train: Store, evaluation: Store) -> Shared | None:
 
 
 def note_shared_text(train: Store, evaluation: Store) -> Shared:
-    """Compare two stores and write the outcome into the evaluation store's manifest, unless it is there."""
+    """Compare two stores and write the result into the evaluation store's manifest, unless it is there already."""
     shared = known_shared_text(train, evaluation)
     if shared is None:
         shared = shared_text(train, evaluation)
@@ -82,7 +81,7 @@ def note_shared_text(train: Store, evaluation: Store) -> Shared:
 
 
 def _covered(starts: np.ndarray, batch: Batch) -> np.ndarray:
-    """Tokens of every sample that lie in stretches from these places, int64 [B]."""
+    """Tokens of every sample that are in runs that start at these indices, int64 [B]."""
     changes = np.zeros(batch.num_tokens + 1, np.int64)
     changes[starts] += 1
     changes[starts + _WINDOW] -= 1
@@ -91,7 +90,7 @@ def _covered(starts: np.ndarray, batch: Batch) -> np.ndarray:
 
 
 def _pieces(store: Store) -> list[np.ndarray]:
-    """Ids of neighbouring samples, from evenly spread places: the whole of a small store."""
+    """Ids of neighboring samples at evenly spread places; of a small store, all ids."""
     mean = max(1.0, float(store.manifest.get("mean_length") or store.lengths.mean()))
     count = min(len(store), max(1, int(_TRAIN_TOKENS / mean)))
     pieces = min(_PIECES, count)
@@ -99,11 +98,11 @@ def _pieces(store: Store) -> list[np.ndarray]:
     return [np.arange(a, min(b, a + ceil_div(count, pieces))) for a, b in pairwise(starts)]
 
 
-def _stretches(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Hash of every stretch of tokens inside a segment (uint64 [n]) and where in the batch it starts (int64 [n])."""
+def _runs(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The hash of every run of tokens inside a segment (uint64 [n]) and its first index in the batch (int64 [n])."""
     tokens = batch.input_ids.astype(np.uint64)
     tokens[batch.masked_positions] = batch.masked_labels.astype(np.uint64)
-    is_end = np.zeros(len(tokens) + 1, np.int64)  # [CLS] and [SEP]: no stretch holds one
+    is_end = np.zeros(len(tokens) + 1, np.int64)  # [CLS] and [SEP], which no run contains
     is_end[batch.cu_seqlens[:-1]] = 1
     is_end[batch.cu_seqlens[1:] - 1] = 1
     is_end[: len(tokens) - 1][np.diff(batch.token_type_ids) > 0] = 1

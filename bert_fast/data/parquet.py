@@ -1,6 +1,6 @@
-"""Text out of Parquet files and of folders that Hugging Face `datasets` saved (Arrow), without `datasets`.
+"""Reads text from Parquet files, and from folders that Hugging Face `datasets` saved (Arrow), without `datasets`.
 
-Rows come in batches of about a MiB, so memory does not grow with a file or its row groups.
+Rows are read in batches of about a MiB, so memory does not grow with a file or its row groups.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _MOST_ROWS = 4096
 
 
 def read_rows(path: str | Path, column: str = "text") -> Iterator[tuple[int, int, str | None]]:
-    """(row group or record batch, row in it, text or None) of every row of a file, in its order.
+    """(row group or record batch, row in it, text or None) of every row of a file, in order.
 
     Raises:
-        UserError: the file is damaged, has no such column of strings (it says which it has) or has it twice, or a text is not
-            UTF-8 (it says in which row).
+        UserError: the file is damaged; it has no such column of strings, or two; or a text is not UTF-8. The message names
+            the columns, or the row.
     """
     arrow = _pyarrow()
     is_parquet = str(path).endswith(".parquet")
@@ -53,7 +53,7 @@ def _check_column(path: str | Path, schema: Any, column: str) -> None:
 
 
 def _parquet_batches(arrow: Any, path: str | Path, column: str) -> Iterator[tuple[int, int, Any]]:
-    # Read through a buffer: a column of a row group is otherwise taken in whole before its first row
+    # Read through a buffer: otherwise a whole column of a row group is loaded before its first row
     with arrow.parquet.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
         _check_column(path, file.schema_arrow, column)
         for group in range(file.num_row_groups):

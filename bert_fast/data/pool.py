@@ -1,4 +1,4 @@
-"""A map over processes whose results come in order and never pile up in memory. The processes end with their parent."""
+"""A map over processes with ordered results and bounded memory. The processes end with their parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bert_fast.errors import UserError
 
 
 class Pool:
-    """`with Pool(workers) as pool: for result in pool.map(function, arguments)`."""
+    """Worker processes: `with Pool(workers) as pool: for result in pool.map(function, arguments)`."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -29,10 +29,15 @@ class Pool:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        # After an error, too, no worker may still be writing when the caller tries again; only Ctrl-C does not wait
+        # Also after an error, no worker may still be writing when the caller tries again; only Ctrl-C does not wait
         self._executor.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=True)
 
     def map(self, function: Callable[..., Any], arguments: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results of `function(*arguments)` in order; at most three calls per worker are pending.
+
+        Raises:
+            UserError: a worker process died; and whatever `function` raises.
+        """
         arguments = iter(arguments)
         pending: list[Future[Any]] = [self._executor.submit(function, *a) for a in islice(arguments, 3 * self._workers)]
         try:
@@ -45,9 +50,9 @@ class Pool:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this worker when its parent is gone, even one that is deep in foreign code.
+    """Have the kernel end this worker when its parent is gone, even if it is inside of a library.
 
-    The parent holds the other end of a pipe. When that closes, the pipe raises SIGIO, which ends a process. (The usual request,
+    The parent holds the other end of a pipe. When it closes, the pipe raises SIGIO, which ends the process. (The usual request,
     PR_SET_PDEATHSIG, would follow the fork server, which outlives the parent as long as there are workers.)
     """
     parent = parent_process()
@@ -57,5 +62,5 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([pipe], [], [], 0)[0]:  # it was gone before we asked
+    if select.select([pipe], [], [], 0)[0]:  # it was gone before the request
         os._exit(1)

@@ -1,11 +1,11 @@
-"""From a corpus to two stores, in three restartable stages.
+"""Turns a corpus into two stores, in three restartable stages.
 
     text     sources, read in parallel ─▶ text/{train,eval}-00000.txt (MLCommons' form), split by document
     vocab    given, or trained on the training text ─▶ vocab.txt
     samples  every text file in parallel ─▶ token ids ─▶ parts ─▶ train/ and eval/ stores
 
-Every stage leaves a stamp with the hash of what it was made from; a finished stage, or a finished part, is not made
-again. The result does not depend on the number of processes.
+Every stage leaves a stamp with the hash of what it was made from. A finished stage, or a finished part, is not made again.
+The result does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from bert_fast.claims import claimed, owner_of, remove_own
 from bert_fast.data import corpus as corpora
+from bert_fast.data.corpora.base import AUTO, Found, Piece, counted
 from bert_fast.data.folders import (
     PART_FILES,
     PARTS_FOLDER,
@@ -52,16 +53,13 @@ from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 
 _TEXT_FILE_BYTES = 1 << 19
-# Bytes of text, pieces, token ids and stores together over those of the sources, at ten passes. A compressed dump becomes
-# five times as much text; a byte of text becomes about half a byte a pass, twice for a while, and a byte of token ids.
-_SPACE = {"pydocs": 3, "prose": 13, "mlcommons": 13, "jsonl": 13, "wikiextractor": 13, "mediawiki": 22, "parquet": 22}
 _ALGORITHM = 2  # of samples: a store that an older one made is made anew
 PICKS = ("first", "evenly")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to prepare. Two equal recipes over the same text give the same bytes."""
+    """What to prepare. Equal recipes over the same text give the same bytes."""
 
     corpus: str = "pydocs"
     input: str | None = None
@@ -72,16 +70,16 @@ class Recipe:
     eval_fraction: float = 0.02
     eval_max_samples: int | None = None
     params: SampleParams = field(default_factory=SampleParams)
-    cased: bool | None = None  # None: as the vocabulary is; a trained one is then uncased
+    cased: bool | None = None  # None: as the vocabulary is; one that is trained is then uncased
     max_unknown: float = 0.05  # share of the words
-    language: str = corpora.AUTO  # whose rules end sentences; `auto` tells it from each text
+    language: str = AUTO  # whose rules end sentences; `auto` tells it from each text
     eval_input: str | None = None  # text of the evaluation split alone, in place of a held-out share
     eval_pick: str = (
-        "first"  # which candidates `eval_max_samples` keeps: the first, or evenly spread as MLPerf's reference
+        "first"  # samples that `eval_max_samples` keeps: the first, or evenly spread as MLPerf's reference does
     )
 
     def __post_init__(self) -> None:
-        """Raises UserError for values outside of their range."""
+        """Raises UserError for values out of range."""
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"--eval-fraction {self.eval_fraction}: the share held out is above 0 and below 1")
         if not 0 <= self.max_unknown <= 1:
@@ -94,14 +92,17 @@ class Recipe:
             raise UserError(f"--eval-pick {self.eval_pick}: give {' or '.join(PICKS)}")
         if self.eval_pick != "first" and not self.eval_max_samples:
             raise UserError(f"--eval-pick {self.eval_pick} needs --eval-max-samples, the number of samples to pick")
-        if self.eval_input is not None and self.corpus == "pydocs":
-            raise UserError("--eval-input: corpus pydocs has no text but that of packages; choose another --corpus")
+        if self.eval_input is not None and corpora.find_corpus(self.corpus).reads_packages:
+            raise UserError(
+                f"--eval-input: corpus {self.corpus} has no text but that of packages; choose another --corpus"
+            )
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9-]+)?|auto", self.language):
             raise UserError(f"--language {self.language}: give a code such as en, de or zh, or auto")
 
     def text_key(self) -> dict[str, Any]:
         """What the text stage depends on."""
-        packages = list(self.packages) if self.corpus == "pydocs" else []
+        corpus = corpora.find_corpus(self.corpus)
+        packages = list(self.packages) if corpus.reads_packages else []
         key = {
             "corpus": self.corpus,
             "input": self.input,
@@ -109,9 +110,9 @@ class Recipe:
             "eval_fraction": self.eval_fraction,
             "seed": self.params.seed,
         }
-        if self.corpus in ("parquet", "jsonl"):
+        if corpus.reads_column:
             key["column"] = self.column
-        if self.corpus != "pydocs":
+        if not corpus.reads_packages:
             key["language"] = self.language
         return {**key, "eval_input": self.eval_input} if self.eval_input else key
 
@@ -123,12 +124,12 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
     """Make `out/train` and `out/eval`. Returns `{"train": manifest, "eval": manifest, "seconds": ...}`.
 
     Raises:
-        UserError: unreadable or empty text, a bad vocabulary, a full disk (finished work is kept for a restart); a folder that
-            another process is writing, or with files of others where this one would write.
+        UserError: unreadable or empty text, a bad vocabulary, or a full disk (finished work is kept for a restart); or another
+            process is writing the folder, or it has files of others that this one would overwrite.
     """
     start = time.perf_counter()
     if recipe.vocab is not None:
-        load_vocabulary(recipe.vocab)  # a bad one is found before the long part
+        load_vocabulary(recipe.vocab)  # finds a bad vocabulary before hours of work
     out = Path(out)
     workers = num_workers or os.cpu_count() or 1
     check_inputs(out, (recipe.input, recipe.eval_input))
@@ -147,14 +148,14 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
 
 @contextlib.contextmanager
 def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
-    """The folder and its stores are this process's meanwhile."""
+    """Claim the folder and its stores while the block runs. Raises UserError."""
     given = recipe.vocab is not None and Path(recipe.vocab).resolve() == (out / "vocab.txt").resolve()
     kind = replace(
         PREPARATION, writes=tuple(name for name in PREPARATION.writes if not (given and name == "vocab.txt"))
     )
     _check_stores_are_free(out)
     with claimed(out, kind):
-        _check_stores_are_free(out)  # of an import that began meanwhile one of us has seen the other
+        _check_stores_are_free(out)  # if an import began meanwhile, at least one of the two has seen the other
         yield
 
 
@@ -173,7 +174,7 @@ def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, Any]:
-    """Write the corpus as sentences, a line each. Returns the stamp: files, hashes, counts by split, what was left out."""
+    """Write the corpus as one sentence per line. Returns the stamp: files, hashes, counts by split, what was left out."""
     key, stamp_path = recipe.text_key(), out / "text" / "stamp.json"
     found = _sources(recipe)
     sources = [*found.sources, *found.evaluation]
@@ -183,11 +184,13 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     done = _stamp_matches(stamp_path, key)
     if done:
         log(f"text: {done['train']['documents']:,} + {done['eval']['documents']:,} documents, already there")
-        _say_left_out(done, log)
+        _log_left_out(done, log)
         return done
     start = time.perf_counter()
     remove_own(out, TEXT_FILES)
-    check_space(out, int(_SPACE[recipe.corpus] * sum(map(corpora.num_bytes, sources))), "the preparation")
+    check_space(
+        out, int(corpora.find_corpus(recipe.corpus).space * sum(map(corpora.num_bytes, sources))), "the preparation"
+    )
     tag = hashlib.sha256(json.dumps(["stretches", key], sort_keys=True).encode()).hexdigest()[:12]
     pieces_folder = out / f"pieces-{tag}"
     for stale in out.glob(PIECES_FOLDER):
@@ -195,7 +198,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
             remove_own(out, [f"{stale.name}/{name}" for name in PIECE_FILES])
 
     def documents() -> Iterator[tuple[_Read, bool]]:
-        """Every document, or stretch of one, and whether it is of the evaluation text. Read once; then from its pieces."""
+        """Every document, or stretch of one, and whether it is evaluation text. The second time from the kept pieces."""
         number, last_line, count, began = 0, time.perf_counter(), 0, time.perf_counter()
         for is_evaluation, part in ((False, found.sources), (True, found.evaluation)):
             pieces = enumerate(corpora.list_pieces(recipe.corpus, part, recipe.column), number)
@@ -215,7 +218,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     for document, is_evaluation in documents():
         splitter.add(*document, is_evaluation)
     stamp = {"key": key, **splitter.close()}
-    _say_left_out(stamp, log)
+    _log_left_out(stamp, log)
     missing = next((split for split in SPLITS if not stamp[split]["documents"]), None)
     if missing and found.evaluation:
         where = recipe.eval_input if missing == "eval" and recipe.eval_input else recipe.input
@@ -233,7 +236,7 @@ def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, An
     return stamp
 
 
-def _sources(recipe: Recipe) -> corpora.Found:
+def _sources(recipe: Recipe) -> Found:
     """Sources of both splits: a given evaluation text takes the place of one that lies beside the text."""
     found = corpora.find_sources(recipe.corpus, recipe.input, recipe.packages)
     if recipe.eval_input is None:
@@ -241,9 +244,8 @@ def _sources(recipe: Recipe) -> corpora.Found:
     given = corpora.find_sources(recipe.corpus, recipe.eval_input)
     evaluation = [*given.sources, *given.evaluation]
     same = {os.path.realpath(source.path) for source in evaluation}
-    sources = [
-        source for source in found.sources if os.path.realpath(source.path) not in same
-    ]  # it may lie in the folder
+    # The given text may be in the folder of the other
+    sources = [source for source in found.sources if os.path.realpath(source.path) not in same]
     if not sources:
         raise UserError(f"--eval-input {recipe.eval_input} is all the text there is in {recipe.input}; give other text")
     left_out = dict(found.left_out)
@@ -252,34 +254,33 @@ def _sources(recipe: Recipe) -> corpora.Found:
     beside = [source.name for source in found.evaluation if os.path.realpath(source.path) not in same]
     if beside:
         left_out["evaluation texts other than that of --eval-input"] = beside
-    return corpora.Found(sources, evaluation, left_out)
+    return Found(sources, evaluation, left_out)
 
 
-def _say_left_out(stamp: dict[str, Any], log: Log) -> None:
-    """One line for all that is not in the text, and one for documents on both sides, where there are such."""
+def _log_left_out(stamp: dict[str, Any], log: Log) -> None:
+    """Log one line for all that is not in the text, and one for documents on both sides, if there are any."""
     left_out = stamp.get("left_out", {"files": {}, "documents": {}})
     if any(left_out.values()):
         numbers = [
-            corpora.counted(sum(entry["count"] for entry in entries.values()), what)
-            for what, entries in left_out.items()
+            counted(sum(entry["count"] for entry in entries.values()), what) for what, entries in left_out.items()
         ]
         why = [
-            corpora.counted(entry["count"], reason, entry["first"])
+            counted(entry["count"], reason, entry["first"])
             for entries in left_out.values()
             for reason, entry in entries.items()
         ]
         log(f"text: {' and '.join(numbers)} left out: {'; '.join(why)}")
     if stamp.get("on_both_sides"):
-        log(
-            f"text: {corpora.counted(stamp['on_both_sides'], 'documents')} both in the training and in the evaluation text"
-        )
+        log(f"text: {counted(stamp['on_both_sides'], 'documents')} both in the training and in the evaluation text")
 
 
 _Blocks = list[tuple[bytes, list[str]]]  # hash of a block, its sentences
-_Read = tuple[str, _Blocks, bool, str]  # origin, blocks, whether the next one is its rest, why there are no blocks
+_Read = tuple[
+    str, _Blocks, bool, str
+]  # origin, blocks, whether the next one is the rest of this one, why there are no blocks
 
 
-def _read_piece(path: str, kind: str, piece: corpora.Piece, language: str) -> list[_Read]:
+def _read_piece(path: str, kind: str, piece: Piece, language: str) -> list[_Read]:
     """Documents of a piece, kept in `path` until the stage is over: cleaning a whole Wikipedia is hours of work."""
     finished = _stored_piece(path)
     if finished is not None:
@@ -302,7 +303,7 @@ def _read_piece(path: str, kind: str, piece: corpora.Piece, language: str) -> li
 
 
 def _stored_piece(path: str) -> list[_Read] | None:
-    """A piece as it was kept, as JSON, which runs nothing. None where there is none; one that is damaged is made again."""
+    """A piece that was kept, as JSON, which runs no code. None if it does not exist or is damaged, and must be made again."""
     try:
         stored = json.loads(Path(path).read_bytes().decode("utf-8", "surrogatepass"))
         return [
@@ -319,21 +320,21 @@ def _stored_piece(path: str) -> list[_Read] | None:
 
 
 class _Splitter:
-    """Documents on their way to the two splits. The stretches of a long one come one after the other, to the same side."""
+    """Distributes documents to the two splits. All stretches of a long document go to the same one."""
 
     _NAMED = 5  # of what is left out for one reason
 
-    def __init__(self, recipe: Recipe, folder: Path, found: corpora.Found) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, found: Found) -> None:
         self._recipe, self._found = recipe, found
         self._writers = {split: _TextWriter(folder, split) for split in SPLITS}
         self._keep = _Unrepeated(recipe)
         self._left_out: dict[str, dict[str, Any]] = {}
-        self._side = ""  # of the document whose rest is to come, once something of it was kept
-        self._train: set[bytes] = set()  # hashes, where the evaluation text was given and may repeat it
+        self._side = ""  # split of the document whose rest is to come, once some of it was kept
+        self._train: set[bytes] = set()  # hashes, if the evaluation text was given and may repeat it
         self._both = 0
 
     def add(self, origin: str, blocks: _Blocks, goes_on: bool, left_out: str, is_evaluation: bool) -> None:
-        """The next document, or stretch of one."""
+        """Add the next document, or stretch of one."""
         kept = self._keep.of(blocks)
         if kept and not self._side:
             self._side = self._choose_side(origin, blocks[0][0], is_evaluation)
@@ -353,13 +354,13 @@ class _Splitter:
                 return "eval"
             self._train.add(digest)
             return "train"
-        # A text that occurs twice goes to one side. Modules stay whole, so pydocs goes by the module's name.
-        identity = origin if self._recipe.corpus == "pydocs" else digest.hex()
+        # A text that occurs twice goes to one side. Modules of packages stay whole, so they go by their name.
+        identity = origin if corpora.find_corpus(self._recipe.corpus).reads_packages else digest.hex()
         held_out = corpora.is_held_out(identity, self._recipe.eval_fraction, self._recipe.params.seed)
         return "eval" if held_out else "train"
 
     def close(self) -> dict[str, Any]:
-        """What a stamp says of the text."""
+        """Finish the files. Returns the stamp's entries about the text."""
         files = {
             why: {"count": len(names), "first": names[: self._NAMED]} for why, names in self._found.left_out.items()
         }
@@ -370,14 +371,14 @@ class _Splitter:
         }
 
 
-_FEWEST_SENTENCES = 2  # of a split: a sample is a pair
+_FEWEST_SENTENCES = 2  # of a split, as a sample is a pair
 _Documents = Callable[[], Iterator[tuple[_Read, bool]]]
 
 
 def _split_at_the_end(documents: _Documents, missing: str, recipe: Recipe, folder: Path, log: Log) -> dict[str, Any]:
-    """Hold out the end of the text, where documents are so few that their hashes leave the split `missing` without any.
+    """Hold out the end of the text, as there are so few documents that their hashes put none into the split `missing`.
 
-    The share is of sentences, so that a single document can be cut. A document that occurs again is left out: its end may
+    The share is one of sentences, so that a single document can be cut. A repeated document is left out, as its end may
     be held out.
 
     Returns:
@@ -406,7 +407,7 @@ def _split_at_the_end(documents: _Documents, missing: str, recipe: Recipe, folde
         for side, part in (("train", sentences[:left]), ("eval", sentences[left:])):
             if part:
                 if open_side and open_side != side:
-                    writers[open_side].add([])  # the document ends here, and its rest is another one
+                    writers[open_side].add([])  # the document ends here, and its rest is another document
                 writers[side].add(part, goes_on=True)
                 open_side = side
         left = max(0, left - len(sentences))
@@ -418,7 +419,7 @@ def _split_at_the_end(documents: _Documents, missing: str, recipe: Recipe, folde
 
 
 def _sizes_of_new(documents: _Documents, recipe: Recipe) -> list[int]:
-    """Sentences of every document; 0 for one whose text an earlier one had."""
+    """Number of sentences of every document; 0 for a repeated one."""
     sizes: list[int] = []
     seen: set[bytes] = set()
     keep = _Unrepeated(recipe)
@@ -435,10 +436,10 @@ def _sizes_of_new(documents: _Documents, recipe: Recipe) -> list[int]:
 
 
 class _Unrepeated:
-    """The sentences of blocks; of generated documentation, which repeats itself, every block once."""
+    """Takes the sentences out of blocks. Of pydocs, which repeat themselves, every block is taken once."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._seen: set[bytes] | None = set() if recipe.corpus == "pydocs" else None
+        self._seen: set[bytes] | None = set() if corpora.find_corpus(recipe.corpus).reads_packages else None
 
     def of(self, blocks: _Blocks) -> list[str]:
         kept: list[str] = []
@@ -463,7 +464,9 @@ class _TextWriter:
         self._documents = self._sentences = self._bytes = 0
 
     def add(self, sentences: list[str], goes_on: bool = False) -> None:
-        if sentences and self._size >= _TEXT_FILE_BYTES:  # before and not after: the end of a document stays with it
+        if (
+            sentences and self._size >= _TEXT_FILE_BYTES
+        ):  # before adding and not after, so that the end of a document stays with it
             self._flush()
         text = "".join(f"{sentence}\n" for sentence in sentences) + ("" if goes_on else "\n")
         self._lines.append(text)
@@ -517,7 +520,7 @@ def _vocab_stage(recipe: Recipe, out: Path, text: dict[str, Any], log: Log) -> P
 
 
 def _put_vocabulary(out: Path, new: Path, key: dict[str, Any]) -> None:
-    """Let a whole new file become vocab.txt. Raises UserError where that is a file that somebody else wrote, or has changed."""
+    """Rename a whole new file to vocab.txt. Raises UserError if that is a file that somebody else wrote or changed."""
     path, stamp_path = out / "vocab.txt", out / "vocab.stamp.json"
     try:
         stamp = json.loads(stamp_path.read_text(encoding="utf-8"))
@@ -530,9 +533,8 @@ def _put_vocabulary(out: Path, new: Path, key: dict[str, Any]) -> None:
             f"{path} is not as this command wrote it; move it, name it with --vocab, or choose another --out"
         )
     path.unlink(missing_ok=True)
-    write_json(
-        stamp_path, {"key": key, "sha256": sha256_of(new)}
-    )  # first: a kill here must not make our file a stranger's
+    # Before the rename: if this process is killed in between, the file is still known as ours
+    write_json(stamp_path, {"key": key, "sha256": sha256_of(new)})
     os.replace(new, path)
 
 
@@ -622,7 +624,7 @@ def _sample_stage(
 def _tokenize(
     recipe: Recipe, out: Path, names: list[str], vocab_path: Path, folder: Path, pool: Pool
 ) -> list[TokenPart]:
-    """The token ids of a split's text files, in parallel, put together in `folder`: samples take text from all of it."""
+    """Write the token ids of a split's text files, in parallel, and join them in `folder` for random next sentences."""
     jobs = (
         (str(out / "text" / name), str(vocab_path), recipe.cased, str(folder / f"{n:05d}.npz"))
         for n, name in enumerate(names)
@@ -637,7 +639,7 @@ def _make_token_part(text_path: str, vocab_path: str, cased: bool | None, part_p
 
 
 def _check_words(words: WordCount, recipe: Recipe, split: str, vocab_path: Path) -> None:
-    """Refuse text that the vocabulary cannot write: each unknown word becomes [UNK]. Raises UserError."""
+    """Refuse text with too many words that are unknown to the vocabulary and become [UNK]. Raises UserError."""
     share = words.unknown / max(1, words.words)
     if share <= recipe.max_unknown:
         return
@@ -663,7 +665,7 @@ _TOKENIZERS: dict[tuple[str, bool | None], tuple[WordPiece, Vocabulary]] = {}
 
 
 def _tokenizer(vocab_path: str, cased: bool | None = None) -> tuple[WordPiece, Vocabulary]:
-    """One tokenizer a process, made at first use (keyed by content: the file may be replaced)."""
+    """One tokenizer per process and vocabulary, made at first use; the key is the content, as the file may be replaced."""
     key = sha256_of(vocab_path), cased
     if key not in _TOKENIZERS:
         _TOKENIZERS[key] = (WordPiece(vocab_path, cased), load_vocabulary(vocab_path))

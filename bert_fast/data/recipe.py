@@ -1,4 +1,4 @@
-"""A recipe file of scripts/prepare_data.py: every option of the command as a typed, bounded field."""
+"""A recipe file of scripts/prepare_data.py: every option of the command as a typed field with bounds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bert_fast.config import Section
+from bert_fast.config.choices import CORPORA, one_of
 from bert_fast.config.section import Seed, Tokens
 from bert_fast.config.yaml_files import read_yaml, validate
-from bert_fast.data.corpus import AUTO, PYDOCS_PACKAGES, CorpusKind
+from bert_fast.data.corpora.base import AUTO
+from bert_fast.data.corpus import PYDOCS_PACKAGES
 from bert_fast.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -19,9 +21,9 @@ Package = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Z
 
 
 class RecipeFile(Section):
-    """One line a field; the names are those of the command's flags with underscores, which say what they mean."""
+    """The fields of a recipe, named as the command's flags with underscores; `--help` explains them."""
 
-    corpus: CorpusKind = "pydocs"
+    corpus: Annotated[str, one_of(CORPORA)] = "pydocs"
     input: Text | None = None
     column: Text = "text"
     packages: list[Package] = Field(list(PYDOCS_PACKAGES), min_length=1, max_length=1000)
@@ -56,7 +58,7 @@ def read_recipe(path: str | Path) -> RecipeFile:
     """Read a recipe file.
 
     Raises:
-        UserError: one line naming the file and the field: absent, empty, not YAML, an unknown field, a wrong type or number.
+        UserError: the file is missing, empty or not YAML, or has an unknown field or a wrong value; the field is named.
     """
     tree = read_yaml(path, "recipe", f"fields ({', '.join(RecipeFile.model_fields)})", "configs/data/pydocs_mini.yaml")
     if not tree:

@@ -1,10 +1,10 @@
 """BERT's pretraining samples: [CLS] A [SEP] B [SEP] with static masks and an is-next label.
 
 The algorithm of Devlin et al. (arXiv 1810.04805, appendix A.2) as their published generator has it, with MLPerf's
-parameters. A document's target length is drawn once per pass over it, and is short with probability `short_seq_prob`;
-its sentences are gathered up to that length; the gathered sentences are cut into A and B at a random place; half of the
-time B comes from another document instead, and the sentences that B would have taken go back; 15 % of the tokens are
-chosen for prediction, of which 80 % become [MASK], 10 % a random token and 10 % stay. Everything follows from one seed.
+parameters. A document's target length is drawn once per pass over it, and is short with probability `short_seq_prob`. Its
+sentences are gathered up to that length and cut into A and B at a random place. Half of the time B comes from another document
+instead, and the sentences that B would have taken are used again. 15 % of the tokens are chosen for prediction: 80 % of them
+become [MASK], 10 % a random token, and 10 % stay. One seed determines everything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SampleParams:
     seed: int = 12345
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that no sample can be made with."""
+        """Raises UserError for values with which no sample can be made."""
         if self.max_seq_len < 5:
             raise UserError(f"--max-seq-len {self.max_seq_len}: [CLS] A [SEP] B [SEP] takes at least 5 tokens")
         if self.max_seq_len > 65535:
@@ -43,6 +43,7 @@ class SampleParams:
             raise UserError("--mask-prob and --short-seq-prob are shares between 0 and 1")
 
     def as_dict(self) -> dict[str, Any]:
+        """The parameters by name, for a manifest."""
         return asdict(self)
 
 
@@ -52,7 +53,7 @@ class Sample:
 
     input_ids:        [L] uint16, masks applied
     len_a:            tokens of the first segment, [CLS] and its [SEP] included
-    masked_positions: [M] uint16, rising
+    masked_positions: [M] uint16, ascending
     masked_labels:    [M] uint16, the original tokens there
     is_random_next:   1 if B comes from another document
     """
@@ -67,7 +68,7 @@ class Sample:
 Tokens = list[int]
 TokenDocument = Sequence[Tokens]  # sentences
 
-_TRIES = 10  # for text of another place where a single document must be its own other
+_TRIES = 10  # to draw text from elsewhere in a split of a single document
 
 
 def make_samples(
@@ -77,11 +78,12 @@ def make_samples(
     chunk: int,
     chosen: range | None = None,
 ) -> Iterator[Sample]:
-    """Samples of a chunk of documents, `dupe_factor` passes over it.
+    """Samples of a chunk of documents, in `dupe_factor` passes over it.
 
-    documents: all of the split: random next sentences are drawn from all of it. May be read from disk as it is used.
-    chunk:     makes the chunk's random stream its own
-    chosen:    the documents of the chunk, as indices (default: all). None of the split may then be empty
+    Args:
+        documents: the whole split, as random next sentences are drawn from all of it. It may be read from disk on access.
+        chunk: the number of the chunk, which selects its random stream.
+        chosen: indices of the chunk's documents (default: all). If given, no document of the split may be empty.
     """
     if chosen is None:
         documents = [document for document in documents if document]
@@ -99,9 +101,9 @@ def _segment_pairs(
 ) -> Iterator[tuple[Tokens, Tokens, int]]:
     document = documents[index]
     if len(documents) == 1 and len(document) == 1:
-        return  # there is no second sentence in the whole split
+        return  # the whole split has no second sentence
     budget = params.max_seq_len - 3  # [CLS], [SEP], [SEP]
-    # Once for the document and this pass: its samples are all short, or none is
+    # Once per document and pass: either all of its samples are short or none is
     target = rng.randint(2, budget) if rng.random() < params.short_seq_prob else budget
     gathered: list[Tokens] = []
     total = 0
@@ -117,7 +119,7 @@ def _segment_pairs(
         is_random = int(len(gathered) == 1 or rng.random() < 0.5)
         if is_random:
             tokens_b = _random_text(documents, index, target - len(tokens_a), rng)
-            position -= len(gathered) - cut  # give back the sentences that B did not take
+            position -= len(gathered) - cut  # use the sentences again that B did not take
         else:
             tokens_b = [token for sentence in gathered[cut:] for token in sentence]
         _trim(tokens_a, tokens_b, budget, rng)
@@ -129,8 +131,8 @@ def _segment_pairs(
 def _random_text(documents: Sequence[TokenDocument], index: int, target: int, rng: random.Random) -> Tokens:
     """Consecutive sentences from a random place of another document, up to `target` tokens.
 
-    A single document is its own other, as in the reference. All its samples meet its end, so that a place too near the
-    end is drawn again there.
+    A split of a single document draws from that document, as the reference does. There, a place too close to the document's
+    end is drawn again.
     """
     if len(documents) == 1:
         tokens = _text_from_random_place(documents[0], target, rng)

@@ -1,4 +1,4 @@
-"""Has a store changed under a run? Checksums per block, compared again and again in the background."""
+"""Detects changes of a store during a run by comparing checksums of its blocks in the background."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from bert_fast.data.store import BLOCK_BYTES, Store
 
-_PAUSE_S = 1.0  # at the least between looks at the files' names
+_PAUSE_S = 1.0  # the least between checks of the files' names
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -22,32 +22,39 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 class Scrubber:
-    """Reads this rank's share of a store's blocks at a low rate, for ever, in a thread. `alarm` tells what is wrong."""
+    """A thread that reads this rank's share of a store's blocks at a low rate, again and again.
+
+    Attributes:
+        alarm: what is wrong, or None.
+        vanished: the alarm is about a missing or replaced file and not about bytes: what was read before was right.
+        passes: how often all of this rank's blocks were found unchanged.
+    """
 
     def __init__(self, store: Store, share: int, shares: int, mb_per_s: float) -> None:
         """
         Args:
-            share, shares: this rank reads every `shares`-th block from `share` on (ranks of a node divide the work).
-            mb_per_s: 10^6 bytes per second; a checksum costs about 1 ms of a core per MB.
+            share, shares: this rank reads every `shares`-th block from `share` on (the ranks of a node divide the work).
+            mb_per_s: rate in 10^6 bytes per second; a checksum costs about 1 ms of a core per MB.
         """
         self.alarm: str | None = None
-        self.vanished = False  # the alarm is about a name, not about bytes: what was read so far was right
-        self.passes = 0  # how often all of this rank's blocks were found unchanged
+        self.vanished = False
+        self.passes = 0
         self._store, self._share, self._shares, self._rate = store, share, shares, mb_per_s * 1e6
         self._files = {name: _stamp(store.folder / name) for name in ("samples.bin", "offsets.npy", "lengths.npy")}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="block watch")
 
     def start(self) -> None:
-        """Begin, if the store has checksums to compare with."""
+        """Start the thread, if the rate is above 0 and the store has checksums."""
         if self._rate > 0 and self._store.block_crcs is not None:
             self._thread.start()
 
     def close(self) -> None:
+        """Tell the thread to stop."""
         self._end.set()
 
     def changed(self, ids: np.ndarray) -> str | None:
-        """What is wrong now with the blocks that hold these samples; None if nothing is, or nobody can tell."""
+        """What is wrong now with the blocks of these samples (int64 [B]); None if they are unchanged, or without checksums."""
         crcs = self._store.block_crcs
         if crcs is None:
             return None
@@ -55,7 +62,7 @@ class Scrubber:
         try:
             with open(self._store.folder / "samples.bin", "rb") as file:
                 for block in sorted({n for a, b in zip(first, last, strict=True) for n in range(a, b + 1)}):
-                    found, _ = self._look(file, block)
+                    found, _ = self._check_block(file, block)
                     if found:
                         return found
         except OSError as error:
@@ -65,19 +72,19 @@ class Scrubber:
     def _run(self) -> None:
         try:
             while not self._end.is_set():
-                if not self._names_stand() or not self._pass():
+                if not self._files_are_same() or not self._pass():
                     return
                 self.passes += 1
                 self._end.wait(_PAUSE_S)
         except OSError as error:
-            with suppress(OSError):  # which of them has gone since the last look at the names?
-                if not self._names_stand():
+            with suppress(OSError):  # which file has gone since the last check of the names?
+                if not self._files_are_same():
                     return
             self.vanished = True
             self.alarm = f"store {self._store.folder} can no longer be read ({error.strerror or error})"
 
-    def _names_stand(self) -> bool:
-        """Whether every file is still the one that was opened."""
+    def _files_are_same(self) -> bool:
+        """Whether every name still belongs to the file that was opened; else sets `alarm`."""
         for name, stamp in self._files.items():
             path = self._store.folder / name
             try:
@@ -95,16 +102,16 @@ class Scrubber:
         assert self._store.block_crcs is not None
         with open(self._store.folder / "samples.bin", "rb") as file:
             for block in range(self._share, len(self._store.block_crcs), self._shares):
-                found, size = self._look(file, block)
+                found, size = self._check_block(file, block)
                 if found:
                     self.alarm = found
                     return False
-                if self._end.wait(size / self._rate) or not self._names_stand():
+                if self._end.wait(size / self._rate) or not self._files_are_same():
                     return False
         return True
 
-    def _look(self, file: BinaryIO, block: int) -> tuple[str | None, int]:
-        """What is wrong with a block (None: nothing), and how many bytes it has."""
+    def _check_block(self, file: BinaryIO, block: int) -> tuple[str | None, int]:
+        """What is wrong with a block (None if nothing is), and its size in bytes."""
         assert self._store.block_crcs is not None
         file.seek(block * BLOCK_BYTES)
         content = file.read(BLOCK_BYTES)

@@ -1,9 +1,9 @@
 """The store: one memory-mapped token file, a table of offsets, a length table, a manifest.
 
-`samples.bin` is uint16, the record of one sample after that of another (`data.record`).
-`offsets.npy` (int64, N+1) says where records start, in uint16 units. `lengths.npy` (uint16, N) and `num_masked.npy`
-(uint16, N) are what the planner needs of every sample; all ranks of a node share them through the page cache.
-`blocks.npy` (uint32) is the CRC-32 of every 4 MiB of `samples.bin`: a run compares them while it goes (`data.scrub`).
+`samples.bin` is uint16, the records of all samples end to end (`data.record`).
+`offsets.npy` (int64, N+1) holds where records start, in uint16 units. `lengths.npy` (uint16, N) and `num_masked.npy`
+(uint16, N) hold the tokens and masks of every sample, for the planner. All ranks of a node share them through the page cache.
+`blocks.npy` (uint32) holds the CRC-32 of every 4 MiB of `samples.bin`, which a run compares in the background (`data.scrub`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from bert_fast.files import atomic_file, read_json, sha256_of, write_json
 FORMAT = "bert_fast store 1"
 _TABLES = ("offsets.npy", "lengths.npy", "num_masked.npy")
 _BLOCKS = "blocks.npy"
-FILES = ("samples.bin", *_TABLES, _BLOCKS, "manifest.json")  # of a store
+FILES = ("samples.bin", *_TABLES, _BLOCKS, "manifest.json")  # all files of a store
 BLOCK_BYTES = 1 << 22  # of samples.bin that share a checksum
-# What np.load raises for a damaged header of a .npy file: it evaluates it as a Python literal
+# What np.load raises for a damaged header of a .npy file, which it evaluates as a Python literal
 _DAMAGED = (
     OSError,
     ValueError,
@@ -66,7 +66,7 @@ _BYTES = np.dtype(np.uint16).itemsize
 
 @dataclass(frozen=True)
 class Part:
-    """A finished piece of a store on disk, written by one worker; its tables lie beside it."""
+    """A finished part of a store on disk, written by one worker; its tables lie next to it."""
 
     path: str
     num_samples: int
@@ -79,7 +79,7 @@ class Part:
 
 
 def write_part(path: str | Path, samples: Iterable[Sample]) -> Part:
-    """Write the records of `samples` to `path` and their tables beside it, atomically."""
+    """Write the records of `samples` to `path` and their tables next to it, atomically. Raises UserError as `atomic_file`."""
     lengths: list[int] = []
     num_masked: list[int] = []
     num_random = 0
@@ -93,7 +93,7 @@ def write_part(path: str | Path, samples: Iterable[Sample]) -> Part:
 
 
 def write_part_of_records(path: str | Path, blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, int]]) -> Part:
-    """As `write_part`, from blocks of ready records: (records uint16, lengths, num_masked, samples with a random next)."""
+    """As `write_part`, from blocks of (records uint16, lengths, num_masked, number of samples with a random next)."""
     lengths, num_masked, num_random = [np.zeros(0, np.uint16)], [np.zeros(0, np.uint16)], 0
     with atomic_file(path) as file:
         for records, block_lengths, block_masked, block_random in blocks:
@@ -111,7 +111,7 @@ def _finish_part(path: str | Path, lengths: np.ndarray, num_masked: np.ndarray, 
 
 
 def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
-    """The first `limit` samples of the parts, in order; a part that is cut is written anew in `folder`."""
+    """The first `limit` samples of the parts, in order; the part that is cut is written to `folder`."""
     kept: list[Part] = []
     for part in parts:
         if limit <= 0:
@@ -126,9 +126,9 @@ def take_first(parts: list[Part], limit: int, folder: Path) -> list[Part]:
 
 
 def take_evenly(parts: list[Part], count: int, folder: Path) -> list[Part]:
-    """`count` samples spread evenly over the parts, written anew in `folder`; all of them if there are no more.
+    """`count` samples spread evenly over the parts, written to `folder`; all parts if they have no more samples.
 
-    MLPerf's reference picks its evaluation set so: sample int(i * candidates / count) for i = 0 ... count - 1.
+    MLPerf's reference picks its evaluation set this way: sample int(i * candidates / count) for i = 0 ... count - 1.
     """
     total = sum(part.num_samples for part in parts)
     if total <= count:
@@ -138,7 +138,7 @@ def take_evenly(parts: list[Part], count: int, folder: Path) -> list[Part]:
 
 
 def _picked(parts: list[Part], wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
-    """Blocks of `write_part_of_records` with the samples of these numbers, a part at a time."""
+    """The samples with these numbers as blocks of `write_part_of_records`, one per part."""
     first = 0
     for part in parts:
         ids = wanted[(wanted >= first) & (wanted < first + part.num_samples)] - first
@@ -155,7 +155,7 @@ def _picked(parts: list[Part], wanted: np.ndarray) -> Iterator[tuple[np.ndarray,
 def _head(
     path: str, ends: np.ndarray, lengths: np.ndarray, num_masked: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
-    """The first samples of a part's records, those that end at `ends` (uint16 units), some thousands at a time."""
+    """A part's first records, which end at `ends` (uint16 units), as blocks of some thousand samples."""
     data = np.memmap(path, dtype=np.uint16, mode="r").view(np.ndarray)
     for first in range(0, len(ends), _BLOCK_SAMPLES):
         rows = slice(first, min(first + _BLOCK_SAMPLES, len(ends)))
@@ -173,15 +173,19 @@ def read_part(path: str | Path) -> Part | None:
         with np.load(tables, allow_pickle=False) as loaded:
             part = Part(str(path), len(loaded["lengths"]), int(loaded["num_random"]))
             expected = record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
-    except (*_DAMAGED, zipfile.BadZipFile, zlib.error):  # not what we write: it is made again
+    except (*_DAMAGED, zipfile.BadZipFile, zlib.error):  # damaged: it is made again
         return None
     return part if Path(path).stat().st_size == expected else None
 
 
 def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Join parts into a store in `folder`. The manifest is written last: a store without one is not a store.
+    """Join parts into a store in `folder`. The manifest is written last: a folder without one is not a store.
 
-    Returns the manifest, completed with counts, the length histogram and the hash of the token file.
+    Returns:
+        The manifest, completed with counts, the length histogram and the hashes of the files.
+
+    Raises:
+        UserError: there are no samples, or the disk is full.
     """
     folder = Path(folder)
     total = sum(part.num_samples for part in parts)
@@ -231,7 +235,7 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
 
 
 def _write_blocks(folder: Path) -> str:
-    """Write the checksums of samples.bin's blocks. Returns the hash of the whole, from the same read."""
+    """Write the checksums of samples.bin's blocks. Returns the hash of the whole file, from the same read."""
     crcs, digest = [], hashlib.sha256()
     with open(folder / "samples.bin", "rb") as file:
         while content := file.read(BLOCK_BYTES):
@@ -244,7 +248,7 @@ def _write_blocks(folder: Path) -> str:
 
 @contextmanager
 def _table_file(path: Path, kind: type[np.generic], count: int) -> Iterator[BinaryIO]:
-    """A .npy file of `count` numbers whose bytes are written piece by piece."""
+    """A .npy file of `count` numbers, whose bytes the caller writes."""
     with atomic_file(path) as file:
         header = {"descr": np.dtype(kind).newbyteorder("<").str, "fortran_order": False, "shape": (count,)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -252,7 +256,7 @@ def _table_file(path: Path, kind: type[np.generic], count: int) -> Iterator[Bina
 
 
 def is_store(folder: Path) -> bool:
-    """Whether the program has written a store there: a manifest of this format is the proof."""
+    """Whether the program has written a store there, by the format in its manifest."""
     try:
         return bool(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
@@ -260,9 +264,9 @@ def is_store(folder: Path) -> bool:
 
 
 def _table(path: Path) -> np.ndarray:
-    """A memory-mapped list of whole numbers. Raises one of `_DAMAGED`."""
+    """A memory-mapped one-dimensional array of integers. Raises one of `_DAMAGED`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of headers that are parsed in another way
+        warnings.simplefilter("ignore")  # about headers that numpy parses in a slower way
         table: object = np.load(path, mmap_mode="r")
     if not isinstance(table, np.ndarray) or table.ndim != 1 or table.dtype.kind not in "iu" or table.dtype.itemsize > 8:
         raise ValueError(f"{path.name} is no list of whole numbers")
@@ -321,7 +325,7 @@ class Store:
         return unpack_record(self._tokens[self._offsets[index] : self._offsets[index + 1]])
 
     def _check_records(self, ids: np.ndarray, headers: bool = True) -> None:
-        """Refuse samples that the tables and the tokens do not agree about: a damaged store would be read elsewhere."""
+        """Refuse samples whose record disagrees with the tables: in a damaged store other bytes would be read."""
         starts, ends = self._offsets[ids], self._offsets[ids + 1]
         sizes = record_sizes(self.lengths[ids], self.num_masked[ids])
         wrong = (starts < 0) | (ends > len(self._tokens)) | (ends - starts != sizes)
@@ -334,8 +338,8 @@ class Store:
             )
 
     def records(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Records of samples begin ... end - 1 end to end, and where each starts in them."""
-        self._check_records(np.arange(begin, end), headers=False)  # `verify` says which are wrong
+        """Records of samples begin ... end - 1 end to end (uint16), and where each starts in them (int64 [n])."""
+        self._check_records(np.arange(begin, end), headers=False)  # `data.verify` reports wrong headers
         offsets = np.asarray(self._offsets[begin : end + 1])
         return self._tokens[offsets[0] : offsets[-1]], offsets[:-1] - offsets[0]
 
@@ -345,17 +349,21 @@ class Store:
         return assemble(self._tokens, self._offsets[ids], self._offsets[ids + 1], ids, keep_order)
 
     def byte_ranges(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The first and the last byte of each of these samples in samples.bin."""
+        """The first and the last byte of each of these samples in samples.bin; int64 [B] each."""
         return self._offsets[ids] * _BYTES, self._offsets[ids + 1] * _BYTES - 1
 
     def samples_at(self, begin: int, end: int) -> tuple[int, int]:
-        """First and last sample with bytes in [begin, end) of samples.bin."""
+        """The first and the last sample with bytes in [begin, end) of samples.bin."""
         first = np.searchsorted(self._offsets, begin // _BYTES, side="right") - 1
         last = np.searchsorted(self._offsets, (end - 1) // _BYTES, side="right") - 1
         return int(first), min(int(last), len(self) - 1)
 
     def check(self, *, vocab_size: int, max_seq_len: int, vocab_sha256: str | None, sha256: str | None) -> None:
-        """Refuse a store that does not fit the config. Raises UserError."""
+        """Refuse a store that does not fit the config. Raises UserError.
+
+        Args:
+            vocab_sha256, sha256: the hashes that the manifest must have; None accepts any.
+        """
         manifest = self.manifest
         if manifest["vocab_size"] > vocab_size:
             raise UserError(
@@ -378,7 +386,7 @@ class Store:
                 )
 
     def check_bytes(self, sha256: str) -> None:
-        """Refuse a token file whose bytes are not those of a hash: the manifest is only what was once written."""
+        """Hash the token file, which may differ from its manifest, and refuse another hash than this. Raises UserError."""
         found = sha256_of(self.folder / "samples.bin")
         if found != sha256:
             raise UserError(
@@ -387,7 +395,7 @@ class Store:
             )
 
     def verify(self) -> None:
-        """Compare the files with the manifest's hashes. Raises UserError naming the one that changed."""
+        """Compare the files with the manifest's hashes. Raises UserError naming the file that changed."""
         if "tables_sha256" not in self.manifest:
             raise UserError(f"store {self.folder} has no hashes of its tables to verify; prepare the data again")
         expected = {"samples.bin": self.manifest["sha256"], **self.manifest["tables_sha256"]}

@@ -1,4 +1,4 @@
-"""Running text of any language: whole characters, words, code that is no text, and sentences."""
+"""Running text in any language: whole characters, words, sentences, and removing code."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u3041-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua48f\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]"
 )
-# A break after these needs no blank behind it; a point inside a word (torch.nn.Linear) is none.
+# These end a sentence even without a blank after them; a point inside a word (torch.nn.Linear) does not.
 _ENDS_ANYWHERE = re.compile("[。．！？｡।॥။༎።៕។][\"'”’」』）)》〉】]*$")
 # Thai and Lao have no full stop, and `sentencex` does not know Khmer's.
 _BLANK_ENDS_SENTENCE = re.compile("(?<=[\u0e00-\u0eff])\\s+(?=[\u0e00-\u0eff])|(?<=[\u17d4\u17d5])\\s+")
 _SHORTEST_PARAGRAPH = 12
-# Characters of a paragraph that are split at once: `sentencex` takes time that grows with the square where no blanks are.
+# Characters that are split at once: without blanks, the time of `sentencex` grows with their square.
 _UNSPACED_PORTION, _PORTION = 1 << 12, 1 << 15
-_LOOKED_AT = 4000  # characters that tell a text's language
+_LOOKED_AT = 4000  # characters from which the language is detected
 
 
 def whole_characters(text: str) -> str:
-    """`text` with halves of surrogate pairs joined to the character they mean; a lone half becomes U+FFFD."""
+    """`text` with surrogate pairs joined to the characters they encode; a lone surrogate becomes U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -35,15 +35,15 @@ def whole_characters(text: str) -> str:
 
 
 def num_words(text: str) -> int:
-    """Words between blanks; where a script has none, two letters count as one."""
+    """Number of words between blanks; in scripts without blanks, two letters count as one word."""
     if not _UNSPACED.search(text):
         return len(text.split())
     return sum(max(1, (len(_UNSPACED.findall(word)) + 1) // 2) for word in text.split())
 
 
 def without_fences(lines: Iterable[str]) -> Iterator[str]:
-    """Lines of Markdown without blocks of code between fences. One that is never closed is text."""
-    held: list[str] = []  # since a fence that is open
+    """Lines of Markdown without fenced code blocks. A block that is never closed is text."""
+    held: list[str] = []  # lines since an open fence
     fence = ""
     for line in lines:
         found = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
@@ -71,7 +71,7 @@ def strip_marks(text: str) -> str:
 
 
 def split_sentences(text: str, language: str = DEFAULT_LANGUAGE) -> list[str]:
-    """Sentences of paragraphs that are separated by blank lines, by a language's rules. A sentence keeps at least two words."""
+    """Sentences of at least two words, by a language's rules, of paragraphs that blank lines separate."""
     sentences: list[str] = []
     for paragraph in re.split(r"\n\s*\n", whole_characters(text)):
         joined = " ".join(paragraph.split())
@@ -91,7 +91,7 @@ def split_sentences(text: str, language: str = DEFAULT_LANGUAGE) -> list[str]:
 
 
 def _portions(paragraph: str) -> Iterator[str]:
-    """A long paragraph in portions that end where a sentence does, where there is such a place."""
+    """A long paragraph in portions that end with a sentence where possible."""
     begin = 0
     while len(paragraph) - begin > _UNSPACED_PORTION:
         end = max(paragraph.rfind(stop, begin, begin + _UNSPACED_PORTION) for stop in "。！？｡។။།") + 1
@@ -111,7 +111,7 @@ class _Script(NamedTuple):
     letters: re.Pattern[str]
 
 
-# Where a script is of one language, or its languages end sentences alike. Kana before Han: Japanese has both.
+# Scripts of one language, or of languages that end sentences alike. Kana before Han, as Japanese has both.
 _SCRIPTS = tuple(
     _Script(language, re.compile(f"[{letters}]"))
     for language, letters in (
@@ -164,9 +164,9 @@ _FREQUENT = {language: frozenset(words.split()) for language, words in _WORDS.it
 
 
 def detect_language(text: str) -> str:
-    """The language whose rules end the sentences of `text`: by its script, in the Latin one by its frequent words.
+    """The language whose rules end the sentences of `text`, found by its script, and in the Latin script by frequent words.
 
-    English where nothing speaks clearly for another.
+    English unless there is clear evidence of another language.
     """
     start = text[:_LOOKED_AT]
     if not start.isascii():

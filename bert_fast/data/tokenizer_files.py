@@ -1,4 +1,4 @@
-"""The tokenizer of a store as the files that transformers reads beside a model: text becomes the ids that samples have."""
+"""The tokenizer of a store as the files that transformers reads next to a model, so that text gets the same ids."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ _ROLES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_tok
 
 
 def tokenizer_files(vocab_path: str | Path, max_length: int, normalization: dict[str, Any]) -> dict[str, str]:
-    """File names and contents: vocab.txt, tokenizer.json and what names the special tokens.
+    """Contents by file name: vocab.txt, tokenizer.json, and the configuration that names the special tokens.
 
     Args:
         vocab_path: a BERT `vocab.txt`.
         max_length: tokens of the longest sequence that the model takes.
-        normalization: what a store's manifest says of it (`lowercase`, `strip_accents`); for what it does not say, that of
-            `WordPiece`.
+        normalization: `lowercase` and `strip_accents` of a store's manifest; where one is missing, that of `WordPiece`.
 
     Raises:
         UserError: as `load_vocabulary`.
@@ -40,7 +39,7 @@ def tokenizer_files(vocab_path: str | Path, max_length: int, normalization: dict
         special_tokens=[("[CLS]", vocabulary.cls_id), ("[SEP]", vocabulary.sep_id)],
     )
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json; BertTokenizer makes one with other limits
+        "tokenizer_class": "PreTrainedTokenizerFast",  # which uses tokenizer.json; BertTokenizer makes one with other limits
         "do_lower_case": described["normalizer"]["lowercase"],
         "strip_accents": described["normalizer"]["strip_accents"],
         "tokenize_chinese_chars": described["normalizer"]["handle_chinese_chars"],

@@ -1,8 +1,8 @@
 """The token ids of a split's text, in one memory-mapped file: every worker reads any of its documents.
 
 `tokens.bin` is uint16, sentence after sentence. `sentences.bin` (int64) says where each sentence starts in it and
-`documents.bin` (int64) with which sentence each document starts; both end with the total. The files live as long as samples
-are made of them. Memory does not grow with them: the operating system reads pages as they are used, and drops them again.
+`documents.bin` (int64) with which sentence each document starts; both end with the total. The files are kept until the samples
+are made. Memory does not grow with them, as the operating system reads their pages on use and drops them again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TokenPart:
 
 
 def tokenize_file(text_path: str, wordpiece: WordPiece, part_path: str) -> TokenPart:
-    """Write the token ids of a text file (a sentence a line, a blank line after each document) to `part_path`.
+    """Write the token ids of a text file (one sentence per line, a blank line after each document) to `part_path`.
 
-    A document that has no blank line at the end of the file goes on in the next one, where it counts.
+    A document without a blank line at the end of the file goes on in the next file, where it is counted.
     """
     tokens, sentences, documents = array("H"), array("q"), array("q")  # ids; ends of sentences; ends of documents
     words = WordCount()
@@ -58,7 +58,7 @@ def tokenize_file(text_path: str, wordpiece: WordPiece, part_path: str) -> Token
 
 
 def _end_document(sentences: array[int], documents: array[int]) -> None:
-    if len(sentences) > (documents[-1] if documents else 0):  # else nothing of it became a token
+    if len(sentences) > (documents[-1] if documents else 0):  # otherwise none of it became a token
         documents.append(len(sentences))
 
 
@@ -75,7 +75,7 @@ def _count_path(part_path: str) -> Path:
 
 
 def merge_token_parts(folder: Path, parts: list[TokenPart]) -> None:
-    """Put the parts of a split end to end in `folder`, unless that was done before. One part in memory at a time."""
+    """Join the parts of a split in `folder`, unless that is done already. Memory holds one part at a time."""
     names = ("tokens.bin", "sentences.bin", "documents.bin")  # the last one is renamed last
     if (folder / names[-1]).is_file():
         return
@@ -94,7 +94,7 @@ def merge_token_parts(folder: Path, parts: list[TokenPart]) -> None:
 
 
 class _Document(Sequence[Tokens]):
-    """Sentences `begin` ... `end` - 1 of the split, read as they are asked for."""
+    """Sentences `begin` ... `end` - 1 of the split, read on access."""
 
     def __init__(self, tokens: np.ndarray, sentences: np.ndarray, begin: int, end: int) -> None:
         self._tokens, self._sentences, self._begin, self._length = tokens, sentences, begin, end - begin

@@ -1,7 +1,7 @@
-"""Does a store look like BERT's samples? Statistics of its tables and of records drawn from all over it.
+"""Checks that a store looks like BERT's samples, by statistics of its tables and of records from all over it.
 
-The tables (lengths, numbers of masks) are read whole; of the records as many as `most_samples`, in stretches that lie evenly
-over the store, so that the time hardly grows with it.
+The tables (lengths, numbers of masks) are read whole. Of the records at most `most_samples` are read, in runs spread evenly
+over the store, so that the time hardly grows with the store.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bert_fast.errors import UserError
 from bert_fast.integers import SPLITMIX64, mix64, segment_ids, segment_ranges
 
 _STRETCH = 1000  # samples read together
-_WINDOW = 32  # samples in a row whose lengths are a fingerprint
-_FEWEST_SHORT = 30  # documents made short: half of them below half the longest
+_WINDOW = 32  # consecutive samples whose lengths are a fingerprint
+_FEWEST_SHORT = 30  # documents made short, half of them below half the longest length
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was found, what is expected, and whether that is all right."""
+    """One check: what was found, what was expected, and whether it passed."""
 
     name: str
     found: str
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What samples were made with. Fields that a store's manifest does not have are MLPerf's."""
+    """The parameters of a store's samples. Defaults are MLPerf's, for fields that its manifest does not have."""
 
     max_seq_len: int = 512
     max_predictions: int = 76
@@ -48,6 +48,7 @@ class Expectation:
 
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any]) -> Expectation:
+        """The parameters in a store's manifest."""
         params = manifest.get("params") or {}
         known = {name: params[name] for name in cls.__dataclass_fields__ if name in params}
         if "documents" in manifest and "dupe_factor" in params:
@@ -55,21 +56,25 @@ class Expectation:
         return cls(**known)
 
     def short_share(self) -> tuple[float, float]:
-        """Least and largest share of samples below half the longest. Of few long documents all may be short, or none."""
+        """The least and the largest share of samples shorter than half `max_seq_len`. Few long documents may give any share."""
         if self.num_draws is not None and self.num_draws * self.short_seq_prob < _FEWEST_SHORT:
             return 0.0, 1.0
         return 0.4 * self.short_seq_prob, 0.9
 
     def full_length(self) -> int | None:
-        """The length that a whole stretch may have, if any: in the text's order a long document fills its samples."""
+        """The length that all samples of a run may have, if any: samples of a long document in its order are full."""
         return self.max_seq_len if self.num_draws is not None else None
 
 
 def verify_store(store: Store, vocabulary: Vocabulary | None, most_samples: int = 200_000) -> list[Finding]:
-    """Check a store. `vocabulary` is the one it should have been made with, if known.
+    """Check a store.
+
+    Args:
+        vocabulary: the one that it should have been made with, if known.
+        most_samples: whose records are read.
 
     Returns:
-        A finding a check, failed ones included; nothing is raised for a store that looks wrong.
+        One finding per check, failed ones included. Nothing is raised for a store that looks wrong.
     """
     expected = Expectation.of_manifest(store.manifest)
     findings = [*_check_tables(store, expected)]
@@ -78,13 +83,13 @@ def verify_store(store: Store, vocabulary: Vocabulary | None, most_samples: int 
         findings.append(Finding("vocabulary", own[:16], vocabulary.sha256[:16], own == vocabulary.sha256))
     bad = damaged_records(store, stretches(len(store), most_samples))
     findings.append(Finding("headers of records", f"{bad:,} do not fit the tables", "0", bad == 0))
-    if bad == 0:  # else nothing in them can be believed
+    if bad == 0:  # otherwise nothing in them can be trusted
         findings += _check_records(store, expected, vocabulary, most_samples)
     return findings
 
 
 def damaged_records(store: Store, places: list[tuple[int, int]]) -> int:
-    """Records whose header is not what the tables say, of those that would be read."""
+    """Number of records in these ranges of samples whose header or positions do not agree with the tables."""
     bad = 0
     for begin, end in places:
         records, starts = store.records(begin, end)
@@ -98,7 +103,7 @@ def damaged_records(store: Store, places: list[tuple[int, int]]) -> int:
 
 
 def stretches(total: int, most_samples: int) -> list[tuple[int, int]]:
-    """Begin and end of what is read: all of a small store, else stretches evenly over it."""
+    """First and end of the runs of samples that are read: all of a small store, else spread evenly over it."""
     if total <= most_samples:
         return [(begin, min(total, begin + _STRETCH)) for begin in range(0, total, _STRETCH)]
     size = min(_STRETCH, max(1, most_samples))
@@ -121,7 +126,7 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
         f"5 to {expected.max_seq_len}, not all alike",
         shortest >= 5 and longest <= expected.max_seq_len and (len(lengths) < 100 or shortest < longest),
     )
-    # One that was cut short on purpose is uniform between 2 and the longest; one at the end of a document is short too.
+    # Samples that are short on purpose are uniform between 2 and the longest; those at the end of a document are short, too.
     short = float((lengths < expected.max_seq_len // 2).mean())
     least, most = expected.short_share()
     yield Finding("share below half the longest", f"{short:.3f}", f"{least:.3f} to {most}", least <= short <= most)
@@ -135,16 +140,15 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
         off <= 1e-4 * len(lengths),
     )
     repeated = repeated_stretches(lengths)
-    yield Finding(
-        "stretches that occur twice", f"{repeated:,}", "0", repeated == 0
-    )  # a file that was imported two times
+    # A file that was imported twice
+    yield Finding("stretches that occur twice", f"{repeated:,}", "0", repeated == 0)
 
 
 def repeated_stretches(lengths: np.ndarray) -> int:
     """Runs of `_WINDOW` samples whose lengths occur again, in the same order, elsewhere in the table.
 
-    A hash of the content chooses which windows are compared (1 in 16), so that copies meet wherever they lie. Windows with few
-    different lengths say nothing and are left out.
+    A hash of the content selects which windows are compared (1 in 16), so that copies are found wherever they are. Windows with
+    few different lengths say nothing and are left out.
     """
     kept: list[np.ndarray] = []
     size = 1 << 20
@@ -169,14 +173,14 @@ def repeated_stretches(lengths: np.ndarray) -> int:
 
 
 class _Sums:
-    """Counts over the records that were read."""
+    """Counts over all records that were read."""
 
     def __init__(self) -> None:
         self.samples = self.masks = self.tokens = self.masked = self.kept = self.random_next = 0
         self.stray_masks = self.unknown = self.badly_framed = self.out_of_range = 0
         self.highest = 0
         self.hashes: list[np.ndarray] = []
-        self.constant: list[int] = []  # where stretches begin whose samples are alike
+        self.constant: list[int] = []  # first samples of runs whose samples are all alike
 
 
 def _check_records(
@@ -207,7 +211,9 @@ def _check_records(
         ("masks with a random token", sums.masks - sums.masked - sums.kept, 0.1),
     ):
         yield _share(name, count, sums.masks, share)
-    few = sums.samples // 1000  # a text about BERT can hold the very words, and some tokenizers make ids of them
+    few = (
+        sums.samples // 1000
+    )  # a text about BERT can contain these words, and some tokenizers turn them into special ids
     yield Finding(
         "[MASK] where nothing is predicted", f"{sums.stray_masks:,}", f"at most {few:,}", sums.stray_masks <= few
     )
@@ -225,7 +231,7 @@ def _check_records(
 
 
 def _special_ids(store: Store, vocabulary: Vocabulary | None) -> tuple[int, int, int, int]:
-    """[CLS], [SEP], [MASK], [UNK]: the vocabulary's, or what the first sample and the commonest replacement say."""
+    """Ids of [CLS], [SEP], [MASK], [UNK]: the vocabulary's, else guessed from the first sample and the commonest mask."""
     if vocabulary is not None:
         return vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id, vocabulary.tokens.index("[UNK]")
     batch = store.batch(np.arange(min(len(store), _STRETCH)), keep_order=True)
@@ -266,7 +272,7 @@ def _count(sums: _Sums, batch: Batch, special: tuple[int, int, int, int], begin:
 
 
 def _hashes(ids: np.ndarray, starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """64 bits of every sample's tokens, in order."""
+    """A hash of every sample's tokens and their order, uint64 [B]."""
     with np.errstate(over="ignore"):
         tokens = (ids.astype(np.uint64) + np.uint64(1)) * SPLITMIX64[0]
         places = (positions.astype(np.uint64) + np.uint64(1)) * SPLITMIX64[2]
@@ -274,7 +280,7 @@ def _hashes(ids: np.ndarray, starts: np.ndarray, positions: np.ndarray) -> np.nd
 
 
 def _share(name: str, count: int, total: int, expected: float) -> Finding:
-    """A share of masks: within five standard errors, and a hundredth for tokens that were drawn as themselves."""
+    """Check a share of the masks: within five standard errors, plus a hundredth for random tokens that equal the original."""
     share = count / max(1, total)
     slack = 5 * math.sqrt(expected * (1 - expected) / max(1, total)) + 0.01 * (1 - expected)
     return Finding(name, f"{share:.4f}", f"{expected:.2f} ± {slack:.4f}", abs(share - expected) <= slack)

@@ -1,6 +1,6 @@
-"""Wikipedia's articles out of a MediaWiki XML dump (`*-pages-articles*.xml.bz2`): streamed, then cleaned of wikitext.
+"""Wikipedia's articles from a MediaWiki XML dump (`*-pages-articles*.xml.bz2`): streamed, then stripped of markup.
 
-Only articles count (namespace 0, no redirects). The dump is read by one process; cleaning, which costs far more, is for many.
+Only articles are read (namespace 0, no redirects). One process reads the dump; many do the cleaning, which costs far more.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from xml.parsers import expat
 from bert_fast.data.text import num_words, whole_characters
 from bert_fast.errors import UserError
 
-_DUMP_NAME = re.compile(r"\.xml(-p\d+p\d+)?(\.bz2|\.gz)?$")  # a dump in parts says its range of pages
+_DUMP_NAME = re.compile(r"\.xml(-p\d+p\d+)?(\.bz2|\.gz)?$")  # a part of a dump has its range of pages in its name
 _ALWAYS_DROPPED = {"file", "image", "media", "category"}  # these names work in every language's dump
-# Tags whose content is no running text. Of the others (b, small, span, ...) the content stays.
+# Tags whose content is not running text. The content of others (b, small, span, ...) is kept.
 _DROPPED_TAGS = {
     "ref",
     "references",
@@ -52,21 +52,21 @@ _MEDIA_PARAMETER = re.compile(
     re.I | re.S,
 )
 _READ_BYTES = 1 << 16
-_LONGEST_TEXT = 1 << 22  # characters; MediaWiki itself takes 2 MiB a page
-# Where markup is opened and never closed, the parser reads to the end of the page and comes back, for every such place:
-# microseconds per character and place, twice what was measured of templates, tables and tags, and of tags without an end.
+_LONGEST_TEXT = 1 << 22  # characters; MediaWiki itself accepts 2 MiB per page
+# Where markup is opened and never closed, the parser reads to the end of the page and comes back, every time. Microseconds per
+# character and place, twice what was measured: of templates, tables and tags, and of tags without an end.
 _COST_US = {"open": 0.06, "cut tag": 0.5}
 _MOST_SECONDS = 5.0
 
 
 def is_dump(name: str) -> bool:
-    """Whether a file is named as a dump, or a part of one, is."""
+    """Whether a file has the name of a dump, or of a part of one."""
     return _DUMP_NAME.search(name.lower()) is not None
 
 
 @dataclass(frozen=True)
 class Page:
-    """One article as it lies in the dump. `spaces` are the dump's namespace names (File, Category, ...), in lower case.
+    """One article as it is in the dump. `spaces` are the dump's namespace names (File, Category, ...), in lower case.
 
     language: the dump's, or empty. left_out: why the article is not read, or empty.
     """
@@ -79,10 +79,10 @@ class Page:
 
 
 def read_pages(path: str | Path) -> Iterator[Page]:
-    """Articles of a dump in its order; memory holds one, and no more of it than `_LONGEST_TEXT`.
+    """Articles of a dump in order. Memory holds one, and no more than `_LONGEST_TEXT` characters of it.
 
     Raises:
-        UserError: no dump, damaged, or cut: after which article, and how many were whole.
+        UserError: not a dump, damaged, or cut short; the message says after which article, and how many were whole.
     """
     count, last = 0, "none"
     reader = _DumpReader()
@@ -117,7 +117,7 @@ def _opened(path: str | Path) -> BufferedIOBase:
 
 
 class _DumpReader:
-    """Articles out of the XML of a dump, as it comes. Of a page, title, namespace and the last revision's text are kept."""
+    """An incremental parser of a dump's XML. It keeps a page's title, namespace and the text of its last revision."""
 
     _KEPT = ("title", "ns", "text", "namespace")
 
@@ -129,7 +129,7 @@ class _DumpReader:
         self._page: dict[str, str] = {}
         self._is_redirect = False
         self._is_space = False
-        self._kept: list[str] | None = None  # characters of the element that is open, if it is one to keep
+        self._kept: list[str] | None = None  # characters of the open element, if it is one of _KEPT
         self._size = 0
         self._parser = expat.ParserCreate()
         self._parser.buffer_text = True
@@ -138,7 +138,7 @@ class _DumpReader:
         self._parser.CharacterDataHandler = self._characters
 
     def feed(self, block: bytes) -> None:
-        """Take the next bytes; none end the dump. Raises ExpatError."""
+        """Parse the next bytes; an empty block ends the dump. Raises ExpatError."""
         self._parser.Parse(block, not block)
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
@@ -188,7 +188,7 @@ def _local(tag: str) -> str:
 
 
 def seconds_to_parse(wikitext: str) -> float:
-    """About the most seconds that markup which is opened and never closed may cost the parser. Linear in the text."""
+    """Roughly the most seconds that unclosed markup may cost the parser. Takes time linear in the text."""
     depth = dict.fromkeys(("{{", "{|", "[", "<"), 0)
     cut_tags = 0
     for found in _MARKUP.finditer(wikitext):
@@ -216,7 +216,7 @@ _SINGLE_TAGS = {"br", "wbr", "hr", "meta", "link", "img", "li", "dt", "dd", "th"
 
 
 def _without_comments(wikitext: str) -> str:
-    """Text without comments; the mark of one that never ends goes alone."""
+    """Text without comments. Of one that never ends only the mark is removed."""
     kept: list[str] = []
     end = 0
     while (begin := wikitext.find("<!--", end)) >= 0:
@@ -229,10 +229,10 @@ def _without_comments(wikitext: str) -> str:
 
 
 def clean(page: Page) -> str:
-    """The running text of an article: paragraphs apart by blank lines; no templates, tables, notes, headings, captions.
+    """The running text of an article, without templates, tables, notes, headings and captions. Blank lines separate paragraphs.
 
     Raises:
-        TooCostlyError: so much markup is never closed that parsing it has no bound.
+        TooCostlyError: so much markup is never closed that parsing it would take too long.
     """
     parser = _parser()
     wikitext = _without_comments(page.wikitext)
@@ -241,22 +241,21 @@ def clean(page: Page) -> str:
     text = "".join(_rendered(parser.parse(re.sub(r"__[A-Z]+__", "", wikitext)), parser.nodes, page.spaces))
     text = whole_characters(text)
     lines = (line.strip().lstrip("*#:;").strip() for line in text.splitlines())
-    # What templates leave behind: empty brackets, and spaces before a point.
+    # What templates leave: empty brackets, and spaces before punctuation.
     tidy = (re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\(\s*[,;]?\s*\)", "", " ".join(line.split()))) for line in lines)
     return "\n\n".join(line for line in tidy if num_words(line) > 2)
 
 
 def _rendered(code: Any, nodes: Any, spaces: frozenset[str]) -> Iterator[str]:
-    """Text of wikitext nodes; what is none (templates, comments, headings, parameters) gives nothing."""
+    """Text of wikitext nodes; templates, comments, headings and parameters have no text."""
     for node in code.nodes if code is not None else ():
         if isinstance(node, nodes.Text):
             yield node.value
         elif isinstance(node, nodes.HTMLEntity):
             yield node.normalize()
         elif isinstance(node, nodes.Wikilink):
-            if (
-                str(node.title).startswith(":") and node.text is None
-            ):  # a link to a page that is otherwise shown or listed
+            # A link to a page that would otherwise be embedded or listed
+            if str(node.title).startswith(":") and node.text is None:
                 yield str(node.title)[1:]
             elif not _is_dropped(node, spaces):
                 yield from _rendered(node.title if node.text is None else node.text, nodes, spaces)
@@ -269,7 +268,7 @@ def _rendered(code: Any, nodes: Any, spaces: frozenset[str]) -> Iterator[str]:
 
 
 def _is_dropped(link: Any, spaces: frozenset[str]) -> bool:
-    """Whether a link shows no text: categories, and pictures, which an alias that the dump does not name may hide."""
+    """Whether a link has no running text: categories and pictures, also under a namespace that the dump does not name."""
     title = str(link.title).strip()
     space, colon, _ = title.partition(":")
     if colon and space.strip().lower() in spaces | _ALWAYS_DROPPED:
@@ -281,7 +280,7 @@ def _is_dropped(link: Any, spaces: frozenset[str]) -> bool:
 
 
 class TooCostlyError(ValueError):
-    """A page whose parsing would not end in time. Its text says what such pages are called."""
+    """A page whose parsing would take too long. The message describes such pages, in the plural."""
 
 
 def _parser() -> Any:

@@ -1,4 +1,4 @@
-"""WordPiece vocabularies: load a BERT `vocab.txt`, or train one with `tokenizers`; text to token ids."""
+"""WordPiece: loads a BERT `vocab.txt`, or trains one with `tokenizers`, and turns text into token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 class Vocabulary:
     """Tokens in id order, and the ids that samples are built from.
 
-    `sha256` is the hash of the tokens, each followed by a newline: line ends and a missing last one are no other vocabulary.
+    `sha256` is the hash of the tokens, each followed by a newline, so that the file's line ends do not matter.
     """
 
     tokens: tuple[str, ...]
@@ -38,7 +38,7 @@ class Vocabulary:
 
 
 def load_vocabulary(path: str | Path) -> Vocabulary:
-    """Read a `vocab.txt` (one token a line, its id the line number).
+    """Read a `vocab.txt`: one token per line, whose id is the number of the line, from 0.
 
     Raises:
         UserError: missing file, not UTF-8, a special token missing, a token twice, or too many for 16-bit ids.
@@ -72,7 +72,7 @@ def as_text(tokens: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Normalization:
-    """What is done to text before its words are looked up. BERT's uncased models do both, its cased ones neither."""
+    """What is done to text before its words are looked up. BERT's uncased models do both, its cased models neither."""
 
     lowercase: bool
     strip_accents: bool
@@ -81,7 +81,7 @@ class Normalization:
         return f"{'lower case' if self.lowercase else 'cased'}, accents {'stripped' if self.strip_accents else 'kept'}"
 
 
-_FOREIGN_SHARE = 0.001  # of the tokens: what an added token or two do not decide
+_FOREIGN_SHARE = 0.001  # of the tokens, so that one or two added tokens do not decide
 
 
 def normalization_of(tokens: Iterable[str], cased: bool | None = None) -> Normalization:
@@ -108,14 +108,14 @@ def _normalizer(normalization: Normalization) -> Any:
     return normalizers.BertNormalizer(lowercase=normalization.lowercase, strip_accents=normalization.strip_accents)
 
 
-_RARE = 1e-6  # of all characters: a rarer one gets no token of its own
+_RARE = 1e-6  # share of all characters; a rarer one gets no token of its own
 
 
 def train_vocabulary(files: Iterable[str | Path], size: int, path: str | Path, *, cased: bool = False) -> None:
     """Train a WordPiece vocabulary of `size` tokens on text files and write it as `vocab.txt`.
 
     Raises:
-        UserError: the letters of the text alone are more than `size` tokens.
+        UserError: the letters of the text alone need more than `size` tokens.
     """
     from tokenizers import BertWordPieceTokenizer
 
@@ -139,7 +139,7 @@ def train_vocabulary(files: Iterable[str | Path], size: int, path: str | Path, *
 
 
 def _num_letters(paths: list[str], normalization: Normalization) -> int:
-    """Different characters of the normalized text that are not too rare for a token of their own."""
+    """Number of different characters of the normalized text that are not too rare for a token of their own."""
     counts = np.zeros(0x110000, np.int64)
     for path in paths:
         with open(path, encoding="utf-8") as file:
@@ -155,7 +155,7 @@ def _num_letters(paths: list[str], normalization: Normalization) -> int:
 
 @dataclass(frozen=True)
 class WordCount:
-    """How many words of a text a vocabulary cannot write. What has no letter and no digit is no word."""
+    """How many words of a text are unknown to a vocabulary, with examples. Only what has a letter or digit is a word."""
 
     words: int = 0
     unknown: int = 0
@@ -170,16 +170,16 @@ _EXAMPLES = 5
 
 
 class WordPiece:
-    """Text to token ids, with the normalization that the vocabulary was made for."""
+    """Turns text into token ids, with the normalization that the vocabulary was made for."""
 
     def __init__(self, vocab_path: str | Path, cased: bool | None = None) -> None:
         """Raises UserError as `load_vocabulary`. `cased` overrides what the vocabulary says about case."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we parallelise over processes
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we parallelize over processes
         from tokenizers import Tokenizer, models, pre_tokenizers
 
         tokens = load_vocabulary(vocab_path).tokens
         self.normalization = normalization_of(tokens, cased)
-        # Not BertWordPieceTokenizer: it makes an id of "[MASK]" in the text, the reference three tokens.
+        # Not BertWordPieceTokenizer, which turns "[MASK]" in a text into its id, where the reference makes three tokens.
         vocabulary = {token: index for index, token in enumerate(tokens)}
         self._tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=200))
         self._tokenizer.normalizer = _normalizer(self.normalization)
@@ -192,7 +192,7 @@ class WordPiece:
         return [e.ids for e in self._tokenizer.encode_batch(sentences, add_special_tokens=False)]
 
     def encode_and_count(self, sentences: list[str]) -> tuple[list[list[int]], WordCount]:
-        """As `encode`, and how many of the words are unknown."""
+        """As `encode`, with a count of the words and of the unknown ones."""
         encodings = self._tokenizer.encode_batch(sentences, add_special_tokens=False)
         ids = [each.ids for each in encodings]
         unknown = []

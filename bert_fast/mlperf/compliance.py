@@ -25,8 +25,8 @@ _TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A checker's verdict: `text` is its whole output, `reasons` are the lines that say why it failed."""
+class CheckerVerdict:
+    """What one of MLPerf's checkers says: `text` is its whole output, `reasons` the lines of it that tell why it failed."""
 
     passed: bool
     text: str
@@ -59,8 +59,8 @@ def _run(module: str, arguments: list[str], scratch: Path) -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
-def check_log(path: str | Path, ruleset: str) -> Verdict:
-    """Run the compliance checker on one result log."""
+def check_log(path: str | Path, ruleset: str) -> CheckerVerdict:
+    """The compliance checker on one result log."""
     full = str(Path(path).resolve())
     with _scratch() as scratch:
         code, text = _run(
@@ -69,17 +69,17 @@ def check_log(path: str | Path, ruleset: str) -> Verdict:
             scratch,
         )
         text = text.replace(full, Path(path).name).replace(f"{scratch}/", "")
-    return Verdict(code == 0 and "SUCCESS" in text, text)
+    return CheckerVerdict(code == 0 and "SUCCESS" in text, text)
 
 
-def check_logs(paths: list[Path], ruleset: str) -> list[Verdict]:
-    """Run the compliance checker on many logs in this process, as starting it takes far longer than checking a log."""
+def check_logs(paths: list[Path], ruleset: str) -> list[CheckerVerdict]:
+    """The compliance checker on many logs, in one process: starting it takes far longer than a log."""
     from mlperf_logging.compliance_checker import mlp_compliance
 
     verdicts = []
     for path in paths:
-        said = io.StringIO()
-        handler = logging.StreamHandler(said)
+        output = io.StringIO()
+        handler = logging.StreamHandler(output)
         root = logging.getLogger()
         level, others = root.level, root.handlers[:]
         root.handlers[:], root.level = [handler], logging.INFO
@@ -88,49 +88,42 @@ def check_logs(paths: list[Path], ruleset: str) -> list[Verdict]:
             passed = mlp_compliance.main(str(path), f"training_{ruleset}/common.yaml", checker)[0]
         except Exception as error:  # raised by the rules, which are code that is evaluated over the log
             passed = False
-            said.write(f"ERROR - {type(error).__name__}: {error}\n")
+            output.write(f"ERROR - {type(error).__name__}: {error}\n")
         finally:
             root.handlers[:], root.level = others, level
-        verdicts.append(Verdict(bool(passed), said.getvalue().replace(str(path), path.name)))
+        verdicts.append(CheckerVerdict(bool(passed), output.getvalue().replace(str(path), path.name)))
     return verdicts
 
 
-def check_system(path: str | Path, ruleset: str) -> Verdict:
-    """Run the system description checker on a `systems/<name>.json`."""
+def check_system(path: str | Path, ruleset: str) -> CheckerVerdict:
+    """The system description checker."""
     with _scratch() as scratch:
         _, text = _run("system_desc_checker", [str(Path(path).resolve()), "training", ruleset], scratch)
-    return Verdict("checker passed" in text and "checker failed" not in text and "Traceback" not in text, text)
+    return CheckerVerdict("checker passed" in text and "checker failed" not in text and "Traceback" not in text, text)
 
 
-def check_convergence(results: str | Path, ruleset: str) -> Verdict:
-    """Run the RCP checker (reference convergence points) on a folder of closed result logs."""
+def check_convergence(results: str | Path, ruleset: str) -> CheckerVerdict:
+    """The RCP checker on a folder of result logs (closed division)."""
     with _scratch() as scratch:
         copied = _copied(Path(results), scratch / "results")
         code, text = _run(
             "rcp_checker", [str(copied), "--rcp_version", ruleset, "--log_output", str(scratch / "rcp.log")], scratch
         )
-    return Verdict(code == 0 and "PASSED" in text, text.replace(f"{scratch}/", ""))
+    return CheckerVerdict(code == 0 and "PASSED" in text, text.replace(f"{scratch}/", ""))
 
 
 @dataclass(frozen=True)
-class PackageVerdict:
-    """Verdicts on a package.
+class PackageVerdicts:
+    """What MLPerf's package checker and result summarizer say of a package."""
 
-    Attributes:
-        verdict: of the package checker.
-        scaling: by system, the factor by which the package checker multiplies the score.
-        minutes: by system, the score of the result summarizer.
-        summary: verdict on the run of the result summarizer.
-    """
-
-    verdict: Verdict
-    scaling: dict[str, float]
-    minutes: dict[str, float]
-    summary: Verdict
+    checker: CheckerVerdict
+    scaling: dict[str, float]  # by system: the factor that the reference convergence puts on the score
+    minutes: dict[str, float]  # by system: the summarizer's score
+    summarizer: CheckerVerdict
 
 
-def check_package(organization: str | Path, ruleset: str) -> PackageVerdict:
-    """Run the package checker and the result summarizer on a copy of `<org>/` (with results/ and systems/)."""
+def check_package(organization: str | Path, ruleset: str) -> PackageVerdicts:
+    """The package checker and the result summarizer on `<org>/` (with results/ and systems/), in a copy of it."""
     with _scratch() as scratch:
         copied = _copied(Path(organization), scratch / Path(organization).resolve().name)
         _, text = _run(
@@ -139,10 +132,10 @@ def check_package(organization: str | Path, ruleset: str) -> PackageVerdict:
         passed = "PACKAGE CHECKER FOUND NO ERRORS" in text and "Traceback" not in text
         scaling = {path.parent.parent.name: _scaling(path) for path in copied.glob("results/*/bert/scaling.json")}
         table = scratch / "summary.csv"
-        code, said = _run("result_summarizer", [str(copied), "training", ruleset, "--csv", str(table)], scratch)
+        code, summary = _run("result_summarizer", [str(copied), "training", ruleset, "--csv", str(table)], scratch)
         minutes = _minutes(table) if table.is_file() else {}
-        summary = Verdict(code == 0 and bool(minutes), said.replace(f"{scratch}/", ""))
-    return PackageVerdict(Verdict(passed, text.replace(f"{scratch}/", "")), scaling, minutes, summary)
+        summarizer = CheckerVerdict(code == 0 and bool(minutes), summary.replace(f"{scratch}/", ""))
+    return PackageVerdicts(CheckerVerdict(passed, text.replace(f"{scratch}/", "")), scaling, minutes, summarizer)
 
 
 def _copied(folder: Path, target: Path) -> Path:
@@ -151,8 +144,8 @@ def _copied(folder: Path, target: Path) -> Path:
 
 
 def _scaling(path: Path) -> float:
-    found = re.search(r"[-+0-9.eE]+", path.read_text(encoding="utf-8").partition(":")[2])
-    return float(found.group()) if found else 1.0
+    factor = re.search(r"[-+0-9.eE]+", path.read_text(encoding="utf-8").partition(":")[2])
+    return float(factor.group()) if factor else 1.0
 
 
 def _minutes(table: Path) -> dict[str, float]:
@@ -163,10 +156,10 @@ def _minutes(table: Path) -> dict[str, float]:
         return {}
     names = [cell.strip().lower() for cell in rows[head]]
     value, system = names.index("bert"), next((n for n, name in enumerate(names) if "system" in name), 0)
-    found = {}
+    minutes = {}
     for row in rows[head + 1 :]:
         try:
-            found[row[system]] = float(row[value])
+            minutes[row[system]] = float(row[value])
         except (ValueError, IndexError):
             continue
-    return found
+    return minutes

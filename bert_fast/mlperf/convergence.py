@@ -33,7 +33,7 @@ class ConvergencePoint:
     global_batch_size: int
     mean: float
     least: float
-    kind: str
+    kind: str  # reference | interpolated | of a larger batch
 
 
 @dataclass(frozen=True)

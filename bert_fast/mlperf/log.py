@@ -1,4 +1,4 @@
-"""The MLPerf result log, with all keys of ruleset 5.0.0 for both divisions. The only module that calls mllog."""
+"""The MLPerf result log: the only caller of mllog. All keys of ruleset 5.0.0, for the closed and the open division."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STATUS = {
 
 
 class _StrictHandler(logging.FileHandler):
-    """A handler that raises errors, where logging's own prints them and goes on: a log with gaps is worthless."""
+    """A handler that lets errors through (logging's own prints and goes on): a log with holes is not valid."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
@@ -43,14 +43,21 @@ def _reopen(path: Path) -> None:
 
 
 class ResultLog:
-    """Writes the result log line by line. Times are taken by mllog, in milliseconds since the epoch."""
+    """A run's result log: `:::MLLOG` and one JSON object per line, with time, key, value, and the line that logged it.
+
+    Rank 0 writes it, from init_start to run_stop; the other ranks have a log without a path, which writes nothing, so that
+    they run the same code. Who submits and the hyper-parameters (`submission`, `hyperparameters`, `tensors`) come before
+    init_stop. The rest is logged as it happens, by MLPerf's keys: run_start and run_stop, a block_start and block_stop
+    around the steps between two evaluations, eval_start, eval_stop and eval_accuracy with the samples so far as
+    epoch_num, and tracked_stats. Keys of our own, which the checkers let pass, are open_because, the data
+    sets' hashes, eval_samples_of_training_text, interrupted, resumed and a few of the hyper-parameters. All
+    times are wall-clock milliseconds.
+
+    Each line is flushed before the call returns, and an error in writing is raised: a log with holes is not valid.
+    """
 
     def __init__(self, path: Path | None, *, append: bool = False) -> None:
-        """
-        Args:
-            path: of the log (result_0.txt); None on ranks other than 0, where nothing is written.
-            append: continue the log of a run that was stopped.
-        """
+        """`path` is the file, None to write nothing. `append` continues the log of a run that stopped."""
         self._logger: MLLogger | None = None
         if path is None:
             return
@@ -65,17 +72,17 @@ class ResultLog:
         self._logger = MLLogger(sink, default_stack_offset=2, root_dir=root)
 
     def event(self, key: str, value: Any = None, **metadata: Any) -> None:
-        """Log a point in time."""
+        """One point in time (POINT_IN_TIME)."""
         if self._logger:
             self._logger.event(key, value, metadata or None)
 
     def start(self, key: str, **metadata: Any) -> None:
-        """Log the start of an interval."""
+        """The start of an interval (INTERVAL_START)."""
         if self._logger:
             self._logger.start(key, None, metadata or None)
 
     def end(self, key: str, **metadata: Any) -> None:
-        """Log the end of an interval."""
+        """The end of an interval (INTERVAL_END)."""
         if self._logger:
             self._logger.end(key, None, metadata or None)
 
@@ -87,7 +94,7 @@ class ResultLog:
         self.end(stop, **metadata)
 
     def submission(self, config: Config) -> None:
-        """Log who submits what."""
+        """Who submits what: benchmark, division, organization, platform, status, contact."""
         mlperf = config.mlperf
         self.event(constants.SUBMISSION_BENCHMARK, constants.BERT)
         self.event(constants.SUBMISSION_DIVISION, mlperf.division)

@@ -1,6 +1,7 @@
 """Writes a submission package, and judges one in a table: the verdicts of MLPerf's checkers and our own.
 
-`<org>/results/<system>/bert/result_0.txt` to 9, `<org>/systems/<system>.json`, `<org>/benchmarks/bert/implementations/`.
+`<org>/results/<system>/bert/result_N.txt` for N from 0 to 9, `<org>/systems/<system>.json`,
+`<org>/benchmarks/bert/implementations/`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One line of the verdict table. `passed` is None where the check does not apply."""
 
     check: str
@@ -51,6 +52,11 @@ class Row:
     @property
     def word(self) -> str:
         return "-" if self.passed is None else "passed" if self.passed else "FAILED"
+
+
+def result_name(number: int) -> str:
+    """The name of a package's result log by its number."""
+    return f"result_{number}.txt"
 
 
 # ---- laying out -----------------------------------------------------------------------------------------------------
@@ -90,7 +96,7 @@ def lay_out(
         raise UserError(f"a package has {NUM_RUNS} results and {len(logs)} were given; run the missing seeds")
     package = out / organization
     code = package / "benchmarks" / "bert" / "implementations" / IMPLEMENTATION
-    files = {package / "results" / system / "bert" / f"result_{n}.txt": log.read_bytes() for n, log in enumerate(logs)}
+    files = {package / "results" / system / "bert" / result_name(n): log.read_bytes() for n, log in enumerate(logs)}
     files |= {code / source.relative_to(root): source.read_bytes() for source in sources}
     files[code / "README.md"] = notes.encode()
     files[package / "systems" / f"{system}.json"] = (
@@ -103,7 +109,7 @@ def lay_out(
 def _write_files(out: Path, files: dict[Path, bytes], whole: Sequence[Path]) -> None:
     """Write files below `out`, and remove files in the folders `whole` that an earlier call wrote and this one does not.
 
-    A list in `out` holds the hashes of what was written. Files that it does not name, or that have changed, are the user's.
+    A list in `out` says what was written, by hash: what it does not name, or what has been changed since, is the user's.
 
     Raises:
         UserError: such a file is in the way. Nothing has been changed.
@@ -138,11 +144,8 @@ def _write_files(out: Path, files: dict[Path, bytes], whole: Sequence[Path]) -> 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, Any]]:
-    """Run every check on every system of a package.
-
-    Returns:
-        Rows of the table, and metrics by name (`package_passed`, `minutes/SYSTEM`).
+def check_submission(package: str | Path, ruleset: str) -> tuple[list[CheckRow], dict[str, Any]]:
+    """Every check on every system of a package, and metrics by name (`package_passed`, `minutes/SYSTEM`).
 
     Raises:
         UserError: the folder is not a package.
@@ -152,32 +155,35 @@ def verdict_of(package: str | Path, ruleset: str) -> tuple[list[Row], dict[str, 
     if not folders:
         raise UserError(f"{package}: no results/<system>/bert in it; give the folder of the organization")
     _check_files(package)
-    rows: list[Row] = []
-    figures: dict[str, Any] = {}
+    rows: list[CheckRow] = []
+    metrics: dict[str, Any] = {}
     for folder in folders:
         system = folder.parent.name
-        found, division = _check_runs(folder, ruleset)
-        rows += found
+        own_checks, division = _check_runs(folder, ruleset)
+        rows += own_checks
         description = package / "systems" / f"{system}.json"
         if description.is_file():
-            said = check_system(description, ruleset)
-            rows.append(Row(f"{system}: system description", said.passed, "" if said.passed else _first(said.reasons)))
+            verdict = check_system(description, ruleset)
+            detail = _first(verdict.reasons, verdict.passed)
+            rows.append(CheckRow(f"{system}: system description", verdict.passed, detail))
         else:
-            rows.append(Row(f"{system}: system description", False, f"systems/{system}.json is missing"))
+            rows.append(CheckRow(f"{system}: system description", False, f"systems/{system}.json is missing"))
         if division == "closed":
-            said = check_convergence(folder, ruleset)
-            detail = "reference convergence" if said.passed else _first(said.reasons)
-            rows.append(Row(f"{system}: RCP checker", said.passed, detail))
+            verdict = check_convergence(folder, ruleset)
+            detail = "reference convergence" if verdict.passed else _first(verdict.reasons)
+            rows.append(CheckRow(f"{system}: RCP checker", verdict.passed, detail))
         else:
-            rows.append(Row(f"{system}: RCP checker", None, "for the closed division only"))
-    checked = check_package(package, ruleset)
-    rows.append(Row("package checker", checked.verdict.passed, _first(checked.verdict.reasons, checked.verdict.passed)))
-    times = ", ".join(f"{name} {minutes:.4f} min" for name, minutes in checked.minutes.items())
-    rows.append(Row("result summarizer", checked.summary.passed, times or _first(checked.summary.reasons)))
+            rows.append(CheckRow(f"{system}: RCP checker", None, "for the closed division only"))
+    verdicts = check_package(package, ruleset)
+    rows.append(
+        CheckRow("package checker", verdicts.checker.passed, _first(verdicts.checker.reasons, verdicts.checker.passed))
+    )
+    times = ", ".join(f"{name} {minutes:.4f} min" for name, minutes in verdicts.minutes.items())
+    rows.append(CheckRow("result summarizer", verdicts.summarizer.passed, times or _first(verdicts.summarizer.reasons)))
     for folder in folders:
-        rows.append(_score_row(folder, checked.scaling.get(folder.parent.name, 1.0), figures))
-    figures["package_passed"] = int(all(row.passed is not False for row in rows))
-    return rows, figures
+        rows.append(_score_row(folder, verdicts.scaling.get(folder.parent.name, 1.0), metrics))
+    metrics["package_passed"] = int(all(row.passed is not False for row in rows))
+    return rows, metrics
 
 
 def _check_files(package: Path) -> None:
@@ -197,35 +203,35 @@ def _first(reasons: list[str], passed: bool = False) -> str:
     return "" if passed else (shown(reasons[0]) if reasons else "no reason given")
 
 
-def _score_row(folder: Path, scale: float, figures: dict[str, Any]) -> Row:
+def _score_row(folder: Path, scale: float, metrics: dict[str, Any]) -> CheckRow:
     system = folder.parent.name
     runs = []
     for path in sorted(folder.glob("result_*.txt")):
         try:
             runs.append(score_run(path))
         except UserError as error:
-            return Row(f"{system}: score", False, str(error))
+            return CheckRow(f"{system}: score", False, str(error))
     score = SystemScore(system, None, tuple(runs))
     if score.minutes is None:
-        return Row(f"{system}: score", False, "more than one run did not converge, or there are fewer than 3")
-    figures[f"minutes/{system}"] = score.minutes * scale
+        return CheckRow(f"{system}: score", False, "more than one run did not converge, or there are fewer than 3")
+    metrics[f"minutes/{system}"] = score.minutes * scale
     scaled = f", x {scale:.5f} by the reference = {score.minutes * scale:.4f}" if scale != 1.0 else ""
-    return Row(f"{system}: score", True, f"{score.minutes:.4f} min, mean without fastest and slowest{scaled}")
+    return CheckRow(f"{system}: score", True, f"{score.minutes:.4f} min, mean without fastest and slowest{scaled}")
 
 
-def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
-    """Our own checks of a system's runs, stricter than MLPerf's, and the compliance checker on each log."""
+def _check_runs(folder: Path, ruleset: str) -> tuple[list[CheckRow], str]:
+    """Our own checks of a system's runs, stricter than the checkers', and the compliance checker on each."""
     system = folder.parent.name
     paths = sorted(folder.glob("result_*.txt"))
     names = {path.name for path in paths}
-    missing = [f"result_{n}.txt" for n in range(NUM_RUNS) if f"result_{n}.txt" not in names]
-    extra = sorted(names - {f"result_{n}.txt" for n in range(NUM_RUNS)})
+    wanted = [result_name(n) for n in range(NUM_RUNS)]
+    missing, extra = [name for name in wanted if name not in names], sorted(names.difference(wanted))
     odd = [*(f"{name} is missing" for name in missing), *(f"{name} is one too many" for name in extra)]
-    rows = [Row(f"{system}: {NUM_RUNS} results", not odd, ", ".join(odd) or "result_0.txt to result_9.txt")]
+    rows = [CheckRow(f"{system}: {NUM_RUNS} results", not odd, ", ".join(odd) or f"{wanted[0]} to {wanted[-1]}")]
     verdicts = check_logs(paths, ruleset)
     bad = [(path.name, v.reasons) for path, v in zip(paths, verdicts, strict=True) if not v.passed]
     detail = "; ".join(f"{name}: {_first(reasons)}" for name, reasons in bad) or f"all {len(paths)} logs, {ruleset}"
-    rows.append(Row(f"{system}: compliance checker", not bad, detail))
+    rows.append(CheckRow(f"{system}: compliance checker", not bad, detail))
     runs: dict[str, RunScore] = {}
     events: dict[str, list[dict[str, Any]]] = {}
     unreadable = []
@@ -238,30 +244,29 @@ def _check_runs(folder: Path, ruleset: str) -> tuple[list[Row], str]:
     unreadable += [
         f"{name}: an evaluation has no samples as epoch_num" for name, run in runs.items() if _lacks_samples(run)
     ]
-    rows.append(Row(f"{system}: readable", not unreadable, "; ".join(unreadable) or "every log has its start and stop"))
+    rows.append(
+        CheckRow(f"{system}: readable", not unreadable, "; ".join(unreadable) or "every log has its start and stop")
+    )
     aborted = [name for name, run in runs.items() if not run.converged]
     detail = (
         ", ".join(aborted) + " did not reach the target" + (" (one of ten may: it is the slowest)" if aborted else "")
     )
-    rows.append(Row(f"{system}: converged", len(aborted) <= 1, detail if aborted else ""))
+    rows.append(CheckRow(f"{system}: converged", len(aborted) <= 1, detail if aborted else ""))
     for name, faults in (
-        ("accuracy", _accuracy_faults(runs)),
-        ("never resumed", _resumed(events)),
-        ("seeds", _seeds(runs)),
-        ("one setting", _unlike(events)),
-        ("order", _out_of_order(events)),
-    ):
-        rows.append(Row(f"{system}: {name}", not faults, "; ".join(faults)))
+        ("accuracy", _accuracy_faults(runs)), ("never resumed", _resumed(events)), ("seeds", _seeds(runs)),
+        ("one setting", _unlike(events)), ("order", _out_of_order(events)),
+    ):  # fmt: skip
+        rows.append(CheckRow(f"{system}: {name}", not faults, "; ".join(faults)))
     division = next(iter(runs.values())).division if runs else "unknown"
     if division == "closed" and runs:
         score = SystemScore(system, None, tuple(runs.values()))
         if score.samples_to_converge is None or score.global_batch_size is None:
             rows.append(
-                Row(f"{system}: samples to converge", False, "a log does not tell the samples of its evaluations")
+                CheckRow(f"{system}: samples to converge", False, "a log does not tell the samples of its evaluations")
             )
         else:
             verdict = judge(score.samples_to_converge, score.global_batch_size, ruleset)
-            rows.append(Row(f"{system}: samples to converge", verdict.passed, verdict.text))
+            rows.append(CheckRow(f"{system}: samples to converge", verdict.passed, verdict.text))
     return rows, division
 
 
@@ -272,7 +277,7 @@ def _lacks_samples(run: RunScore) -> bool:
 
 
 def _accuracy_faults(runs: dict[str, RunScore]) -> list[str]:
-    """False success: an accuracy below the target of the closed division, or below the log's own in the open one."""
+    """Claimed successes below the target: the division's, or in the open division that of the log itself."""
     faults = []
     for name, run in runs.items():
         accuracies = [each.accuracy for each in run.evaluations]
@@ -288,9 +293,9 @@ def _accuracy_faults(runs: dict[str, RunScore]) -> list[str]:
 
 def _resumed(events: dict[str, list[dict[str, Any]]]) -> list[str]:
     return [
-        f"{name}: was stopped and resumed, so its time is none"
-        for name, found in events.items()
-        if any(event["key"] == "resumed" for event in found)
+        f"{name}: was stopped and resumed, so it has no valid time"
+        for name, log in events.items()
+        if any(event["key"] == "resumed" for event in log)
     ]
 
 
@@ -307,8 +312,8 @@ def _unlike(events: dict[str, list[dict[str, Any]]]) -> list[str]:
     faults = []
     for key in _SAME_IN_ALL:
         values: dict[str, list[str]] = {}
-        for name, found in events.items():
-            for value in {json.dumps(event["value"]) for event in found if event["key"] == key}:
+        for name, log in events.items():
+            for value in {json.dumps(event["value"]) for event in log if event["key"] == key}:
                 values.setdefault(value, []).append(name)
         if len(values) > 1:
             odd = min(values.items(), key=lambda item: len(item[1]))
@@ -318,8 +323,8 @@ def _unlike(events: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _out_of_order(events: dict[str, list[dict[str, Any]]]) -> list[str]:
     faults = []
-    for name, found in events.items():
-        first = {event["key"]: event["time_ms"] for event in reversed(found)}
+    for name, log in events.items():
+        first = {event["key"]: event["time_ms"] for event in reversed(log)}
         order = [key for key in ("init_start", "init_stop", "run_start", "run_stop") if key in first]
         late = [b for a, b in itertools.pairwise(order) if first[a] > first[b]]
         faults += [f"{name}: {key} comes too early" for key in late]

@@ -1,4 +1,4 @@
-"""The system description of a submission: what can be read from the machine, completed by the user's YAML."""
+"""The description of a system that a submission carries: what the machine says of itself, completed by a user's YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bert_fast.errors import UserError
 from bert_fast.hardware import cpu_info, physical_memory
 
 STATUSES = ("Available on-premise", "Available cloud", "Research, Development, or Internal (RDI)", "Preview")
-# The fields that MLPerf's system checker requires, in its order. None: only the user knows it.
+# What MLPerf's system checker wants, in its order. `None`: only the user knows it.
 FIELDS: dict[str, str | None] = {
     "submitter": None,
     "division": None,
@@ -61,7 +61,7 @@ def collect_system() -> dict[str, str]:
     sockets = len({each.get("physical id", "0") for each in cpu}) or 1
     cores = len({(each.get("physical id"), each.get("core id")) for each in cpu}) or len(cpu)
     storage = shutil.disk_usage(Path.cwd())
-    found = {
+    fields = {
         "host_processors_per_node": str(sockets),
         "host_processor_model_name": cpu[0].get("model name", platform.processor()) if cpu else platform.processor(),
         "host_processor_core_count": str(max(1, cores // sockets)),
@@ -77,23 +77,19 @@ def collect_system() -> dict[str, str]:
         "operating_system": _read("/etc/os-release", lambda text: text.split('PRETTY_NAME="')[1].split('"')[0])
         or platform.platform(),
     }
-    return {**found, **_accelerators()}
+    return {**fields, **_accelerators()}
 
 
-def complete_system(collected: dict[str, str], person: dict[str, Any], division: str, num_nodes: int) -> dict[str, str]:
-    """The complete description, all values as text. What the user wrote replaces what was read from the machine.
-
-    Args:
-        collected: fields of `collect_system`.
-        person: fields of the user's YAML.
+def complete_system(collected: dict[str, str], given: dict[str, Any], division: str, num_nodes: int) -> dict[str, str]:
+    """The description: what the user has given over what the machine says, all fields present, values as text.
 
     Raises:
-        UserError: unknown fields, missing fields that only the user knows, or a status that the rules do not have.
+        UserError: unknown fields, fields that only the user knows are missing, or a status that the rules do not have.
     """
-    unknown = [name for name in person if name not in FIELDS]
+    unknown = [name for name in given if name not in FIELDS]
     if unknown:
         raise UserError(f"system description: unknown field {unknown[0]}; known: {', '.join(FIELDS)}")
-    merged: dict[str, Any] = {**FIELDS, **collected, "division": division, "number_of_nodes": num_nodes, **person}
+    merged: dict[str, Any] = {**FIELDS, **collected, "division": division, "number_of_nodes": num_nodes, **given}
     missing = [name for name, value in FIELDS.items() if value is None and not str(merged[name] or "").strip()]
     if missing:
         raise UserError(
@@ -109,8 +105,8 @@ def complete_system(collected: dict[str, str], person: dict[str, Any], division:
     return {name: str(merged[name]) for name in FIELDS}
 
 
-def read_person(path: str | Path) -> dict[str, Any]:
-    """The fields of the user's YAML that have a value. Raises UserError if it cannot be read or is not a mapping."""
+def read_given_fields(path: str | Path) -> dict[str, Any]:
+    """The user's YAML of fields. Raises UserError for a file that holds something else."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -120,12 +116,12 @@ def read_person(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold fields, one `name: value` a line")
+        raise UserError(f"{path} must hold fields, one `name: value` per line")
     return {name: value for name, value in values.items() if value is not None}
 
 
 def template(collected: dict[str, str]) -> str:
-    """A YAML to fill in: on top what only the user knows, below what was found on the machine, to be corrected."""
+    """A YAML to fill in: what only the user knows on top, what was found below, to be corrected."""
     head = "# What only you know. status is one of: " + "; ".join(STATUSES) + "\n"
     wanted = [name for name, value in FIELDS.items() if value is None and name not in ("division", "number_of_nodes")]
     blanks = "".join(f"{name}:\n" for name in wanted)

@@ -15,7 +15,7 @@ from torch import nn
 
 from bert_fast.config import ModelConfig
 from bert_fast.model import fused
-from bert_fast.model.attention import Backend, SequenceLayout, find_backend
+from bert_fast.model.attention import Attention, SequenceLayout, find_backend
 from bert_fast.model.fp8 import fp8_context
 from bert_fast.model.loss import LossSums, loss_sums
 from bert_fast.parts import declare_parts
@@ -60,6 +60,7 @@ class Embeddings(nn.Module):
 class ResidualNorm(nn.LayerNorm):
     """LayerNorm(residual + dropout(x)). One module, as sharding waits for weights before a module runs."""
 
+    # More arguments than nn.LayerNorm's, as the residual is added here
     def forward(self, x_TD: torch.Tensor, residual_TD: torch.Tensor, dropout: float) -> torch.Tensor:  # type: ignore[override]
         if fused.fuses(x_TD):
             return fused.dropout_add_norm(x_TD, residual_TD, self, dropout)
@@ -70,6 +71,7 @@ class ResidualNorm(nn.LayerNorm):
 class GeluLinear(nn.Linear):
     """linear(gelu(x)), [T, F] to [T, D]; `form` is the `approximate` of `F.gelu`."""
 
+    # One argument more than nn.Linear's
     def forward(self, x_TF: torch.Tensor, form: str) -> torch.Tensor:  # type: ignore[override]
         if fused.fuses(x_TF):
             return fused.gelu_linear(x_TF, self, form)
@@ -95,7 +97,7 @@ class EncoderLayer(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Backend) -> torch.Tensor:
+    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Attention) -> torch.Tensor:
         qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
         context_TD = attend(qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
         dropout = self.hidden_dropout if self.training else 0.0
@@ -135,7 +137,7 @@ class BertForPretraining(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend
-        self._attend = find_backend(backend)
+        self._attend = find_backend(backend).compute
         self.fp8 = False  # set by fp8.use_fp8
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))

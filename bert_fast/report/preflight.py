@@ -1,4 +1,4 @@
-"""The pre-flight's node table, for a person."""
+"""The pre-flight's table of nodes, on the terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bert_fast.run_folder import PREFLIGHT
+
 _SHOWN = 64  # nodes; of more, those that stand out
 
 
 def node_table(report: dict[str, Any]) -> None:
-    """Print a row for every node, the network's figures, and one line for all that is slow."""
+    """Print a row for every node, the network's speed, and one line for all that is slow."""
     console = Console(soft_wrap=True)
     nodes, slow = report["nodes"], report["slow"]
     shown = nodes
@@ -32,13 +34,13 @@ def node_table(report: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     if len(shown) < len(nodes):
-        console.print(f"{len(nodes) - len(shown):,} more nodes are in preflight.json")
+        console.print(f"{len(nodes) - len(shown):,} more nodes are in {PREFLIGHT}")
     network = report["network"]
     if network:
-        figures = [
+        bandwidths = [
             f"{value:.2f} GB/s bus at {name.split('_')[3]} KiB" for name, value in network.items() if "bus" in name
         ]
-        console.print(f"all-reduce: {network['latency_us']:.0f} us latency, " + ", ".join(figures))
+        console.print(f"all-reduce: {network['latency_us']:.0f} us latency, " + ", ".join(bandwidths))
     for text in slow:
         console.print(f"slow: {text}", style="bold", markup=False)
     if not slow:

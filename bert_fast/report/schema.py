@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from bert_fast.errors import UserError
 from bert_fast.foreign import parse_json, read_bounded, shown
 from bert_fast.report.stragglers import Straggler
+from bert_fast.run_folder import RECORD
 
 FORMAT = "bert_fast run 2"
 STEP, EVALUATION, SKIPPED = "step", "eval", "skipped"  # the kinds of lines
@@ -402,7 +403,7 @@ def parse_record(text: bytes, where: str) -> RunRecord:
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {shown(error)}") from None
     if not isinstance(tree, dict) or not {"metrics", "config"} <= tree.keys():
-        raise UserError(f"{where} is not the record of a run (it has no metrics and config); give a run's metrics.json")
+        raise UserError(f"{where} is not the record of a run (it has no metrics and config); give a run's {RECORD}")
     check_format(tree, where)
     try:
         record = _RECORD.validate_json(text, strict=True)

@@ -28,10 +28,10 @@ Pools = Callable[[int], RankPool]
 
 def planned(rank: int, world: int, config: Config) -> dict[str, Any]:
     """What this rank measured and how it laid out its buckets; ranks differ in speed."""
-    machinery = build(config, Environment(rank, rank, world, torch.device("cpu"), torch.float32))
-    record = machinery.buckets
+    components = build(config, Environment(rank, rank, world, torch.device("cpu"), torch.float32))
+    record = components.buckets
     assert record is not None
-    layout = machinery.layout
+    layout = components.layout
     return {
         "buckets": [bucket.parameters for bucket in layout.buckets], "mib": record.bucket_mb(), "record": record.as_json(),
         "bytes": [sum(layout.numel[i] for i in bucket.parameters) * 4 for bucket in layout.buckets],

@@ -23,7 +23,7 @@ from bert_fast.data.store import Store
 from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
-from bert_fast.train.checkpoint.storage import damage, latest_checkpoint, read_description
+from bert_fast.train.checkpoint.storage import latest_checkpoint, read_description, verify_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -233,7 +233,7 @@ def test_disk_full(workspace: Workspace, small_disk: Path) -> None:
     assert not list(folder.rglob(".step-*"))
     kept = latest_checkpoint(folder / "checkpoints")
     assert kept is not None
-    assert damage(kept) is None
+    assert verify_checkpoint(kept) is None
     state = read_description(kept)["state"]
     assert state["progress"]["step"] == int(kept.name.removeprefix("step-")) >= 3
 

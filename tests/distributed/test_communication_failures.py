@@ -21,7 +21,7 @@ from support.training_run import ROOT, TrainingRun, Workspace, errors_of, last_s
 from bert_fast.config.load import config_from_tree
 from bert_fast.exit_codes import ExitCode
 from bert_fast.model.bert import BertForPretraining
-from bert_fast.train.checkpoint.storage import damage, latest_checkpoint, read_description
+from bert_fast.train.checkpoint.storage import latest_checkpoint, read_description, verify_checkpoint
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup import build as building
 
@@ -42,7 +42,7 @@ def checkpoint_of(folder: Path, at_least: int) -> int:
     """The step of the last checkpoint, which can be read and is not ahead of the log."""
     path = latest_checkpoint(folder / "checkpoints")
     assert path is not None
-    assert damage(path) is None
+    assert verify_checkpoint(path) is None
     step = read_description(path)["state"]["progress"]["step"]
     assert path.name == f"step-{step:08d}"
     assert at_least <= step <= last_step(folder)
@@ -154,8 +154,8 @@ def built(rank: int, world: int, tree: dict[str, Any], of_rank_1: dict[str, dict
     if rank == 1 and swap:
         building.build_model = swapped
     try:
-        machinery = building.build(config, environment)
-        return machinery.step(building.synthetic_input(config, environment, seed=5), lr=0.0).grad_norm.item()
+        components = building.build(config, environment)
+        return components.step(building.synthetic_input(config, environment, seed=5), lr=0.0).grad_norm.item()
     finally:
         building.build_model = real
 

@@ -16,10 +16,10 @@ from support.rank_pool import RankPool
 from torch import nn
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
-from bert_fast.communication.clip import MODES
-from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
+from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
+from bert_fast.config.choices import CLIP_MODES
 
 pytestmark = pytest.mark.distributed
 
@@ -82,14 +82,14 @@ def engine_step(rank: int, world: int, case: Case) -> dict[str, Any]:
     model = Toy(case.dtype)
     engine = make_engine(model, case)
     scale = None if case.scale is None else torch.tensor(case.scale, dtype=case.dtype)
-    for step in range(1 + REBUILD_STEPS):  # the reducer too: a second step must not see the first
-        if case.poison is not None and rank == 1 and step == REBUILD_STEPS:
+    for step in range(1 + DdpEngine.num_warmup_steps):  # the reducer too: a second step must not see the first
+        if case.poison is not None and rank == 1 and step == DdpEngine.num_warmup_steps:
             model.layers[1].weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), case.poison))
         engine.wire.bytes_sent = 0
         engine.zero_grad()
         for micro in range(case.accumulation):
             last = micro == case.accumulation - 1
-            now = case if step == REBUILD_STEPS else replace(case, branch="used")
+            now = case if step == DdpEngine.num_warmup_steps else replace(case, branch="used")
             with engine.micro_batch(last, scale):
                 loss = loss_of(engine.module, now, rank, micro)
                 (loss if scale is None else loss * scale).backward()
@@ -181,7 +181,7 @@ BOTH = [("bucketed", torch.float64, 1e-12), ("bucketed", torch.float32, 1e-5), (
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 @pytest.mark.parametrize(("engine", "dtype", "tolerance"), BOTH, ids=["bucketed-fp64", "bucketed-fp32", "ddp-fp32"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_engine_equals_oracle(
@@ -202,14 +202,14 @@ def global_norm(gradients: Gradients) -> float:
     return math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
 
 
-@pytest.mark.parametrize("clip", [mode for mode in MODES if mode != "none"])
+@pytest.mark.parametrize("clip", [mode for mode in CLIP_MODES if mode != "none"])
 def test_the_cases_above_clip(clip: str) -> None:
     """Rank 0's small gradient is under the threshold and the others' are over it, so the oracle tells modes apart."""
     norms = [global_norm(local_gradients(Case(), rank)) for rank in range(4)]
     assert norms[0] < Case().max_norm < min(norms[1:])
     for world in (2, 4):
-        results = [oracle(Case(clip=mode), world) for mode in MODES]
-        mine = results[MODES.index(clip)]
+        results = [oracle(Case(clip=mode), world) for mode in CLIP_MODES]
+        mine = results[CLIP_MODES.index(clip)]
         gaps = [max(float((mine[n] - other[n]).abs().max()) for n in mine) for other in results]
         assert sum(gap < 1e-3 for gap in gaps) == 1  # itself
 
@@ -256,7 +256,7 @@ def test_half_precision_wire(pool: Pools, engine: str, wire: str, epsilon: float
     assert max(gaps) > 0
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 @pytest.mark.parametrize("branch", ["unused", "unused on rank 1", "used first"])
 def test_parameters_without_a_gradient_count_as_zero(pool: Pools, branch: str, clip: str) -> None:
     case = Case(clip=clip, branch=branch, accumulation=2)
@@ -267,7 +267,7 @@ def test_parameters_without_a_gradient_count_as_zero(pool: Pools, branch: str, c
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 @pytest.mark.parametrize(("engine", "wire"), [("bucketed", "fp32"), ("bucketed", "fp16"), ("ddp", "fp32")])
 def test_a_bad_gradient_of_one_rank_reaches_every_norm(
     pool: Pools, engine: str, wire: str, clip: str, poison: float
@@ -278,7 +278,7 @@ def test_a_bad_gradient_of_one_rank_reaches_every_norm(
 
 
 @pytest.mark.parametrize("scale", [1000.0, 65536.0])
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 @pytest.mark.parametrize(("engine", "dtype", "tolerance"), [BOTH[0], BOTH[2]], ids=["bucketed", "ddp"])
 def test_loss_scale_leaves_no_trace(
     pool: Pools, engine: str, dtype: torch.dtype, tolerance: float, clip: str, scale: float
@@ -333,7 +333,7 @@ def collectives_by_phase(_rank: int, _world: int, case: Case) -> dict[str, int]:
     return {"first": first, "backward": backward - first, "finish": finish - backward, "buckets": num_buckets}
 
 
-@pytest.mark.parametrize("clip", MODES)
+@pytest.mark.parametrize("clip", CLIP_MODES)
 def test_buckets_leave_during_backward_of_the_last_micro_batch(pool: Pools, clip: str) -> None:
     """Except where the whole local gradient must be known first."""
     for counts in pool(2).call(collectives_by_phase, Case(clip=clip, bucket_mb=EVERY_TENSOR)):

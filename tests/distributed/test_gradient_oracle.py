@@ -17,7 +17,7 @@ from test_engines import Gradients, averaged, clipped, global_norm
 from torch import nn
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
-from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
+from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
 from bert_fast.config.choices import CLIP_MODES
@@ -130,7 +130,7 @@ def step_of(rank: int, world: int, case: Case) -> dict[str, Any]:
     scale = None if case.scale is None else torch.tensor(case.scale, dtype=case.dtype)
     dist.all_reduce = noting
     try:
-        for _ in range(1 + REBUILD_STEPS):
+        for _ in range(1 + DdpEngine.num_warmup_steps):
             started.clear()
             engine.zero_grad()
             for micro in range(case.accumulation):

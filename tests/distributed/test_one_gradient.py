@@ -15,7 +15,7 @@ from support.rank_pool import RankPool
 from support.tiny_task import config_over
 
 from bert_fast.communication.buckets import measure_ready_order
-from bert_fast.communication.ddp import REBUILD_STEPS, DdpEngine
+from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import Config
@@ -86,7 +86,7 @@ def step_of(rank: int, world: int, config: Config, dtype: torch.dtype) -> dict[s
     )  # fmt: skip
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     train_step = TrainStep(engine, optimizer, cpu, torch.float32, world, None)
-    for _ in range(1 + REBUILD_STEPS * (communication.engine == "ddp")):
+    for _ in range(1 + DdpEngine.num_warmup_steps * (communication.engine == "ddp")):
         result = train_step(inputs, lr=0.0)
     return {
         "ids": plan.ids, "norm": result.grad_norm.item(), "sums": [result.mlm_sum.item(), result.nsp_sum.item()],

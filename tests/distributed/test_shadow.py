@@ -41,7 +41,7 @@ def make_config(store: Path, world: int, step_per_bucket: bool, **changes: dict[
 
 def train(rank: int, world: int, config: Config, poison_step: int | None = None) -> dict[str, Any]:
     """Weights after every step; rank 1's word embedding (ready last) has a NaN gradient in one of them."""
-    machinery = build(config, Environment(rank, rank, world, torch.device("cpu"), torch.float32))
+    components = build(config, Environment(rank, rank, world, torch.device("cpu"), torch.float32))
     store = Store(config.data.train)
     planner = make_planner(config, store.lengths)
     weights, finite, poison = [], [], False
@@ -50,16 +50,16 @@ def train(rank: int, world: int, config: Config, poison_step: int | None = None)
         return gradient.index_fill(0, torch.tensor([7]), math.nan) if poison else gradient
 
     if rank == 1:
-        machinery.model.embeddings.word.weight.register_hook(spoil)
+        components.model.embeddings.word.weight.register_hook(spoil)
     for step in range(STEPS):
         poison = step == poison_step
         plan = planner.plan(step)
         batches = planned_batches(store, plan, rank, config.balance.strategy, config.data.max_seq_len)
         masked = int(store.num_masked[plan.ids].sum(dtype=np.int64))
         inputs = [to_device(batch, torch.device("cpu"), 64) for batch in batches]
-        result = machinery.step(StepInput(inputs, masked, config.batch.global_batch_size), lr=0.01)
+        result = components.step(StepInput(inputs, masked, config.batch.global_batch_size), lr=0.01)
         finite.append(bool(result.is_finite))
-        weights.append(torch.cat([p.detach().ravel() for p in machinery.model.parameters()]).numpy().copy())
+        weights.append(torch.cat([p.detach().ravel() for p in components.model.parameters()]).numpy().copy())
     return {"weights": np.stack(weights), "finite": finite, "norm": result.grad_norm.item()}
 
 
@@ -99,7 +99,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(
 
 def order_of_events(rank: int, world: int, config: Config) -> list[str]:
     """What happens in the end of a step: waits for buckets and updates."""
-    machinery = build(config, Environment(rank, rank, world, torch.device("cpu"), torch.float32))
+    components = build(config, Environment(rank, rank, world, torch.device("cpu"), torch.float32))
     events: list[str] = []
 
     class Waiting:
@@ -110,7 +110,7 @@ def order_of_events(rank: int, world: int, config: Config) -> list[str]:
             self._work.wait()
             events.append(f"wait {self._number}")
 
-    engine, parts = machinery.engine, machinery.step._parts
+    engine, parts = components.engine, components.step._parts
     launch, step = engine._launch, parts.step
 
     def launched() -> None:
@@ -123,7 +123,7 @@ def order_of_events(rank: int, world: int, config: Config) -> list[str]:
     store = Store(config.data.train)
     plan = make_planner(config, store.lengths).plan(0)
     (batch,) = planned_batches(store, plan, rank, "balanced", config.data.max_seq_len)
-    machinery.step(StepInput([to_device(batch, torch.device("cpu"))], 50, 16), lr=0.01)
+    components.step(StepInput([to_device(batch, torch.device("cpu"))], 50, 16), lr=0.01)
     return events
 
 

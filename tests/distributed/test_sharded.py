@@ -14,8 +14,8 @@ import torch.distributed as dist
 from support.rank_pool import RankPool
 from test_shadow import make_config as unsharded_config
 
-from bert_fast.communication.buckets import Layout, plan_layout
-from bert_fast.communication.sharded import ShardedReducer, pieces_of
+from bert_fast.communication.buckets import GradientLayout, plan_layout
+from bert_fast.communication.sharded import ShardedReducer, shard_slices
 from bert_fast.config import Config
 from bert_fast.data.store import Store
 from bert_fast.train.batches import planned_batches, to_device
@@ -44,7 +44,7 @@ class Task:
 
     def __init__(self, rank: int, world: int, config: Config) -> None:
         self.config, self.rank = config, rank
-        self.machinery: TrainComponents = build(config, Environment(rank, rank, world, CPU, torch.float32))
+        self.components: TrainComponents = build(config, Environment(rank, rank, world, CPU, torch.float32))
         self.store = Store(config.data.train)
         self.planner = make_planner(config, self.store.lengths)
 
@@ -53,10 +53,10 @@ class Task:
         batches = planned_batches(self.store, plan, self.rank, "balanced", self.config.data.max_seq_len)
         masked = int(self.store.num_masked[plan.ids].sum(dtype=np.int64))
         inputs = [to_device(batch, CPU, 64) for batch in batches]
-        return self.machinery.step(StepInput(inputs, masked, self.config.batch.global_batch_size), lr=0.01)
+        return self.components.step(StepInput(inputs, masked, self.config.batch.global_batch_size), lr=0.01)
 
     def weights(self) -> np.ndarray:
-        state = self.machinery.model.state_dict()
+        state = self.components.model.state_dict()
         return torch.cat([value.ravel() for value in state.values()]).numpy().copy()
 
 
@@ -65,7 +65,7 @@ def train(rank: int, world: int, config: Config, poison_step: int | None = None)
     task = Task(rank, world, config)
     weights, norms, finite, poison = [], [], [], False
     if rank == 1:
-        task.machinery.model.embeddings.word.weight.register_hook(
+        task.components.model.embeddings.word.weight.register_hook(
             lambda gradient: gradient.index_fill(0, torch.tensor([7]), math.nan) if poison else gradient
         )
     for number in range(STEPS):
@@ -74,7 +74,7 @@ def train(rank: int, world: int, config: Config, poison_step: int | None = None)
         weights.append(task.weights())
         norms.append(result.grad_norm.item())
         finite.append(bool(result.is_finite))
-    optimizer = task.machinery.optimizer
+    optimizer = task.components.optimizer
     inner = optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
     held = sum(entry["exp_avg"].numel() for entry in inner.state.values())
     state = optimizer.state_dict()
@@ -84,7 +84,7 @@ def train(rank: int, world: int, config: Config, poison_step: int | None = None)
     return {
         "weights": np.stack(weights), "norms": norms, "finite": finite, "held": held, "state": plain,
         "groups": [group["params"] for group in state["param_groups"]],
-        "bytes": task.machinery.engine.wire.bytes_sent,
+        "bytes": task.components.engine.wire.bytes_sent,
     }  # fmt: skip
 
 
@@ -144,11 +144,11 @@ def go_on(rank: int, world: int, first: Config, second: Config) -> dict[str, Any
     one = Task(rank, world, first)
     for number in range(2):
         one.step(number)
-    model, written = one.machinery.model.state_dict(), [one.machinery.optimizer.state_dict()]
+    model, written = one.components.model.state_dict(), [one.components.optimizer.state_dict()]
     dist.broadcast_object_list(written, src=0)
     two = Task(rank, world, second)
-    two.machinery.model.load_state_dict(model)
-    two.machinery.optimizer.load_state_dict(written[0])
+    two.components.model.load_state_dict(model)
+    two.components.optimizer.load_state_dict(written[0])
     norms = [two.step(number).grad_norm.item() for number in (2, 3)]
     return {"weights": two.weights()[None], "norms": norms}
 
@@ -186,7 +186,7 @@ def test_formats_on_the_wire(pool: Pools, tiny_store: Path, reduce_dtype: str) -
 def order_of_waits(rank: int, world: int, config: Config) -> list[str]:
     """In the second step: modules that begin, and waits for weights."""
     task = Task(rank, world, config)
-    engine = task.machinery.engine
+    engine = task.components.engine
     assert isinstance(engine, ShardedReducer)
     events: list[str] = []
     task.step(0)
@@ -201,7 +201,7 @@ def order_of_waits(rank: int, world: int, config: Config) -> list[str]:
             events.append(f"wait {self._number}")
 
     engine._gathering = {number: Waiting(work, number) for number, work in gathering.items()}  # type: ignore[misc]
-    for name, module in task.machinery.model.named_modules():
+    for name, module in task.components.model.named_modules():
         if list(module.parameters(recurse=False)):
             module.register_forward_hook(lambda *_, name=name: events.append(name))
     task.step(1)
@@ -227,7 +227,7 @@ def waits_of_compiled(rank: int, world: int, config: Config) -> list[int]:
     try:
         task = Task(rank, world, config)
         task.step(0)
-        engine = task.machinery.engine
+        engine = task.components.engine
         assert isinstance(engine, ShardedReducer)
         waited: list[int] = []
         wait_for = engine._wait_for
@@ -252,13 +252,13 @@ def test_compiled_layers_wait_for_their_weights(pool: Pools, tiny_store: Path) -
 @pytest.mark.parametrize("world", [1, 2, 3, 1024])
 def test_pieces_cover_every_weight_once(world: int) -> None:
     numel = [5, 1, 700, 33, 16, 2]
-    layout: Layout = plan_layout(
+    layout: GradientLayout = plan_layout(
         [f"t{i}" for i in range(6)], numel, [5, 4, 3, 2, 1, 0], clip_groups="tensor", bucket_mb=50 * 4 / 2**20,
         whole_groups=True, shards=world,
     )  # fmt: skip
     count = [np.zeros(n, int) for n in numel]
     for rank in range(world):
-        for piece in pieces_of(layout, rank, world):
+        for piece in shard_slices(layout, rank, world):
             assert layout.bucket_of[piece.parameter] == piece.bucket
             count[piece.parameter][piece.begin : piece.end] += 1
     assert all((each == 1).all() for each in count)

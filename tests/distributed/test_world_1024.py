@@ -172,7 +172,7 @@ def test_every_bucket_leaves_once_in_order_from_one_buffer(local_gradient: np.nd
     """During backward, but where the whole gradient must be known first; no second copy of the gradients is made."""
     got = as_rank(517, reducer_step, make_config(clip=clip, max_norm=1e9), 2)
     layout = got["layout"]
-    num_tensors = len(layout.names)
+    num_tensors = len(layout.ordering.names)
     assert num_tensors > 250
     assert len(layout.buckets) > 10
     assert [(start, start + numel) for _, _, start, numel, _ in got["launches"]] == [
@@ -240,7 +240,7 @@ def test_small_entries_survive_a_half_precision_wire(reduce_dtype: str, loss_sca
 def planned_step(config: Config) -> dict[str, Any]:
     """Build as a run does, plan a step for all ranks, and run this rank's share of it."""
     rank = dist.get_rank()
-    machinery = build(config, Environment(rank, rank % 8, WORLD, CPU, torch.float32))
+    components = build(config, Environment(rank, rank % 8, WORLD, CPU, torch.float32))
     lengths = np.maximum(2, wikipedia_like(100_000) // 16)  # up to the 32 of the config
     plan: Plan = make_planner(config, lengths).plan(3)
     rng = np.random.default_rng(0)
@@ -250,14 +250,14 @@ def planned_step(config: Config) -> dict[str, Any]:
     inputs = StepInput(
         [to_device(b, CPU) for b in batches], 5 * config.batch.global_batch_size, config.batch.global_batch_size
     )
-    before = torch.cat([p.detach().ravel() for p in machinery.model.parameters()])
-    result = machinery.step(inputs, lr=0.01)
-    after = torch.cat([p.detach().ravel() for p in machinery.model.parameters()])
+    before = torch.cat([p.detach().ravel() for p in components.model.parameters()])
+    result = components.step(inputs, lr=0.01)
+    after = torch.cat([p.detach().ravel() for p in components.model.parameters()])
     return {
         "plan": np.concatenate([plan.ids, plan.starts]), "imbalance": plan.imbalance,
-        "mine": plan.of_rank(rank), "layout": machinery.layout, "norm": result.grad_norm.item(),
+        "mine": plan.of_rank(rank), "layout": components.layout, "norm": result.grad_norm.item(),
         "finite": bool(result.is_finite), "moved": (after - before).abs().max().item(),
-        "bytes": machinery.engine.wire.bytes_sent,
+        "bytes": components.engine.wire.bytes_sent,
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from bert_fast.model.checkpoints import load_pretrained, save_pretrained
 from bert_fast.model.tensorflow_bundle import TensorBundle
 from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.checkpoint.resume import latest_valid_checkpoint, load_checkpoint, resume_key
-from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, rank_state
+from bert_fast.train.checkpoint.snapshot import optimizer_counts, rank_state, slices_to_write
 from bert_fast.train.checkpoint.storage import as_bytes, write_checkpoint
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
@@ -113,23 +113,23 @@ def originals(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
 RANK = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def machinery_of_one_step(config: Config) -> TrainComponents:
-    machinery = build(config, RANK)
-    machinery.step(synthetic_input(config, RANK, seed=0), lr=0.01)
-    return machinery
+def components_of_one_step(config: Config) -> TrainComponents:
+    components = build(config, RANK)
+    components.step(synthetic_input(config, RANK, seed=0), lr=0.01)
+    return components
 
 
 def write_run_checkpoint(folder: Path) -> None:
     """What a run of one rank leaves after its first step."""
     config = checkpoint_config()
-    machinery = machinery_of_one_step(config)
+    components = components_of_one_step(config)
     state = {
         "progress": Progress(step=1, samples=2).state_dict(), "clock": {"elapsed": 1.0, "paused": {"checkpoint": 0.5}},
-        "loss_scale": None, "optimizer": optimizer_counts(machinery), "cost": [2.0, 0.5],
+        "loss_scale": None, "optimizer": optimizer_counts(components), "cost": [2.0, 0.5],
     }  # fmt: skip
     description = {"step": 1, "world_size": 1, "key": resume_key(config, "a" * 64, "b" * 64), "state": state}
-    own = as_bytes("rank.0", rank_state(machinery, RANK))
-    write_checkpoint(folder, [*captured(machinery, RANK), own], description, 0, 2, None)
+    own = as_bytes("rank.0", rank_state(components, RANK))
+    write_checkpoint(folder, [*slices_to_write(components, RANK), own], description, 0, 2, None)
 
 
 def checkpoint_config() -> Config:

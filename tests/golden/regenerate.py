@@ -128,7 +128,7 @@ def losses(name: str, folder: Path) -> list[float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        machinery = build(config, Environment(0, 0, 1, torch.device("cpu"), torch.float32))
+        components = build(config, Environment(0, 0, 1, torch.device("cpu"), torch.float32))
         store = Store(config.data.train)
         planner = make_planner(config, store.lengths)
         curve = []
@@ -137,7 +137,7 @@ def losses(name: str, folder: Path) -> list[float]:
             masked = sum(len(batch.masked_labels) for batch in batches)
             inputs = [to_device(batch, torch.device("cpu"), config.batch.shape_multiple) for batch in batches]
             rate = learning_rate(step, config.optimizer.lr, config.schedule)
-            result = machinery.step(StepInput(inputs, masked, config.batch.global_batch_size), rate)
+            result = components.step(StepInput(inputs, masked, config.batch.global_batch_size), rate)
             curve.append(result.mlm_sum.item() / masked + result.nsp_sum.item() / config.batch.global_batch_size)
     finally:
         torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
-from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, rank_state, restore
+from bert_fast.train.checkpoint.snapshot import load_tensors, optimizer_counts, rank_state, slices_to_write
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.warmup import synthetic_input
@@ -28,20 +28,20 @@ def test_a_checkpoint_beside_the_next_step(make_config: Callable[..., Config], t
     environment = Environment(0, 0, 1, device, torch.float32)
     dropout = ("model.hidden_dropout=0.1", "model.attention_dropout=0.0", "system.device=cuda")
     config = make_config(f"optimizer.name={optimizer}", *dropout)
-    machinery = build(config, environment)
+    components = build(config, environment)
     saver = AsyncCheckpointWriter(tmp_path, environment, 2, None)
-    machinery.step.before_update = saver.before_update
+    components.step.before_update = saver.before_update
 
     def steps(first: int) -> list[float]:
         return [
-            machinery.step(synthetic_input(config, environment, seed=first + i), lr=0.01).mlm_sum.item() for i in (0, 1)
+            components.step(synthetic_input(config, environment, seed=first + i), lr=0.01).mlm_sum.item() for i in (0, 1)
         ]
 
     steps(0)
-    counts = json.loads(json.dumps(optimizer_counts(machinery)))
-    saver.start(captured(machinery, environment), rank_state(machinery, environment), {"step": 2})
+    counts = json.loads(json.dumps(optimizer_counts(components)))
+    saver.start(slices_to_write(components, environment), rank_state(components, environment), {"step": 2})
     expected = steps(2)  # while it is copied and written
     saver.wait()
-    machinery = build(config, environment)
-    restore(tmp_path / "step-00000002", machinery, environment, counts, same_ranks=True)
+    components = build(config, environment)
+    load_tensors(tmp_path / "step-00000002", components, environment, counts, same_ranks=True)
     assert steps(2) == expected

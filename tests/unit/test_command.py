@@ -193,7 +193,7 @@ def test_a_record_of_a_claimed_gigabyte(tmp_path: Path) -> None:
         ("", "is empty"),
         ("- corpus: prose", "must hold fields .*, not a list"),
         ("corpus: [", "is not valid YAML"),
-        ("corpus: txt", r"corpus: Input should be 'pydocs'.*got 'txt'"),
+        ("corpus: txt", r"corpus: must be one of 'pydocs'.*got 'txt'"),
         ("packages: numpy", "packages: Input should be a valid list"),
         ("packages: ['../x']", r"packages\.0: "),
         ("recipe: recipe.yaml", "unknown field recipe; the fields are corpus"),

@@ -10,13 +10,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from support.one_run import execute
 from support.run_files import run_record
 
 from bert_fast import claims
@@ -32,8 +31,6 @@ from bert_fast.run_folder import PENDING_RECORD, RECORD, create_folder, run_fold
 from bert_fast.train import complete as completing
 from bert_fast.train.checkpoint.storage import latest_checkpoint
 from bert_fast.train.complete import complete, exit_code_of, finished_again
-from bert_fast.train.environment import Environment
-from bert_fast.train.loop import Run
 from bert_fast.train.run_record import finish
 
 # Names as people give them, some of them nearly the program's own
@@ -81,16 +78,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def execute(config: Config, resume: bool = False) -> tuple[Run, Any]:
-    create_folder(config, resume, commit="a commit")
-    environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
-    run = Run(config, environment, resume, process_start=time.time(), on_lost=print)
-    try:
-        return run, run.execute()
-    finally:
-        run.metrics.close()
-
-
 @pytest.fixture
 def settings() -> tuple[str, ...]:
     return (
@@ -107,9 +94,9 @@ def test_a_run_started_over_resumed_and_finished(make_config: Callable[..., Conf
     execute(config)
     planted = Planted(folder)
     take_folder(make_config(*settings), resume=True)
-    run, outcome = execute(make_config(*settings), resume=True)
+    context, summary = execute(make_config(*settings), resume=True)
     planted.check()
-    finish(run, outcome)
+    finish(context, summary)
     planted.check()
     for path in (folder / "checkpoints").rglob("complete.json"):  # as after a crash before the first checkpoint
         if path.read_bytes() not in (b"", *[f"mine: {path}".encode()]):
@@ -161,11 +148,11 @@ def test_a_run_killed_while_it_finishes_is_finished_by_the_next_start(
     """Between any two of its last files."""
     config = make_config("train.max_steps=2", f"mlperf.enabled={mlperf}")
     folder = run_folder(config)
-    run, outcome = execute(config)
+    context, summary = execute(config)
     with monkeypatch.context() as patch:
         patch.setattr(completing, "_write_cost", crash)
         with pytest.raises(Crash):
-            finish(run, outcome)
+            finish(context, summary)
     saved = (folder / PENDING_RECORD).read_bytes()
     for moment in ("_write_cost", "check_log", "write_report", "write_json", "unlink", "print_table"):
         if moment == "check_log" and mlperf == "false":

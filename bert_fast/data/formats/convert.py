@@ -1,6 +1,7 @@
-"""Foreign sample files into a store, and a store into foreign files: streaming, in parallel, restartable.
+"""Imports foreign sample files into a store, and exports a store into them: streaming, in parallel, restartable.
 
-A source file becomes a part of the store in a process of its own; a finished part is not made again. The manifest comes last.
+Each source file becomes a part of the store in a process of its own. A finished part is kept for a restart, and the manifest is
+written last.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bert_fast.files import check_space
 from bert_fast.integers import ceil_div
 
 FORMS = ("tfrecord", "hdf5", "hdf5-variable")
-_EXPORTED_BYTES: dict[str, Callable[[int, int], int]] = {  # of a sample, at most about
+_EXPORTED_BYTES: dict[str, Callable[[int, int], int]] = {  # per sample, at most about
     "tfrecord": lambda width, masks: 4 * width + 8 * masks + 200,
     "hdf5": lambda width, masks: 12 * width + 8 * masks + 8,
     "hdf5-variable": lambda width, masks: 8 * width + 8 * masks + 100,
@@ -52,13 +53,14 @@ def import_store(
     num_workers: int | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
-    """Make the store `out` from files in the given order, which is the order of samples. Returns the manifest.
+    """Make the store `out` from sample files, in the given order. Returns the manifest.
 
-    `max_samples` keeps the first ones, or with pick="evenly" those that MLPerf's reference picks of its candidates.
+    Args:
+        max_samples: how many samples are kept: the first ones, or with pick="evenly" evenly spread as MLPerf's reference does.
 
     Raises:
-        UserError: a file is damaged or no sample file; the disk is too small or full (finished parts are kept for a restart);
-            another process is writing `out`, or it holds files of others where the store would go.
+        UserError: a file is damaged or not a sample file; the disk is too small or full (finished parts are kept for a
+            restart); another process is writing `out`; or it holds files of others that the store would overwrite.
     """
     out = Path(out)
     inside = [path for path in sources if Path(path).resolve().parent == out.resolve()]
@@ -66,12 +68,12 @@ def import_store(
         raise UserError(f"--out {out} is the folder of {Path(inside[0]).name}; give the store a folder of its own")
     _check_parent_is_free(out)
     with claimed(out, STORE):
-        _check_parent_is_free(out)  # of a preparation that began meanwhile one of us has seen the other
+        _check_parent_is_free(out)  # if a preparation began meanwhile, at least one of the two has seen the other
         return _import(sources, out, vocab, max_samples, pick, num_workers, log)
 
 
 def _check_parent_is_free(out: Path) -> None:
-    """A preparation writes stores below its folder."""
+    """Refuse a store in the folder of a running preparation, which writes stores there. Raises UserError."""
     parent = out.absolute().parent
     owner = owner_of(parent)
     if owner:
@@ -102,7 +104,7 @@ def _import(
     part_paths = [_part_path(parts_folder, path, vocabulary.sha256) for path in sources]
     with claimed(parts_folder, IMPORT_PARTS):
         wanted = [Path(name).name for path in part_paths for name in (path, f"{path}.npz")]
-        remove_own(parts_folder, IMPORT_PARTS.writes, wanted)  # parts of sources that are gone, or no longer the same
+        remove_own(parts_folder, IMPORT_PARTS.writes, wanted)  # parts of sources that are gone or have changed
         _check_space(sources, part_paths, parts_folder, max_samples if pick == "first" else None)
         parts, samples, last_line = [], 0, start
         jobs = ((path, part, len(vocabulary)) for path, part in zip(sources, part_paths, strict=True))
@@ -148,14 +150,14 @@ def _is_done(out: Path, key: dict[str, Any]) -> bool:
 
 
 def _part_path(folder: Path, source: str, vocab_sha256: str) -> str:
-    """Where the part of a source goes: named by what it is made from, so that a file that is fetched again is one anew."""
+    """The path of a source's part. Its name depends on the source's size and time, so that a new download is a new part."""
     stat = os.stat(source)
     tag = hashlib.sha256(f"{source} {stat.st_size} {stat.st_mtime_ns} {vocab_sha256}".encode()).hexdigest()[:12]
     return str(folder / f"{Path(source).name}-{tag}.bin")
 
 
 def _check_space(sources: list[str], parts: list[str], folder: Path, max_samples: int | None) -> None:
-    """Refuse before hours of work: parts and store lie beside each other for a while."""
+    """Refuse a disk that is too small for both parts and store, before hours of work. Raises UserError."""
     made = [Path(part) for part in parts if Path(f"{part}.npz").is_file()]
     done = sum(part.stat().st_size for part in made if part.is_file())
     needed = 0.0
@@ -167,7 +169,7 @@ def _check_space(sources: list[str], parts: list[str], folder: Path, max_samples
 
 
 def import_part(path: str, part_path: str, vocab_size: int) -> Part:
-    """One source file as a part."""
+    """Make the part of one source file, unless it is finished. Raises UserError as `read_blocks`."""
     finished = read_part(part_path)
     if finished:
         return finished
@@ -182,7 +184,7 @@ def find_sources(pattern: str | Path) -> list[str]:
     """Files of a folder in the order of their names (part-00002-of-00500 before part-00010), or one file.
 
     Raises:
-        UserError: there are none, parts of two sets, or an export that did not end.
+        UserError: there are no files, parts of two sets, or an export that was stopped.
     """
     path = Path(pattern)
     if path.is_file():
@@ -201,14 +203,19 @@ def find_sources(pattern: str | Path) -> list[str]:
 def export_store(
     folder: str | Path, out: str | Path, form: str, *, width: int, most_masked: int, per_file: int, log: Log
 ) -> int:
-    """Write a store as foreign files part-00000-of-00010 and so on in `out`, in place of an earlier export's.
+    """Write a store as foreign files part-00000-of-00010 and so on in `out`, replacing an earlier export.
+
+    Args:
+        form: one of `FORMS`.
+        width, most_masked: tokens and masks to which samples are padded.
+        per_file: samples per file.
 
     Returns:
         The number of files.
 
     Raises:
-        UserError: the rows are too short for the store's samples; the disk is too small; another process is writing `out`, or
-            it holds files of others, which whoever reads the folder would take for samples.
+        UserError: the rows are too short for the store's samples; the disk is too small; another process is writing `out`; or
+            it holds files of others, which readers of the folder would take for samples.
     """
     store = Store(folder)
     if per_file < 1:
@@ -230,13 +237,15 @@ def export_store(
                 write_tfrecord(path, blocks, width, most_masked)
             else:
                 write_hdf5(path, blocks, width, most_masked, variable=form == "hdf5-variable")
-        remove_own(Path(out), EXPORT.writes, names)  # of another number: an import would take them for more samples
+        remove_own(
+            Path(out), EXPORT.writes, names
+        )  # files of an earlier export, which an import would read as more samples
     log(f"{out}: {len(store):,} samples in {number:,} files")
     return number
 
 
 def tables_of(store: Store, begin: int, end: int) -> Iterator[SampleTable]:
-    """Samples begin ... end - 1, in blocks."""
+    """Samples begin ... end - 1, in blocks of at most `_BLOCK`."""
     indices = iter(range(begin, end))
     while block := list(islice(indices, _BLOCK)):
         ids = np.array(block)

@@ -1,7 +1,7 @@
-"""Where the features of many tf.train.Examples lie, found for all of them at once in NumPy.
+"""Finds where the features of many tf.train.Examples lie, for all of them at once in NumPy.
 
-It knows the one form that writers give records of numbers today: a features message of map entries (key, value), each value a
-packed list. Whatever looks otherwise is left to the general reader (`tfrecord._find`), which is also the oracle of the tests.
+It knows the form in which writers store numbers today: a features message of map entries (key, value), each value a packed
+list. The general reader (`tfrecord._find`) reads all other forms, and is the oracle of the tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Place = tuple[int, np.ndarray, np.ndarray]  # FLOATS or INTEGERS, begin [n], end
 
 
 def locate(data: np.ndarray, begins: np.ndarray, ends: np.ndarray, names: Sequence[str]) -> dict[str, Place] | None:
-    """Places of features in `data` (uint8, followed by at least 64 bytes that belong to no example).
+    """Places of features in `data` (uint8, with at least 64 more bytes after the last example).
 
     Args:
         begins, ends: int64 [n], where the examples lie.
@@ -56,7 +56,7 @@ def locate(data: np.ndarray, begins: np.ndarray, ends: np.ndarray, names: Sequen
 
 @dataclass(frozen=True)
 class _Entry:
-    """A map entry of one example: `header` from its tag to its values, `size` bytes in all."""
+    """A map entry of one example: `header` are the bytes from its tag to its values, `size` is that of the whole entry."""
 
     header: np.ndarray
     size: int
@@ -64,14 +64,14 @@ class _Entry:
     form: int
 
     def opens(self, data: np.ndarray, at: np.ndarray) -> bool:
-        """Whether the same bytes lie at every place: then sizes are the same, too."""
+        """Whether the same header is at every place; then the sizes are the same, too."""
         length = len(self.header)
         windows = np.ndarray((len(data) - length, length), np.uint8, data, strides=(1, 1))
         return bool((windows[np.minimum(at, len(windows) - 1)] == self.header).all())
 
 
 def _entries(example: bytes, names: Sequence[str]) -> list[_Entry] | None:
-    """The entries of an example in their order, or None if it has another form."""
+    """The entries of an example in order, or None if it has another form."""
     found = []
     try:
         ((*_, at, end),) = fields(example)
@@ -94,7 +94,7 @@ def _entries(example: bytes, names: Sequence[str]) -> list[_Entry] | None:
 def _parsed(
     data: np.ndarray, at: np.ndarray, ends: np.ndarray, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Entries that begin at `at`: which feature, its form, begin and end of its values. None if some has another form."""
+    """Of entries that begin at `at`: which feature, its form, begin and end of its values. None if one has another form."""
     ok = data[at] == _FEATURES
     size, at = _varints(data, at + 1)
     entry_end = at + size
@@ -124,7 +124,7 @@ def _parsed(
 
 
 def _varints(data: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Varints of at most four bytes at every place, and the places behind them."""
+    """Varints of at most four bytes at every place, and the places after them."""
     byte = data[np.minimum(at, len(data) - 4)].astype(np.int64)
     value, size, more = byte & 0x7F, np.ones(len(at), np.int64), byte >= 0x80
     for shift in (7, 14, 21):
@@ -134,5 +134,5 @@ def _varints(data: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value |= (byte & 0x7F) << shift
         size += more
         more = byte >= 0x80
-    value[more] = 1 << 40  # of more than four bytes: nothing is so long, so that no other size agrees with it
+    value[more] = 1 << 40  # more than four bytes: so large that no size agrees with it
     return value, at + size

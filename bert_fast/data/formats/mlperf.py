@@ -1,8 +1,8 @@
-"""MLPerf's sample files as blocks of samples, and back: TFRecord, and HDF5 with rows of one length or of their own.
+"""Reads and writes MLPerf's sample files in blocks: TFRecord, and HDF5 with rows of fixed or variable length.
 
-HDF5 in use: `fixed` has two-dimensional input_ids, input_mask, segment_ids, masked_lm_positions, masked_lm_ids and
-next_sentence_labels; `variable` has one array a sample in the same names, without a mask (its length says it). Masked positions
-of `fixed` are padded with zeros, and position 0 is [CLS], which is never masked.
+Two forms of HDF5 are in use. `fixed` has two-dimensional input_ids, input_mask, segment_ids, masked_lm_positions, masked_lm_ids
+and next_sentence_labels. `variable` has one array per sample under the same names, and no mask, as the array's length replaces
+it. Masked positions of `fixed` are padded with zeros, as position 0 is [CLS], which is never masked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FEATURES = (
     "next_sentence_labels",
 )
 _HDF5 = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids", "next_sentence_labels")
-BLOCK = 512  # samples decoded together: a few MiB
+BLOCK = 512  # samples decoded together, a few MiB
 _BLOCK_BYTES = 1 << 22  # of TFRecords decoded together
 _BLOCK_NUMBERS = BLOCK * 1024  # of an HDF5 table read together
 _CHUNK_BYTES = 1 << 25  # of an HDF5 chunk, which is unpacked as a whole
@@ -42,16 +42,16 @@ _GZIP, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000  # HDF5's numbers of filters
 
 
 def read_blocks(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
-    """Samples of a file of either kind, told by its first bytes.
+    """Samples of a TFRecord or HDF5 file, which its first bytes tell apart.
 
     Raises:
-        UserError: the file is damaged, lacks a field, or holds something that is no sample; which, and how many were good.
+        UserError: the file is damaged, lacks a field, or has an invalid sample; the message says which, and how many were good.
     """
     return (read_hdf5 if is_hdf5(path) else read_tfrecord)(path, vocab_size)
 
 
 def is_hdf5(path: str | Path) -> bool:
-    """Whether a file begins as HDF5 does; what does not is taken for TFRecord."""
+    """Whether a file begins as HDF5 does; any other file is read as TFRecord."""
     with open(path, "rb") as file:
         return file.read(8) == b"\x89HDF\r\n\x1a\n"
 
@@ -70,7 +70,7 @@ def read_tfrecord(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
 
 
 def _blocks(records: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """`BLOCK` records at a time, or fewer where they are so long that memory would grow with them."""
+    """`BLOCK` records at a time, or fewer if they are very long, so that memory is bounded."""
     block: list[bytes] = []
     size = 0
     for record in records:
@@ -109,7 +109,7 @@ def _table_of(found: dict[str, Features]) -> SampleTable:
 
 
 def _check_widths(widths: dict[str, int]) -> None:
-    """Refuse fields that do not belong together. Raises ValueError(0, reason)."""
+    """Refuse fields whose widths do not agree. Raises ValueError(0, reason)."""
     for names, width in (
         (("input_mask", "segment_ids"), widths["input_ids"]),
         (("masked_lm_ids", "masked_lm_weights"), widths["masked_lm_positions"]),
@@ -128,8 +128,8 @@ def _damaged(path: str | Path, error: ValueError, good: int) -> UserError:
 def read_hdf5(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
     """Samples of an HDF5 file of either form. See `read_blocks`.
 
-    Memory is bounded whatever the file claims: rows of at most 65,535 numbers, chunks of at most 32 MiB, and 256 MiB that the
-    library may take for a block. Nothing outside of the file is read.
+    Memory is bounded whatever the file claims: rows have at most 65,535 numbers, chunks at most 32 MiB, and the library may
+    allocate 256 MiB per block. Nothing outside of the file is read.
     """
     h5py = _h5py()
     with _library_errors(path, "its beginning"):
@@ -149,7 +149,7 @@ def read_hdf5(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
                 except ValueError as error:
                     raise _damaged(path, error, first) from None
             read += len(table.tokens)
-            if not fixed and read > size:  # such arrays are not compressed: a token takes at least a byte
+            if not fixed and read > size:  # such arrays are not compressed, so a token takes at least a byte
                 raise UserError(f"{path}: sample {first:,} and others share their numbers; write each of them out")
             yield table
     finally:
@@ -159,7 +159,7 @@ def read_hdf5(path: str | Path, vocab_size: int) -> Iterator[SampleTable]:
 
 @contextmanager
 def _library_errors(path: str | Path, place: str) -> Iterator[None]:
-    """What h5py and HDF5 raise for a damaged file, as one line with the file and the place."""
+    """Turn what h5py and HDF5 raise for a damaged file into one line with the file and the place."""
     try:
         yield
     except UserError:
@@ -183,7 +183,7 @@ def _library_errors(path: str | Path, place: str) -> Iterator[None]:
 
 
 def _arrays(h5py: Any, file: Any, path: str | Path) -> dict[str, Any]:
-    """The arrays of the fields, each in this file and of whole numbers. Raises UserError naming the field that is not."""
+    """The arrays of the fields. Raises UserError naming a field that is outside of this file or not of integers."""
     arrays = {}
     for name in (*_HDF5, *(["input_mask"] if file.get("input_mask", getlink=True) is not None else [])):
         link = file.get(name, getlink=True)
@@ -205,7 +205,7 @@ def _arrays(h5py: Any, file: Any, path: str | Path) -> dict[str, Any]:
 
 
 def _check_storage(array: Any, what: str) -> None:
-    """Refuse an array that would be unpacked to far more than it is, or read from elsewhere. Raises UserError."""
+    """Refuse an array that would unpack to far more than its size, or is in another file. Raises UserError."""
     if any(size > LONGEST for size in array.shape[1:]):
         raise UserError(f"{what} has rows of {max(array.shape[1:]):,} numbers; a sample has at most {LONGEST:,} tokens")
     layout = array.id.get_create_plist()
@@ -231,7 +231,7 @@ def _check_storage(array: Any, what: str) -> None:
 
 
 def _form(h5py: Any, arrays: dict[str, Any], path: str | Path) -> tuple[bool, int]:
-    """Whether rows are of one length, and how many there are. Raises UserError where fields do not belong together."""
+    """Whether rows have a fixed length, and how many there are. Raises UserError if the fields do not agree."""
     total = len(arrays["input_ids"])
     uneven = [name for name, array in arrays.items() if len(array) != total]
     if uneven:
@@ -305,7 +305,7 @@ def _variable(file: Any, rows: slice, first: int) -> SampleTable:
 
 
 def write_tfrecord(path: str | Path, blocks: Iterable[SampleTable], width: int, most_masked: int) -> int:
-    """Write samples as MLPerf's features, padded to `width` tokens and `most_masked` masks. Returns their number."""
+    """Write samples as MLPerf's features, padded to `width` tokens and `most_masked` masks. Returns the number of samples."""
 
     def payloads() -> Iterator[bytes]:
         for block in blocks:
@@ -317,7 +317,7 @@ def write_tfrecord(path: str | Path, blocks: Iterable[SampleTable], width: int, 
 
 
 def write_hdf5(path: str | Path, blocks: Iterable[SampleTable], width: int, most_masked: int, *, variable: bool) -> int:
-    """Write samples in one of the two HDF5 forms. Returns their number."""
+    """Write samples in one of the two HDF5 forms. Returns the number of samples."""
     h5py = _h5py()
     names = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
     count = 0

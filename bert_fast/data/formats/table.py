@@ -1,4 +1,4 @@
-"""Many samples as arrays: between the padded features of foreign files and the records of the store, without a Python loop."""
+"""Many samples as arrays, between the padded features of foreign files and the records of the store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from bert_fast.data.record import HEADER, read_headers, sections_of
 from bert_fast.integers import segment_ids, segment_ranges
 
-LONGEST = 2**16 - 1  # tokens of a sample: the store keeps lengths in 16 bits
+LONGEST = 2**16 - 1  # tokens of a sample; a store's lengths have 16 bits
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SampleTable:
 
 
 def check(table: SampleTable, vocab_size: int, first: int = 0) -> None:
-    """Raise ValueError(index, reason) for the first sample that is none. `first` is the index of the table's first."""
+    """Raise ValueError(index, reason) for the first invalid sample. `first` is the index of the table's first sample."""
 
     def refuse(bad: np.ndarray, owner: np.ndarray | None, reason: str) -> None:
         if bad.any():
@@ -76,7 +76,7 @@ def from_padded(
     next_sentence: np.ndarray,
     first: int = 0,
 ) -> SampleTable:
-    """From padded rows [n, S] and [n, P]; `num_masked` [n] says how many of the P count.
+    """Samples from padded rows [n, S] and [n, P]; `num_masked` [n] is how many of the P are used.
 
     Raises:
         ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
@@ -96,7 +96,7 @@ def from_padded(
 
 
 def segments_of(input_mask: np.ndarray, segment_ids: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """lengths and len_a [n] from padded rows [n, S].
+    """`lengths` and `len_a`, int64 [n], from padded rows [n, S].
 
     Raises:
         ValueError: (index, reason) of a sample whose mask or segments have another form than BERT's.
@@ -138,7 +138,7 @@ def to_padded(table: SampleTable, width: int, most_masked: int) -> dict[str, np.
 
 
 def to_records(table: SampleTable) -> np.ndarray:
-    """The store's records, one after the other, uint16 (`data.store`)."""
+    """The samples' records end to end, uint16 (`data.record`)."""
     header = np.stack([table.len_a, table.num_masked, table.is_random_next], axis=1)
     pieces = (header.ravel(), table.positions, table.labels, table.tokens)
     counts = np.stack([np.full(len(table), HEADER), table.num_masked, table.num_masked, table.lengths], axis=1)
@@ -150,7 +150,7 @@ def to_records(table: SampleTable) -> np.ndarray:
 
 
 def from_records(records: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_masked: np.ndarray) -> SampleTable:
-    """The inverse: samples whose records begin at `starts` in `records` (uint16)."""
+    """The inverse: samples whose records start at `starts` (int64 [n]) in `records` (uint16)."""
     lengths, num_masked = lengths.astype(np.int64), num_masked.astype(np.int64)
     headers, sections = read_headers(records, starts), sections_of(starts, num_masked)
     return SampleTable(

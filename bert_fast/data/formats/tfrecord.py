@@ -2,8 +2,8 @@
 
 A record is its length (uint64), the masked CRC32-C of the length, the payload, and the payload's masked CRC32-C, little
 endian. An Example is a protobuf message: features (1) > feature (1, repeated map entry) > key (1), value (2) > bytes_list (1),
-float_list (2) or int64_list (3) > value (1), packed or not. Python only finds where each feature's bytes lie; the integers of
-many examples are decoded together in NumPy.
+float_list (2) or int64_list (3) > value (1), packed or not. Python only finds where each feature's bytes are; NumPy decodes
+the integers of many examples together.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from bert_fast.protobuf import fields
 _BLOCK = 1 << 20
 _HEAD, _LENGTH = struct.Struct("<QI"), struct.Struct("<Q")
 _CRC = struct.Struct("<I")
-_HEADS = 1 << 16  # of different lengths that are remembered
+_HEADS = 1 << 16  # heads of different lengths that are remembered as checked
 # Bytes of a record: a sample of 65,535 tokens, the longest that a store holds, takes less than 1 MiB
 _LONGEST = 1 << 24
 
 
 def read_records(path: str | Path) -> Iterator[bytes]:
-    """Payloads of a file, in order; memory holds one.
+    """Payloads of a file in order; memory holds one at a time.
 
     Raises:
-        UserError: a CRC does not fit or the file ends in a record; which record, and how many were good.
+        UserError: a CRC is wrong or the file ends inside of a record; the message says which, and how many were good.
     """
     good, sound_heads = 0, set[bytes]()  # lengths recur: each is checked once
 
@@ -72,12 +72,12 @@ def read_records(path: str | Path) -> Iterator[bytes]:
 
 
 def _refilled(file: BinaryIO, block: bytes, at: int, least: int) -> bytes:
-    """What is left of a block, and more of the file: at least `least` bytes if it has them."""
+    """The rest of a block, followed by more of the file: at least `least` bytes if it has them."""
     return block[at:] + file.read(max(_BLOCK, least))
 
 
 def write_records(path: str | Path, payloads: Iterable[bytes]) -> int:
-    """Write a file, whole or not at all. Returns the number of records."""
+    """Write a whole file or nothing. Returns the number of records. Raises UserError as `atomic_file`."""
     count = 0
     with atomic_file(path) as file:
         for payload in payloads:
@@ -91,7 +91,7 @@ def write_records(path: str | Path, payloads: Iterable[bytes]) -> int:
 
 
 def _find(data: bytes) -> dict[str, tuple[int, bytes]]:
-    """Kind (1 bytes, 2 floats, 3 integers) and packed values of every feature of an Example."""
+    """Kind (1 bytes, 2 floats, 3 integers) and packed values of each feature of an Example."""
     found: dict[str, tuple[int, bytes]] = {}
     for number, kind, begin, end in fields(data, 0, len(data)):
         if (number, kind) != (1, 2):
@@ -112,13 +112,13 @@ def _find(data: bytes) -> dict[str, tuple[int, bytes]]:
 
 
 def decode_varints(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
-    """Non-negative varints one after the other, and the place of each one's last byte.
+    """Decode non-negative varints that lie end to end; returns values and the index of each one's last byte.
 
     Returns:
-        (uint8 [count], None) if each takes one byte, else (uint32 or int64 [count], int64 [count]).
+        (uint8 [count], None) if each has one byte, else (uint32 or int64 [count], int64 [count]).
 
     Raises:
-        ValueError: the last is cut, or one is negative.
+        ValueError: the last one is cut short, or one is negative.
     """
     raw = np.frombuffer(data, np.uint8)
     more = raw >= 0x80
@@ -143,7 +143,7 @@ def decode_varints(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 class Features:
-    """A feature of several examples: flat values, where each example's begin (`offsets` [n + 1]), zeros after them [n]."""
+    """A feature of n examples: flat values, where each example's begin (`offsets` [n + 1]), and how many zeros follow [n]."""
 
     def __init__(self, name: str, values: np.ndarray, offsets: np.ndarray, zeros: np.ndarray) -> None:
         self.values = values
@@ -152,7 +152,7 @@ class Features:
 
     @property
     def width(self) -> int:
-        """Values of an example. Raises ValueError(index, reason) where examples differ."""
+        """Number of values per example. Raises ValueError(index, reason) if examples differ."""
         sizes = self._counts + self._zeros
         odd = np.flatnonzero(sizes != sizes[0])
         if len(odd):
@@ -160,7 +160,7 @@ class Features:
         return int(sizes[0])
 
     def table(self) -> np.ndarray:
-        """[examples, length]. Raises ValueError(index, reason) where examples differ in length."""
+        """The values as [examples, width]. Raises ValueError(index, reason) if examples differ in length."""
         width = self.width
         if not self._zeros.any():
             return self.values.reshape(-1, width)
@@ -177,10 +177,10 @@ class Features:
 
 
 def parse_examples(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str, Features]:
-    """Integer and float features of examples.
+    """Integer and float features of examples, by name.
 
     Raises:
-        ValueError: a feature is missing or damaged; the place in `payloads` is the first argument, the reason the second.
+        ValueError: (index in `payloads`, reason) of an example with a missing or damaged feature.
     """
     joined = b"".join([*payloads, bytes(64)])
     edges = np.concatenate([[0], np.cumsum([len(payload) for payload in payloads])]).astype(np.int64)
@@ -192,7 +192,7 @@ def parse_examples(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str,
 
 
 def _parse_one_by_one(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str, Features]:
-    """Examples of any form, and the reason where one is none."""
+    """Parse examples of any form. Raises ValueError(index, reason) for one that cannot be parsed."""
     pieces: dict[str, list[bytes]] = {name: [] for name in names}
     floats: set[str] = set()
     for place, payload in enumerate(payloads):
@@ -213,9 +213,11 @@ def _parse_one_by_one(payloads: Sequence[bytes], names: Sequence[str]) -> dict[s
 
 
 def _at_places(joined: bytes, data: np.ndarray, name: str, form: int, begins: np.ndarray, ends: np.ndarray) -> Features:
-    """A feature whose values lie at known places of `joined`, which `data` views."""
+    """A feature whose values are at known places of `joined`; `data` is a view of the same bytes."""
     size = int(ends[0] - begins[0])
-    if size and (ends - begins == size).all():  # zeros and ones, or floats: rows of one size, copied as a whole
+    if (
+        size and (ends - begins == size).all()
+    ):  # zeros and ones, or floats, have rows of one size that are copied as a whole
         rows = np.lib.stride_tricks.sliding_window_view(data, size)[begins]
         offsets = np.arange(len(begins) + 1)
         if form == FLOATS and size % 4 == 0:
@@ -288,7 +290,7 @@ def encode_varints(values: np.ndarray) -> bytes:
 
 
 def make_example(features: dict[str, np.ndarray]) -> bytes:
-    """An Example; arrays of floats become a float_list, others an int64_list. Keys in sorted order."""
+    """A serialized Example with sorted keys; float arrays become a float_list, others an int64_list."""
     entries = []
     for name in sorted(features):
         values = features[name]

@@ -4,8 +4,8 @@ The backends are in `config.choices.ATTENTION_BACKENDS`, one file per family. `l
 attention per sequence. All must agree with it (tests/unit/model/test_attention.py).
 """
 
-from bert_fast.model.attention.backend import Backend
+from bert_fast.model.attention.backend import Attention, Backend
 from bert_fast.model.attention.choose import choose_backend, find_backend
 from bert_fast.model.attention.layout import SequenceLayout
 
-__all__ = ["Backend", "SequenceLayout", "choose_backend", "find_backend"]
+__all__ = ["Attention", "Backend", "SequenceLayout", "choose_backend", "find_backend"]

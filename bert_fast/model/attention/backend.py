@@ -10,6 +10,9 @@ import torch
 
 from bert_fast.model.attention.layout import SequenceLayout
 
+Attention = Callable[[torch.Tensor, SequenceLayout, float], torch.Tensor]
+"""(qkv [T, 3, H, K], layout, dropout probability) -> [T, H * K] of the same dtype."""
+
 
 def _runs_anywhere(_device: torch.device, _dtype: torch.dtype) -> str:
     return ""
@@ -19,14 +22,14 @@ def _runs_anywhere(_device: torch.device, _dtype: torch.dtype) -> str:
 class Backend:
     """A way to compute attention inside each sequence of a batch.
 
-    compute:    (qkv [T, 3, H, K], layout, dropout probability) -> [T, H * K] of the same dtype
+    compute:    what it does
     why_not:    (device, dtype) -> why it cannot run with them, as the rest of a sentence that begins with its name; empty if it
                 can. Whether it has dropout is in `config.choices.ATTENTION_BACKENDS`, where a config is checked.
     reads_lengths_on_device: whether all it needs of the lengths is `layout.cu_seqlens` and `layout.max_len`, so that a captured
                 CUDA graph can be replayed for other lengths
     """
 
-    compute: Callable[[torch.Tensor, SequenceLayout, float], torch.Tensor]
+    compute: Attention
     why_not: Callable[[torch.device, torch.dtype], str] = _runs_anywhere
     reads_lengths_on_device: bool = False
 

@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from bert_fast.run_folder import FLIGHT
+
 _ENTRIES = 2000  # collectives each rank remembers
 _PREFIX = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
@@ -18,7 +20,7 @@ def record_flight(folder: Path) -> None:
     defaults = {
         "TORCH_NCCL_TRACE_BUFFER_SIZE" if old_name else "TORCH_FR_BUFFER_SIZE": str(_ENTRIES),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        _PREFIX: str(folder.absolute() / "flight" / "nccl_trace_rank_"),
+        _PREFIX: str(folder.absolute() / FLIGHT / "nccl_trace_rank_"),
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -9,6 +9,7 @@ from bert_fast.config import Config
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.model.tensorflow_bundle import is_bundle
+from bert_fast.run_folder import MODEL
 
 
 def check_inputs(config: Config) -> None:
@@ -37,7 +38,7 @@ def check_inputs(config: Config) -> None:
 def _hint(folder: Path) -> str:
     """What is in a folder that is no starting checkpoint: a run's final model, TensorFlow's files, a pickle."""
     bundles = [path.with_suffix("") for path in sorted(folder.glob("*.index")) if is_bundle(path.with_suffix(""))]
-    inner = folder / "model"
+    inner = folder / MODEL
     if bundles or (inner / "model.safetensors").is_file():
         return f"; there is one: set checkpoint.init_from={bundles[0] if bundles else inner}"
     if (folder / "pytorch_model.bin").is_file():

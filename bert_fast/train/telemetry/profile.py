@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from bert_fast.config import RunConfig
+from bert_fast.run_folder import PROFILER_TRACE
 from bert_fast.trace import Trace, TraceSpan, write_trace
 from bert_fast.train.collectives import barrier, gather_values
 from bert_fast.train.environment import Environment
@@ -63,7 +64,7 @@ class StepProfile:
         if self._profiler is not None:
             torch.cuda.synchronize()
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self._folder / "profiler-0.json"))
+            self._profiler.export_chrome_trace(str(self._folder / PROFILER_TRACE))
             self._profiler = None
         everyone = gather_values(spans)
         if rank:

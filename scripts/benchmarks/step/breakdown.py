@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bert_fast.model import attention, bert, loss
+from bert_fast.model import bert, loss
 
 from .measure import set_up
 from .variants import VARIANTS
@@ -66,13 +66,23 @@ class _labelled:  # noqa: N801 (used as a function)
     def __enter__(self) -> None:
         self._undo = [
             _wrap(bert.Embeddings, "forward", "part:embedding"), _wrap(bert.PretrainingHeads, "forward", "part:head"),
-            _wrap(attention.Backend, "__call__", "part:attention"),
+            _wrap_attention(),
             _wrap(loss.ProjectedCrossEntropy, "apply", "part:head", is_class=True),
         ]  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
         for undo in self._undo:
             undo()
+
+
+def _wrap_attention() -> Any:
+    before = bert.EncoderLayer.forward
+
+    def forward(layer: Any, hidden_TD: torch.Tensor, layout: Any, attend: Any) -> torch.Tensor:
+        return before(layer, hidden_TD, layout, _recorded(attend, "part:attention"))
+
+    bert.EncoderLayer.forward = forward
+    return lambda: setattr(bert.EncoderLayer, "forward", before)
 
 
 def _wrap(owner: Any, name: str, label: str, is_class: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Layout of gradients, clip coefficients, and the reducer on one rank against autograd and clipping as one would write it."""
+"""GradientLayout of gradients, clip coefficients, and the reducer on one rank against autograd and clipping as one would write it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bert_fast.communication.buckets import FlatGradients, Layout, clip_group_of, measure_ready_order, plan_layout
+from bert_fast.communication.buckets import (
+    FlatGradients,
+    GradientLayout,
+    clip_group_of,
+    measure_ready_order,
+    plan_layout,
+)
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import WireFormat, wire_format
@@ -37,25 +43,25 @@ def bert_names(num_layers: int = 3) -> tuple[list[str], list[int]]:
     return [name for name, _ in named], [p.numel() for _, p in named]
 
 
-def layout_of(names: list[str], numel: list[int], order: list[int] | None = None, **changes: Any) -> Layout:
+def layout_of(names: list[str], numel: list[int], order: list[int] | None = None, **changes: Any) -> GradientLayout:
     settings: dict[str, Any] = {"clip_groups": "layer", "bucket_mb": 0.002, "whole_groups": True, **changes}
     return plan_layout(names, numel, order or list(reversed(range(len(names)))), **settings)
 
 
-def check_layout(layout: Layout, whole_groups: bool) -> None:
-    count = len(layout.names)
+def check_layout(layout: GradientLayout, whole_groups: bool) -> None:
+    count = len(layout.ordering.names)
     everyone = list(range(count))
-    assert sorted(layout.order) == everyone
+    assert sorted(layout.ordering.order) == everyone
     # Places: in order, aligned, without overlap, and without waste beyond the alignment.
     end = 0
-    for index in layout.order:
+    for index in layout.ordering.order:
         assert layout.offsets[index] == end
         assert end % 16 == 0
         end += math.ceil(layout.numel[index] / 16) * 16
     assert layout.size == end
     # Groups and buckets: both partition the parameters and the buffer, contiguously.
     for spans in (layout.groups, layout.buckets):
-        assert [i for span in spans for i in span.parameters] == list(layout.order)
+        assert [i for span in spans for i in span.parameters] == list(layout.ordering.order)
         place = 0
         for span in spans:
             assert span.start == place == layout.offsets[span.parameters[0]]
@@ -92,7 +98,7 @@ def test_a_group_waits_for_its_last_member() -> None:
         names, [1, 1, 1, 1], [0, 1, 3, 2], clip_groups={"a": "^a", "b": "^b"}, bucket_mb=1.0, whole_groups=True
     )
     assert [group.name for group in layout.groups] == ["b", "a"]
-    assert layout.order == (1, 3, 0, 2)
+    assert layout.ordering.order == (1, 3, 0, 2)
 
 
 def test_layout_says_whether_groups_are_runs_of_the_ready_order() -> None:

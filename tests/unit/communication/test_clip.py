@@ -229,7 +229,7 @@ def test_an_update_by_bucket_gets_unscaled_gradients(clip: str) -> None:
     reducer.enable_nonfinite_flag()
     scale = torch.tensor(1024.0, dtype=torch.float64)
     expected = plainly_clipped([drawn(3)], clip, 1.0, members(SIZES))
-    names = dict(enumerate(reducer.layout.names))
+    names = dict(enumerate(reducer.layout.ordering.names))
     seen: Gradients = {}
 
     def update(number: int, found_inf: torch.Tensor) -> None:
@@ -243,7 +243,7 @@ def test_an_update_by_bucket_gets_unscaled_gradients(clip: str) -> None:
         (reducer.module(drawn(3)) * scale).backward()
     reducer.finish(update)
     assert len(reducer.layout.buckets) > 1
-    assert list(seen) == [names[index] for index in reducer.layout.order]
+    assert list(seen) == [names[index] for index in reducer.layout.ordering.order]
     assert_near(seen, expected, rel=1e-12)
 
 

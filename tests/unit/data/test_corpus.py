@@ -17,7 +17,9 @@ import pytest
 from bert_fast.data import corpus as corpora
 from bert_fast.data import prepare as prepare_module
 from bert_fast.data import streams
-from bert_fast.data.corpus import Document, is_held_out, list_sources, read_documents
+from bert_fast.data.corpora import base, jsonl, prose
+from bert_fast.data.corpora.base import Document
+from bert_fast.data.corpus import is_held_out, list_sources, read_documents
 from bert_fast.errors import UserError
 
 
@@ -228,7 +230,7 @@ def test_json_lines(tmp_path: Path) -> None:
     )
     assert sentences(read("jsonl", tmp_path)) == ["One is here.", "Two is there.", "A half \ufffd of a pair."]
     source = list_sources("jsonl", str(path))[0]
-    assert [text.origin for text in streams.read_texts("jsonl", source)] == ["a.jsonl#1", "a.jsonl#3", "a.jsonl#4"]
+    assert [text.origin for text in jsonl.CORPUS.texts(source, "text")] == ["a.jsonl#1", "a.jsonl#3", "a.jsonl#4"]
 
 
 @pytest.mark.parametrize(
@@ -398,8 +400,8 @@ def test_the_language_reaches_the_splitter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["prose", "mlcommons", "jsonl", "wikiextractor"])
 def test_memory_does_not_grow_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(streams, "_STRETCH", 1 << 14)
-    monkeypatch.setattr(corpora, "_PIECE_BYTES", 1 << 14)
+    monkeypatch.setattr(streams, "STRETCH", 1 << 14)
+    monkeypatch.setattr(base, "_PIECE_BYTES", 1 << 14)
     line = "A sentence of some words stands in this line of the text."
     count = 20_000
     if kind == "jsonl":
@@ -428,7 +430,7 @@ def test_a_long_document_stays_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, break_every: int
 ) -> None:
     """It travels in stretches and is counted, split and written as one."""
-    monkeypatch.setattr(streams, "_STRETCH", 300)
+    monkeypatch.setattr(streams, "STRETCH", 300)
     monkeypatch.setattr(prepare_module, "_TEXT_FILE_BYTES", 500)
     folder = tmp_path / "in"
     folder.mkdir()
@@ -453,10 +455,10 @@ def test_a_long_document_stays_one(
 
 def test_a_character_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for stretch in range(20, 32):
-        monkeypatch.setattr(streams, "_STRETCH", stretch)
+        monkeypatch.setattr(streams, "STRETCH", stretch)
         (tmp_path / "a.txt").write_text("ab é 今天 😀 " * 50, encoding="utf-8")
         source = list_sources("prose", str(tmp_path))[0]
-        assert "".join(text.text for text in streams.read_texts("prose", source)) == "ab é 今天 😀 " * 50
+        assert "".join(text.text for text in prose.CORPUS.texts(source, "text")) == "ab é 今天 😀 " * 50
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\r", "\n"])
@@ -550,7 +552,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (root / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     # Only this package: the standard library is another test's.
-    monkeypatch.setattr("bert_fast.data.corpus.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "no_stdlib")})
+    monkeypatch.setattr(
+        "bert_fast.data.corpora.pydocs.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "no_stdlib")}
+    )
     return root.name
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from support.one_run import execute
 
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch
 from bert_fast.data.masking import mask_id_of, redraw
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.run_folder import create_folder
-from bert_fast.train.environment import Environment
-from bert_fast.train.loop import Run
 
 
 @pytest.fixture
@@ -93,11 +89,8 @@ def test_a_run_draws_anew_whatever_the_layout(make_config: Callable[..., Config]
         config = config.model_copy(
             update={"run": config.run.model_copy(update={"folder": f"{config.run.folder}-{dynamic}"})}
         )
-        environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
-        create_folder(config, resume=False, commit="a commit")
-        run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
-        assert run.execute().status == "success"
-        run.metrics.close()
+        _, summary = execute(config)
+        assert summary.outcome.status == "success"
         lines = (Path(config.run.folder or "") / "metrics.jsonl").read_text().splitlines()
         losses[dynamic] = [json.loads(line)["mlm_loss"] for line in lines if json.loads(line)["kind"] == "step"]
     assert len(losses["true"]) == 3

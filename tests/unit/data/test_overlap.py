@@ -79,7 +79,7 @@ def test_of_a_large_store_a_part_is_looked_at(tmp_path: Path, monkeypatch: pytes
 
 def test_one_token_file_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path / "a", documents(0), 1)
-    monkeypatch.setattr(overlap, "_stretches", lambda batch: pytest.fail("nothing need be read"))
+    monkeypatch.setattr(overlap, "_runs", lambda batch: pytest.fail("nothing need be read"))
     assert shared_text(store, store, 10) == overlap.Shared(10, 10)
 
 

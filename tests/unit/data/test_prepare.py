@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from bert_fast import files
-from bert_fast.data import corpus as corpora
 from bert_fast.data import pool as pool_module
 from bert_fast.data import prepare as module
+from bert_fast.data.corpora import base
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
@@ -39,7 +39,7 @@ def recipe(tmp_path: Path, vocab_file: Path, monkeypatch: pytest.MonkeyPatch) ->
                 text += " ".join(rng.choice(words) for _ in range(rng.randint(4, 12))) + ".\n"
             text += "\n"
         (folder / f"{file}.txt").write_text(text)
-    monkeypatch.setattr(corpora, "_PIECE_BYTES", 2500)
+    monkeypatch.setattr(base, "_PIECE_BYTES", 2500)
     monkeypatch.setattr(module, "_TEXT_FILE_BYTES", 2000)
     params = SampleParams(max_seq_len=32, max_predictions=5, dupe_factor=2, seed=9)
     return Recipe("mlcommons", str(folder), vocab=str(vocab_file), eval_fraction=0.2, params=params)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from support.one_run import execute
 
 from bert_fast.config import Config
 from bert_fast.data import scrub as module
@@ -20,9 +20,6 @@ from bert_fast.data import store as store_module
 from bert_fast.data.scrub import Scrubber
 from bert_fast.data.store import BLOCK_BYTES, Store
 from bert_fast.errors import UserError
-from bert_fast.run_folder import create_folder
-from bert_fast.train.environment import Environment
-from bert_fast.train.loop import Run
 
 
 @pytest.fixture
@@ -95,14 +92,14 @@ def test_a_file_that_goes_is_found(watch: Callable[..., Scrubber], copy: Path, n
 def test_a_file_that_goes_between_two_looks_is_named(
     watch: Callable[..., Scrubber], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names_stand = Scrubber._names_stand
+    names_stand = Scrubber._files_are_same
 
     def then_it_goes(self: Scrubber) -> bool:
         stands = names_stand(self)
         (copy / "samples.bin").unlink(missing_ok=True)
         return stands
 
-    monkeypatch.setattr(Scrubber, "_names_stand", then_it_goes)
+    monkeypatch.setattr(Scrubber, "_files_are_same", then_it_goes)
     found = watch()
     until(lambda: found.alarm)
     assert "samples.bin has vanished" in str(found.alarm)
@@ -157,24 +154,14 @@ def test_a_step_that_fails_of_a_changed_store_says_so(
     make_config: Callable[..., Config], copy: Path, part: str
 ) -> None:
     """Before the watch has come round: it is off here. Nothing is wrong with a store that is as it was written."""
-    environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
-
-    def execute() -> None:
-        config = make_config(f"data.train={copy}", "data.scrub_mb_per_s=0", "train.max_steps=3")
-        create_folder(config, resume=False, commit="a commit")
-        run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
-        try:
-            run.execute()
-        finally:
-            run.metrics.close()
-
-    execute()
+    config = make_config(f"data.train={copy}", "data.scrub_mb_per_s=0", "train.max_steps=3")
+    execute(config)
     values = np.fromfile(copy / "samples.bin", np.uint16)
     starts, ends = (each // 2 for each in Store(copy).byte_ranges(np.arange(len(Store(copy)))))
     values[ends if part == "tokens" else starts + 1] = 60_000  # the last token, the number of masks
     values.tofile(copy / "samples.bin")
     with pytest.raises(UserError, match=r"rank 0 on \S+: store .* changed under the run: bytes 0 to"):
-        execute()
+        execute(config)
 
 
 def test_without_checksums_or_rate_nothing_is_watched(copy: Path) -> None:

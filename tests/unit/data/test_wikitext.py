@@ -23,6 +23,7 @@ from support.paths import ROOT
 from bert_fast.data import corpus as corpora
 from bert_fast.data import prepare as prepare_module
 from bert_fast.data import wikitext
+from bert_fast.data.corpora import base
 from bert_fast.data.parquet import read_rows
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
@@ -360,7 +361,7 @@ def test_from_a_dump_to_stores_with_a_stop_in_the_middle(
     pages = [(f"P{n}", "0", f"Number {n} is here. " + body) for n in range(40)]
     path = tmp_path / "wiki.xml.bz2"
     path.write_bytes(bz2.compress(make_dump(pages).encode()))
-    monkeypatch.setattr(corpora, "_PIECE_BYTES", 2000)
+    monkeypatch.setattr(base, "_PIECE_BYTES", 2000)
     params = SampleParams(max_seq_len=32, max_predictions=5, dupe_factor=1, seed=1)
     recipe = Recipe("mediawiki", str(path), vocab=str(vocab_file), eval_fraction=0.2, params=params)
     whole = prepare(recipe, tmp_path / "whole", 1, log=lambda line: None)

@@ -12,7 +12,7 @@ import pytest
 from mlperf_logging.mllog import constants
 
 from bert_fast.config import Config
-from bert_fast.mlperf.compliance import Verdict, check_log
+from bert_fast.mlperf.compliance import CheckerVerdict, check_log
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.mlperf.rules import RULESET, TARGET_ACCURACY, evaluation_interval
 
@@ -45,7 +45,7 @@ def config_of(make_config: Callable[..., Config]) -> Callable[[str], Config]:
     return lambda division: make_config(f"mlperf.division={division}", "optimizer.name=lamb", "mlperf.enabled=true")
 
 
-def checked(path: Path, config: Config, edit: Edit | None = None, **values: Any) -> Verdict:
+def checked(path: Path, config: Config, edit: Edit | None = None, **values: Any) -> CheckerVerdict:
     write_log(path, config, **values)
     if edit:
         before = path.read_text().splitlines()

@@ -12,7 +12,7 @@ from torch import nn
 from bert_fast.config.load import config_from_tree
 from bert_fast.memory.estimate import activation_bytes_per_token
 from bert_fast.model import fused
-from bert_fast.model.attention import SequenceLayout
+from bert_fast.model.attention import SequenceLayout, find_backend
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train.batches import synthetic_batch, to_device
 
@@ -239,7 +239,7 @@ def test_what_is_kept_is_what_the_estimate_says(dropout: float) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = hidden * 1.0
         for layer in model.layers:
-            out = layer(out, layout, "matmul")
+            out = layer(out, layout, find_backend("matmul"))
     tokens, squared = sum(layout.lengths), sum(length**2 for length in layout.lengths)
     config = model.config
     expected = (

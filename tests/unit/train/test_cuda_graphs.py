@@ -57,7 +57,7 @@ def inputs_of(config: Config, seed: int, samples: int = 8) -> StepInput:
     )
 
 
-def machinery_of(make_config: Callable[..., Config], name: str) -> Any:
+def components_of(make_config: Callable[..., Config], name: str) -> Any:
     config = make_config(f"optimizer.name={name}", "batch.shape_multiple=32", "model.attention_backend=loop")
     torch.manual_seed(0)
     return config, build(config, Environment(0, 0, 1, CPU, torch.float32))
@@ -67,8 +67,8 @@ def machinery_of(make_config: Callable[..., Config], name: str) -> Any:
 def test_replayed_steps_are_the_launched_ones(
     make_config: Callable[..., Config], lengths_from_the_device: None, name: str
 ) -> None:
-    config, plain = machinery_of(make_config, name)
-    _, graphed = machinery_of(make_config, name)
+    config, plain = components_of(make_config, name)
+    _, graphed = components_of(make_config, name)
     tensor_rates(graphed.optimizer, CPU)
     if name == "adamw":
         for group in graphed.optimizer.param_groups:
@@ -94,7 +94,7 @@ def test_replayed_steps_are_the_launched_ones(
 
 
 def test_the_static_form_has_one_number_of_sequences_and_the_same_loss(make_config: Callable[..., Config]) -> None:
-    config, machinery = machinery_of(make_config, "adamw")
+    config, components = components_of(make_config, "adamw")
     for samples in (8, 5):
         inputs = inputs_of(config, 0, samples)
         static = static_form(inputs, config.data.max_seq_len)
@@ -103,7 +103,7 @@ def test_the_static_form_has_one_number_of_sequences_and_the_same_loss(make_conf
         assert static.micro_batches[0].layout.max_len == config.data.max_seq_len
         batch, plain = static.micro_batches[0], inputs.micro_batches[0]
         loose = batch._replace(layout=plain.layout, next_sentence_labels=plain.next_sentence_labels)
-        for a, b in zip(machinery.model(loose)[:2], machinery.model(plain)[:2], strict=True):
+        for a, b in zip(components.model(loose)[:2], components.model(plain)[:2], strict=True):
             torch.testing.assert_close(a, b)
 
 

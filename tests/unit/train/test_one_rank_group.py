@@ -25,12 +25,12 @@ def group_of_one() -> Iterator[None]:
 
 
 def weights_after(config: Config, environment: Environment) -> tuple[torch.Tensor, int]:
-    machinery = build(config, environment)
+    components = build(config, environment)
     for seed in range(3):
-        machinery.step(synthetic_input(config, environment, seed), 1e-3)
-    machinery.engine.wait_pending()
-    flat = torch.cat([p.detach().flatten() for p in machinery.model.parameters()])
-    return flat, machinery.engine.wire.bytes_sent
+        components.step(synthetic_input(config, environment, seed), 1e-3)
+    components.engine.wait_pending()
+    flat = torch.cat([p.detach().flatten() for p in components.model.parameters()])
+    return flat, components.engine.wire.bytes_sent
 
 
 @pytest.mark.parametrize(

@@ -498,8 +498,8 @@ def step_input(config: Config, step: int = 0) -> StepInput:
     return StepInput(inputs, masked, config.batch.global_batch_size)
 
 
-def weights(machinery: TrainComponents) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in machinery.model.parameters()]
+def weights(components: TrainComponents) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in components.model.parameters()]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
@@ -507,13 +507,13 @@ def test_warm_up_leaves_no_trace(make_config: Callable[..., Config], environment
     """Weights, optimizer state and random stream are those of a build without warm-up."""
     results = []
     for steps in (0, 3):
-        machinery = build(
+        components = build(
             make_config(f"train.warmup_batches={steps}", f"optimizer.name={optimizer}", "model.hidden_dropout=0.1"),
             environment,
         )
-        assert not machinery.optimizer.state
-        machinery.step(step_input(make_config()), lr=0.01)
-        results.append(weights(machinery))
+        assert not components.optimizer.state
+        components.step(step_input(make_config()), lr=0.01)
+        results.append(weights(components))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -521,20 +521,20 @@ def test_a_step_that_is_not_finite_changes_nothing(
     make_config: Callable[..., Config], environment: Environment
 ) -> None:
     config = make_config()
-    machinery = build(config, environment)
-    machinery.step(step_input(config), lr=0.01)
-    before = weights(machinery)
-    moments = [s["exp_avg"].clone() for s in machinery.optimizer.state.values()]
+    components = build(config, environment)
+    components.step(step_input(config), lr=0.01)
+    before = weights(components)
+    moments = [s["exp_avg"].clone() for s in components.optimizer.state.values()]
     bad = step_input(config, 1)
-    hook = machinery.model.heads.transform.register_forward_hook(lambda *args: args[-1] * float("nan"))
-    result = machinery.step(bad, lr=0.01)
+    hook = components.model.heads.transform.register_forward_hook(lambda *args: args[-1] * float("nan"))
+    result = components.step(bad, lr=0.01)
     hook.remove()
     assert not result.is_finite
     assert not result.local_is_finite
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(machinery), strict=True))
-    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, machinery.optimizer.state.values(), strict=True))
-    assert machinery.step(step_input(config, 2), lr=0.01).is_finite
-    assert not torch.equal(before[0], weights(machinery)[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(components), strict=True))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, components.optimizer.state.values(), strict=True))
+    assert components.step(step_input(config, 2), lr=0.01).is_finite
+    assert not torch.equal(before[0], weights(components)[0])
 
 
 def test_accumulation_and_loss_scale_give_the_same_step(
@@ -544,11 +544,11 @@ def test_accumulation_and_loss_scale_give_the_same_step(
     gradients, losses = [], []
     for local, accumulation, scale in ((8, 1, None), (2, 4, None), (4, 2, 1024.0)):
         config = make_config(f"batch.micro_batch_size={local}", f"batch.gradient_accumulation_steps={accumulation}")
-        machinery = build(config, environment)
+        components = build(config, environment)
         if scale:
-            machinery.step._loss_scale = LossScale(scale, CPU)
-        result = machinery.step(step_input(config), lr=0.0)
-        gradients.append(torch.cat([p.grad.flatten() for p in machinery.model.parameters()]))
+            components.step._loss_scale = LossScale(scale, CPU)
+        result = components.step(step_input(config), lr=0.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in components.model.parameters()]))
         losses.append((result.mlm_sum.item(), result.nsp_sum.item()))
     for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)
@@ -564,10 +564,10 @@ def test_the_determinism_switch_gives_bit_identical_steps(make_config: Callable[
         assert torch.are_deterministic_algorithms_enabled()
         losses, ends = [], []
         for _ in range(2):
-            machinery = build(config, environment)
-            results = [machinery.step(step_input(config, step), lr=1e-3) for step in range(4)]
+            components = build(config, environment)
+            results = [components.step(step_input(config, step), lr=1e-3) for step in range(4)]
             losses.append([(result.mlm_sum.item(), result.grad_norm.item()) for result in results])
-            ends.append(weights(machinery))
+            ends.append(weights(components))
         assert losses[0] == losses[1]
         assert len(set(losses[0])) == 4
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -16,30 +16,31 @@ from typing import Any
 
 import pytest
 import torch
+from support.one_run import opened
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.run_folder import checkpoints_in, create_folder
+from bert_fast.run_folder import checkpoints_in
 from bert_fast.train.checkpoint import async_writer as saver_module
 from bert_fast.train.checkpoint import storage as module
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 from bert_fast.train.checkpoint.resume import check_key, latest_valid_checkpoint, resume_key
-from bert_fast.train.checkpoint.snapshot import captured, optimizer_counts, own_slices, rank_state, restore
+from bert_fast.train.checkpoint.snapshot import load_tensors, optimizer_counts, own_slices, rank_state, slices_to_write
 from bert_fast.train.checkpoint.storage import (
     FORMAT,
     TensorSlice,
     as_bytes,
-    damage,
     latest_checkpoint,
     read_bytes,
     read_description,
     read_metadata,
     read_slices,
     remove_partial,
+    verify_checkpoint,
     write_checkpoint,
 )
 from bert_fast.train.environment import Environment
-from bert_fast.train.loop import Run
+from bert_fast.train.run import run
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.warmup import synthetic_input
 
@@ -47,8 +48,8 @@ VALUES = torch.arange(10.0)
 
 
 def write(folder: Path, step: int, keep: int = 2, values: torch.Tensor = VALUES) -> Path:
-    stretches = [TensorSlice("w", 0, 10, values[:4].clone()), TensorSlice("w", 4, 10, values[4:].clone())]
-    write_checkpoint(folder, [*stretches, as_bytes("rank.0", {"x": torch.ones(2)})], {"step": step}, 0, keep, None)
+    slices = [TensorSlice("w", 0, 10, values[:4].clone()), TensorSlice("w", 4, 10, values[4:].clone())]
+    write_checkpoint(folder, [*slices, as_bytes("rank.0", {"x": torch.ones(2)})], {"step": step}, 0, keep, None)
     return folder / f"step-{step:08d}"
 
 
@@ -62,7 +63,7 @@ def read(path: Path, begin: int = 0, end: int = 10) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 10), (0, 4), (3, 5), (4, 10), (9, 10)])
-def test_any_stretch_is_read_of_what_was_written_in_others(tmp_path: Path, begin: int, end: int) -> None:
+def test_any_slice_is_read_of_what_was_written_in_others(tmp_path: Path, begin: int, end: int) -> None:
     path = write(tmp_path, 3)
     assert torch.equal(read(path, begin, end), VALUES[begin:end])
     assert torch.equal(read_bytes(path, read_metadata(path), "rank.0")["x"], torch.ones(2))
@@ -89,7 +90,7 @@ def test_a_digit_of_the_manifest(tmp_path: Path) -> None:
     path = write(tmp_path, 5)
     text = (path / "complete.json").read_text(encoding="utf-8")
     (path / "complete.json").write_text(text.replace('"step": 5', '"step": 6'), encoding="utf-8")
-    assert damage(path) == "complete.json has changed since it was written"
+    assert verify_checkpoint(path) == "complete.json has changed since it was written"
 
 
 def test_a_step_is_written_again_over_a_damaged_one(tmp_path: Path) -> None:
@@ -171,14 +172,14 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(
 @pytest.mark.parametrize("how", ["missing", "cut", "empty", "a bit"])
 def test_damage_is_found_and_named(tmp_path: Path, name: str, how: str) -> None:
     path = write(tmp_path, 5)
-    assert damage(path) is None
+    assert verify_checkpoint(path) is None
     victim = path / name
     content = victim.read_bytes()
     flipped = bytes([content[0] ^ 1]) + content[1:]
     victim.unlink() if how == "missing" else victim.write_bytes(
         {"cut": content[:-7], "empty": b"", "a bit": flipped}[how]
     )
-    wrong = damage(path)
+    wrong = verify_checkpoint(path)
     assert wrong is not None
     assert name in wrong
 
@@ -238,10 +239,10 @@ def test_no_file_of_a_checkpoint_is_run(tmp_path: Path, environment: Environment
     path, proof = write(tmp_path / "checkpoints", 5), tmp_path / "proof"
     if where == "__0_0.distcp":
         tensors = json.loads((path / "tensors.json").read_text(encoding="utf-8"))
-        begin, length, name, _, _ = tensors["w"]["stretches"][0]
+        begin, length, name, _, _ = tensors["w"]["slices"][0]
         with open(path / where, "wb") as file:
             torch.save(Hostile(proof), file)
-        tensors["w"]["stretches"][0] = [begin, length, name, 0, (path / where).stat().st_size]
+        tensors["w"]["slices"][0] = [begin, length, name, 0, (path / where).stat().st_size]
         (path / "tensors.json").write_text(json.dumps(tensors), encoding="utf-8")
     else:
         (path / where).write_bytes(pickle.dumps(Hostile(proof)))
@@ -254,7 +255,7 @@ def test_no_file_of_a_checkpoint_is_run(tmp_path: Path, environment: Environment
         description["files"]["tensors.json"] = module._file_entry(path / "tensors.json")
         description["sha256"] = module._body_hash(description)
         (path / "complete.json").write_text(json.dumps(description), encoding="utf-8")
-        assert damage(path) is None, "hashes prove nothing against who can write them"
+        assert verify_checkpoint(path) is None, "hashes prove nothing against who can write them"
     with contextlib.nullcontext() if where == ".metadata" else pytest.raises(UserError):  # which nobody reads
         latest_valid_checkpoint(tmp_path / "checkpoints", environment, print)
         read(path)
@@ -266,9 +267,9 @@ def test_no_file_of_a_checkpoint_is_run(tmp_path: Path, environment: Environment
     [
         ({"dtype": "evil"}, "KeyError"),
         ({"numel": -1}, "-1 is not a count"),
-        ({"stretches": [[0, 10, "../../secret", 0, 8]]}, "not the name of a rank's file"),
-        ({"stretches": [[0, 1 << 70, "__0_0.distcp", 0, 8]]}, "is not a count"),
-        ({"stretches": 3}, "TypeError"),
+        ({"slices": [[0, 10, "../../secret", 0, 8]]}, "not the name of a rank's file"),
+        ({"slices": [[0, 1 << 70, "__0_0.distcp", 0, 8]]}, "is not a count"),
+        ({"slices": 3}, "TypeError"),
     ],
 )
 def test_a_list_of_tensors_that_is_none_is_one_line(tmp_path: Path, change: dict[str, Any], what: str) -> None:
@@ -280,9 +281,9 @@ def test_a_list_of_tensors_that_is_none_is_one_line(tmp_path: Path, change: dict
         read(path)
 
 
-@pytest.mark.parametrize("stretches", [[(0, 4)], [(0, 4), (5, 5)], [(0, 6), (4, 6)]])
-def test_ranks_that_do_not_write_a_tensor_once_are_found(tmp_path: Path, stretches: list[tuple[int, int]]) -> None:
-    shares = [TensorSlice("w", begin, 10, torch.zeros(count)) for begin, count in stretches]
+@pytest.mark.parametrize("slices", [[(0, 4)], [(0, 4), (5, 5)], [(0, 6), (4, 6)]])
+def test_ranks_that_do_not_write_a_tensor_once_are_found(tmp_path: Path, slices: list[tuple[int, int]]) -> None:
+    shares = [TensorSlice("w", begin, 10, torch.zeros(count)) for begin, count in slices]
     with pytest.raises(UserError, match="the ranks did not write w"):
         write_checkpoint(tmp_path, shares, {"step": 1}, 0, 2, None)
 
@@ -340,23 +341,24 @@ def test_a_machine_is_put_back_to_the_bit(
 ) -> None:
     """Weights, moments, counts, random state: the next steps are the same."""
     config = make_config(f"optimizer.name={optimizer}")
-    machinery = build(config, environment)
+    components = build(config, environment)
 
     def steps(first: int) -> list[float]:
         return [
-            machinery.step(synthetic_input(config, environment, seed=first + i), lr=0.01).mlm_sum.item() for i in (0, 1)
+            components.step(synthetic_input(config, environment, seed=first + i), lr=0.01).mlm_sum.item()
+            for i in (0, 1)
         ]
 
     steps(0)
-    copies = [TensorSlice(s.name, s.begin, s.numel, s.values.clone()) for s in captured(machinery, environment)]
-    counts = json.loads(json.dumps(optimizer_counts(machinery)))
-    mine = as_bytes("rank.0", rank_state(machinery, environment))
+    copies = [TensorSlice(s.name, s.begin, s.numel, s.values.clone()) for s in slices_to_write(components, environment)]
+    counts = json.loads(json.dumps(optimizer_counts(components)))
+    mine = as_bytes("rank.0", rank_state(components, environment))
     write_checkpoint(tmp_path, [*copies, mine], {"step": 2}, 0, 2, None)
-    expected, weights = steps(2), [p.detach().clone() for p in machinery.model.parameters()]
+    expected, weights = steps(2), [p.detach().clone() for p in components.model.parameters()]
     other = build(config, environment)
     torch.manual_seed(77)
-    restore(tmp_path / "step-00000002", other, environment, counts, same_ranks=True)
-    machinery = other
+    load_tensors(tmp_path / "step-00000002", other, environment, counts, same_ranks=True)
+    components = other
     assert steps(2) == expected
     assert all(torch.equal(a, b) for a, b in zip(weights, other.model.parameters(), strict=True))
 
@@ -364,14 +366,14 @@ def test_a_machine_is_put_back_to_the_bit(
 def test_without_the_same_ranks_random_state_stays(
     make_config: Callable[..., Config], environment: Environment, tmp_path: Path
 ) -> None:
-    machinery = build(make_config(), environment)
-    mine = as_bytes("rank.0", rank_state(machinery, environment))
-    write_checkpoint(tmp_path, [*captured(machinery, environment), mine], {"step": 1}, 0, 2, None)
+    components = build(make_config(), environment)
+    mine = as_bytes("rank.0", rank_state(components, environment))
+    write_checkpoint(tmp_path, [*slices_to_write(components, environment), mine], {"step": 1}, 0, 2, None)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    restore(tmp_path / "step-00000001", machinery, environment, optimizer_counts(machinery), same_ranks=False)
+    load_tensors(tmp_path / "step-00000001", components, environment, optimizer_counts(components), same_ranks=False)
     assert torch.equal(torch.get_rng_state(), before)
-    restore(tmp_path / "step-00000001", machinery, environment, optimizer_counts(machinery), same_ranks=True)
+    load_tensors(tmp_path / "step-00000001", components, environment, optimizer_counts(components), same_ranks=True)
     assert not torch.equal(torch.get_rng_state(), before)
 
 
@@ -496,15 +498,13 @@ def test_a_log_that_finds_the_disk_full_while_a_checkpoint_fills_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     config = make_config("train.max_steps=4", "train.log_every_steps=1", "checkpoint.every_steps=1")
-    create_folder(config, resume=False, commit="a commit")
-    run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
     monkeypatch.setattr(saver_module, "write_checkpoint", fill)
-    monkeypatch.setattr(run.metrics, "write", write)
-    with pytest.raises(UserError if fails else OSError, match="step 1 was not written" if fails else "No space left"):
-        run.execute()
+    with opened(config) as context:
+        monkeypatch.setattr(context.metrics, "write", write)
+        expected = (UserError, "step 1 was not written") if fails else (OSError, "No space left")
+        with pytest.raises(expected[0], match=expected[1]):
+            run(context, time.time())
     assert filled.is_set(), "it was waited for"
-    run.metrics.close()
-    run.mllog.close()
 
 
 # ---- who may go on --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from bert_fast.model.flops import cost_coefficients
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup import cost_model as calibration
 from bert_fast.train.setup.build import build
-from bert_fast.train.setup.cost_model import calibrate, make_cost, make_planner, probe_lengths
+from bert_fast.train.setup.cost_model import fit_cost_model, make_cost, make_planner, probe_lengths
 
 
 def test_cost_comes_from_the_config_a_file_or_flops(make_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -52,29 +52,29 @@ def test_fit_is_that_of_the_times(
 ) -> None:
     """With a clock that runs as the cost model says, the fit finds the cost model; weights and gradients stay."""
     config = make_config("batch.micro_batch_size=8")
-    machinery = build(config, environment)
-    before = [p.detach().clone() for p in machinery.model.parameters()]
+    components = build(config, environment)
+    before = [p.detach().clone() for p in components.model.parameters()]
 
-    def clockwork(_machinery: object, batch: object, _environment: Environment) -> float:
+    def clockwork(_components: object, batch: object, _environment: Environment) -> float:
         lengths = np.array(batch.layout.lengths[: len(batch.next_sentence_labels)])  # type: ignore[attr-defined]
         return 1e-3 * (2 + 0.01 * lengths.sum() + 1e-4 * (lengths**2).sum())
 
     monkeypatch.setattr(calibration, "_forward_backward", clockwork)
-    fit = calibrate(config, environment, machinery)
+    fit = fit_cost_model(config, environment, components)
     assert (fit.linear, fit.quadratic, fit.fixed) == pytest.approx((0.01, 1e-4, 2), rel=1e-6)
-    for parameter, value in zip(machinery.model.parameters(), before, strict=True):
+    for parameter, value in zip(components.model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
 
 
 def test_measuring_for_real_leaves_no_trace(make_config: Callable[..., Config], environment: Environment) -> None:
-    machinery = build(make_config(), environment)
-    before = [p.detach().clone() for p in machinery.model.parameters()]
+    components = build(make_config(), environment)
+    before = [p.detach().clone() for p in components.model.parameters()]
     batch = calibration.to_device(
         calibration.batch_of_lengths(np.array([8, 4]), 60, np.random.default_rng(0)), environment.device
     )
-    assert calibration._forward_backward(machinery, batch, environment) > 0
-    machinery.engine.zero_grad()
-    for parameter, value in zip(machinery.model.parameters(), before, strict=True):
+    assert calibration._forward_backward(components, batch, environment) > 0
+    components.engine.zero_grad()
+    for parameter, value in zip(components.model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
         assert parameter.grad is None or not parameter.grad.any()
 
@@ -83,7 +83,7 @@ def test_times_that_say_nothing_stop_the_run(
     make_config: Callable[..., Config], environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
-    machinery = build(config, environment)
+    components = build(config, environment)
     monkeypatch.setattr(calibration, "_forward_backward", lambda *_: 1e-3)
     with pytest.raises(TrainingError, match=r"balance\.cost=measure: .*do not grow.*set balance\.cost=flops"):
-        calibrate(config, environment, machinery)
+        fit_cost_model(config, environment, components)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.one_run import execute
 
 from bert_fast.config import Config
 from bert_fast.report.energy_cost import JOULES_PER_KWH, energy_cost
-from bert_fast.run_folder import create_folder
 from bert_fast.train.environment import Environment
-from bert_fast.train.loop import Run
+from bert_fast.train.evaluate import EvaluationRunner
 from bert_fast.train.run_record import energy_record
 from bert_fast.train.telemetry import energy as tally_module
 from bert_fast.train.telemetry.energy import EnergyTally, summed
@@ -186,10 +185,10 @@ def test_a_nodes_first_rank_counts_for_it(tmp_path: Path, monkeypatch: pytest.Mo
         each.start()
     for step in (1, 2):
         nvml.counters_mj = [mj + 1000 * step for mj in nvml.counters_mj]
-        news = first.news()
-        assert news[0] == pytest.approx(2.0 * step), "since the last call"
-        assert np.isnan(news[1]), "no RAPL here"
-        assert second.news() == [0.0, 0.0]
+        delta = first.delta()
+        assert delta[0] == pytest.approx(2.0 * step), "since the last call"
+        assert np.isnan(delta[1]), "no RAPL here"
+        assert second.delta() == [0.0, 0.0]
     assert "NVML (2 GPUs)" in first.source
 
 
@@ -223,7 +222,7 @@ def test_a_resumed_run_adds_to_what_the_checkpoint_had(
 ) -> None:
     """100 J a step, 1,000 J an evaluation. The first session ends one step after its checkpoint."""
     monkeypatch.setattr(tally_module, "EnergyMeter", MadeUp)
-    step, evaluate = IntervalMetrics.add, Run._evaluate
+    step, evaluate = IntervalMetrics.add, EvaluationRunner.run
 
     def costly(joules: float, real: Callable[..., Any]) -> Callable[..., Any]:
         def spend(*arguments: Any) -> Any:
@@ -233,8 +232,7 @@ def test_a_resumed_run_adds_to_what_the_checkpoint_had(
         return spend
 
     monkeypatch.setattr(IntervalMetrics, "add", costly(100.0, step))
-    monkeypatch.setattr(Run, "_evaluate", costly(1000.0, evaluate))
-    environment = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(EvaluationRunner, "run", costly(1000.0, evaluate))
     found = []
     for steps, resume in ((3, False), (5, True)):
         config = make_config(
@@ -242,11 +240,8 @@ def test_a_resumed_run_adds_to_what_the_checkpoint_had(
             "schedule.total_steps=9", "evaluation.every_samples=16",
         )  # fmt: skip
         assert config.batch.global_batch_size == 8, "so there is an evaluation after step 2, before its checkpoint"
-        create_folder(config, resume=resume, commit="a commit")
-        run = Run(config, environment, resume=resume, process_start=time.time(), on_lost=print)
-        run.execute()
-        run.metrics.close()
-        found.append(energy_record(run))
+        context, summary = execute(config, resume)
+        found.append(energy_record(summary.state.progress, context))
     first, second = (each["gpu_kwh"] * JOULES_PER_KWH for each in found)
     assert first == pytest.approx(3 * 100 + 1000)
     assert second == pytest.approx(5 * 100 + 2 * 1000)
