@@ -164,5 +164,5 @@ class IntervalMetrics:
         ]
 
     def _clip_records(self) -> dict[str, ClipRecord]:
-        statistics = self._machinery.engine.clip_statistics.read()
+        statistics = self._components.engine.clip_statistics.read()
         return {group: ClipRecord(**values) for group, values in statistics.items()}
