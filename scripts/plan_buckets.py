@@ -15,6 +15,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import guard  # noqa: F401
 
@@ -50,18 +51,18 @@ def read_trace(path: str) -> tuple[np.ndarray, np.ndarray, list[str], Link | Non
     return ready, sizes, [str(unit["name"]) for unit in units], None if link is None else read_link(link)
 
 
-def read_link(value: object) -> Link:
+def read_link(value: Any) -> Link:
     """From a JSON object, a file with one, or "ms,MB/s"."""
     if isinstance(value, str):
         if Path(value).is_file():
             value = json.loads(Path(value).read_text(encoding="utf-8"))
-            value = value.get("link", value)  # type: ignore[union-attr]
+            value = value.get("link", value)
         else:
             milliseconds, megabytes = map(float, value.split(","))
             value = {"latency_s": milliseconds / 1e3, "bytes_per_s": megabytes * 1e6}
     link = Link(
-        float(value["latency_s"]), float(value["bytes_per_s"]),  # type: ignore[index]
-        tuple(value.get("sizes", ())), tuple(value.get("seconds", ())),  # type: ignore[attr-defined]
+        float(value["latency_s"]), float(value["bytes_per_s"]),
+        tuple(value.get("sizes", ())), tuple(value.get("seconds", ())),
     )  # fmt: skip
     if not (link.latency_s >= 0 and link.bytes_per_s > 0):
         raise ValueError("a link needs a latency of at least 0 and a positive bandwidth")
