@@ -15,7 +15,7 @@ from typing import Any
 
 from overlap.hosts import hosts
 
-from bert_fast.train.checkpoint.storage import damage, latest_checkpoint
+from bert_fast.train.checkpoint.storage import latest_checkpoint, verify_checkpoint
 from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, GRADIENT_SYNC
 from faults.victim import VARIABLE
 from faults.watched import HANG_S, Drill, Ended, losses_of, weights_of
@@ -188,7 +188,7 @@ def full_disk(against: Against, mount: Path) -> Row:
         first = drill.run(folder, "checkpoint.keep_last=9", RESTART, fault=SLOW)
         latest = latest_checkpoint(folder / "checkpoints")
         clear = first.code == 2 and len(first.errors) == 1 and "disk full" in first.errors[0]
-        sound = latest is not None and damage(latest) is None
+        sound = latest is not None and verify_checkpoint(latest) is None
         subprocess.run(["mount", "-o", "remount,size=256m", str(mount)], check=True)
         ended = drill.run(folder, "--resume", "checkpoint.keep_last=9")
         kept = clear and sound and ended.code == 0 and against.same(folder)
