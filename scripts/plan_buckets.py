@@ -37,6 +37,7 @@ from bert_fast.config.yaml_files import to_yaml
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from bert_fast.run_folder import BUCKETS_CONFIG
 from plots import svg_figure
 
 
@@ -169,7 +170,7 @@ def main() -> int:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         draw(plans, ready, folder / "timeline.svg")
-        write_atomically(folder / "buckets.yaml", to_yaml({"communication": {"bucket_mb": caps}}))
+        write_atomically(folder / BUCKETS_CONFIG, to_yaml({"communication": {"bucket_mb": caps}}))
     if args.json:
         config = {**{k: v for k, v in vars(args).items() if k != "json"}, "units": names}
         write_result(args.json, metrics, config, environment(), {"plan_ms": times})

@@ -14,6 +14,7 @@ import heapq
 import numpy as np
 
 from bert_fast.balance.packing import pack
+from bert_fast.integers import ceil_div
 
 EMPTY = -1
 REFINE_MS = 20.0  # the default budget of `refine`
@@ -222,7 +223,7 @@ def lower_bound(costs: np.ndarray, num_ranks: int, equal_counts: bool = True) ->
     cheapest such, with the cheapest others to fill up an equal count.
     """
     mean, costliest_first = costs.sum() / num_ranks, np.sort(costs)[::-1]
-    per_rank = len(costs) // num_ranks if equal_counts else -(-len(costs) // num_ranks)
+    per_rank = len(costs) // num_ranks if equal_counts else ceil_div(len(costs), num_ranks)
     running = np.concatenate([[0], np.cumsum(costliest_first)])
     cheapest = np.concatenate([[0], np.cumsum(costliest_first[::-1])])
     counts = np.arange(1, per_rank + 1)

@@ -11,6 +11,8 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
+from bert_fast.integers import ceil_div
+
 
 def pack(
     lengths: np.ndarray, row_length: int, depth: int, first: str = "longest", order: np.ndarray | None = None
@@ -38,13 +40,13 @@ def pack(
             room = rows.smallest(length) if first == "longest" else rows.largest(length)
             if room is None:
                 room, filled = row_length, 0
-                numbers = np.arange(num_rows, num_rows + -(-left // min(depth, row_length // length)))
+                numbers = np.arange(num_rows, num_rows + ceil_div(left, min(depth, row_length // length)))
                 num_rows += len(numbers)
                 fits = min(depth, row_length // length)
             else:
                 numbers, filled = rows.take(room)
                 fits = min(depth - filled, room // length) if first == "longest" else 1
-                used = -(-left // fits)
+                used = ceil_div(left, fits)
                 rows.put(room, numbers[used:], filled)
                 numbers = numbers[:used]
             taken = min(left, len(numbers) * fits)

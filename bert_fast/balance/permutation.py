@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from bert_fast.integers import mix64
+
 _ROUNDS = 6
 
 
@@ -33,15 +35,8 @@ class Permutation:
     def _feistel(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half, values & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & self._mask)
+            left, right = right, left ^ (mix64(right + key) & self._mask)
         return (left << self._half) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014), wrapping in 64 bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class EpochOrder:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bert_fast.errors import UserError
+from bert_fast.integers import round_up
 
 _ALIGN = 16  # elements: every tensor starts on a 64-byte boundary in fp32
 
@@ -205,11 +206,6 @@ def plan_layout(
     """`order_gradients`, `bucket_ends` and `lay_out` in one call; the arguments are theirs."""
     ordering = order_gradients(names, numel, ready_order, clip_groups=clip_groups, whole_groups=whole_groups)
     return lay_out(ordering, bucket_ends(ordering, bucket_mb, element_bytes), shards)
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple of `multiple` at or above `value`."""
-    return -(-value // multiple) * multiple
 
 
 def measure_ready_order(parameters: Sequence[nn.Parameter], run_backward: Callable[[], None]) -> list[int]:

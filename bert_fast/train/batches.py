@@ -13,6 +13,7 @@ from bert_fast.config import Config
 from bert_fast.data.batch import Batch, in_rows, padded, to_longest
 from bert_fast.data.loader import Prefetcher
 from bert_fast.data.store import Store
+from bert_fast.integers import segment_positions
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertInput
 from bert_fast.train.step import StepInput
@@ -125,7 +126,7 @@ def batch_of_lengths(lengths: np.ndarray, vocab_size: int, rng: np.random.Genera
     num_samples = len(lengths)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     tokens = int(cu_seqlens[-1])
-    position_ids = np.arange(tokens) - np.repeat(cu_seqlens[:-1], lengths)
+    position_ids = segment_positions(lengths)
     masked = np.sort(rng.permutation(tokens)[: max(1, int(mask_share * tokens))])
     return Batch(
         rng.integers(0, vocab_size, tokens),

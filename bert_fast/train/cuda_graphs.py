@@ -19,6 +19,7 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.integers import round_up
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertInput
 from bert_fast.trace import Trace
@@ -165,7 +166,7 @@ def static_form(inputs: StepInput, max_seq_len: int) -> StepInput:
 
 def _static_batch(batch: BertInput, max_seq_len: int) -> BertInput:
     count = len(batch.layout.cu_seqlens) - 1
-    room = -(-(count + 1) // 64) * 64
+    room = round_up(count + 1, 64)
     end = batch.layout.cu_seqlens[-1:]
     cu_seqlens = torch.cat([batch.layout.cu_seqlens, end.expand(room - count)])
     labels = batch.next_sentence_labels

@@ -10,6 +10,7 @@ from bert_fast.balance import assign
 from bert_fast.balance.packing import pack
 from bert_fast.balance.strategies.base import Assignment, StepSamples, StepShape, Strategy, slots_to_ranks
 from bert_fast.config import BalanceConfig
+from bert_fast.integers import ceil_div
 
 
 class Packed(Strategy):
@@ -27,12 +28,12 @@ class Packed(Strategy):
         if self.config.num_packs is None:
             needed = [self._pack(samples)[1] for samples in first_steps]
             most = max(needed) + (max(needed) - min(needed))
-            self._num_rows = -(-most // self.shape.num_slots)
+            self._num_rows = ceil_div(most, self.shape.num_slots)
 
     def assign(self, samples: StepSamples) -> Assignment:
         row_of, needed = self._pack(samples)
         num_slots = self.shape.num_slots
-        num_rows = max(self._num_rows, -(-needed // num_slots))
+        num_rows = max(self._num_rows, ceil_div(needed, num_slots))
         num_all = num_slots * num_rows
         long = samples.lengths.astype(np.int64)
         gaps = self.shape.max_seq_len - np.bincount(row_of, long, num_all).astype(np.int64)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from bert_fast.integers import round_up
+
 
 @dataclass(frozen=True)
 class Group:
@@ -84,7 +86,7 @@ class SequenceLayout:
         token = start_token = widest = total = 0
         members: list[int] = []
         for length in self.lengths:
-            rounded = _round_up(length, multiple)
+            rounded = round_up(length, multiple)
             grown_widest, grown_total = max(widest, rounded), total + rounded
             if members and grown_widest * (len(members) + 1) > grown_total * (1 + slack):
                 runs.append((start_token, members))
@@ -96,7 +98,7 @@ class SequenceLayout:
         return runs
 
     def _group(self, start_token: int, members: list[int], multiple: int) -> Group:
-        longest, end = _round_up(max(members), multiple), start_token + sum(members)
+        longest, end = round_up(max(members), multiple), start_token + sum(members)
         if min(members) == longest:
             return Group(start_token, end, len(members), longest)
         lengths = torch.tensor(members)  # on the host: asking the device for its nonzero() would wait for it
@@ -110,7 +112,3 @@ class SequenceLayout:
         if device.type == "cuda":
             tensors = tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)  # type: ignore[assignment]
         return Group(start_token, end, len(members), longest, *tensors)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

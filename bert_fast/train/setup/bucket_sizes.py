@@ -19,6 +19,7 @@ from bert_fast.communication.plan_sharded import ShardedTimes, delays, sharded_p
 from bert_fast.communication.sharded import start_gather
 from bert_fast.communication.wire_format import WireFormat, wire_format
 from bert_fast.config import CommunicationConfig, Config
+from bert_fast.integers import round_up
 from bert_fast.train.collectives import barrier, broadcast_numbers, max_over_ranks
 from bert_fast.train.environment import Environment
 from bert_fast.train.telemetry.hardware import synchronize
@@ -185,7 +186,7 @@ def measure_link(
     width = torch.empty((), dtype=dtype).element_size()
     grid = np.unique(np.geomspace(_SMALLEST, max(64 * _SMALLEST, total_bytes), _SIZES).astype(np.int64) // width)
     world = environment.world_size
-    buffers = [torch.zeros(-(-int(numel) // world) * world, dtype=dtype, device=environment.device) for numel in grid]
+    buffers = [torch.zeros(round_up(int(numel), world), dtype=dtype, device=environment.device) for numel in grid]
     for number in range(1 + _REPEATS):
         for buffer in buffers:
             barrier()
