@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.config import Config, as_plain
+from bert_fast.config.choices import STRATEGIES
 from bert_fast.errors import UserError
 from bert_fast.run_folder import checkpoints_in
 from bert_fast.train.checkpoint.storage import read_description, remove_partial, verify_checkpoint
@@ -46,10 +47,9 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
         for name, value in values.items()
         if not any(fnmatch.fnmatch(f"{section}.{name}", pattern) for pattern in MAY_CHANGE)
     }
-    if config.balance.strategy == "stratified_presort":  # draws by rank, so its samples follow from who there is
-        settings["samples of a rank (stratified_presort)"] = (
-            config.batch.micro_batch_size * config.batch.gradient_accumulation_steps
-        )
+    strategy = config.balance.strategy
+    if STRATEGIES[strategy].draws_by_rank:  # its samples follow from the number of ranks
+        settings[f"samples per rank ({strategy})"] = config.batch.samples_per_rank
     return {
         "settings": json.loads(json.dumps(settings)),
         "model": _hash({name: value for name, value in settings.items() if name.startswith("model.")}),

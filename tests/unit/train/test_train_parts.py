@@ -492,7 +492,7 @@ def test_evaluation_equals_one_sample_at_a_time(
 def step_input(config: Config, step: int = 0) -> StepInput:
     store = Store(config.data.train)
     plan = make_planner(config, store.lengths).plan(step)
-    batches = planned_batches(store, plan, 0, config.balance.strategy, config.data.max_seq_len)
+    batches = planned_batches(store, plan, 0, config.data.max_seq_len)
     masked = sum(len(batch.masked_labels) for batch in batches)
     inputs = [to_device(batch, CPU, config.batch.shape_multiple) for batch in batches]
     return StepInput(inputs, masked, config.batch.global_batch_size)
