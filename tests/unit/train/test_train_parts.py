@@ -28,13 +28,13 @@ from bert_fast.run_folder import check_folder, create_folder, run_folder
 from bert_fast.train import clock as clock_module
 from bert_fast.train import main as entry
 from bert_fast.train.batches import planned_batches, to_device
-from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment, join, pick_device, pick_dtype, seed_ranks
 from bert_fast.train.evaluate import Evaluator, _shard
 from bert_fast.train.health.signals import HANDLED, StopFlag
 from bert_fast.train.loss_scale import LossScale
+from bert_fast.train.progress import Progress
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.setup.inputs import check_inputs
