@@ -15,6 +15,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import guard  # noqa: F401
 
@@ -36,6 +37,7 @@ from bert_fast.config.yaml_files import to_yaml
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from bert_fast.run_folder import BUCKETS_CONFIG
 from plots import svg_figure
 
 
@@ -49,18 +51,18 @@ def read_trace(path: str) -> tuple[np.ndarray, np.ndarray, list[str], Link | Non
     return ready, sizes, [str(unit["name"]) for unit in units], None if link is None else read_link(link)
 
 
-def read_link(value: object) -> Link:
+def read_link(value: Any) -> Link:
     """From a JSON object, a file with one, or "ms,MB/s"."""
     if isinstance(value, str):
         if Path(value).is_file():
             value = json.loads(Path(value).read_text(encoding="utf-8"))
-            value = value.get("link", value)  # type: ignore[union-attr]
+            value = value.get("link", value)
         else:
             milliseconds, megabytes = map(float, value.split(","))
             value = {"latency_s": milliseconds / 1e3, "bytes_per_s": megabytes * 1e6}
     link = Link(
-        float(value["latency_s"]), float(value["bytes_per_s"]),  # type: ignore[index]
-        tuple(value.get("sizes", ())), tuple(value.get("seconds", ())),  # type: ignore[attr-defined]
+        float(value["latency_s"]), float(value["bytes_per_s"]),
+        tuple(value.get("sizes", ())), tuple(value.get("seconds", ())),
     )  # fmt: skip
     if not (link.latency_s >= 0 and link.bytes_per_s > 0):
         raise ValueError("a link needs a latency of at least 0 and a positive bandwidth")
@@ -168,7 +170,7 @@ def main() -> int:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         draw(plans, ready, folder / "timeline.svg")
-        write_atomically(folder / "buckets.yaml", to_yaml({"communication": {"bucket_mb": caps}}))
+        write_atomically(folder / BUCKETS_CONFIG, to_yaml({"communication": {"bucket_mb": caps}}))
     if args.json:
         config = {**{k: v for k, v in vars(args).items() if k != "json"}, "units": names}
         write_result(args.json, metrics, config, environment(), {"plan_ms": times})

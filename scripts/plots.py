@@ -27,7 +27,7 @@ def svg_figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {"svg.hashsalt": "bert_fast", "svg.fonttype": "none", "font.size": font_size}
+    settings: Any = {"svg.hashsalt": "bert_fast", "svg.fonttype": "none", "font.size": font_size}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size)
         yield figure.subplots(rows, columns, squeeze=False, **layout)

@@ -25,8 +25,9 @@ from bert_fast.config.choices import CORPORA
 from bert_fast.config.yaml_files import validate
 from bert_fast.data.corpora.base import AUTO
 from bert_fast.data.corpus import PYDOCS_PACKAGES
+from bert_fast.data.folders import SPLITS
 from bert_fast.data.formats.convert import FORMS, export_store, find_sources, import_store
-from bert_fast.data.prepare import PICKS, SPLITS, Recipe, prepare
+from bert_fast.data.prepare import PICKS, Recipe, prepare
 from bert_fast.data.recipe import RecipeFile, read_recipe
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store

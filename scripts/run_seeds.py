@@ -11,7 +11,6 @@ prints a table.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -27,40 +26,57 @@ from bert_fast.config.load import load_config
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from bert_fast.report.schema import RunRecord, read_record
+from bert_fast.run_folder import RESULT_LOG
 from runs import pretrain
 
 NAMES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "mfu", "first_step_s",
          "data_wait_share", "imbalance_mean", "compliance_passed")  # fmt: skip
 
 
-def records_in(folder: str, config: Config) -> dict[int, dict[str, Any]]:
-    """Records of this config by seed that a paired benchmark left. Raises UserError if one is of another config."""
+def records_in(folder: str, config: Config) -> dict[int, RunRecord]:
+    """Records of this config by seed that a paired benchmark left. Raises UserError if one is of another config or form."""
     records = {}
     for path in sorted(Path(folder).glob("pair-*-ours.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        seed = record["config"]["train"]["seed"]
+        record = read_record(path)
         same = as_plain(config)
-        same["train"]["seed"], same["run"]["folder"] = seed, record["config"]["run"]["folder"]
-        if record["config"] != same:
+        same["train"]["seed"], same["run"]["folder"] = record.seed, record.config["run"].get("folder")
+        if record.config != same:
             raise UserError(f"{path} is a record of another config; give --with the folder of this one")
-        records[seed] = record
+        records[record.seed] = record
     return records
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+def values_of(records: list[RunRecord], name: str) -> list[float | None]:
+    """A metric of each record by its name; None where it was not measured."""
+    return [getattr(record.metrics, name) for record in records]
+
+
+def summary(records: list[RunRecord]) -> dict[str, float]:
     """Metrics by name over the seeds: median, mean, spread, and MLPerf's olympic mean of the time."""
     metrics: dict[str, float] = {"seeds": len(records)}
     for name in NAMES:
-        values = [float(r["metrics"][name]) for r in records if r["metrics"].get(name) is not None]
+        values = [float(value) for value in values_of(records, name) if value is not None]
         if not values:
             continue
         metrics[name] = statistics.median(values)
         metrics[f"{name}/mean"] = statistics.fmean(values)
         metrics[f"{name}/stdev"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    times = sorted(r["metrics"]["time_to_train_s"] for r in records)
+    times = sorted(record.metrics.time_to_train_s for record in records)
     metrics["time_to_train_s/olympic_mean"] = statistics.fmean(times[1:-1] if len(times) > 4 else times)
-    metrics["targets_reached"] = sum(r["metrics"]["target_reached"] for r in records)
+    metrics["targets_reached"] = sum(record.metrics.target_reached for record in records)
     return metrics
+
+
+def row_of(record: RunRecord) -> tuple[str, ...]:
+    """The seed's row of the table."""
+    metrics = record.metrics
+    accuracy = "-" if metrics.final_accuracy is None else f"{metrics.final_accuracy:.4f}"
+    reached = "yes" if metrics.target_reached else "no"
+    return (
+        str(record.seed), f"{metrics.time_to_train_s:.1f}", f"{metrics.samples_to_target:,}", accuracy, reached,
+        f"{metrics.samples_per_s:.0f}",
+    )  # fmt: skip
 
 
 @guarded
@@ -91,18 +107,16 @@ def main() -> int:
                 args.config, [*overrides, f"train.seed={seed}"], folder, f"seed {seed}"
             )
             records.append(record)
-            m = record["metrics"]
-            rows.append((seed, f"{m['time_to_train_s']:.1f}", f"{m['samples_to_target']:,}", f"{m['final_accuracy']:.4f}",
-                         "yes" if m["target_reached"] else "no", f"{m['samples_per_s']:.0f}"))  # fmt: skip
+            rows.append(row_of(record))
             print(f"seed {seed}: {rows[-1][1]} s, {rows[-1][2]} samples, accuracy {rows[-1][3]}", flush=True)
             if args.out and seed not in known:
                 Path(args.out).mkdir(parents=True, exist_ok=True)
-                shutil.copy(folder / "result_0.txt", Path(args.out) / f"result_{seed}.txt")
+                shutil.copy(folder / RESULT_LOG, Path(args.out) / f"result_{seed}.txt")
     metrics = summary(records)
-    samples = {name: [r["metrics"].get(name) for r in records] for name in NAMES}
-    samples["curves"] = [[(e["samples"], e["time_s"], e["accuracy"]) for e in r["evaluations"]] for r in records]
+    samples: dict[str, Any] = {name: values_of(records, name) for name in NAMES}
+    samples["curves"] = [[(e.samples, e.time_s, e.accuracy) for e in record.evaluations] for record in records]
     setting = {"config_file": args.config, "overrides": overrides, **as_plain(config)}
-    machine = {**environment(), "run": records[0]["environment"], "data": records[0]["data"]}
+    machine = {**environment(), "run": records[0].environment, "data": records[0].as_json()["data"]}
     for path in filter(None, (args.json, str(Path(args.out) / "seeds.json") if args.out else None)):
         write_result(path, metrics, setting, machine, samples)
     print(markdown_table(("seed", "time to train s", "samples to target", "accuracy", "reached", "samples/s"), rows))

@@ -11,16 +11,19 @@ from typing import Any
 
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
+from bert_fast.report.schema import RunRecord, read_record
+from bert_fast.run_folder import RECORD
 
 ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = (ExitCode.OK, ExitCode.TARGET_MISSED)  # a missed target is a result too
 _NUM_TRACEBACK_LINES = 30
 
 
-def pretrain(config: str, overrides: list[str], folder: Path, name: str) -> dict[str, Any]:
-    """Run run_pretraining.py with `config` and `overrides` into `folder`; its metrics.json. Raises what `run` raises."""
+def pretrain(config: str, overrides: list[str], folder: Path, name: str) -> RunRecord:
+    """Run run_pretraining.py with `config` and `overrides` into `folder`; its record. Raises what `run` raises."""
     program = [str(ROOT / "run_pretraining.py"), "--config", config, *overrides, f"run.folder={folder}"]
-    return run(program, folder / "metrics.json", name)
+    run(program, folder / RECORD, name)
+    return read_record(folder / RECORD)
 
 
 def run(program: list[str], record: Path, name: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ exit code is 0 if every check passed, 1 if one failed, 2 for bad input. The chec
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -35,7 +34,8 @@ from bert_fast.mlperf.score import read_events
 from bert_fast.mlperf.submission import SUBMISSION, check_names, check_submission, lay_out
 from bert_fast.mlperf.system import collect_system, complete_system, read_given_fields, template
 from bert_fast.report.bench import markdown_table
-from bert_fast.run_folder import PENDING_RECORD, RUN, clear_run
+from bert_fast.report.schema import read_record
+from bert_fast.run_folder import CONFIG, PENDING_RECORD, RECORD, RESULT_LOG, RUN, clear_run
 from runs import ROOT, pretrain
 
 _SOURCES = (
@@ -77,8 +77,8 @@ def run_seeds(args: argparse.Namespace, out: Path) -> list[Path]:
         folder = out / "runs" / f"seed-{seed}"
         overrides = [*args.overrides, f"run.folder={folder}", f"train.seed={seed}"]
         wanted = to_yaml(as_plain(load_config(args.config, overrides)))
-        if (folder / "metrics.json").is_file():
-            if (folder / "config.yaml").read_text(encoding="utf-8") != wanted:
+        if (folder / RECORD).is_file():
+            if (folder / CONFIG).read_text(encoding="utf-8") != wanted:
                 raise UserError(f"{folder} holds a run of another config; choose another --out, or remove it")
         else:
             print(f"seed {seed}: running", flush=True)
@@ -86,10 +86,10 @@ def run_seeds(args: argparse.Namespace, out: Path) -> list[Path]:
                 with claimed(folder, RUN):
                     clear_run(folder)
             pretrain(args.config, [*args.overrides, f"train.seed={seed}"], folder, f"seed {seed}")
-        logs.append(folder / "result_0.txt")
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
-        reached = "" if metrics["target_reached"] else ", target not reached"
-        print(f"seed {seed}: {metrics['time_to_train_s']:.1f} s, {metrics['samples_to_target']:,} samples{reached}")
+        logs.append(folder / RESULT_LOG)
+        metrics = read_record(folder / RECORD).metrics
+        reached = "" if metrics.target_reached else ", target not reached"
+        print(f"seed {seed}: {metrics.time_to_train_s:.1f} s, {metrics.samples_to_target:,} samples{reached}")
     return logs
 
 

@@ -6,7 +6,7 @@
     python scripts/watch.py runs/mini_cpu-seed0 --json     # one JSON object
 
 Without a terminal: a line whenever there is something new. Ends when the run has; a stopped one may be resumed, so it is
-watched on. Exit code 0, or 2 if the folder holds no run.
+watched on. Exit code 0, or 2 if the folder holds no run, or one of an older form.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from bert_fast.exit_codes import ExitCode
 from bert_fast.foreign import shown
 from bert_fast.report.console import seconds_text
 from bert_fast.report.live import RunWatch
+from bert_fast.run_folder import METRICS_LINES
 
-NONE = "–"
+NO_VALUE = "–"
 COLOURS = {"running": "green", "finished": "bold green", "silent": "bold yellow", "stopped": "yellow", "ended": "red"}
 OVER = ("finished", "ended")
 
 
 def form(value: float | None, spec: str, unit: str = "", scale: float = 1.0) -> str:
     if value is None:
-        return NONE
+        return NO_VALUE
     return f"{value * scale:{spec if abs(value * scale) < 1e15 else '.3g'}}{unit}"
 
 
 def rows(now: dict[str, Any]) -> list[tuple[str, str]]:
-    """What and how much, for a person."""
+    """What and how much."""
     of = "" if now["max_steps"] is None else f" of {now['max_steps']:,} at most"
     return [
         ("state", now["state_text"]),
@@ -60,7 +61,10 @@ def rows(now: dict[str, Any]) -> list[tuple[str, str]]:
         ("accuracy", accuracy_text(now)),
         ("forecast", forecast_text(now)),
         ("time on the clock", seconds_text(now["time_s"])),
-        ("remaining at most", NONE if now["remaining_at_most_s"] is None else seconds_text(now["remaining_at_most_s"])),
+        (
+            "remaining at most",
+            NO_VALUE if now["remaining_at_most_s"] is None else seconds_text(now["remaining_at_most_s"]),
+        ),
         ("last checkpoint", checkpoint_text(now["checkpoint"])),
         ("data wait", shares(now, "data_share")),
         ("exposed communication", shares(now, "exposed_share")),
@@ -77,7 +81,7 @@ def rows(now: dict[str, Any]) -> list[tuple[str, str]]:
 
 def left_out(now: dict[str, Any]) -> list[tuple[str, str]]:
     count = now["lines_left_out"]
-    return [("lines left out", f"{count:,} of metrics.jsonl: cut off, or not as a run writes them")] if count else []
+    return [("lines left out", f"{count:,} of {METRICS_LINES}: cut off, or not as a run writes them")] if count else []
 
 
 def accuracy_text(now: dict[str, Any]) -> str:
@@ -88,12 +92,12 @@ def accuracy_text(now: dict[str, Any]) -> str:
 
 
 def forecast_text(now: dict[str, Any]) -> str:
-    forecast = now["forecast"]
-    if forecast is None:
-        return now["no_forecast"] or NONE
-    where = f"at {forecast['samples']:,} samples, {seconds_text(forecast['time_s'])} on the clock"
-    late = "" if forecast["within"] else ": after the last step"
-    return f"target {where}{late} (straight line through the last {forecast['evaluations']} evaluations)"
+    expected = now["forecast"]
+    if expected is None:
+        return now["no_forecast"] or NO_VALUE
+    where = f"at {expected['samples']:,} samples, {seconds_text(expected['time_s'])} on the clock"
+    late = "" if expected["within"] else ": after the last step"
+    return f"target {where}{late} (straight line through the last {expected['evaluations']} evaluations)"
 
 
 def checkpoint_text(checkpoint: dict[str, Any] | None) -> str:
@@ -107,11 +111,11 @@ def shares(now: dict[str, Any], name: str) -> str:
 
 def slowest_text(now: dict[str, Any]) -> str:
     if not now["slowest"]:
-        return now["slow_text"] or NONE
+        return now["slow_text"] or NO_VALUE
     ranks = [
-        f"{one['name']}: {100 * one['share']:.0f} % of the time lost to waiting; its time is {100 * one['excess']:+.1f} % off "
-        "the mean"
-        for one in now["slowest"]
+        f"{each['name']}: {100 * each['share']:.0f} % of the time lost to waiting; its time is {100 * each['excess']:+.1f} % "
+        "off the mean"
+        for each in now["slowest"]
     ]
     return "\n".join([*ranks, now["slow_text"]])
 
@@ -138,10 +142,10 @@ def table(now: dict[str, Any]) -> Table:
 
 
 def line(now: dict[str, Any]) -> str:
-    """The most of it on one line."""
+    """The most important of it on one line."""
     accuracy = "" if now["accuracy"] is None else f" | accuracy {now['accuracy']:.4f}"
     goal = "" if now["target"] is None or not accuracy else f"/{now['target']:.4f}"
-    slow = f" | {now['slow_text']}" if any(one["is_slow"] for one in now["slowest"]) else ""
+    slow = f" | {now['slow_text']}" if any(each["is_slow"] for each in now["slowest"]) else ""
     return (
         f"{now['state_text']} | step {now['step']:,} | {now['samples']:,} samples | "
         f"{form(now['samples_per_s'], ',.0f')} samples/s | loss {form(now['loss'], '.4f')}{accuracy}{goal}{slow}"
@@ -162,12 +166,12 @@ def watch(run: RunWatch, interval: float) -> None:
     console = Console()
     now = run.snapshot()
     if not console.is_terminal:
-        said: tuple[Any, ...] = ()
+        printed: tuple[Any, ...] = ()
         while True:
             new = (now["state"], now["step"], now["accuracy_step"])
-            if new != said:
+            if new != printed:
                 print(line(now), flush=True)
-            said = new
+            printed = new
             if now["state"] in OVER:
                 return
             time.sleep(interval)

@@ -4,7 +4,7 @@ Dropout on a CPU is slow in torch: one scalar draw per element, a fifth of a ste
 each element, and integer arithmetic turns them into a factor, 0 or 1 / (1 - p). Backward draws them again from the seed, so
 that no mask is kept. The seed comes from torch's generator, so torch's state alone is enough to repeat or resume a run.
 
-Every function has a plain counterpart in `bert.py` or `attention.py`, which other devices and `torch.compile` use.
+Every function has a plain twin in `bert.py` or `attention/rectangles.py`, which other devices and `torch.compile` use.
 
 Shapes: T tokens, D hidden width, F feed-forward width; G sequences of one group, L their length, H heads, K head width.
 """

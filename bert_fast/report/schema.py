@@ -25,8 +25,7 @@ from bert_fast.run_folder import RECORD
 
 FORMAT = "bert_fast run 2"
 STEP, EVALUATION, SKIPPED = "step", "eval", "skipped"  # the kinds of lines
-SUCCESS = "success"  # RunRecord.status: the target was reached, or all steps are done and there was no target
-TARGET_MISSED = "target not reached"
+TARGET_MISSED = "target not reached"  # a status of a run
 MAX_RECORD_BYTES = 64 << 20
 
 _EXACT = ConfigDict(extra="forbid")  # a name that is not known here is of another form
@@ -306,7 +305,7 @@ class RunRecord:
     config: dict[str, dict[str, Any]]  # every setting by section, as config.yaml has it
     environment: dict[str, Any]  # versions, hardware and what was chosen by it
     samples: EvaluationCurve
-    status: Literal["success", "target not reached"]
+    status: Literal["success", "target not reached"]  # success: the target was reached, or none was set
     target_accuracy: float | None  # a share of masked tokens
     evaluations: list[EvaluationLine]
     time_split_s: TimeSplit

@@ -159,7 +159,7 @@ def main() -> int:
             if args.tensorflow:
                 for kind, rates in theirs.items():
                     rates.append(
-                        run([args.tensorflow, "-c", READ, path, str(WIDTH), str(MAX_PREDICTIONS), kind], core)[-1]
+                        run([args.tensorflow, "-c", READ, str(path), str(WIDTH), str(MAX_PREDICTIONS), kind], core)[-1]
                     )
     metrics = {
         "import_samples_per_s": statistics.median(ours),

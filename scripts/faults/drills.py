@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.exit_codes import ExitCode, of_signal
-from bert_fast.train.checkpoint.storage import damage, latest_checkpoint
+from bert_fast.train.checkpoint.storage import latest_checkpoint, verify_checkpoint
 from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, GRADIENT_SYNC
 
 from ..benchmarks.overlap.hosts import hosts
@@ -191,7 +191,7 @@ def full_disk(against: Against, mount: Path) -> Row:
         first = drill.run(folder, "checkpoint.keep_last=9", RESTART, fault=SLOW)
         latest = latest_checkpoint(folder / "checkpoints")
         clear = first.code == ExitCode.USER_ERROR and len(first.errors) == 1 and "disk full" in first.errors[0]
-        sound = latest is not None and damage(latest) is None
+        sound = latest is not None and verify_checkpoint(latest) is None
         subprocess.run(["mount", "-o", "remount,size=256m", str(mount)], check=True)
         ended = drill.run(folder, "--resume", "checkpoint.keep_last=9")
         kept = clear and sound and ended.code == ExitCode.OK and against.same(folder)

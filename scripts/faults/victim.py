@@ -21,8 +21,8 @@ from typing import Any
 VARIABLE = "BERT_FAST_FAULT"
 
 
-def happen(fault: dict[str, Any], run: Any) -> None:
-    """The fault itself, in the main thread or in a timer's."""
+def happen(fault: dict[str, Any], state: Any) -> None:
+    """The fault itself, in the main thread or in a timer's; `state` is the run's TrainState, if it has one yet."""
     action = fault["action"]
     Path(fault["happened"]).write_text(repr(time.time()), encoding="utf-8")
     if action == "kill":
@@ -35,7 +35,7 @@ def happen(fault: dict[str, Any], run: Any) -> None:
         import torch
 
         with torch.no_grad():
-            next(iter(run.machinery.model.parameters())).fill_(float("nan"))
+            next(iter(state.components.model.parameters())).fill_(float("nan"))
     elif action == "skew":
         real = time.time
         time.time = lambda: real() + 3600.0
@@ -43,15 +43,15 @@ def happen(fault: dict[str, Any], run: Any) -> None:
 
 def arm(fault: dict[str, Any]) -> None:
     """Make the fault happen when this rank says that it is there."""
-    from bert_fast.train import loop
+    from bert_fast.train.checkpoint import train_state
     from bert_fast.train.health import heartbeat
 
-    runs: list[Any] = []
-    init, at = loop.Run.__init__, heartbeat.Heartbeat.at
+    states: list[Any] = [None]
+    init, at = train_state.TrainState.__init__, heartbeat.Heartbeat.at
 
     def remember(self: Any, *arguments: Any, **named: Any) -> None:
-        runs.append(self)
         init(self, *arguments, **named)
+        states[0] = self
 
     def watched(self: Any, step: int, phase: str) -> None:
         at(self, step, phase)
@@ -61,11 +61,11 @@ def arm(fault: dict[str, Any]) -> None:
             os.unlink(fault["once"])
         delay = fault.get("delay_s", 0.0)
         if fault["action"] in ("hang", "nan", "skew") or not delay:
-            happen(fault, runs[0])
+            happen(fault, states[0])
         else:
-            threading.Timer(delay, happen, (fault, runs[0])).start()
+            threading.Timer(delay, happen, (fault, states[0])).start()
 
-    loop.Run.__init__ = remember  # type: ignore[method-assign]
+    train_state.TrainState.__init__ = remember  # type: ignore[method-assign]
     heartbeat.Heartbeat.at = watched  # type: ignore[method-assign]
 
 

@@ -6,7 +6,7 @@ import statistics
 import time
 
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
-from bert_fast.train.checkpoint.snapshot import captured, rank_state
+from bert_fast.train.checkpoint.snapshot import rank_state, slices_to_write
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.warmup import synthetic_input
 
@@ -21,19 +21,18 @@ def run(context: Context) -> None:
     result = context.result
     config = config_of(context, "base", 16)
     environment = environment_of(config)
-    machinery = build(config, environment)
+    components = build(config, environment)
     saver = AsyncCheckpointWriter(context.scratch / "checkpoints", environment, 1, None)
-    machinery.step.before_update = saver.before_update
     inputs = synthetic_input(config, environment, 1)
 
     def step() -> float:
         start = time.perf_counter()
-        machinery.step(inputs, 1e-6)
+        components.step(inputs, 1e-6, saver.before_update)
         wait(context.device)
         return time.perf_counter() - start
 
     def start(number: int) -> None:
-        saver.start(captured(machinery, environment), rank_state(machinery, environment), {"step": number})
+        saver.start(slices_to_write(components, environment), rank_state(components, environment), {"step": number})
 
     for _ in range(3):
         step()

@@ -13,20 +13,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 
-from bert_fast.communication.buckets import Layout, measure_ready_order
+from bert_fast.communication.buckets import GradientLayout, bucket_ends, lay_out, measure_ready_order
 from bert_fast.communication.plan import Link, timeline
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import WireFormat
 from bert_fast.config import Config
 from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.objective import MlmNsp
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.bucket_sizes import measure_ready_times, plan_buckets
-from bert_fast.train.setup.build import build_model, make_layout
+from bert_fast.train.setup.build import build_model, make_ordering
 from bert_fast.train.setup.warmup import synthetic_input
 from bert_fast.train.step import TrainStep
 
@@ -44,7 +46,7 @@ _SEED = 0  # of the batch: the same for backward alone and for the steps
 @dataclass(frozen=True)
 class Variant:
     engine: str = "bucketed"
-    bucket_mb: str | float | tuple[float, ...] = "auto"
+    bucket_mb: Literal["auto"] | float | tuple[float, ...] = "auto"
     clip: str = "bucket_before_reduce"
 
 
@@ -139,25 +141,23 @@ class Bed:
             self.wire.link = None
             _free(self.context)
 
-    def _build(self, variant: Variant, link: Link) -> tuple[Callable[[], None], Layout]:
-        config = self._with_buckets(variant, 25.0)
+    def _build(self, variant: Variant, link: Link) -> tuple[Callable[[], None], GradientLayout]:
+        update = {"clip": variant.clip, "engine": variant.engine}
+        communication = self.config.communication.model_copy(update=update)
+        config = self.config.model_copy(update={"communication": communication})
         model = build_model(config, self.environment)
-        layout = make_layout(config, model, self.order)
+        ordering = make_ordering(config, model, self.order)
         if variant.bucket_mb == "auto":
-            record = plan_buckets(
-                layout, self.ready_s, config.communication, torch.float32, self.environment, link=link
-            )
-            config = self._with_buckets(variant, record.bucket_mb())
-            layout = make_layout(config, model, self.order)
+            record = plan_buckets(ordering, self.ready_s, communication, torch.float32, self.environment, link=link)
+            ends = list(record.plan.ends)
+        else:
+            ends = bucket_ends(ordering, variant.bucket_mb)
+        layout = lay_out(ordering, ends)
         return self._step(config, variant, model, layout), layout
 
-    def _with_buckets(self, variant: Variant, size: float | list[float]) -> Config:
-        if variant.bucket_mb != "auto":
-            size = list(variant.bucket_mb) if isinstance(variant.bucket_mb, tuple) else variant.bucket_mb  # type: ignore[assignment]
-        update = {"bucket_mb": size, "clip": variant.clip, "engine": variant.engine}
-        return self.config.model_copy(update={"communication": self.config.communication.model_copy(update=update)})
-
-    def _step(self, config: Config, variant: Variant, model: BertForPretraining, layout: Layout) -> Callable[[], None]:
+    def _step(
+        self, config: Config, variant: Variant, model: BertForPretraining, layout: GradientLayout
+    ) -> Callable[[], None]:
         environment = self.environment
         kind = LinkDdp if variant.engine == "ddp" else BucketReducer
         wire = WireFormat(torch.float32) if kind is LinkDdp else LinkWire(torch.float32, self.wire)
@@ -165,7 +165,15 @@ class Bed:
         if isinstance(engine, LinkDdp):
             engine.link = self.wire
         optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-        step = TrainStep(engine, optimizer, environment.device, environment.dtype, 1, None)
+        step = TrainStep(
+            engine,
+            optimizer,
+            MlmNsp(),
+            device=environment.device,
+            dtype=environment.dtype,
+            world_size=1,
+            loss_scale=None,
+        )
         inputs = synthetic_input(config, environment, _SEED)
         self.wire.link = None
         for _ in range(3):  # kernels, moments, DDP's buckets
@@ -173,7 +181,7 @@ class Bed:
         return lambda: step(inputs, 1e-6) and None
 
     def _measure(
-        self, name: str, variant: Variant, link_name: str, link: Link, step: Callable[[], None], layout: Layout
+        self, name: str, variant: Variant, link_name: str, link: Link, step: Callable[[], None], layout: GradientLayout
     ) -> None:  # fmt: skip
         times: dict[str, list[float]] = {"silent": [], "sending": [], "alone": []}
         for _ in range(2 if self.context.tiny else 5):
@@ -194,7 +202,7 @@ class Bed:
         metrics[f"predicted_share/{link_name}/{name}"] = (expected - exposed_s) / min(self.backward_s, expected)
         metrics[f"overlap_step_ms/{link_name}/{name}"] = 1e3 * sending
 
-    def _exposed(self, variant: Variant, link: Link, layout: Layout) -> float:
+    def _exposed(self, variant: Variant, link: Link, layout: GradientLayout) -> float:
         """Seconds of communication after backward, by the planner's timeline over a layout's buckets."""
         ready = np.array([max(self.ready_s[i] for i in bucket.parameters) for bucket in layout.buckets])
         if variant.clip == "global_before_reduce":  # nothing leaves before the whole norm is known

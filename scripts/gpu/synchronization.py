@@ -54,18 +54,18 @@ def _step(context: Context, sections: dict[str, dict[str, Any]], optimizer: str,
     changes["communication"] = {**changes.get("communication", {}), "bucket_mb": 0.5}
     config = config_of(context, "mini", 8, precision, dropout={"p": 0.0}, **changes)
     environment = environment_of(config)
-    machinery = build(config, environment)
+    components = build(config, environment)
     for seed in (1, 2):  # optimizer state, kernels, DDP's buckets
-        machinery.step(synthetic_input(config, environment, seed), 1e-4)
+        components.step(synthetic_input(config, environment, seed), 1e-4)
     inputs = synthetic_input(config, environment, 3)
     if context.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
     try:
-        outcome = machinery.step(inputs, 1e-4)
+        outcome = components.step(inputs, 1e-4)
     finally:
         if context.device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    machinery.engine.wait_pending()
+    components.engine.wait_pending()
     if not bool(outcome.is_finite):
         raise CheckFailed("the gradient is not finite")

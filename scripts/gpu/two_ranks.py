@@ -106,8 +106,8 @@ def _work(device: str, rank: int, world: int, port: int | None, path: Path) -> N
             continue
         config = _config(device, world, communication)
         environment = Environment(rank, rank, world, place, pick_dtype("fp32", place))
-        machinery = build(config, environment)
-        parameters = list(machinery.model.parameters())
+        components = build(config, environment)
+        parameters = list(components.model.parameters())
         if port is None:
             weights.setdefault("start", _flat(parameters))
         for number in range(_STEPS):
@@ -120,8 +120,8 @@ def _work(device: str, rank: int, world: int, port: int | None, path: Path) -> N
             masked = sum(len(share.masked_labels) for share in shares)
             own = shares if port is None else [shares[rank]]
             inputs = [to_device(share, place, config.batch.shape_multiple) for share in own]
-            machinery.step(StepInput(inputs, masked, config.batch.global_batch_size), _RATE)
-        machinery.engine.wait_pending()
+            components.step(StepInput(inputs, masked, config.batch.global_batch_size), _RATE)
+        components.engine.wait_pending()
         weights[name] = _flat(parameters)
     if "ddp, no clipping" not in weights and "bucketed, no clipping" in weights:
         weights["ddp, no clipping"] = weights["bucketed, no clipping"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.rank_pool import RankPool
+from support.steps import CPU, PlannedSteps
 from support.tiny_task import config_over
 
 from bert_fast.communication.buckets import measure_ready_order
@@ -23,11 +24,11 @@ from bert_fast.config.choices import STRATEGIES
 from bert_fast.config.load import config_from_tree
 from bert_fast.data.store import Store
 from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.objective import MlmNsp
 from bert_fast.optim.build import build_optimizer
-from bert_fast.train.batches import planned_batches, to_device
 from bert_fast.train.setup.build import make_layout
 from bert_fast.train.setup.cost_model import make_planner
-from bert_fast.train.step import StepInput, TrainStep
+from bert_fast.train.step import TrainStep
 
 pytestmark = pytest.mark.distributed
 
@@ -55,8 +56,9 @@ class Way:
             "micro_batch_size": local,
             "gradient_accumulation_steps": self.accumulation,
         }
-        tree["balance"] = {"strategy": self.strategy, "num_strata": 2, "max_samples_per_pack": 4}
-        tree["communication"] |= {"engine": self.engine, "clip": clip, "max_norm": 0.5}
+        own = {"stratified_presort": {"num_strata": 2}, "packed": {"max_samples_per_pack": 4}}
+        tree["balance"] = {"strategy": self.strategy, **own.get(self.strategy, {})}
+        tree["communication"] |= {"engine": self.engine, "clip": clip} | ({} if clip == "none" else {"max_norm": 0.5})
         tree["train"]["max_steps"] = 1000
         tree["system"]["world_size"] = self.ranks
         return config_from_tree(tree)
@@ -66,14 +68,10 @@ def step_of(rank: int, world: int, config: Config, dtype: torch.dtype) -> dict[s
     """One training step on this rank's share of step number STEP: its gradient, norm and loss sums."""
     torch.manual_seed(0)
     model = BertForPretraining(config.model, "matmul").to(dtype)
-    store = Store(config.data.train)
-    plan = make_planner(config, store.lengths).plan(STEP)
-    cpu, multiple = torch.device("cpu"), config.batch.shape_multiple  # what pads a micro-batch must not count either
-    planned = planned_batches(store, plan, rank, config.balance.strategy, config.data.max_seq_len)
-    batches = [to_device(batch, cpu, multiple) for batch in planned]
-    inputs = StepInput(batches, int(store.num_masked[plan.ids].sum(dtype=np.int64)), config.batch.global_batch_size)
+    steps = PlannedSteps(config, rank)
+    inputs = steps.input(STEP)  # what pads a micro-batch must not count either
 
-    order = measure_ready_order(list(model.parameters()), lambda: model(batches[0]).mlm_sum.backward())
+    order = measure_ready_order(list(model.parameters()), lambda: model(inputs.micro_batches[0]).mlm_sum.backward())
     if dist.is_initialized():
         shared = torch.tensor(order)
         dist.broadcast(shared, 0)
@@ -85,11 +83,13 @@ def step_of(rank: int, world: int, config: Config, dtype: torch.dtype) -> dict[s
         wire=wire_format("fp32", dtype),
     )  # fmt: skip
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-    train_step = TrainStep(engine, optimizer, cpu, torch.float32, world, None)
+    train_step = TrainStep(
+        engine, optimizer, MlmNsp(), device=CPU, dtype=torch.float32, world_size=world, loss_scale=None
+    )
     for _ in range(1 + DdpEngine.num_warmup_steps * (communication.engine == "ddp")):
         result = train_step(inputs, lr=0.0)
     return {
-        "ids": plan.ids, "norm": result.grad_norm.item(), "sums": [result.mlm_sum.item(), result.nsp_sum.item()],
+        "ids": steps.plan(STEP).ids, "norm": result.grad_norm.item(), "sums": [result.mlm_sum.item(), result.nsp_sum.item()],
         "gradient": np.concatenate([p.grad.numpy().ravel() for p in model.parameters()]),
     }  # fmt: skip
 

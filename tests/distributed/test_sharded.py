@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,82 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from support.rank_pool import RankPool
-from test_shadow import make_config as unsharded_config
+from support.tiny_training import STEPS, TinyTraining, train
+from support.tiny_training import make_config as unsharded_config
 
 from bert_fast.communication.buckets import GradientLayout, plan_layout
-from bert_fast.communication.sharded import ShardedReducer, shard_slices
+from bert_fast.communication.sharded import shard_slices
 from bert_fast.config import Config
-from bert_fast.data.store import Store
-from bert_fast.train.batches import planned_batches, to_device
-from bert_fast.train.components import TrainComponents
-from bert_fast.train.environment import Environment
-from bert_fast.train.rank_optimizer import ShardedOptimizer
-from bert_fast.train.setup.build import build
-from bert_fast.train.setup.cost_model import make_planner
-from bert_fast.train.step import StepInput, StepResult
+from bert_fast.run_folder import checkpoint_name
+from bert_fast.trace import Trace
+from bert_fast.train.checkpoint.snapshot import optimizer_counts, slices_to_write
 
 pytestmark = pytest.mark.distributed
 
 Pools = Callable[[int], RankPool]
-STEPS = 4
-CPU = torch.device("cpu")
 CLIPS = ["none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce"]
 
 
 def make_config(store: Path, world: int, shard: bool, **changes: dict[str, Any]) -> Config:
     communication = {"shard_optimizer": shard, **changes.pop("communication", {})}
-    return unsharded_config(store, world, "end", communication=communication, **changes)
-
-
-class Task:
-    """TrainComponents of a config, and its steps over the tiny store."""
-
-    def __init__(self, rank: int, world: int, config: Config) -> None:
-        self.config, self.rank = config, rank
-        self.components: TrainComponents = build(config, Environment(rank, rank, world, CPU, torch.float32))
-        self.store = Store(config.data.train)
-        self.planner = make_planner(config, self.store.lengths)
-
-    def step(self, number: int) -> StepResult:
-        plan = self.planner.plan(number)
-        batches = planned_batches(self.store, plan, self.rank, "balanced", self.config.data.max_seq_len)
-        masked = int(self.store.num_masked[plan.ids].sum(dtype=np.int64))
-        inputs = [to_device(batch, CPU, 64) for batch in batches]
-        return self.components.step(StepInput(inputs, masked, self.config.batch.global_batch_size), lr=0.01)
-
-    def weights(self) -> np.ndarray:
-        state = self.components.model.state_dict()
-        return torch.cat([value.ravel() for value in state.values()]).numpy().copy()
-
-
-def train(rank: int, world: int, config: Config, poison_step: int | None = None) -> dict[str, Any]:
-    """Weights and norms of every step, and the whole optimizer's state at the end; rank 1 may have a NaN in one step."""
-    task = Task(rank, world, config)
-    weights, norms, finite, poison = [], [], [], False
-    if rank == 1:
-        task.components.model.embeddings.word.weight.register_hook(
-            lambda gradient: gradient.index_fill(0, torch.tensor([7]), math.nan) if poison else gradient
-        )
-    for number in range(STEPS):
-        poison = number == poison_step
-        result = task.step(number)
-        weights.append(task.weights())
-        norms.append(result.grad_norm.item())
-        finite.append(bool(result.is_finite))
-    optimizer = task.components.optimizer
-    inner = optimizer.inner if isinstance(optimizer, ShardedOptimizer) else optimizer
-    held = sum(entry["exp_avg"].numel() for entry in inner.state.values())
-    state = optimizer.state_dict()
-    plain = {
-        place: {name: value.numpy().copy() for name, value in entry.items()} for place, entry in state["state"].items()
-    }
-    return {
-        "weights": np.stack(weights), "norms": norms, "finite": finite, "held": held, "state": plain,
-        "groups": [group["params"] for group in state["param_groups"]],
-        "bytes": task.components.engine.wire.bytes_sent,
-    }  # fmt: skip
+    return unsharded_config(store, world, communication=communication, **changes)
 
 
 def compare(whole: list[dict[str, Any]], sharded: list[dict[str, Any]], rtol: float = 2e-5) -> None:
@@ -99,7 +42,8 @@ def compare(whole: list[dict[str, Any]], sharded: list[dict[str, Any]], rtol: fl
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_same_weights_under_every_clipping(pool: Pools, tiny_store: Path, clip: str, optimizer: str) -> None:
-    changes = {"optimizer": {"name": optimizer}, "communication": {"clip": clip, "max_norm": 0.3}}
+    threshold = {} if clip == "none" else {"max_norm": 0.3}
+    changes = {"optimizer": {"name": optimizer}, "communication": {"clip": clip, **threshold}}
     whole, sharded = (pool(2).call(train, make_config(tiny_store, 2, shard, **changes)) for shard in (False, True))
     compare(whole, sharded)
 
@@ -121,49 +65,71 @@ def test_same_weights_on_four_ranks_and_updated_by_bucket(
     assert whole[0]["bytes"] <= sharded[0]["bytes"] < 1.2 * whole[0]["bytes"], "only padding comes on top"
 
 
+def optimizer_state(rank: int, world: int, config: Config) -> dict[str, Any]:
+    """What this rank would write of the optimizer's state after some steps: slices by tensor, and its counts."""
+    task = TinyTraining(rank, world, config)
+    for number in range(STEPS):
+        task.step(number)
+    written: dict[str, list[tuple[int, int, np.ndarray]]] = {}
+    for piece in slices_to_write(task.components, task.environment):
+        if piece.name.startswith("optimizer."):
+            written.setdefault(piece.name, []).append((piece.begin, piece.numel, piece.values.numpy().copy()))
+    return {"written": written, "counts": optimizer_counts(task.components)}
+
+
+def whole_tensors(ranks: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The tensors that all ranks write together; fails where an element is written twice or never."""
+    tensors: dict[str, np.ndarray] = {}
+    counts: dict[str, np.ndarray] = {}
+    for rank in ranks:
+        for name, slices in rank["written"].items():
+            for begin, numel, values in slices:
+                tensors.setdefault(name, np.zeros(numel, np.float32))[begin : begin + len(values)] = values
+                counts.setdefault(name, np.zeros(numel, int))[begin : begin + len(values)] += 1
+    assert all((count == 1).all() for count in counts.values())
+    return tensors
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_state_is_gathered_into_the_unsharded_form(pool: Pools, tiny_store: Path, optimizer: str) -> None:
+def test_what_ranks_write_of_their_shards_is_the_unsharded_state(pool: Pools, tiny_store: Path, optimizer: str) -> None:
     whole, sharded = (
-        pool(2).call(train, make_config(tiny_store, 2, shard, optimizer={"name": optimizer})) for shard in (False, True)
+        pool(2).call(optimizer_state, make_config(tiny_store, 2, shard, optimizer={"name": optimizer}))
+        for shard in (False, True)
     )
-    assert sharded[1]["state"] == {}, "only rank 0 writes"
-    for one in sharded[:1]:
-        assert one["groups"] == whole[0]["groups"]
-        assert one["state"].keys() == whole[0]["state"].keys()
-        for place, entry in whole[0]["state"].items():
-            assert one["state"][place].keys() == entry.keys()
-            for name, value in entry.items():
-                assert one["state"][place][name].shape == value.shape
-                np.testing.assert_allclose(
-                    one["state"][place][name], value, rtol=1e-4, atol=1e-7, err_msg=f"{place} {name}"
-                )
+    assert [rank["counts"] for rank in sharded] == [whole[0]["counts"]] * 2
+    assert whole[0]["counts"]["step"] == STEPS
+    expected, found = whole_tensors(whole), whole_tensors(sharded)
+    assert found.keys() == expected.keys()
+    assert {name.split(".")[1] for name in found} == {"exp_avg", "exp_avg_sq"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
-def go_on(rank: int, world: int, first: Config, second: Config) -> dict[str, Any]:
-    """Two steps under one config, two under another that takes up model and optimizer."""
-    one = Task(rank, world, first)
+def go_on(rank: int, world: int, first: Config, second: Config, folder: Path) -> dict[str, Any]:
+    """Two steps under one config, two under another that takes up its checkpoint."""
+    one = TinyTraining(rank, world, first)
     for number in range(2):
         one.step(number)
-    model, written = one.components.model.state_dict(), [one.components.optimizer.state_dict()]
-    dist.broadcast_object_list(written, src=0)
-    two = Task(rank, world, second)
-    two.components.model.load_state_dict(model)
-    two.components.optimizer.load_state_dict(written[0])
+    one.save(folder, step=2)
+    two = TinyTraining(rank, world, second)
+    two.load(folder / checkpoint_name(2))
     norms = [two.step(number).grad_norm.item() for number in (2, 3)]
-    return {"weights": two.weights()[None], "norms": norms}
+    return {"weights": two.weights(), "norms": norms}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_a_checkpoint_is_read_with_and_without_sharding(pool: Pools, tiny_store: Path, optimizer: str) -> None:
+def test_a_checkpoint_is_read_with_and_without_sharding(
+    pool: Pools, tiny_store: Path, tmp_path: Path, optimizer: str
+) -> None:
     changes: dict[str, Any] = {
         "optimizer": {"name": optimizer}, "model": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
     }  # fmt: skip
     whole, sharded = (make_config(tiny_store, 2, shard, **changes) for shard in (False, True))
-    expected = pool(2).call(go_on, whole, whole)[0]
-    for first, second in ((whole, sharded), (sharded, whole), (sharded, sharded)):
-        for found in pool(2).call(go_on, first, second):
-            np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-4)
-            np.testing.assert_allclose(found["weights"], expected["weights"], rtol=1e-4, atol=1e-5)
+    never_stopped = pool(2).call(train, whole)[0]
+    for number, (first, second) in enumerate(((whole, whole), (whole, sharded), (sharded, whole), (sharded, sharded))):
+        for found in pool(2).call(go_on, first, second, tmp_path / str(number)):
+            np.testing.assert_allclose(found["norms"], never_stopped["norms"][2:], rtol=1e-4)
+            np.testing.assert_allclose(found["weights"], never_stopped["weights"][-1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("step_per_bucket", [True, False])
@@ -184,58 +150,52 @@ def test_formats_on_the_wire(pool: Pools, tiny_store: Path, reduce_dtype: str) -
 
 
 def order_of_waits(rank: int, world: int, config: Config) -> list[str]:
-    """In the second step: modules that begin, and waits for weights."""
-    task = Task(rank, world, config)
-    engine = task.components.engine
-    assert isinstance(engine, ShardedReducer)
-    events: list[str] = []
+    """In the second step's forward pass: modules that end, and waits for weights."""
+    task, trace = TinyTraining(rank, world, config), Trace()
     task.step(0)
-    gathering = dict(engine._gathering)
-
-    class Waiting:
-        def __init__(self, work: dist.Work, number: int) -> None:
-            self._work, self._number = work, number
-
-        def wait(self) -> None:
-            self._work.wait()
-            events.append(f"wait {self._number}")
-
-    engine._gathering = {number: Waiting(work, number) for number, work in gathering.items()}  # type: ignore[misc]
     for name, module in task.components.model.named_modules():
         if list(module.parameters(recurse=False)):
-            module.register_forward_hook(lambda *_, name=name: events.append(name))
+            module.register_forward_hook(lambda *_, name=name: trace.begin("module", name)())
+    return waits_of_forward(task, trace)
+
+
+def waits_of_forward(task: TinyTraining, trace: Trace) -> list[str]:
+    """Run the second step; names on the tracks `module` and `wait` during its forward pass, in order."""
+    task.components.step.set_trace(trace)
     task.step(1)
-    return events
+    spans = trace.spans()
+    (forward,) = (span for span in spans if span.name == "forward 0")
+    return [
+        span.name
+        for span in spans
+        if span.track in ("module", "wait") and forward.start <= span.start and span.end <= forward.end
+    ]
+
+
+def buckets_of(events: list[str]) -> list[int]:
+    """Numbers of the buckets whose weights are waited for."""
+    return [int(event.removeprefix("weights of bucket ")) for event in events if event.startswith("weights of")]
 
 
 def test_a_layer_waits_for_its_own_weights_only(pool: Pools, tiny_store: Path) -> None:
     """Weights are needed from the embeddings (the last bucket) to the heads (the first)."""
     config = make_config(tiny_store, 2, True, communication={"bucket_mb": 0.001})
     for events in pool(2).call(order_of_waits, config):
-        waits = [int(event.split()[1]) for event in events if event.startswith("wait")]
-        assert waits == sorted(waits, reverse=True)
-        assert len(waits) == waits[0] + 1 == 4, "embeddings, two layers, heads"
-        assert events.index("wait 3") < events.index("embeddings.word") < events.index("wait 2")
-        assert events.index("layers.0.output_norm") < events.index("wait 1") < events.index("layers.1.qkv")
-        assert events.index("layers.1.output_norm") < events.index("wait 0") < events.index("heads.transform")
+        assert buckets_of(events) == [3, 2, 1, 0], "embeddings, two layers, heads"
+        first, second, third, last = (events.index(f"weights of bucket {number}") for number in (3, 2, 1, 0))
+        assert first < events.index("embeddings.word") < second
+        assert events.index("layers.0.output_norm") < third < events.index("layers.1.qkv")
+        assert events.index("layers.1.output_norm") < last < events.index("heads.transform")
 
 
-def waits_of_compiled(rank: int, world: int, config: Config) -> list[int]:
-    """Which buckets the second step waits for, in order, before the end of forward; layers are traced, not generated."""
+def waits_of_compiled(rank: int, world: int, config: Config) -> list[str]:
+    """The same with layers that are traced, not generated."""
     real = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **options: real(self, backend="eager", **options)  # type: ignore[assignment,method-assign]
     try:
-        task = Task(rank, world, config)
+        task = TinyTraining(rank, world, config)
         task.step(0)
-        engine = task.components.engine
-        assert isinstance(engine, ShardedReducer)
-        waited: list[int] = []
-        wait_for = engine._wait_for
-        engine._wait_for = lambda number: (waited.append(number), wait_for(number))[1]  # type: ignore[method-assign]
-        wait_pending = engine.wait_pending
-        engine.wait_pending = lambda: (waited.append(-1), wait_pending())[1]  # type: ignore[method-assign]
-        task.step(1)
-        return list(dict.fromkeys(waited[: waited.index(-1)]))
+        return waits_of_forward(task, Trace())
     finally:
         torch.nn.Module.compile = real  # type: ignore[method-assign]
         torch.compiler.reset()
@@ -245,8 +205,8 @@ def waits_of_compiled(rank: int, world: int, config: Config) -> list[int]:
 def test_compiled_layers_wait_for_their_weights(pool: Pools, tiny_store: Path) -> None:
     """The hooks come after the first trace, in which the order of gradients is measured."""
     changes: dict[str, Any] = {"communication": {"bucket_mb": 0.001}, "train": {"compile": True}}
-    for waited in pool(2).call(waits_of_compiled, make_config(tiny_store, 2, True, **changes)):
-        assert waited == [3, 2, 1, 0]
+    for events in pool(2).call(waits_of_compiled, make_config(tiny_store, 2, True, **changes)):
+        assert buckets_of(events) == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 1024])
@@ -259,7 +219,7 @@ def test_pieces_cover_every_weight_once(world: int) -> None:
     count = [np.zeros(n, int) for n in numel]
     for rank in range(world):
         for piece in shard_slices(layout, rank, world):
-            assert layout.bucket_of[piece.parameter] == piece.bucket
-            count[piece.parameter][piece.begin : piece.end] += 1
+            assert layout.bucket_of[piece.index] == piece.bucket
+            count[piece.index][piece.begin : piece.end] += 1
     assert all((each == 1).all() for each in count)
     assert all((bucket.end - bucket.start) % world == 0 for bucket in layout.buckets)

@@ -30,11 +30,11 @@ def test_a_checkpoint_beside_the_next_step(make_config: Callable[..., Config], t
     config = make_config(f"optimizer.name={optimizer}", *dropout)
     components = build(config, environment)
     saver = AsyncCheckpointWriter(tmp_path, environment, 2, None)
-    components.step.before_update = saver.before_update
 
     def steps(first: int) -> list[float]:
         return [
-            components.step(synthetic_input(config, environment, seed=first + i), lr=0.01).mlm_sum.item() for i in (0, 1)
+            components.step(synthetic_input(config, environment, first + i), 0.01, saver.before_update).mlm_sum.item()
+            for i in (0, 1)
         ]
 
     steps(0)

@@ -15,6 +15,7 @@ from bert_fast.config.choices import ATTENTION_BACKENDS
 from bert_fast.errors import UserError
 from bert_fast.model.attention import SequenceLayout, choose_backend, find_backend
 from bert_fast.model.bert import BertForPretraining, BertInput
+from bert_fast.model.objective import MlmNsp
 from bert_fast.optim.build import build_optimizer
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.clock import DeviceTimer
@@ -55,7 +56,7 @@ class Machine:
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, backend: str, clip: str = "bucket_before_reduce",
-        optimizer: str = "adamw", loss_scale: bool = False,
+        optimizer: str = "adamw", loss_scale: bool = False, in_graph: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.model = BertForPretraining(SHAPE, backend).to(device)
@@ -72,7 +73,17 @@ class Machine:
         engine = BucketReducer(self.model, layout, clip=clip, max_norm=1.0, wire=wire_format("fp32", torch.float32))
         adaptive = build_optimizer(named, OptimizerConfig(name=optimizer))
         scale = LossScale(65536.0, device) if loss_scale else None
-        self._step = TrainStep(engine, adaptive, device, dtype, 1, scale)
+        self.loss_scale = scale
+        self.train_step = TrainStep(
+            engine,
+            adaptive,
+            MlmNsp(),
+            device=device,
+            dtype=dtype,
+            world_size=1,
+            loss_scale=scale,
+            use_device_timers=not in_graph,
+        )
 
     def _loss(self, batch: BertInput) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -86,7 +97,7 @@ class Machine:
         return StepInput([to_device(batch, self.device, 64) for batch in pair], masked, 16)
 
     def step(self, inputs: StepInput, lr: float = 0.0) -> StepResult:
-        return self._step(inputs, lr)
+        return self.train_step(inputs, lr)
 
     def gradient(self) -> torch.Tensor:
         return torch.cat([p.grad.flatten().double().cpu() for p in self.model.parameters()])
@@ -140,23 +151,27 @@ def test_no_host_synchronisation_in_a_step(no_synchronisation: None, backend: st
     torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(result.grad_norm)
     torch.cuda.synchronize()
-    seconds = machine._step.compute_timer.read()
-    assert len(seconds) == 3
-    assert min(seconds) > 0
-    assert machine._step.compute_timer.read() == []
+    times = machine.train_step.read_device_times()
+    assert times is not None
+    assert len(times.compute_s) == 3
+    assert min(times.compute_s) > 0
+    again = machine.train_step.read_device_times()
+    assert again is not None
+    assert again.compute_s == []
 
 
 def test_loss_scale_does_not_synchronise_and_an_overflow_changes_no_weight(no_synchronisation: None) -> None:
     machine = Machine(cuda(), torch.float16, "loop", loss_scale=True)
     machine.step(machine.inputs(0), lr=1e-4)
     before = [p.detach().clone() for p in machine.model.parameters()]
-    machine._step._loss_scale.value.fill_(2.0**60)
+    assert machine.loss_scale is not None
+    machine.loss_scale.value.fill_(2.0**60)
     inputs = machine.inputs(1)
     torch.cuda.set_sync_debug_mode("error")
     result = machine.step(inputs, lr=1e-4)
     torch.cuda.set_sync_debug_mode("default")
     assert not bool(result.is_finite)
-    assert machine._step._loss_scale.value.item() == 2.0**59
+    assert machine.loss_scale.value.item() == 2.0**59
     for parameter, value in zip(machine.model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, value, rtol=0, atol=0)
 
@@ -193,9 +208,12 @@ def test_captured_steps_are_the_launched_ones(optimizer: str) -> None:
     backends = [name for name in ("flash", "varlen") if name in available(cuda(), torch.bfloat16)]
     if not backends:
         pytest.skip("no attention that reads lengths from the device")
-    plain, graphed = (Machine(cuda(), torch.bfloat16, backends[0], optimizer=optimizer) for _ in range(2))
-    tensor_rates(graphed._step.optimizer, cuda())
-    step = CudaGraphStep(graphed._step, SHAPE.max_positions, capture_on_cuda, DeviceTimer())
+    plain, graphed = (
+        Machine(cuda(), torch.bfloat16, backends[0], optimizer=optimizer, in_graph=in_graph)
+        for in_graph in (False, True)
+    )
+    tensor_rates(graphed.train_step.optimizer, cuda())
+    step = CudaGraphStep(graphed.train_step, SHAPE.max_positions, capture_on_cuda, DeviceTimer())
     for number in range(6):
         a = plain.step(plain.inputs(number % 2), lr=1e-3)
         b = step(graphed.inputs(number % 2), 1e-3)

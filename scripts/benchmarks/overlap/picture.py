@@ -18,7 +18,7 @@ _COLOURS = {
 }
 
 
-def draw(path: Path, title: str, traces: dict[str, Sequence[Sequence]]) -> None:
+def draw(path: Path, title: str, traces: dict[str, Sequence[Sequence[Any]]]) -> None:
     """Write an SVG. Spans are (track, name, start, end) in seconds."""
     with svg_figure(path, (11, 1.7 * len(traces)), rows=len(traces), sharex=True) as axes:
         for axis, (name, spans) in zip(axes[:, 0], traces.items(), strict=True):
@@ -28,7 +28,7 @@ def draw(path: Path, title: str, traces: dict[str, Sequence[Sequence]]) -> None:
         axes[0, 0].figure.suptitle(title.split(":")[0], fontsize=10)
 
 
-def _draw_spans(axis: Any, spans: Sequence[Sequence]) -> None:
+def _draw_spans(axis: Any, spans: Sequence[Sequence[Any]]) -> None:
     free = 0.0
     for track, what, start, end in spans:
         if track not in _ROWS:

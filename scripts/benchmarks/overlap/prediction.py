@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def measure_host(silent: Instance, repeats: int = 2) -> dict[str, list[float] | 
     }
 
 
-def predict(instance: Instance, host: dict, links: Links, forward_s: list[float], update_s: float) -> float:
+def predict(instance: Instance, host: dict[str, Any], links: Links, forward_s: list[float], update_s: float) -> float:
     """Seconds of a cycle.
 
     Args:
@@ -78,7 +79,9 @@ def predict(instance: Instance, host: dict, links: Links, forward_s: list[float]
     return cycle_from(now - sum(forward_s))
 
 
-def lower_bound(instance: Instance, host: dict, links: Links, unit_bytes: list[float], ready_s: list[float]) -> float:
+def lower_bound(
+    instance: Instance, host: dict[str, Any], links: Links, unit_bytes: list[float], ready_s: list[float]
+) -> float:
     """No plan of unsharded all-reduces and updates at the end can be faster: seconds of a cycle.
 
     Args:

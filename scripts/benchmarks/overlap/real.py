@@ -63,7 +63,7 @@ def work(settings: dict[str, Any]) -> None:
             machine.engine.wire = SilentWire(torch.float32)
         inputs = synthetic_input(config, cpu, seed=1)
         cycles[name] = lambda machine=machine, inputs=inputs: machine.step(inputs, 1e-3)  # type: ignore[misc]
-    buffer = torch.zeros(machines["compute"].layout.size)
+    buffer = torch.zeros(machines["compute"].engine.layout.size)
     cycles["communication"] = lambda: dist.all_reduce(buffer)
     samples: dict[str, list[float]] = {name: [] for name in cycles}
     backward = []
@@ -89,7 +89,7 @@ def work(settings: dict[str, Any]) -> None:
         del machines["compute"]
         print(json.dumps({
             "samples": samples, "predicted_ms": {}, "bound_ms": {}, "traces": {},
-            "buckets": {name: len(machine.layout.buckets) for name, machine in machines.items()},
+            "buckets": {name: len(machine.engine.layout.buckets) for name, machine in machines.items()},
             "backward_ms": statistics.median(backward),
             "links": {"all_reduce": [1e3 * link.latency_s, link.bytes_per_s / 1e6]},
         }))  # fmt: skip

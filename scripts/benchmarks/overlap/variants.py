@@ -21,8 +21,9 @@ from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.communication.wire_format import WireFormat, wire_format
 from bert_fast.config import OptimizerConfig
+from bert_fast.model.objective import MlmNsp
 from bert_fast.train.environment import Environment
-from bert_fast.train.rank_optimizer import ShardedOptimizer
+from bert_fast.train.rank_optimizer import RankOptimizer
 from bert_fast.train.setup.bucket_sizes import measure_need_times, measure_ready_times
 from bert_fast.train.step import StepInput, TrainStep
 
@@ -151,7 +152,6 @@ def make(variant: Variant, units: list[Unit], ends: list[int], silent: bool = Fa
     x = torch.zeros(1, requires_grad=True)
     update_s = UPDATE_SHARE * sum(unit.backward_s for unit in units)
     world = dist.get_world_size()
-    config = OptimizerConfig(name="adamw", lr=1e-3)
     if variant.buckets == "default" and not silent:
         return _plain_ddp(model, caps, numel, x, update_s, variant)
     order = measure_ready_order(parameters, lambda: model(x).mlm_sum.backward())
@@ -167,19 +167,21 @@ def make(variant: Variant, units: list[Unit], ends: list[int], silent: bool = Fa
         wire = SilentWire(torch.bfloat16)
     kind: Any = DdpEngine if variant.engine == "ddp" and not silent else BucketReducer
     engine = (ShardedReducer if variant.shard else kind)(model, layout, clip=variant.clip, max_norm=1.0, wire=wire)
-    if isinstance(engine, ShardedReducer):
-        whole = ShardedOptimizer(engine, list(model.named_parameters()), config)
-        optimizer, parts = whole.inner, whole.parts()
-        if silent:
-            engine.gather_weights = lambda: None  # type: ignore[method-assign]
-            engine._norm = lambda: torch.linalg.vector_norm(engine.reduced(0))  # type: ignore[method-assign]
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-        parts = [[parameters[i] for i in bucket.parameters] for bucket in layout.buckets]
-    slow_updates(optimizer, sum(unit.numel for unit in units), update_s)
-    step = TrainStep(engine, optimizer, torch.device("cpu"), torch.float32, world, None)
-    if variant.step_per_bucket:
-        step.update_by_bucket(parts)
+    if silent and isinstance(engine, ShardedReducer):
+        engine.gather_weights = lambda: None  # type: ignore[method-assign]
+        engine._norm = lambda: torch.linalg.vector_norm(engine.reduced(0))  # type: ignore[method-assign]
+    of_rank = RankOptimizer(engine, list(model.named_parameters()), OptimizerConfig(name="adamw", lr=1e-3))
+    slow_updates(of_rank.optimizer, sum(unit.numel for unit in units), update_s)
+    step = TrainStep(
+        engine,
+        of_rank.optimizer,
+        MlmNsp(),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        world_size=world,
+        loss_scale=None,
+        parameters_by_bucket=of_rank.parameters_by_bucket if variant.step_per_bucket else None,
+    )
     inputs = StepInput([x], 1, 1)  # type: ignore[list-item]
 
     def cycle() -> None:

@@ -116,7 +116,7 @@ def _trace(instance: Instance) -> list[tuple[str, str, float, float]]:
         instance.step.set_trace(Trace())
         instance.cycle()
         trace = Trace()
-        instance.engine.trace = trace
+        instance.engine.set_trace(trace)
     instance.step.set_trace(trace)
     instance.cycle()
     end = time.perf_counter()

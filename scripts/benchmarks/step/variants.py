@@ -41,14 +41,14 @@ def ours(
     environment = _environment(config, args)
     switched_off = fused.turned_off if plain else nullcontext
     with switched_off():
-        machinery = building.build(config, environment)
+        components = building.build(config, environment)
     stream = itertools.cycle(batches or [make_batch(config, args.mix)])
 
     def step() -> torch.Tensor:
         batch = next(stream)
         inputs = to_device(batch, environment.device, config.batch.shape_multiple)
         with switched_off():
-            result = machinery.step(StepInput([inputs], len(batch.masked_labels), config.batch.global_batch_size), 1e-5)
+            result = components.step(StepInput([inputs], len(batch.masked_labels), config.batch.global_batch_size), 1e-5)
         return result.mlm_sum
 
     return step

@@ -33,8 +33,8 @@ def make_planner(
 ) -> Planner:  # fmt: skip
     config = BalanceConfig(strategy=strategy, num_strata=2, **settings)
     return Planner(
-        lengths, config, COST, world_size=world, gradient_accumulation_steps=accumulation, micro_batch_size=local, node_size=node,
-        max_seq_len=MAX_LEN, seed=seed, num_steps=num_steps,
+        lengths, config, COST, world_size=world, gradient_accumulation_steps=accumulation, micro_batch_size=local,
+        node_size=node, max_seq_len=MAX_LEN, seed=seed, num_steps=num_steps,
     )  # fmt: skip
 
 

@@ -123,7 +123,8 @@ def assert_near(found: Gradients, expected: Gradients, rel: float) -> None:
 
 
 @given(
-    clip=st.sampled_from(list(CLIP_MODES)), rng=st.randoms(use_true_random=False), scale=st.sampled_from([None, 1.0, 3.7, 65536.0]),
+    clip=st.sampled_from(list(CLIP_MODES)), rng=st.randoms(use_true_random=False),
+    scale=st.sampled_from([None, 1.0, 3.7, 65536.0]),
     max_norm=st.floats(1e-4, 1e3), micro_batches=st.integers(1, 3),
     bucket_mb=st.one_of(st.floats(1e-6, 1e-3), st.lists(st.floats(1e-6, 1e-3), min_size=1, max_size=4)),
 )  # fmt: skip

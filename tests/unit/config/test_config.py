@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import pytest
@@ -338,10 +338,11 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
     assert "run.folder (str|none, default unset)" in text
 
 
+COLOURS = {"red": Choice("paints:red", "the warm one"), "blue": Choice("paints:blue", "the cold one")}
+
+
 class Colours(Section):
-    colour: one_of({"red": Choice("paints:red", "the warm one"), "blue": Choice("paints:blue", "the cold one")}) = (
-        Field("red", description="colour of the wall")
-    )  # type: ignore[valid-type]
+    colour: Annotated[str, one_of(COLOURS)] = Field("red", description="colour of the wall")
 
 
 def test_help_lists_the_names_of_a_table_with_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +358,7 @@ def test_help_lists_the_names_of_a_table_with_what_they_are(monkeypatch: pytest.
 def test_a_name_that_is_not_in_the_table_gets_the_nearest() -> None:
     with pytest.raises(UserError) as refused:
         validate(Colours, {"colour": "bleu"}, "wall.yaml")
-    assert str(refused.value) == "wall.yaml: colour: must be one of red, blue, not 'bleu'; did you mean blue?"
+    assert str(refused.value) == "wall.yaml: colour: must be one of 'red', 'blue' (did you mean blue?), got 'bleu'"
 
 
 @pytest.mark.parametrize("as_overrides", [False, True])

@@ -74,7 +74,7 @@ ALWAYS = {
     "optimizer": ["name", "lr", "beta1", "beta2", "eps", "weight_decay", "step_per_bucket", "use_apex"],
     "schedule": ["total_steps", "end_lr"],
     "train": [
-        "seed", "precision", "compile", "cuda_graphs", "max_steps", "warmup_batches", "log_every_steps", "max_skipped_steps",
+        "seed", "objective", "precision", "compile", "cuda_graphs", "max_steps", "warmup_batches", "log_every_steps", "max_skipped_steps",
         "deterministic",
     ],
     "evaluation": [

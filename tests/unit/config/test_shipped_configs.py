@@ -56,7 +56,7 @@ def test_config_loads_and_dry_runs(
         "imbalance mean",
         "no plan of these samples is below",
         "buckets",
-        "MiB in ready order",
+        "whole gradients or groups" if config.communication.bucket_mb == "auto" else "MiB in ready order",
         "clip groups",
     ):
         assert part in printed, part

@@ -239,7 +239,7 @@ def test_what_is_kept_is_what_the_estimate_says(dropout: float) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = hidden * 1.0
         for layer in model.layers:
-            out = layer(out, layout, find_backend("matmul"))
+            out = layer(out, layout, find_backend("matmul").compute)
     tokens, squared = sum(layout.lengths), sum(length**2 for length in layout.lengths)
     config = model.config
     expected = (
@@ -264,7 +264,7 @@ def test_what_the_plain_pieces_keep_is_what_the_estimate_says() -> None:
     out = torch.randn(sum(layout.lengths), 32, requires_grad=True) * 1.0
     with fused.turned_off(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for layer in model.layers:
-            out = layer(out, layout, "padded")
+            out = layer(out, layout, find_backend("padded").compute)
     expected = sum(layout.lengths) * activation_bytes_per_token(model.config, 4)
     assert sum(storages.values()) == pytest.approx(expected, rel=0.03)
 

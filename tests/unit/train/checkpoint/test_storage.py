@@ -20,6 +20,7 @@ from support.one_run import opened
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.report.schema import Line
 from bert_fast.run_folder import checkpoints_in
 from bert_fast.train.checkpoint import async_writer as saver_module
 from bert_fast.train.checkpoint import storage as module
@@ -491,8 +492,8 @@ def test_a_log_that_finds_the_disk_full_while_a_checkpoint_fills_it(
         if fails:
             raise UserError("checkpoint of step 1 was not written: disk full")
 
-    def write(_kind: str, step: int, _values: Any) -> None:
-        if step == 1:  # the log is written first
+    def write(line: Line) -> None:
+        if line.step == 1:  # the log is written first
             return
         full.set()
         raise OSError(errno.ENOSPC, "No space left on device")
