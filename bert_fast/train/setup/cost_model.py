@@ -25,7 +25,7 @@ _ROUNDS = 5
 
 
 def make_cost(config: Config) -> tuple[CostModel, str]:
-    """The config's cost model, or FLOPs of its model, and where it is from. A run with `balance.cost=measure` measures instead."""
+    """The config's cost model, or FLOPs of its model, and where it is from. Not for `balance.cost=measure`."""
     balance = config.balance
     if isinstance(balance.cost, CostCoefficients):
         return CostModel(balance.cost.linear, balance.cost.quadratic), "config"
