@@ -48,10 +48,8 @@ def sources(target: str) -> str:
     files = list(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     code = "".join(file.read_text(encoding="utf-8") for file in files)
     shared = [ROOT / "bert_fast/train/main.py", ROOT / "bert_fast/report/bench.py"]
-    shared += [
-        ROOT / f"{name.replace('.', '/')}.py"
-        for name in re.findall(r"^from (scripts[\w.]+) import", code, re.MULTILINE)
-    ]
+    imported = re.findall(r"^from (?:scripts\.)?(\w+\.[\w.]+) import", code, re.MULTILINE)
+    shared += [ROOT / f"scripts/{name.replace('.', '/')}.py" for name in imported]
     return code + "".join(file.read_text(encoding="utf-8") for file in shared if file.is_file())
 
 
