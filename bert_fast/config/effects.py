@@ -4,6 +4,8 @@
 from the machine, the data or the launcher, and not from the config alone. The number of ranks is no reason to refuse a setting:
 the config of a large run is also tried on one rank, where compression and timeouts have nothing to do.
 
+The same holds for the MLPerf log: `mlperf.enabled=false` switches it off, and what describes the submission stays in the file.
+
 Only a value that is not the default is refused. A config that was printed with all its defaults can therefore be read again.
 """
 
@@ -147,15 +149,6 @@ RULES = (
         lambda c: c.recovery.min_nodes is None or c.recovery.min_nodes <= c.system.num_nodes,
         "the ranks fill {c.system.num_nodes} node(s)",
         "set it to at most {c.system.num_nodes}",
-    ),
-    Rule(
-        tuple(
-            f"mlperf.{name}"
-            for name in ("division", "ruleset", "organization", "platform", "status", "poc_name", "poc_email")
-        ),
-        lambda c: c.mlperf.enabled,
-        "mlperf.enabled=false writes no MLPerf log",
-        "set mlperf.enabled=true",
     ),
 )
 

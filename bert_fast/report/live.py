@@ -18,7 +18,7 @@ from bert_fast.report import stragglers
 from bert_fast.report.console import seconds_text, sparkline
 from bert_fast.report.forecast import forecast
 from bert_fast.report.foreign_run import object_or_empty, read_config, read_hosts, read_line, read_object, read_record
-from bert_fast.report.schema import EVALUATION, SKIPPED, STEP
+from bert_fast.report.schema import EVALUATION, SKIPPED, STEP, Straggler
 from bert_fast.report.tail import Tail
 from bert_fast.run_folder import (
     CHECKPOINT_MANIFEST,
@@ -249,7 +249,7 @@ class RunWatch:
     def _overall(self, name: str) -> float | None:
         return self._sums[name] / self._sums["time_s"] if self._sums.get("time_s") else None
 
-    def _slow_text(self, worst: list[stragglers.Straggler]) -> str | None:
+    def _slow_text(self, worst: list[Straggler]) -> str | None:
         if self._tally.total is not None:
             return stragglers.text(worst, self.hosts, unit="log intervals")
         ranks = len((self.last or {}).get("compute_ms") or [])

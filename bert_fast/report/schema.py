@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from bert_fast.errors import UserError
 from bert_fast.foreign import parse_json, read_bounded, shown
-from bert_fast.report.stragglers import Straggler
 from bert_fast.run_folder import RECORD
 
 FORMAT = "bert_fast run 2"
@@ -292,6 +291,19 @@ class ComplianceRecord:
     def as_json(self) -> dict[str, Any]:
         """The record without what is None."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class Straggler(NamedTuple):
+    """A rank and what it cost; `is_slow` is the verdict by the rule of report.stragglers."""
+
+    rank: int
+    slowest: int  # steps in which it was the last
+    lost_s: float  # seconds that a rank waited for it on the mean
+    share: float  # of all time lost to waiting, of any rank
+    slowest_share: float  # of the steps
+    excess: float  # of its mean time over the mean of ranks, as a share of that mean
+    data_excess: float  # the part of `excess` that is waiting for data; 0 where it is not known
+    is_slow: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,25 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from bert_fast.report.schema import Straggler
+
 MIN_EXCESS = 0.02  # of the mean time over ranks
 _CHANCE = 1e-3  # that one of equal ranks is called slow for the number of steps in which it was last
-
-
-class Straggler(NamedTuple):
-    """A rank and what it cost; `is_slow` is the verdict by the module's rule."""
-
-    rank: int
-    slowest: int  # steps in which it was the last
-    lost_s: float  # seconds that a rank waited for it on the mean
-    share: float  # of all time lost to waiting, of any rank
-    slowest_share: float  # of the steps
-    excess: float  # of its mean time over the mean of ranks, as a share of that mean
-    data_excess: float  # the part of `excess` that is waiting for data; 0 where it is not known
-    is_slow: bool
 
 
 class Straggling:

@@ -39,7 +39,7 @@ def plan_step(
 ) -> PlannedStep:
     """Read a rank's batches of a plan from the store; `change` is made to the samples before they are laid out."""
     _ = plan.checksum  # is kept in the plan: where this runs in the background, no step waits for it
-    batches = planned_batches(store, plan, rank, config.balance.strategy, config.data.max_seq_len, change)
+    batches = planned_batches(store, plan, rank, config.data.max_seq_len, change)
     lengths = store.lengths[plan.ids].astype(np.int64)
     num_masked = int(store.num_masked[plan.ids].sum(dtype=np.int64))
     return PlannedStep(plan, batches, num_masked, int(lengths.sum()), int((lengths**2).sum()))
@@ -77,21 +77,21 @@ class StepLoader:
 
 
 def planned_batches(
-    store: Store, plan: Plan, rank: int, strategy: str, max_seq_len: int, change: Callable[[Batch], Batch] | None = None
+    store: Store, plan: Plan, rank: int, max_seq_len: int, change: Callable[[Batch], Batch] | None = None
 ) -> list[Batch]:
-    """The micro-batches of a rank in a step, laid out as the strategy has it. `change` is made to the samples before."""
+    """The micro-batches of a rank in a step, laid out as the plan has it. `change` is made to the samples before."""
     batches = []
     for part in plan.micro_batches(rank):
         batch = store.batch(plan.ids[part], keep_order=plan.rows is not None)
-        batches.append(lay_out(change(batch) if change else batch, plan, part, strategy, max_seq_len))
+        batches.append(lay_out(change(batch) if change else batch, plan, part, max_seq_len))
     return batches
 
 
-def lay_out(batch: Batch, plan: Plan, part: slice, strategy: str, max_seq_len: int) -> Batch:
-    """The micro-batch `part` of a plan with the padding of its strategy; most have none."""
+def lay_out(batch: Batch, plan: Plan, part: slice, max_seq_len: int) -> Batch:
+    """The micro-batch `part` of a plan with the padding of the plan's layout; most have none."""
     if plan.rows is not None:
         return in_rows(batch, plan.rows[part], plan.num_rows, max_seq_len)
-    return to_longest(batch) if strategy == "pad_to_longest" else batch
+    return to_longest(batch) if plan.layout == "longest" else batch
 
 
 def to_device(batch: Batch, device: torch.device, multiple: int = 1) -> BertInput:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bert_fast.communication.bucket_record import BucketRecord
 from bert_fast.communication.engine import Engine
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.rank_optimizer import RankOptimizer
-from bert_fast.train.setup.bucket_sizes import BucketRecord
 from bert_fast.train.step import Step
 
 

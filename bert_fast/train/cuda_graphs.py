@@ -18,16 +18,16 @@ from typing import Any, Protocol
 import torch
 
 from bert_fast.config import Config
+from bert_fast.config.choices import ATTENTION_BACKENDS
 from bert_fast.errors import UserError
 from bert_fast.integers import round_up
-from bert_fast.model.attention import SequenceLayout
+from bert_fast.model.attention import SequenceLayout, find_backend
 from bert_fast.model.bert import BertInput
 from bert_fast.trace import Trace
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.step import DeviceTimes, StepInput, StepResult, TrainStep, do_nothing
 
 _WARM_UP = 3  # steps before a capture, as torch's notes have it
-_BACKENDS = ("flash", "varlen", "torch_flash")  # those that read lengths from the device alone
 
 
 class Graph(Protocol):
@@ -47,9 +47,10 @@ class _Captured:
 def check_graphs(config: Config, device: torch.device, backend: str) -> None:
     """Refuse settings that cannot be captured. Raises UserError naming the one."""
     communication = config.communication
+    able = [name for name in ATTENTION_BACKENDS if find_backend(name).reads_lengths_on_device]
     for bad, what in (
         (device.type != "cuda", f"a CUDA device, this run is on {device.type}"),
-        (backend not in _BACKENDS, f"model.attention_backend={' or '.join(_BACKENDS)}, not {backend}"),
+        (backend not in able, f"model.attention_backend={' or '.join(able)}, not {backend}"),
         (communication.engine != "bucketed", f"communication.engine=bucketed, not {communication.engine}"),
         (communication.shard_optimizer, "communication.shard_optimizer=false"),
         (config.optimizer.step_per_bucket, "optimizer.step_per_bucket=false"),

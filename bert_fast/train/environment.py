@@ -19,7 +19,7 @@ from bert_fast.launch.binding import bind, is_bound_by_slurm
 from bert_fast.launch.machine_file import MachineFile, load_machine_file, nic_variables, set_variables
 from bert_fast.launch.rendezvous_check import check_rendezvous_address
 from bert_fast.launch.topology import format_cpulist, read_topology
-from bert_fast.train.setup.rendezvous import meet
+from bert_fast.train.rendezvous import meet
 
 
 @dataclass(frozen=True)

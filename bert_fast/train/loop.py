@@ -15,6 +15,7 @@ from bert_fast.errors import TrainingError, UserError
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.schema import SkippedLine
 from bert_fast.trace import span_or_nothing
+from bert_fast.train.alarms import Alarms
 from bert_fast.train.batches import PlannedStep, StepLoader
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 from bert_fast.train.checkpoint.checkpointer import Checkpointer
@@ -22,7 +23,6 @@ from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.collectives import broadcast_value
 from bert_fast.train.context import RunContext
 from bert_fast.train.evaluate import EvaluationRunner
-from bert_fast.train.health.alarms import Alarms
 from bert_fast.train.health.heartbeat import COMPUTE, DATA, GRADIENT_SYNC, LOGGING, METRICS_SYNC
 from bert_fast.train.health.nonfinite import NonfiniteWatch
 from bert_fast.train.health.step_errors import explain

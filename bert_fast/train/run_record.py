@@ -25,10 +25,10 @@ from bert_fast.report.schema import (
 )
 from bert_fast.report.stragglers import text
 from bert_fast.run_folder import PENDING_RECORD
-from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.complete import complete
 from bert_fast.train.context import RunContext
 from bert_fast.train.environment import describe
+from bert_fast.train.progress import Progress
 from bert_fast.train.run import RunSummary
 from bert_fast.train.telemetry.hardware import peak_memory
 

@@ -207,7 +207,7 @@ def _packed(config: Config, lengths: np.ndarray) -> list[Batch]:
         plan = planner.plan(number)
         (part,) = plan.micro_batches(0)
         batch = batch_of_lengths(lengths[plan.ids[part]], config.model.vocab_size, rng)
-        batches.append(lay_out(batch, plan, part, "packed", config.data.max_seq_len))
+        batches.append(lay_out(batch, plan, part, config.data.max_seq_len))
     return batches
 
 

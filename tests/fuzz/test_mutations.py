@@ -21,7 +21,7 @@ import pytest
 import torch
 from support.paths import ROOT
 
-from bert_fast.balance.cost import read_cost
+from bert_fast.balance.cost import CostModel, read_cost
 from bert_fast.config import Config
 from bert_fast.config.load import config_from_tree, load_config
 from bert_fast.data.formats.convert import export_store
@@ -35,12 +35,14 @@ from bert_fast.mlperf.score import score_folder
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained, save_pretrained
 from bert_fast.model.tensorflow_bundle import TensorBundle
-from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.checkpoint.resume import latest_valid_checkpoint, load_checkpoint, resume_key
 from bert_fast.train.checkpoint.snapshot import optimizer_counts, rank_state, slices_to_write
 from bert_fast.train.checkpoint.storage import as_bytes, write_checkpoint
+from bert_fast.train.checkpoint.train_state import TrainState
+from bert_fast.train.clock import Clock
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
+from bert_fast.train.progress import Progress
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.warmup import synthetic_input
 
@@ -168,9 +170,8 @@ def read_run_checkpoint(path: Path) -> None:
     random_state = torch.get_rng_state()
     try:
         found = latest_valid_checkpoint(folder, RANK, lambda _: None)
-        load_checkpoint(
-            found, resume_key(config, "a" * 64, "b" * 64), config, build(config, RANK), RANK, lambda _: None
-        )
+        state = TrainState(build(config, RANK), RANK, Clock(), CostModel(2.0, 0.5), "config")
+        load_checkpoint(found, resume_key(config, "a" * 64, "b" * 64), state, 0, lambda _: None)
     finally:
         torch.set_rng_state(random_state)
 
@@ -264,5 +265,5 @@ def test_a_checkpoint_of_another_form_is_one_line(name: str, value: object, orig
     shutil.copytree(originals / "checkpoints", tmp_path / "checkpoints")
     manifest = tmp_path / "checkpoints/step-00000001/complete.json"
     write_json(manifest, {**json.loads(manifest.read_text(encoding="utf-8")), name: value})
-    with pytest.raises(UserError, match=r"damaged \(complete\.json has no"):
+    with pytest.raises(UserError, match=r"damaged \(complete\.json(: state| has no)"):
         read_matching_run_checkpoint(manifest)

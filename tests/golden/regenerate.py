@@ -133,7 +133,7 @@ def losses(name: str, folder: Path) -> list[float]:
         planner = make_planner(config, store.lengths)
         curve = []
         for step in range(steps_of(name)):
-            batches = planned_batches(store, planner.plan(step), 0, config.balance.strategy, config.data.max_seq_len)
+            batches = planned_batches(store, planner.plan(step), 0, config.data.max_seq_len)
             masked = sum(len(batch.masked_labels) for batch in batches)
             inputs = [to_device(batch, torch.device("cpu"), config.batch.shape_multiple) for batch in batches]
             rate = learning_rate(step, config.optimizer.lr, config.schedule)

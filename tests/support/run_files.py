@@ -25,9 +25,9 @@ from bert_fast.report.schema import (
     RunRecord,
     StepLine,
     StoreRecord,
+    Straggler,
     TimeSplit,
 )
-from bert_fast.report.stragglers import Straggler
 from bert_fast.run_folder import METRICS_LINES, RECORD
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.config import Config, as_plain
+from bert_fast.config.choices import STRATEGIES
 from bert_fast.errors import UserError
 from bert_fast.run_folder import checkpoints_in
-from bert_fast.train.checkpoint.storage import read_description, remove_partial, verify_checkpoint
+from bert_fast.train.checkpoint.storage import OtherFormatError, read_description, remove_partial, verify_checkpoint
 from bert_fast.train.checkpoint.train_state import TrainState, parse_description
 from bert_fast.train.collectives import broadcast_value, gather_floats
 from bert_fast.train.environment import Environment
@@ -46,10 +47,9 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
         for name, value in values.items()
         if not any(fnmatch.fnmatch(f"{section}.{name}", pattern) for pattern in MAY_CHANGE)
     }
-    if config.balance.strategy == "stratified_presort":  # draws by rank, so its samples follow from who there is
-        settings["samples of a rank (stratified_presort)"] = (
-            config.batch.micro_batch_size * config.batch.gradient_accumulation_steps
-        )
+    strategy = config.balance.strategy
+    if STRATEGIES[strategy].draws_by_rank:  # its samples follow from the number of ranks
+        settings[f"samples per rank ({strategy})"] = config.batch.samples_per_rank
     return {
         "settings": json.loads(json.dumps(settings)),
         "model": _hash({name: value for name, value in settings.items() if name.startswith("model.")}),
@@ -82,7 +82,7 @@ def latest_valid_checkpoint(folder: Path, environment: Environment, log: Callabl
     """The newest checkpoint whose files are as they were written; names those are not. A collective.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint, or the newest is of another format.
     """
     if environment.is_main:
         remove_partial(folder)
@@ -90,12 +90,19 @@ def latest_valid_checkpoint(folder: Path, environment: Environment, log: Callabl
     names = broadcast_value([path.name for path in reversed(checkpoints_in(folder))])
     damaged = []
     for path in (folder / name for name in names):
-        wrong = verify_checkpoint(path, environment.rank, environment.world_size)
-        bad = gather_floats([float(wrong is not None)], environment.device)[:, 0]
-        if not bad.any():
+        wrong, other_format = None, None
+        try:
+            wrong = verify_checkpoint(path, environment.rank, environment.world_size)
+        except OtherFormatError as error:
+            other_format = str(error)
+        flags = gather_floats([float(wrong is not None), float(other_format is not None)], environment.device)
+        if flags[:, 1].any():  # an earlier one will be of that format too
+            rank = int(flags[:, 1].argmax())
+            raise UserError(other_format or f"rank {rank} finds checkpoint {path} to be of another format")
+        if not flags[:, 0].any():
             return path
-        ranks = [rank for rank, flag in enumerate(bad) if flag]
-        damaged.append(f"checkpoint {path} is damaged ({wrong or f'found by rank {ranks[0]}'})")
+        rank = int(flags[:, 0].argmax())
+        damaged.append(f"checkpoint {path} is damaged ({wrong or f'found by rank {rank}'})")
         log(f"warning: {damaged[-1]}; looking for an earlier one")
     if not damaged:
         raise UserError(f"--resume: {folder} has no complete checkpoint; start the run without --resume")

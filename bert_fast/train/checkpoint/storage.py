@@ -311,8 +311,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+class OtherFormatError(UserError):
+    """A checkpoint is whole, and of a format that this code does not read."""
+
+
 def read_description(path: Path) -> dict[str, Any]:
-    """complete.json. Raises UserError where it is no checkpoint of this format."""
+    """complete.json.
+
+    Raises:
+        OtherFormatError: it is of another format.
+        UserError: it is damaged.
+    """
     try:
         description: dict[str, Any] = json.loads((path / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -320,7 +329,7 @@ def read_description(path: Path) -> dict[str, Any]:
     found = description.get("format", _BEFORE_THE_RENAMING[0])
     if found != FORMAT:
         age = ", written before settings were renamed," if found in _BEFORE_THE_RENAMING else ""
-        raise UserError(
+        raise OtherFormatError(
             f"checkpoint {path} is of format {found!r}{age} and this code reads {FORMAT!r}; resume with the code that wrote "
             "it, or start a new run. A new run can start from the weights of this one only if it saved its final model: "
             "checkpoint.init_from=RUN/model"
@@ -329,7 +338,11 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(path: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files (every `world`-th), by size and hash; None if nothing."""
+    """What is wrong with this rank's share of a checkpoint's files (every `world`-th), by size and hash; None if nothing.
+
+    Raises:
+        OtherFormatError: it is of another format.
+    """
     try:
         description = read_description(path)
         if description.pop("sha256") != _body_hash(description):
@@ -343,6 +356,8 @@ def verify_checkpoint(path: Path, rank: int = 0, world: int = 1) -> str | None:
                 return f"{name} has {file.stat().st_size:,} bytes of {files[name]['bytes']:,}"
             if sha256_of(file) != files[name]["sha256"]:
                 return f"{name} has changed since it was written"
+    except OtherFormatError:
+        raise
     except UserError as error:
         return str(error)
     except (OSError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What changes in a run, as one object: a checkpoint is its `state_dict` and its tensors. The only place that names their keys."""
+"""What changes in a run, as one object: a checkpoint is its `state_dict` and its tensors. No other module names their keys."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.errors import UserError
-from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.checkpoint.snapshot import load_tensors, optimizer_counts, rank_state, slices_to_write
 from bert_fast.train.checkpoint.storage import TensorSlice
 from bert_fast.train.clock import Clock
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment, seed_ranks
+from bert_fast.train.progress import Progress
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=1 << 62)]

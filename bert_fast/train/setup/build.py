@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bert_fast.communication.bucket_record import BucketRecord, ends_of_record
 from bert_fast.communication.buckets import (
     GradientLayout,
     Ordering,
@@ -36,7 +37,7 @@ from bert_fast.train.cuda_graphs import CudaGraphStep, capture_on_cuda, check_gr
 from bert_fast.train.environment import Environment, seed_ranks
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.rank_optimizer import RankOptimizer
-from bert_fast.train.setup.bucket_sizes import BucketRecord, ends_of_record, measure_and_plan
+from bert_fast.train.setup.bucket_sizes import measure_and_plan
 from bert_fast.train.setup.consistency import check_layout, check_parameters
 from bert_fast.train.setup.warmup import synthetic_loss, warm_up
 from bert_fast.train.step import TrainStep

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.collectives import gather_floats
 from bert_fast.train.environment import Environment
+from bert_fast.train.progress import Progress
 from bert_fast.train.telemetry.energy_meter import EnergyMeter
 
 Joules = list[float | None]  # of GPUs, of CPUs and memory; None: some node could not read its own

@@ -12,11 +12,11 @@ from bert_fast.balance.cost import CostModel
 from bert_fast.balance.planner import Plan
 from bert_fast.report.schema import ClipRecord, StepLine
 from bert_fast.report.stragglers import StragglerTally
-from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
 from bert_fast.train.collectives import gather_floats
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
+from bert_fast.train.progress import Progress
 from bert_fast.train.step import StepResult
 
 _COST_ROWS = 64  # measurements of cost in a log line (at least one of every rank)

@@ -60,7 +60,7 @@ class Bench:
         (part,) = plan.micro_batches(rank)
         lengths = planner.lengths_of(plan)[part]
         batch = self._batch(lengths if plan.rows is not None else np.sort(lengths)[::-1])
-        return self._to_device(lay_out(batch, plan, part, strategy, MAX_LEN))
+        return self._to_device(lay_out(batch, plan, part, MAX_LEN))
 
     def _batch(self, lengths: np.ndarray) -> Batch:
         return batch_of_lengths(lengths, self._vocab, np.random.default_rng(len(lengths)))

@@ -48,13 +48,6 @@ CASES = [
     ("run.profile=true", ["run.profile_after=5"], ["run.profile_after=6"], "lower run.profile_after"),
     ("system.master_port=4711", ["system.ranks_per_node=1"], TWO_NODES, "on 2 nodes, .*; export MASTER_PORT"),
     ("recovery.min_nodes=1", TWO_NODES, ["recovery.min_nodes=2"], "fill 1 node.*set it to at most 1"),
-    ("mlperf.division=closed", [LOGGED, "optimizer.name=lamb"], ["optimizer.name=lamb"], "writes no MLPerf log"),
-    ("mlperf.ruleset=4.1.0", [LOGGED], [], "writes no MLPerf log; set mlperf.enabled=true"),
-    ("mlperf.organization=x", [LOGGED], [], "writes no MLPerf log"),
-    ("mlperf.platform=x", [LOGGED], [], "writes no MLPerf log"),
-    ("mlperf.status=cloud", [LOGGED], [], "writes no MLPerf log"),
-    ("mlperf.poc_name=x", [LOGGED], [], "writes no MLPerf log"),
-    ("mlperf.poc_email=x@y.z", [LOGGED], [], "writes no MLPerf log"),
 ]  # fmt: skip
 
 # Every other setting has an effect in every run, or may have one: that follows from the machine, the data or the launcher
@@ -85,7 +78,10 @@ ALWAYS = {
     "system": ["device", "world_size", "ranks_per_node", "threads_per_rank", "bind_cores", "machine_file", "preflight"],
     # A job under Slurm replaces a node that does not answer at its first start too, without any restart
     "recovery": ["max_restarts", "spare_nodes"],
-    "mlperf": ["enabled", "clear_caches"],  # caches are dropped without a log too
+    # A switch: what describes the submission stays in the file where the log is switched off
+    "mlperf": [
+        "enabled", "division", "ruleset", "organization", "platform", "status", "poc_name", "poc_email", "clear_caches",
+    ],
 }  # fmt: skip
 
 
@@ -124,9 +120,9 @@ def test_a_config_with_all_its_defaults_loads(make_config: Callable[..., Config]
 def test_all_idle_settings_are_named_on_one_line(make_config: Callable[..., Config]) -> None:
     with pytest.raises(UserError) as refused:
         make_config(
-            "balance.num_packs=4", "mlperf.platform=x", "communication.clip_groups={a: x}", "communication.clip=none"
+            "balance.num_packs=4", "run.profile_after=9", "communication.clip_groups={a: x}", "communication.clip=none"
         )
     text = str(refused.value)
-    for part in ("balance.num_packs=4 has", "mlperf.platform=x has", 'communication.clip_groups={"a": "x"} has'):
+    for part in ("balance.num_packs=4 has", "run.profile_after=9 has", 'communication.clip_groups={"a": "x"} has'):
         assert part in text
     assert "\n" not in text

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from support.paths import ROOT
+from support.run_files import run_record
 
 from bert_fast.config import Config
 from bert_fast.config.load import config_from_tree, load_config
@@ -30,6 +31,7 @@ from bert_fast.launch.slurm import (
     rendezvous_address,
     srun_command,
 )
+from bert_fast.report.schema import TARGET_MISSED
 
 VARIABLES = {"SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node[1-2]"}
 
@@ -62,7 +64,7 @@ def save():
     (folder / "checkpoints/step-00000005").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints/step-00000005/complete.json").write_text("{}")
 if what in ("finish", "missed"):
-    (folder / "metrics.json").write_text(json.dumps({"status": "success" if what == "finish" else "target not reached"}))
+    (folder / "metrics.json").write_text((here / what).read_text())
     sys.exit(what == "missed")
 if what == "checkpoint":
     save()
@@ -117,6 +119,8 @@ class Desk:
             path = folder / "bin" / name
             path.write_text(f"#!{sys.executable} -IS\n{text}", encoding="utf-8")
             path.chmod(0o755)
+        for name, status in (("finish", "success"), ("missed", TARGET_MISSED)):
+            self.put(**{name: json.dumps(run_record(status=status).as_json())})
         self.put(nodes="localhost\nnode2", plan="finish", dead="", job="JobState=CANCELLED PreemptTime=None")
         self.config()
 
@@ -514,6 +518,13 @@ def test_the_number_of_runs_is_bounded(desk: Desk) -> None:
     code, output = desk.run("--runs", "9" * 20)
     assert code == ExitCode.USER_ERROR
     assert output.splitlines()[-1].endswith("--runs: 99999999999999999999 is not between 0 and 1,000,000")
+
+
+def test_the_host_of_the_supervisor_needs_few_packages() -> None:
+    """slurm/README.md names them: it is the batch script's Python, perhaps not that of the ranks in their container."""
+    code = "import sys, bert_fast.launch.supervise; print(*sorted({'numpy', 'scipy', 'torch', 'rich'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (ExitCode.OK, "\n"), done.stderr
 
 
 def test_every_start_of_the_ranks_gets_a_secret_that_is_on_no_command_line(desk: Desk) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bert_fast.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer, has_decay
@@ -322,6 +323,22 @@ def test_adamw_is_torchs_with_decoupled_decay() -> None:
     optimizer.step()
     for name, weight in random_weights().items():
         np.testing.assert_allclose(parameters[name].detach(), weight * (0.95 if has_decay(name) else 1.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_says_what_its_state_is(name: str) -> None:
+    """What checkpoints and sharding go by."""
+    parameters = {name: nn.Parameter(torch.tensor(w)) for name, w in random_weights().items()}
+    optimizer = build_optimizer(parameters.items(), OptimizerConfig(name=name))
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter in parameters.values():
+        state = dict(optimizer.state[parameter])
+        step = state.pop("step", None)
+        assert (step if step is None else step.dtype) == optimizer.step_dtype
+        assert tuple(state) == optimizer.state_names
+        assert all(value.shape == parameter.shape for value in state.values())
 
 
 def test_apex_that_is_not_installed_says_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:

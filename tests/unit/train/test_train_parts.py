@@ -28,13 +28,13 @@ from bert_fast.run_folder import check_folder, create_folder, run_folder
 from bert_fast.train import clock as clock_module
 from bert_fast.train import main as entry
 from bert_fast.train.batches import planned_batches, to_device
-from bert_fast.train.checkpoint.progress import Progress
 from bert_fast.train.clock import Clock
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment, join, pick_device, pick_dtype, seed_ranks
 from bert_fast.train.evaluate import Evaluator, _shard
 from bert_fast.train.health.signals import HANDLED, StopFlag
 from bert_fast.train.loss_scale import LossScale
+from bert_fast.train.progress import Progress
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.setup.inputs import check_inputs
@@ -492,7 +492,7 @@ def test_evaluation_equals_one_sample_at_a_time(
 def step_input(config: Config, step: int = 0) -> StepInput:
     store = Store(config.data.train)
     plan = make_planner(config, store.lengths).plan(step)
-    batches = planned_batches(store, plan, 0, config.balance.strategy, config.data.max_seq_len)
+    batches = planned_batches(store, plan, 0, config.data.max_seq_len)
     masked = sum(len(batch.masked_labels) for batch in batches)
     inputs = [to_device(batch, CPU, config.batch.shape_multiple) for batch in batches]
     return StepInput(inputs, masked, config.batch.global_batch_size)

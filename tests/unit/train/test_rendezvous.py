@@ -20,8 +20,8 @@ from bert_fast.errors import LostRankError, UserError
 from bert_fast.launch import mpi
 from bert_fast.launch.rendezvous_check import on_one_machine
 from bert_fast.train import collectives as exchange
-from bert_fast.train.setup import rendezvous as meeting
-from bert_fast.train.setup.rendezvous import known_to_each_other
+from bert_fast.train import rendezvous as meeting
+from bert_fast.train.rendezvous import known_to_each_other
 
 SECRET = b"of the job"
 
