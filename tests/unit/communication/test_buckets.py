@@ -105,8 +105,8 @@ def test_layout_says_whether_groups_are_runs_of_the_ready_order() -> None:
     """What engine `ddp` needs for clipping by groups: its buckets follow the ready order."""
     settings: dict[str, Any] = {"clip_groups": {"a": "^a", "b": "^b"}, "bucket_mb": 1.0, "whole_groups": True}
     names = ["a.x", "b.x", "a.y", "b.y"]
-    assert plan_layout(names, [1] * 4, [0, 2, 1, 3], **settings).in_ready_order
-    assert not plan_layout(names, [1] * 4, [0, 1, 2, 3], **settings).in_ready_order
+    assert plan_layout(names, [1] * 4, [0, 2, 1, 3], **settings).ordering.in_ready_order
+    assert not plan_layout(names, [1] * 4, [0, 1, 2, 3], **settings).ordering.in_ready_order
 
 
 def test_without_whole_groups_ready_order_of_single_tensors_is_kept_inside_groups() -> None:
