@@ -13,14 +13,15 @@ from bert_fast.model.tensorflow_bundle import is_bundle
 
 def check_inputs(config: Config) -> None:
     """Things to find missing before ranks are started: only looks whether files are there."""
-    for split, folder in (("train", config.data.train), ("eval", config.evaluation.data)):
+    stores = (("data.train", "train", config.data.train), ("evaluation.data", "eval", config.evaluation.data))
+    for field, split, folder in stores:
         if not (Path(folder) / "manifest.json").is_file():
             if (Path(folder) / split / "manifest.json").is_file():
                 raise UserError(
-                    f"{folder} (data.{split}) holds stores and is none; set data.{split}={Path(folder) / split}"
+                    f"{folder} ({field}) holds stores and is not one itself; set {field}={Path(folder) / split}"
                 )
             raise UserError(
-                f"no data at {folder} (data.{split}); make it with the prepare_data.py command at the top of the "
+                f"no data at {folder} ({field}); make it with the prepare_data.py command at the top of the "
                 "config file, or `make data` for the mini benchmark"
             )
     if isinstance(config.balance.cost, str) and config.balance.cost not in ("flops", "measure"):
