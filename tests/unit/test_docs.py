@@ -30,6 +30,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_named_files_exist(page: Path) -> None:
+    """Paths from the root in backticks; those in capitals or with a star are patterns."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:bert_fast|scripts|tests|configs|docs|results|slurm|assets)/[a-z0-9_./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def commands(page: Path) -> Iterator[tuple[str, str]]:
     """(script or module, the whole command) of each command in a page, in a block or in backticks."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
