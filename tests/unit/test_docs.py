@@ -121,12 +121,12 @@ FIGURES = [
     ("slowest of 1,024 ranks over the mean with random", "balance/step", "metrics:measured/random/max_over_mean"),
     ("slowest of 1,024 ranks over the mean, balanced", "balance/step", "metrics:measured/balanced/max_over_mean"),
     ("communication hidden behind", "overlap/layers-200mbit", "metrics:200mbit/1/ddp_default/hidden_share"),
-    ("communication hidden by our", "overlap/layers-200mbit", "metrics:200mbit/1/auto/hidden_share"),
+    ("communication hidden by ours", "overlap/layers-200mbit", "metrics:200mbit/1/auto/hidden_share"),
     ("the same with weights", "overlap/layers-200mbit", "metrics:200mbit/1/auto_shadow/hidden_share"),
     ("ranks killed at a random moment", "faults/drill", "figures:kills"),
     ("of these, recovered", "faults/drill", "figures:recovered_exactly"),
     ("how long training waits for a checkpoint", "faults/drill", "figures:checkpoint_stall_share"),
-    ("import of MLPerf's samples", "import/import", "metrics:import_samples_per_s"),
+    ("samples of MLPerf's files imported", "import/import", "metrics:import_samples_per_s"),
 ]
 
 
