@@ -97,13 +97,13 @@ class Engine(ABC):
         """Whether each rank updates a part of the weights only."""
         return False
 
-    def share_sums(self, sums: torch.Tensor) -> None:
+    def share_sums(self, sums: torch.Tensor) -> None:  # noqa: B027  # most engines hold whole parameters
         """Add `sums` over the ranks that hold parts of the same parameters, in place. A collective where it is sharded."""
 
-    def gather_weights(self) -> None:
+    def gather_weights(self) -> None:  # noqa: B027  # a no-op where all ranks update all
         """After the update: start to send the weights that other ranks need. Nothing to do where all ranks update all."""
 
-    def wait_pending(self) -> None:
+    def wait_pending(self) -> None:  # noqa: B027  # a no-op where nothing outlasts a step
         """Wait for what goes on beyond a step: afterwards weights may be read. Nothing goes on by default."""
 
     def set_trace(self, trace: Trace | None) -> None:

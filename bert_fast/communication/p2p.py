@@ -1,4 +1,4 @@
-"""Point-to-point transfers between all ranks for gloo, whose own reduce-scatter and all-gather do not use a link in both directions.
+"""Point-to-point transfers between all ranks, for gloo: its own reduce-scatter and all-gather use a link in one direction.
 
 A gloo message of a few MiB makes the peer's answer that it may send wait behind it, so that one direction works after the
 other: measured on a 200 Mbit/s link, 1.7 times as long for an all-to-all and 1.5 times for an all-gather. Here every rank

@@ -35,7 +35,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Reads its shard once, keeps it on the device, evaluates it as often as asked."""
+    """Reads its shard once, keeps it on the device, evaluates it as often as asked.
+
+    batches: this rank's samples, like lengths together
+    """
 
     def __init__(
         self,
@@ -50,9 +53,9 @@ class Evaluator:
         lengths = np.asarray(store.lengths[:total])
         self._num_samples = total
         self._num_masked = int(np.asarray(store.num_masked[:total]).sum(dtype=np.int64))
-        mine = _shard(cost(lengths), environment.world_size)[environment.rank]
+        mine = shard_samples(cost(lengths), environment.world_size)[environment.rank]
         mine = mine[np.argsort(-lengths[mine], kind="stable")]  # like lengths together
-        self._batches: list[BertInput] = [
+        self.batches: list[BertInput] = [
             to_device(store.batch(mine[start : start + config.batch_size]), environment.device, shape_multiple)
             for start in range(0, len(mine), config.batch_size)
         ]
@@ -75,7 +78,7 @@ class Evaluator:
         was_training = model.training
         model.eval()
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
-            for batch in self._batches:
+            for batch in self.batches:
                 on_batch()
                 losses = model(batch, with_accuracy=True)
                 sums += torch.stack([x.double() for x in losses])
@@ -168,8 +171,8 @@ class EvaluationRunner:
         )
 
 
-def _shard(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:
-    """Every sample on exactly one rank: the balanced deal for whole rows, the rest one each."""
+def shard_samples(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+    """Samples of each rank, int64, every sample on exactly one: the balanced assignment for whole rows, the rest one each."""
     whole = len(costs) // num_ranks * num_ranks
     rest = np.arange(whole, len(costs))
     rows = karmarkar_karp(costs[:whole], num_ranks) if whole else np.zeros((num_ranks, 0), np.int64)

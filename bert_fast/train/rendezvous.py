@@ -30,11 +30,11 @@ _LOOK_S = 1.0  # between two looks of rank 0 at who else came
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def meet(rank: int, world: int, timeout_s: float, say: Callable[[str], None]) -> dist.Store:
+def meet(rank: int, world: int, timeout_s: float, log: Callable[[str], None]) -> dist.Store:
     """Come to where the ranks meet; the store that they share. A collective.
 
     Args:
-        say: takes a line about a process that is none of them.
+        log: takes a line about a process that is none of them.
 
     Raises:
         UserError: the port is taken; this process, or the one that holds the store, does not have the job's secret.
@@ -56,7 +56,7 @@ def meet(rank: int, world: int, timeout_s: float, say: Callable[[str], None]) ->
     try:
         store = _store(rank, world, timeout)
         secret = os.environ.get(SECRET, "").encode()
-        return known_to_each_other(store, secret, rank, world, timeout_s, say)
+        return known_to_each_other(store, secret, rank, world, timeout_s, log)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         text = str(error).splitlines()[0]
         if "in use" in text.lower():
@@ -99,7 +99,7 @@ def _port_in_use() -> UserError:
 
 
 def known_to_each_other(
-    store: dist.Store, secret: bytes, rank: int, world: int, timeout_s: float, say: Callable[[str], None]
+    store: dist.Store, secret: bytes, rank: int, world: int, timeout_s: float, log: Callable[[str], None]
 ) -> dist.Store:
     """Show the secret, and see that the others have it. A collective of a few small messages a rank.
 
@@ -135,7 +135,7 @@ def known_to_each_other(
             looked = time.monotonic()
             for other, stranger in _strangers(store, key, world):
                 if stranger not in named:
-                    say(f"warning: {stranger} came as rank {other} without this job's secret ({SECRET}): it is refused")
+                    log(f"warning: {stranger} came as rank {other} without this job's secret ({SECRET}): it is refused")
                     named.add(stranger)
         if time.monotonic() > deadline:
             raise _not_all_here(store, key, rank, world, timeout_s)

@@ -74,7 +74,7 @@ def arm_write(fault: dict[str, Any]) -> None:
     fsync = os.fsync
 
     def silent(handle: Any) -> None:
-        if threading.current_thread().name == "saver" and Path(fault["once"]).exists():
+        if threading.current_thread().name == "checkpoint-writer" and Path(fault["once"]).exists():
             os.unlink(fault["once"])
             happen({**fault, "action": "hang"}, None)
         fsync(handle)

@@ -12,33 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from support.rank_pool import RankPool
+from support.steps import cpu_rank
 from support.tiny_task import config_over
 from support.training_run import Workspace
 
+from bert_fast.balance.planner import Planner
 from bert_fast.config import sections
 from bert_fast.config.load import config_from_tree
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.errors import UserError
+from bert_fast.run_folder import CHECKPOINTS, checkpoints_in
+from bert_fast.train import run as run_phases
 from bert_fast.train.checkpoint.resume import MAY_CHANGE
-from bert_fast.train.environment import Environment
-from bert_fast.train.loop import Run
+from bert_fast.train.checkpoint.train_state import TrainState
+from bert_fast.train.context import open_context
 from bert_fast.train.setup.consistency import MAY_DIFFER, check_config, check_parameters
+from bert_fast.train.setup.cost_model import make_planner
 
 pytestmark = pytest.mark.distributed
 
 Pools = Callable[[int], RankPool]
 
 
-def environment_of(rank: int, world: int) -> Environment:
-    return Environment(rank, rank, world, torch.device("cpu"), torch.float32)
-
-
 def compare_parameters(rank: int, world: int, of_ranks: list[list[tuple[str, list[int]]]]) -> str | None:
     try:
-        check_parameters(of_ranks[rank], environment_of(rank, world))
+        check_parameters(of_ranks[rank], cpu_rank(rank, world))
     except UserError as error:
         return str(error)
     return None
@@ -69,27 +69,34 @@ def test_other_parameters_are_named(pool: Pools, last: list[tuple[str, list[int]
 
 def start(rank: int, world: int, trees: list[dict[str, Any]], strays_at: int | None = None) -> dict[str, Any]:
     """A run of this rank: how it ended, and after how many steps. From step `strays_at`, rank 1 draws other samples."""
-    run = Run(config_from_tree(trees[rank]), environment_of(rank, world), False, time.time(), on_lost=print)
-    if strays_at is not None and rank == 1:
-        plan_of = run._make_batches
+    states: list[TrainState] = []
 
-        def other(step: int) -> Any:
-            if step == strays_at:
-                drawn = run.planner.draw
-                run.planner.draw = lambda step: drawn(step + 1)
-            return plan_of(step)
+    def remembered(*arguments: Any) -> TrainState:
+        states.append(TrainState(*arguments))
+        return states[0]
 
-        run._make_batches = other
-    text = None
-    try:
-        run.execute()
-    except UserError as error:
-        text = str(error)
-    finally:
-        run.metrics.close()
-        run.heartbeat.stop()
-        dist.barrier()
-    return {"error": text, "steps": run.progress.step, "saved": len(list(run.folder.glob("checkpoints/step-*")))}
+    def straying(*arguments: Any) -> Planner:
+        planner = make_planner(*arguments)
+        drawn = planner.draw
+        if strays_at is not None and rank == 1:
+            planner.draw = lambda step: drawn(step + (step >= strays_at))  # type: ignore[method-assign]
+        return planner
+
+    text, config = None, config_from_tree(trees[rank])
+    context = open_context(config, cpu_rank(rank, world), resume=False, on_lost=print)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_phases, "TrainState", remembered)
+        patch.setattr(run_phases, "make_planner", straying)
+        try:
+            run_phases.run(context, time.time())
+        except UserError as error:
+            text = str(error)
+        finally:
+            context.stop.restore()
+            context.close()
+            dist.barrier()
+    steps = states[0].progress.step if states else 0
+    return {"error": text, "steps": steps, "saved": len(checkpoints_in(context.folder / CHECKPOINTS))}
 
 
 def trees_of(store: Path, folder: Path) -> list[dict[str, Any]]:
@@ -157,6 +164,7 @@ def test_another_store_on_one_rank_is_named(pool: Pools, tiny_store: Path, tmp_p
     split, change, text = STORES[case]
     section, field = ("data", "train") if split == "train" else ("evaluation", "data")
     trees = trees_of(tiny_store, tmp_path / "run")
+    section, field = ("data", "train") if split == "train" else ("evaluation", "data")
     trees[0][section][field] = change_store(tiny_store / split, tmp_path / "first")
     trees[1][section][field] = change_store(tiny_store / split, tmp_path / "other", **change)
     refused(pool(2).call(start, trees), text)
@@ -191,7 +199,7 @@ def test_a_rank_that_resumes_alone_is_named(pool: Pools, tiny_store: Path, tmp_p
 
 def compare_resume(rank: int, world: int, tree: dict[str, Any]) -> str | None:
     try:
-        check_config(config_from_tree(tree), rank == 1, environment_of(rank, world))
+        check_config(config_from_tree(tree), rank == 1, cpu_rank(rank, world))
     except UserError as error:
         return str(error)
     return None
@@ -293,4 +301,7 @@ def test_a_list_of_buckets_that_does_not_cover_the_model_is_said(workspace: Work
     assert "communication.bucket_mb lists 2 sizes and the model fills 3 buckets: the last size repeats" in run.stdout
     code, run = workspace.run("run.folder=long", "communication.bucket_mb=[0.02,100,5,5]", *settings)
     assert code == 0, run.stderr
-    assert "communication.bucket_mb lists 4 sizes and the model fills 2 buckets: the others are not used" in run.stdout
+    assert (
+        "communication.bucket_mb lists 4 sizes and the model fills 2 buckets: the other sizes are not used"
+        in run.stdout
+    )

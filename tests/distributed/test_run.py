@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.clockwork import LINEAR, QUADRATIC, clockwork
+from support.rank_pool import RankPool
+from support.steps import cpu_rank
+from support.tiny_training import make_config as tiny_config
 from support.training_run import TORCHRUN, TrainingRun, Workspace, lines
 
+from bert_fast.config import Config
 from bert_fast.config.load import load_config
 from bert_fast.exit_codes import ExitCode
 from bert_fast.mlperf.compliance import check_log
 from bert_fast.train.environment import Environment
+from bert_fast.train.setup.build import build
+from bert_fast.train.setup.cost_model import fit_cost_model
 from bert_fast.train.telemetry.hardware import matmul_peak
 
 pytestmark = pytest.mark.distributed
@@ -122,7 +130,8 @@ def test_torchrun_trains_the_same(to_target: Path, workspace: Workspace) -> None
 def missed(workspace: Workspace) -> tuple[Path, TrainingRun]:
     """A run with LAMB and accumulation whose target is out of reach."""
     code, run = workspace.run(
-        "run.folder=missed", "evaluation.target_accuracy=0.99", "train.max_steps=12", "optimizer.name=lamb", "optimizer.lr=0.03",
+        "run.folder=missed", "evaluation.target_accuracy=0.99", "train.max_steps=12", "optimizer.name=lamb",
+        "optimizer.lr=0.03",
         "batch.micro_batch_size=4", "batch.gradient_accumulation_steps=2", "evaluation.every_samples=64",
     )  # fmt: skip
     assert code == ExitCode.TARGET_MISSED, run.stderr
@@ -178,19 +187,17 @@ def test_cost_model_is_stored_with_the_run(to_target: Path) -> None:
     assert record_of(to_target)["cost"] == cost["planned_with"]
 
 
-def test_cost_model_fitted_before_the_clock_plans_the_run_and_the_next(workspace: Workspace) -> None:
-    code, run = workspace.run("run.folder=fitted", "balance.cost=measure", "train.max_steps=4")
-    if code == ExitCode.TRAINING_ERROR and "balance.cost=measure" in run.stderr:  # a busy machine: times that say nothing are refused
-        pytest.skip(run.stderr)
-    assert code == ExitCode.OK, run.stderr
-    cost = json.loads((workspace.folder / "fitted/cost.json").read_text(encoding="utf-8"))["planned_with"]
-    assert cost["source"].startswith("warm-up fit")
-    assert cost["linear"] > 0
-    code, run = workspace.run("run.folder=next", "balance.cost=fitted/cost.json", "train.max_steps=4")
-    assert code == ExitCode.OK, run.stderr
-    again = json.loads((workspace.folder / "next/cost.json").read_text(encoding="utf-8"))["planned_with"]
-    assert (again["linear"], again["quadratic"]) == (cost["linear"], cost["quadratic"])
-    assert again["source"] == "file fitted/cost.json"
+def fitted(rank: int, world: int, config: Config) -> tuple[float, float]:
+    """What this rank fits, where every rank has times of its own."""
+    environment = cpu_rank(rank, world)
+    fit = fit_cost_model(config, environment, build(config, environment), clockwork)
+    return fit.linear, fit.quadratic
+
+
+def test_all_ranks_plan_with_one_fit_of_all_their_times(pool: Callable[[int], RankPool], tiny_store: Path) -> None:
+    fits = pool(2).call(fitted, tiny_config(tiny_store, 2))
+    assert fits[0] == fits[1]
+    assert fits[0] == pytest.approx((1.05 * LINEAR, 1.05 * QUADRATIC), rel=1e-6), "the second rank is a tenth slower"
 
 
 @pytest.mark.parametrize("strategy", ["pad_to_longest", "stratified_presort", "packed"])

@@ -30,10 +30,11 @@ from bert_fast.config.load import config_from_tree
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import merge_parts, write_part
 from bert_fast.model.bert import BertForPretraining, BertInput
-from bert_fast.train.batches import batch_of_lengths, synthetic_batch, to_device
+from bert_fast.train.batches import batch_of_lengths, plan_step, synthetic_batch, to_device
+from bert_fast.train.context import open_context
 from bert_fast.train.environment import Environment
 from bert_fast.train.evaluate import Evaluator
-from bert_fast.train.loop import Run
+from bert_fast.train.run import open_data, prepare
 from bert_fast.train.setup.build import build, build_model, make_layout
 from bert_fast.train.setup.cost_model import make_planner
 from bert_fast.train.step import StepInput
@@ -256,7 +257,7 @@ def planned_step(config: Config) -> dict[str, Any]:
     after = torch.cat([p.detach().ravel() for p in components.model.parameters()])
     return {
         "plan": np.concatenate([plan.ids, plan.starts]), "imbalance": plan.imbalance,
-        "mine": plan.of_rank(rank), "layout": components.layout, "norm": result.grad_norm.item(),
+        "mine": plan.of_rank(rank), "layout": components.engine.layout, "norm": result.grad_norm.item(),
         "finite": bool(result.is_finite), "moved": (after - before).abs().max().item(),
         "bytes": components.engine.wire.bytes_sent,
     }  # fmt: skip
@@ -306,21 +307,22 @@ def write_large_store(folder: Path, samples: int) -> None:
 def start_up(config: Config, rank: int) -> dict[str, Any]:
     """All that a run does up to its first step, and its share of an evaluation: no collective brings anything."""
     environment = Environment(rank, rank % 8, WORLD, CPU, torch.float32)
-    run = Run(config, environment, resume=False, process_start=time.time(), on_lost=print)
+    context = open_context(config, environment, resume=False, on_lost=print)
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run.prepare()
-    prepared = time.perf_counter()
-    run.clock.start()
-    run._open_data()
-    run.planner = make_planner(config, run.store.lengths, run.cost, run.store.manifest["max_length"])
-    plan, batches, masked, tokens, _ = run._make_batches(0)
+    prepared = prepare(context, time.time())
+    ready = time.perf_counter()
+    context.clock.start()
+    data = open_data(context, prepared)
+    planner = make_planner(config, data.store.lengths, prepared.cost, data.store.manifest["max_length"])
+    planned = plan_step(data.store, planner.plan(0), rank, config)
     first = time.perf_counter()
-    evaluator = Evaluator(run.eval_store, None, config.batch, run.cost, environment)
-    run._blocks.close()
+    evaluator = Evaluator(data.eval_store, config.evaluation, config.batch.shape_multiple, prepared.cost, environment)
+    data.scrubber.close()
     return {
-        "ids": plan.of_rank(rank), "tokens_here": [len(b.input_ids) for b in batches], "masked": masked, "tokens": tokens,
-        "hosts": len(run.heartbeat.hosts), "evaluated": sum(len(b.next_sentence_labels) for b in evaluator._batches),
-        "prepare_s": prepared - began, "data_s": first - prepared,
+        "ids": planned.plan.of_rank(rank), "masked": planned.num_masked, "tokens": planned.num_tokens,
+        "hosts": len(context.heartbeat.hosts),
+        "evaluated": sum(len(batch.next_sentence_labels) for batch in evaluator.batches),
+        "prepare_s": ready - began, "data_s": first - ready,
         "grown_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
     }  # fmt: skip
 

@@ -21,19 +21,17 @@ from typing import Any
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (2, 1)]  # of bert_fast, of tests/support
+
+from support.steps import PlannedSteps, cpu_rank
 
 from bert_fast.config.load import config_from_tree
 from bert_fast.data.samples import SampleParams, make_samples
-from bert_fast.data.store import Store, merge_parts, write_part
+from bert_fast.data.store import merge_parts, write_part
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.hardware import cpu_name
 from bert_fast.optim.schedule import learning_rate
-from bert_fast.train.batches import planned_batches, to_device
-from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import build
-from bert_fast.train.setup.cost_model import make_planner
-from bert_fast.train.step import StepInput
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = {"mini config": 100}
@@ -128,17 +126,15 @@ def losses(name: str, folder: Path) -> list[float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        components = build(config, Environment(0, 0, 1, torch.device("cpu"), torch.float32))
-        store = Store(config.data.train)
-        planner = make_planner(config, store.lengths)
+        components = build(config, cpu_rank())
+        steps = PlannedSteps(config)
         curve = []
-        for step in range(steps_of(name)):
-            batches = planned_batches(store, planner.plan(step), 0, config.data.max_seq_len)
-            masked = sum(len(batch.masked_labels) for batch in batches)
-            inputs = [to_device(batch, torch.device("cpu"), config.batch.shape_multiple) for batch in batches]
-            rate = learning_rate(step, config.optimizer.lr, config.schedule)
-            result = components.step(StepInput(inputs, masked, config.batch.global_batch_size), rate)
-            curve.append(result.mlm_sum.item() / masked + result.nsp_sum.item() / config.batch.global_batch_size)
+        for number in range(steps_of(name)):
+            inputs = steps.input(number)
+            rate = learning_rate(number, config.optimizer.lr, config.schedule)
+            result = components.step(inputs, rate)
+            loss = result.mlm_sum.item() / inputs.global_masked + result.nsp_sum.item() / inputs.global_samples
+            curve.append(loss)
     finally:
         torch.set_num_threads(threads)
     return curve

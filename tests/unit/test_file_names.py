@@ -21,13 +21,6 @@ FILES = {
 }  # fmt: skip
 PLACES = {"run_folder.py", "config"}  # the settings' help, which comes before the run's folder, mentions a few
 
-TO_DO = {
-    "launch/local.py",
-    "launch/supervise.py",
-    "train/loop.py",
-    "train/main.py",
-}  # still spell them
-
 
 def spelled(source: str) -> Iterator[tuple[int, str]]:
     """Line and text of every string that spells a name: a file's anywhere but in a docstring, a folder's in a path."""
@@ -47,8 +40,7 @@ def modules() -> Iterator[Any]:
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package)
         if name.parts[0] not in PLACES:
-            marks = [pytest.mark.xfail(strict=True)] if name.as_posix() in TO_DO else []
-            yield pytest.param(path, id=name.as_posix(), marks=marks)
+            yield pytest.param(path, id=name.as_posix())
 
 
 @pytest.mark.parametrize("module", list(modules()))

@@ -85,7 +85,7 @@ class AsyncCheckpointWriter:
 
         Args:
             slices: views that do not change before `before_update` returns.
-            own: this rank's own state, which belongs to the saver from now on.
+            own: this rank's own state, which belongs to the writer from now on.
             began: when training began to wait for this checkpoint (`time.perf_counter`), if that was before the call.
         """
         began = time.perf_counter() if began is None else began
@@ -105,7 +105,7 @@ class AsyncCheckpointWriter:
             target=self._write,
             args=(list(slices), copies, own, description, record, began),
             daemon=True,
-            name="saver",
+            name="checkpoint-writer",
         )
         self._thread.start()
         record["stall_s"] += time.perf_counter() - began

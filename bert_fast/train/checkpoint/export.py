@@ -18,17 +18,17 @@ from bert_fast.model.tensorflow_bundle import is_bundle
 
 
 def export_model(
-    model: torch.nn.Module, config: Config, manifest: dict[str, Any], folder: Path, say: Callable[[str], None]
+    model: torch.nn.Module, config: Config, manifest: dict[str, Any], folder: Path, log: Callable[[str], None]
 ) -> None:
     """Write `folder`. The tokenizer is that of the training store, whose `manifest` names the vocabulary by its hash.
 
-    Without that vocabulary on disk the model is written alone, and `say` is told where it was looked for.
+    Without that vocabulary on disk the model is written alone, and the places where it was looked for are logged.
     """
     save_pretrained(model, config.model, folder)
     places = _places(config)
     vocabulary = next((path for path in places if _has_hash(path, manifest["vocab_sha256"])), None)
     if vocabulary is None:
-        say(
+        log(
             f"warning: {folder} has no tokenizer: the store's vocabulary ({manifest['vocab_sha256'][:16]}...) is in none "
             f"of {', '.join(map(str, places))}; copy its vocab.txt into {folder}"
         )

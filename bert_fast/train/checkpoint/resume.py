@@ -24,7 +24,8 @@ MAY_CHANGE = (
     "run.*", "system.*", "recovery.*", "mlperf.clear_caches", "model.attention_backend",
     "data.train", "evaluation.data",  # where they lie; what is in them is compared by hash
     "data.allow_shared_text",
-    "batch.micro_batch_size", "batch.gradient_accumulation_steps", "batch.shape_multiple", "evaluation.batch_size", "balance.prefetch",
+    "batch.micro_batch_size", "batch.gradient_accumulation_steps", "batch.shape_multiple",
+    "evaluation.batch_size", "balance.prefetch",
     "communication.engine", "communication.bucket_mb", "communication.min_bucket_mb", "communication.max_bucket_mb",
     "communication.shard_optimizer", "communication.backend", "communication.timeout_s",
     "optimizer.step_per_bucket", "data.scrub_mb_per_s", "checkpoint.timeout_s",

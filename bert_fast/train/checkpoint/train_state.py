@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.errors import UserError
+from bert_fast.run_folder import CHECKPOINT_MANIFEST
 from bert_fast.train.checkpoint.snapshot import load_tensors, optimizer_counts, rank_state, slices_to_write
 from bert_fast.train.checkpoint.storage import TensorSlice
 from bert_fast.train.clock import Clock
@@ -148,12 +149,14 @@ def parse_description(path: Path, description: dict[str, Any]) -> Description:
     key, wrote, step = (description.get(name) for name in ("key", "world_size", "step"))
     if not isinstance(key, dict) or type(wrote) is not int or type(step) is not int:
         raise UserError(
-            f"checkpoint {path} is damaged (complete.json has no key, step and world_size of a run); remove it"
+            f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST} has no key, step and world_size of a run); remove it"
         )
     try:
         state = SavedState.model_validate(description.get("state"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("state", *first["loc"]))
-        raise UserError(f"checkpoint {path} is damaged (complete.json: {where}: {first['msg']}); remove it") from None
+        raise UserError(
+            f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST}: {where}: {first['msg']}); remove it"
+        ) from None
     return Description(step, wrote, key, state)

@@ -1,4 +1,4 @@
-"""What a failed step says to a person."""
+"""The error of a failed step, in words that tell the user what to change."""
 
 from __future__ import annotations
 
@@ -8,26 +8,20 @@ import numpy as np
 import torch
 
 from bert_fast.balance.planner import Plan
-from bert_fast.data.batch import Batch
 from bert_fast.data.scrub import Scrubber
 from bert_fast.errors import TrainingError, UserError
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad allocation", "Cannot allocate memory")
 
 
-def tokens_of(batches: list[Batch]) -> list[int]:
-    """Tokens of every micro-batch."""
-    return [batch.num_tokens for batch in batches]
-
-
-def explain(error: Exception, plan: Plan, rank: int, tokens: list[int], blocks: Scrubber) -> Exception:
+def explain(error: Exception, plan: Plan, rank: int, tokens: list[int], scrubber: Scrubber) -> Exception:
     """The error itself, or one that says what is behind it: a store that changed under the run, or too little memory.
 
-    A changed token beyond the vocabulary is an IndexError, perhaps before `blocks` comes round to it.
+    A changed token beyond the vocabulary is an IndexError, perhaps before `scrubber` comes round to it.
     """
     if isinstance(error, IndexError | ValueError):
-        found = blocks.changed(np.concatenate([plan.ids[part] for part in plan.micro_batches(rank)]))
-        return UserError(f"rank {rank} on {socket.gethostname()}: {found}") if found else error
+        changed = scrubber.changed(np.concatenate([plan.ids[part] for part in plan.micro_batches(rank)]))
+        return UserError(f"rank {rank} on {socket.gethostname()}: {changed}") if changed else error
     return explain_memory(error, plan, rank, tokens) if isinstance(error, RuntimeError) else error
 
 
@@ -36,7 +30,7 @@ def explain_memory(error: RuntimeError, plan: Plan, rank: int, tokens: list[int]
     if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _NO_MEMORY):
         return error
     return TrainingError(
-        f"step {plan.step}, rank {rank}: out of memory with {max(tokens):,} tokens in a micro-batch. Lower batch.micro_batch_size "
-        "and raise batch.gradient_accumulation_steps as much, set communication.shard_optimizer=true, or train.precision=bf16; "
-        "balance.max_tokens caps a micro-batch of balanced_free"
+        f"step {plan.step}, rank {rank}: out of memory with {max(tokens):,} tokens in a micro-batch. Lower "
+        "batch.micro_batch_size and raise batch.gradient_accumulation_steps as much, set communication.shard_optimizer=true, "
+        "or train.precision=bf16; balance.max_tokens caps a micro-batch of balanced_free"
     )

@@ -98,11 +98,11 @@ def open_stores(config: Config, vocab_sha256: str | None, environment: Environme
 
 def check_state(state: dict[str, Any], environment: Environment) -> None:
     """A collective. Raises UserError on every rank where a rank starts from another `state` (plain values by name)."""
-    mend = "give all ranks the same cost file, checkpoint and version of the program"
-    _check(state, environment, "another start", mend)
+    fix = "give all ranks the same cost file, checkpoint and version of the program"
+    _check(state, environment, "another start", fix)
 
 
-def _check(mine: dict[str, Any], environment: Environment, what: str, mend: str) -> None:
+def _check(mine: dict[str, Any], environment: Environment, what: str, fix: str) -> None:
     """Raise UserError, the same on every rank, where a rank has other values than rank 0; the first is named."""
     other = _first_difference(mine, environment)
     if other is None:
@@ -112,7 +112,7 @@ def _check(mine: dict[str, Any], environment: Environment, what: str, mend: str)
     name = next((key for key in {**reference, **theirs} if reference.get(key) != theirs.get(key)), "the order of names")
     raise UserError(
         f"rank {rank} has {what} than rank 0: {name} is {_short(theirs.get(name))} there and "
-        f"{_short(reference.get(name))} on rank 0; {mend}"
+        f"{_short(reference.get(name))} on rank 0; {fix}"
     )
 
 

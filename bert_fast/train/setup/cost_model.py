@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from bert_fast.balance.planner import Planner
 from bert_fast.config import Config
 from bert_fast.config.balance import CostCoefficients
 from bert_fast.errors import TrainingError
+from bert_fast.model.bert import BertInput
 from bert_fast.model.flops import cost_coefficients
 from bert_fast.train.batches import batch_of_lengths, to_device
 from bert_fast.train.collectives import broadcast_numbers, gather_floats
@@ -23,7 +25,7 @@ _ROUNDS = 5
 
 
 def make_cost(config: Config) -> tuple[CostModel, str]:
-    """The config's cost model, or FLOPs of its model, and where it is from. A run with `balance.cost=measure` measures instead."""
+    """The config's cost model, or FLOPs of its model, and where it is from. Not for `balance.cost=measure`."""
     balance = config.balance
     if isinstance(balance.cost, CostCoefficients):
         return CostModel(balance.cost.linear, balance.cost.quadratic), "config"
@@ -55,10 +57,30 @@ def probe_lengths(micro_batch_size: int, max_seq_len: int) -> list[np.ndarray]:
     ]
 
 
-def fit_cost_model(config: Config, environment: Environment, components: TrainComponents) -> CostFit:
+def time_forward_backward(components: TrainComponents, batch: BertInput, environment: Environment) -> float:
+    """Seconds of one forward and backward pass over a micro-batch, without communication."""
+    synchronize(environment.device)
+    start = time.perf_counter()
+    with components.engine.micro_batch(last=False):
+        with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
+            losses = components.engine.module(batch)
+        (losses.mlm_sum + losses.nsp_sum).backward()
+    synchronize(environment.device)
+    return time.perf_counter() - start
+
+
+def fit_cost_model(
+    config: Config,
+    environment: Environment,
+    components: TrainComponents,
+    measure: Callable[[TrainComponents, BertInput, Environment], float] = time_forward_backward,
+) -> CostFit:
     """Fit the cost model to forward and backward times of made-up batches, all ranks measuring at once. A collective.
 
     Weights, optimizer and data stay untouched; the random state does not.
+
+    Args:
+        measure: gives the seconds of a pass over a micro-batch.
 
     Raises:
         TrainingError: the times do not grow with the tokens.
@@ -72,7 +94,7 @@ def fit_cost_model(config: Config, environment: Environment, components: TrainCo
     times = []
     for round_number in range(_ROUNDS + 1):
         for batch in inputs:
-            seconds = _forward_backward(components, batch, environment)
+            seconds = measure(components, batch, environment)
             if round_number:  # the first prepares kernels for these shapes
                 times.append(1e3 * seconds)
     components.engine.zero_grad()
@@ -84,15 +106,3 @@ def fit_cost_model(config: Config, environment: Environment, components: TrainCo
         raise TrainingError(f"balance.cost=measure: {error}; set balance.cost=flops to plan with FLOPs") from None
     mine = [fit.linear, fit.quadratic, fit.fixed, fit.residual, fit.doubt]
     return CostFit(*broadcast_numbers(mine, environment.device), rows=fit.rows)
-
-
-def _forward_backward(components: TrainComponents, batch: object, environment: Environment) -> float:
-    """Seconds of one pass without communication."""
-    synchronize(environment.device)
-    start = time.perf_counter()
-    with components.engine.micro_batch(last=False):
-        with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
-            losses = components.engine.module(batch)
-        (losses.mlm_sum + losses.nsp_sum).backward()
-    synchronize(environment.device)
-    return time.perf_counter() - start

@@ -127,8 +127,8 @@ def _batch_text(config: Config) -> str:
     batch, world = config.batch, config.system.world_size
     nodes = world // config.system.node_size
     return (
-        f"{batch.global_batch_size:,} = {batch.micro_batch_size} x {world:,} ranks x {batch.gradient_accumulation_steps} micro-batches; "
-        f"{nodes:,} node(s) of {config.system.node_size}"
+        f"{batch.global_batch_size:,} = {batch.micro_batch_size} x {world:,} ranks x "
+        f"{batch.gradient_accumulation_steps} micro-batches; {nodes:,} node(s) of {config.system.node_size}"
     )
 
 

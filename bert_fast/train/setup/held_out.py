@@ -33,8 +33,8 @@ def find_shared_text(train: Store, evaluation: Store, config: Config, environmen
     shared = Shared(int(found), int(compared), looked_at)
     if not shared.is_held_out and not config.data.allow_shared_text:
         raise UserError(
-            f"{shared_text_note(config, shared)}, so its accuracy says nothing of unseen text; give evaluation.data a store of other "
-            "documents, or set data.allow_shared_text=true"
+            f"{shared_text_note(config, shared)}, so its accuracy says nothing of unseen text; give evaluation.data "
+            "a store of other documents, or set data.allow_shared_text=true"
         )
     return shared
 
@@ -42,6 +42,6 @@ def find_shared_text(train: Store, evaluation: Store, config: Config, environmen
 def shared_text_note(config: Config, shared: Shared) -> str:
     """What the stores share, in words."""
     return (
-        f"{shared.found:,} of {shared.compared:,} samples of the evaluation store {config.evaluation.data} are of text that the "
-        f"training store {config.data.train} has"
+        f"{shared.found:,} of {shared.compared:,} samples of the evaluation store {config.evaluation.data} are of text "
+        f"that the training store {config.data.train} has"
     )

@@ -10,8 +10,8 @@ from bert_fast.train.collectives import gather_floats
 from bert_fast.train.environment import Environment
 
 
-def clear_caches(environment: Environment, say: Callable[[str], None]) -> bool:
-    """Drop each node's page cache. Returns whether all were; says so if not. A collective."""
+def clear_caches(environment: Environment, log: Callable[[str], None]) -> bool:
+    """Drop each node's page cache. Returns whether all were; logs it if not. A collective."""
     failed = 0
     if environment.local_rank == 0:
         try:
@@ -21,7 +21,7 @@ def clear_caches(environment: Environment, say: Callable[[str], None]) -> bool:
             failed = 1
     nodes = int(gather_floats([float(failed)], environment.device).sum())
     if nodes:
-        say(
+        log(
             f"warning: caches were not cleared on {nodes} node(s) (not permitted); cache_clear is logged false. Run as root, "
             "or let the job's prologue write 3 to /proc/sys/vm/drop_caches"
         )

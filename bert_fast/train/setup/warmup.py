@@ -1,4 +1,4 @@
-"""Made-up batches, and synthetic steps before the clock after which everything is as it was."""
+"""Synthetic steps before the clock, and the batches for them; afterwards everything is as it was."""
 
 from __future__ import annotations
 

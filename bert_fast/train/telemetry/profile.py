@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bert_fast.config import RunConfig
-from bert_fast.run_folder import PROFILER_TRACE
+from bert_fast.run_folder import PROFILER_TRACE, TRACE
 from bert_fast.trace import Trace, TraceSpan, write_trace
 from bert_fast.train.collectives import barrier, gather_values
 from bert_fast.train.environment import Environment
@@ -27,7 +27,7 @@ class StepProfile:
     def __init__(self, config: RunConfig, environment: Environment, folder: Path, step: Step, first: int) -> None:
         """
         Args:
-            first: the step at which this session starts; a few wait_pending it before the trace begins.
+            first: the step at which this session starts; the trace begins `profile_after` steps later.
         """
         self._environment, self._folder, self._step = environment, folder, step
         self._first = first + config.profile_after
@@ -69,7 +69,7 @@ class StepProfile:
         everyone = gather_values(spans)
         if rank:
             return None
-        path = self._folder / "trace.json"
+        path = self._folder / TRACE
         processes = {f"rank {i}": [TraceSpan(*span) for span in everyone[i]] for i in range(min(world, _RANKS))}
         write_trace(path, processes, TRACKS, {"first_step": self._first, "last_step": self._last})
         return path

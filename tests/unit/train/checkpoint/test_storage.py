@@ -431,7 +431,7 @@ def test_own_work_is_timed_and_ends_with_an_error(
         real = getattr(owner, name)
 
         def look(*arguments: Any, **named: Any) -> Any:
-            if threading.current_thread().name == "saver":
+            if threading.current_thread().name == "checkpoint-writer":
                 time.sleep(0.005)
                 seen[name] = min(saver.own_work.seconds(), seen.get(name, 1.0))
             return real(*arguments, **named)

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.clockwork import FIXED, LINEAR, QUADRATIC, clockwork
+from support.one_run import execute
+from support.steps import weights_of
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config
 from bert_fast.errors import TrainingError
 from bert_fast.model.flops import cost_coefficients
+from bert_fast.train import run as run_phases
+from bert_fast.train.batches import batch_of_lengths, to_device
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup import cost_model as calibration
 from bert_fast.train.setup.build import build
-from bert_fast.train.setup.cost_model import fit_cost_model, make_cost, make_planner, probe_lengths
+from bert_fast.train.setup.cost_model import (
+    fit_cost_model,
+    make_cost,
+    make_planner,
+    probe_lengths,
+    time_forward_backward,
+)
 
 
 def test_cost_comes_from_the_config_a_file_or_flops(make_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -47,43 +58,44 @@ def test_probes_tell_the_terms_apart() -> None:
         assert max(p.max() for p in probes) == 512
 
 
-def test_fit_is_that_of_the_times(
-    make_config: Callable[..., Config], environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_is_that_of_the_times(make_config: Callable[..., Config], environment: Environment) -> None:
     """With a clock that runs as the cost model says, the fit finds the cost model; weights and gradients stay."""
     config = make_config("batch.micro_batch_size=8")
     components = build(config, environment)
-    before = [p.detach().clone() for p in components.model.parameters()]
-
-    def clockwork(_components: object, batch: object, _environment: Environment) -> float:
-        lengths = np.array(batch.layout.lengths[: len(batch.next_sentence_labels)])  # type: ignore[attr-defined]
-        return 1e-3 * (2 + 0.01 * lengths.sum() + 1e-4 * (lengths**2).sum())
-
-    monkeypatch.setattr(calibration, "_forward_backward", clockwork)
-    fit = fit_cost_model(config, environment, components)
-    assert (fit.linear, fit.quadratic, fit.fixed) == pytest.approx((0.01, 1e-4, 2), rel=1e-6)
-    for parameter, value in zip(components.model.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+    before = weights_of(components)
+    fit = fit_cost_model(config, environment, components, clockwork)
+    assert (fit.linear, fit.quadratic, fit.fixed) == pytest.approx((LINEAR, QUADRATIC, FIXED), rel=1e-6)
+    assert torch.equal(weights_of(components), before)
 
 
 def test_measuring_for_real_leaves_no_trace(make_config: Callable[..., Config], environment: Environment) -> None:
     components = build(make_config(), environment)
-    before = [p.detach().clone() for p in components.model.parameters()]
-    batch = calibration.to_device(
-        calibration.batch_of_lengths(np.array([8, 4]), 60, np.random.default_rng(0)), environment.device
-    )
-    assert calibration._forward_backward(components, batch, environment) > 0
+    before = weights_of(components)
+    batch = to_device(batch_of_lengths(np.array([8, 4]), 60, np.random.default_rng(0)), environment.device)
+    assert time_forward_backward(components, batch, environment) > 0
     components.engine.zero_grad()
-    for parameter, value in zip(components.model.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+    assert torch.equal(weights_of(components), before)
+    for parameter in components.model.parameters():
         assert parameter.grad is None or not parameter.grad.any()
 
 
-def test_times_that_say_nothing_stop_the_run(
-    make_config: Callable[..., Config], environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_times_that_say_nothing_stop_the_run(make_config: Callable[..., Config], environment: Environment) -> None:
     config = make_config()
     components = build(config, environment)
-    monkeypatch.setattr(calibration, "_forward_backward", lambda *_: 1e-3)
     with pytest.raises(TrainingError, match=r"balance\.cost=measure: .*do not grow.*set balance\.cost=flops"):
-        fit_cost_model(config, environment, components)
+        fit_cost_model(config, environment, components, lambda *_: 1e-3)
+
+
+def test_a_run_plans_with_what_it_measured_and_the_next_with_its_record(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run_phases, "fit_cost_model", partial(fit_cost_model, measure=clockwork))
+    _, first = execute(make_config("balance.cost=measure", f"run.folder={tmp_path}/fitted", "train.max_steps=2"))
+    record = json.loads((tmp_path / "fitted/cost.json").read_text(encoding="utf-8"))["planned_with"]
+    assert record["source"].startswith("warm-up fit, residual 0.0 %")
+    assert (record["linear"], record["quadratic"]) == pytest.approx((LINEAR, QUADRATIC), rel=1e-6)
+    assert first.state.cost == CostModel(record["linear"], record["quadratic"])
+    path = tmp_path / "fitted/cost.json"
+    _, second = execute(make_config(f"balance.cost={path}", f"run.folder={tmp_path}/next", "train.max_steps=2"))
+    assert second.state.cost == first.state.cost
+    assert second.state.cost_source == f"file {path}"
