@@ -110,7 +110,7 @@ def _check(facts: list[dict[str, Any]]) -> None:
             if value != facts[0]["data"][field]:
                 raise UserError(
                     f"pre-flight: rank {rank} ({fact['host']}) has another {field} than rank 0 ({facts[0]['host']}): "
-                    f"{value}, not {facts[0]['data'][split]}; copy the store anew"
+                    f"{value}, not {facts[0]['data'][field]}; copy the store anew"
                 )
         if fact["versions"] != facts[0]["versions"]:
             raise UserError(
