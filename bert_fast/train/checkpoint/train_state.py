@@ -41,6 +41,16 @@ class _OptimizerCounts(_Saved):
     groups: list[Number | None]
 
 
+class _Evaluation(_Saved):
+    step: Count
+    samples: Count
+    time_s: Number
+    accuracy: Number
+    mlm_loss: Number
+    nsp_accuracy: Number
+    nsp_loss: Number
+
+
 class _Progress(_Saved):
     step: Count
     samples: Count
@@ -48,7 +58,7 @@ class _Progress(_Saved):
     tokens_squared: Count
     masked: Count
     next_evaluation: Count
-    evaluations: list[dict[str, Number]]
+    evaluations: list[_Evaluation]
     sums: dict[str, Number]
     sessions: Count
     first_step_s: Number | None
