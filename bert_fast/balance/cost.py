@@ -107,7 +107,7 @@ def _robust_nnls(rows: np.ndarray, iterations: int = 20) -> tuple[np.ndarray, np
     columns, times = _columns(rows), rows[:, 2]
     scale = np.linalg.norm(columns, axis=0)
     columns = columns / scale
-    weights = np.ones(len(times))
+    weights, coefficients = np.ones(len(times)), np.zeros(columns.shape[1])
     for _ in range(iterations):
         root = np.sqrt(weights)
         coefficients, _ = nnls(columns * root[:, None], times * root)

@@ -63,10 +63,11 @@ class Plan:
     @functools.cached_property
     def checksum(self) -> int:
         """Of which samples are in the step and who gets them, 32 bits: ranks compare it."""
-        found = zlib.crc32(np.array([self.step, self.num_rows]).tobytes())
+        checksum = zlib.crc32(np.array([self.step, self.num_rows]).tobytes())
         for array in (self.ids, self.starts, self.rows):
-            found = found if array is None else zlib.crc32(np.ascontiguousarray(array, np.int64), found)
-        return found
+            if array is not None:
+                checksum = zlib.crc32(np.ascontiguousarray(array, np.int64).data, checksum)
+        return checksum
 
     def counts(self) -> np.ndarray:
         """Samples of each rank, int64 [ranks]."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bert_fast.c10d import GradBucket
 from bert_fast.communication.buckets import GradientLayout
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.engine import Engine, UpdatedSlice
@@ -56,8 +57,13 @@ class DdpEngine(Engine):
         self._scale: torch.Tensor | None = None
         self._held: list[tuple[int, torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
         self._steps = 0
-        self.module = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps)
-        self.module.register_comm_hook(self, _hook)
+        self._ddp = DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb_list=caps,  # type: ignore[arg-type]  # says int, but multiplies by 2**20 and then rounds down
+        )
+        self.module = self._ddp
+        self._ddp.register_comm_hook(self, _hook)
 
     def zero_grad(self) -> None:
         for parameter in self._parameters:
@@ -70,7 +76,7 @@ class DdpEngine(Engine):
             yield
             self._steps += 1
         else:
-            with self.module.no_sync():
+            with self._ddp.no_sync():
                 yield
 
     def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
@@ -99,7 +105,7 @@ class DdpEngine(Engine):
             for index in bucket.parameters
         ]
 
-    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The hook: clip what the mode says, then average the bucket."""
         if self._mode.by_group:
             self._clip_groups(bucket)
@@ -113,10 +119,10 @@ class DdpEngine(Engine):
             self.clip_statistics.add(0, value)
             for number, buffer, waiting in held:
                 buffer.mul_(value)
-                self._average(number, buffer).add_done_callback(lambda done, w=waiting: w.set_result(done.value()))
+                self._average(number, buffer).add_done_callback(_passes_result_to(waiting))
         return promise
 
-    def _clip_groups(self, bucket: dist.GradBucket) -> None:
+    def _clip_groups(self, bucket: GradBucket) -> None:
         members: dict[int, list[torch.Tensor]] = {}
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             members.setdefault(self._group_of[self._index[id(parameter)]], []).append(gradient)
@@ -143,6 +149,12 @@ class DdpEngine(Engine):
             return buffer
 
         return work.get_future().then(back)
+
+
+def _passes_result_to(
+    promise: torch.futures.Future[torch.Tensor],
+) -> Callable[[torch.futures.Future[torch.Tensor]], None]:
+    return lambda done: promise.set_result(done.value())
 
 
 def _hook(engine, bucket):  # type: ignore[no-untyped-def]  # DDP checks annotations and cannot read postponed ones

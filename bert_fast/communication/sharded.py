@@ -169,7 +169,6 @@ class ShardedReducer(BucketReducer):
             self.reduced(number).mul_(value)
 
     def _before_forward(self, buckets: list[int]) -> Callable[..., None]:
-        @torch.compiler.disable
         def wait(*_: object) -> None:
             if self._gathering:
                 start = time.perf_counter()
@@ -177,7 +176,7 @@ class ShardedReducer(BucketReducer):
                     self._wait_for(number)
                 self.weight_wait_s += time.perf_counter() - start
 
-        return wait
+        return torch.compiler.disable(wait)
 
     def _wait_for(self, number: int) -> None:
         work = self._gathering.pop(number, None)

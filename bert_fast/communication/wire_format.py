@@ -53,7 +53,7 @@ class WireFormat:
     ) -> Iterator[Work]:
         """The collectives after which `values` hold the sum over ranks. Resumed after each when that has ended."""
         self.count(wire)
-        yield dist.all_reduce(wire, group=group, async_op=True)  # type: ignore[misc]
+        yield dist.all_reduce(wire, group=group, async_op=True)
         self.decode(wire, values)
 
     def decode(self, wire: torch.Tensor, values: torch.Tensor) -> None:

@@ -43,6 +43,10 @@ def _first_update_is_in_warmup(config: Config) -> bool:
     return first - schedule.start_warmup_step < schedule.warmup_steps
 
 
+def _is_read_by_strategy(name: str) -> Callable[[Config], bool]:
+    return lambda config: name in STRATEGIES[config.balance.strategy].settings
+
+
 def _rules_of_strategies() -> Iterator[Rule]:
     """A setting that only some strategies read, by the table of strategies."""
     names = dict.fromkeys(name for choice in STRATEGIES.values() for name in choice.settings)
@@ -50,7 +54,7 @@ def _rules_of_strategies() -> Iterator[Rule]:
         readers = [strategy for strategy, choice in STRATEGIES.items() if name in choice.settings]
         yield Rule(
             (f"balance.{name}",),
-            lambda c, name=name: name in STRATEGIES[c.balance.strategy].settings,
+            _is_read_by_strategy(name),
             "balance.strategy={c.balance.strategy} does not read it",
             f"set balance.strategy={' or '.join(readers)}",
         )

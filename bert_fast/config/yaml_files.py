@@ -144,9 +144,10 @@ def did_you_mean(path: str, model: type[BaseModel], has_help: bool) -> str:
 def _known_fields(model: type[BaseModel]) -> list[str]:
     known = []
     for name, field in model.model_fields.items():
+        known.append(name)
         inner = field.annotation
-        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
-        known += [name, *(f"{name}.{each}" for each in inner.model_fields)] if is_section else [name]
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            known += [f"{name}.{each}" for each in inner.model_fields]
     return known
 
 

@@ -83,10 +83,11 @@ def bind(
     if device == "cpu" or gpu:
         nic, near = _assign_nics(_places(gpus, homes), _usable_nics(topology))[local_rank]
     of = f" of NUMA node {gpu.numa_node}" if gpu and gpu.numa_node is not None else ""
-    why = [gpu and f"GPU {gpu.address}{of}", _describe(share, nodes_of[local_rank]), near, *notes]
+    address = gpu.address if gpu else None
+    why = [address and f"GPU {address}{of}", _describe(share, nodes_of[local_rank]), near, *notes]
     cpus = tuple(sorted(_flat(share.cores)))
     num_cores = _num_physical_cores(topology, cpus)
-    return Binding(cpus, homes[local_rank], nic, gpu and gpu.address, "; ".join(filter(None, why)), num_cores)
+    return Binding(cpus, homes[local_rank], nic, address, "; ".join(filter(None, why)), num_cores)
 
 
 def check_one_rank_per_gpu(devices_by_rank: Sequence[tuple[str, str | None]]) -> None:
@@ -203,7 +204,8 @@ def _gpu_shares(topology: Topology, nodes: _Nodes, gpus: list[Gpu]) -> tuple[lis
     for gpu, home in zip(gpus, homes, strict=True):
         if home not in nodes:
             return None, f"GPU {gpu.address} has no allowed CPUs at a known NUMA node"
-        units, unit = (nodes[home], "core") if len(nodes[home]) >= sharing[home] else (_apart(nodes[home]), "CPU")
+        unit: Literal["core", "CPU"] = "core" if len(nodes[home]) >= sharing[home] else "CPU"
+        units = nodes[home] if unit == "core" else _apart(nodes[home])
         size = len(units) // sharing[home]
         if size == 0:
             return None, f"{sharing[home]} GPUs and {len(units)} allowed CPUs at NUMA node {home}"

@@ -49,18 +49,19 @@ def run_local(config: Config, arguments: list[str], finished: Callable[[], int |
             "srun on each node (docs/cluster.md, Ranks by hand), or set system.ranks_per_node=null to run all ranks here"
         )
     max_restarts = config.recovery.max_restarts
-    for attempt in range(max_restarts + 1):
+    num_restarts = 0
+    while True:
         code, signalled = _run_once(config, arguments)
-        if not is_restartable(code) or signalled or attempt == max_restarts:
-            break
+        if not is_restartable(code) or signalled or num_restarts == max_restarts:
+            return code
         done = finished()
         if done is not None:
             return done
         has_checkpoint = bool(checkpoints_in(run_folder(config) / CHECKPOINTS))
         arguments = [each for each in arguments if each != "--resume"] + ["--resume"] * has_checkpoint
         where = "the last checkpoint" if has_checkpoint else "the beginning: there is no checkpoint yet"
-        print(f"restart {attempt + 1} of {max_restarts} from {where}", flush=True)
-    return code
+        num_restarts += 1
+        print(f"restart {num_restarts} of {max_restarts} from {where}", flush=True)
 
 
 def _run_once(config: Config, arguments: list[str]) -> tuple[int, bool]:

@@ -191,7 +191,8 @@ class Supervisor:
             log(f"{run.folder}: finished before, skipped")
             return None
         max_restarts = self._config.recovery.max_restarts
-        for restart in range(max_restarts + 1):
+        num_restarts = 0
+        while True:
             if self._signal is not None:
                 return self._after_stop(run)
             code, reason = self._attempt(run)
@@ -204,9 +205,10 @@ class Supervisor:
             if code == ExitCode.USER_ERROR:
                 log("not restarted: there is something to fix in config, data or machine")
                 return code
-            if restart < max_restarts:
-                log(f"restart {restart + 1} of recovery.max_restarts={max_restarts}")
-        return code or 1  # srun ended with 0, and still the run is not finished
+            if num_restarts == max_restarts:
+                return code or 1  # srun ended with 0, and still the run is not finished
+            num_restarts += 1
+            log(f"restart {num_restarts} of recovery.max_restarts={max_restarts}")
 
     # ---- after a signal -----------------------------------------------------------------------------------------------
 

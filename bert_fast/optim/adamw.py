@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class AdamW(torch.optim.AdamW, RunOptimizer):
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
     """torch's AdamW, fused; apex's with `use_apex`. Raises UserError if apex is missing."""
     groups = decay_groups(named_parameters, config.weight_decay)
-    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if not config.use_apex:
         return AdamW(groups, **settings, fused=True)
     try:
@@ -34,4 +35,4 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
     class ApexAdamW(FusedAdam, RunOptimizer):  # type: ignore[misc]
         state_names = ("exp_avg", "exp_avg_sq")  # it counts updates per group
 
-    return ApexAdamW(groups, **settings, adam_w_mode=True)
+    return ApexAdamW(groups, **settings | {"adam_w_mode": True})

@@ -90,7 +90,7 @@ class Lamb(RunOptimizer):
             torch._foreach_mul_(flat, ratios)
         torch._foreach_sub_(parameters, torch._foreach_mul(updates, rate))
 
-    def _norms(self, parameters: list[torch.Tensor], updates: list[torch.Tensor]) -> tuple[Any, Any]:
+    def _norms(self, parameters: list[torch.Tensor], updates: list[torch.Tensor]) -> Iterable[Iterable[torch.Tensor]]:
         """Norms of weights and of updates, of whole parts. `updates` are those of the parameters' parts, in order."""
         parts = [part for p in parameters for part in p.split(parts_of(p))]
         weights, steps = _norms(parts), _norms(updates)

@@ -56,7 +56,7 @@ class Series:
     """One line of a chart: (x, y) points in the order of x, and a colour 0 to 7."""
 
     name: str
-    points: list[Point]
+    points: Sequence[Point]
     colour: int
 
 

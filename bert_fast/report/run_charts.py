@@ -28,7 +28,8 @@ def time_split_chart(split: TimeSplit) -> str:
 
 def curve_charts(record: RunRecord, steps: list[StepLine]) -> list[str]:
     """Accuracy, loss, imbalance, step time, learning rate and gradient norm, each with title and caption."""
-    last_s = max((line.time_s for line in [*steps, *record.evaluations]), default=0.0)
+    times_s = [line.time_s for line in steps] + [line.time_s for line in record.evaluations]
+    last_s = max(times_s, default=0.0)
     scale, unit = _time_unit(last_s)
     time_label = f"time since run_start ({unit})"
     return [

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -22,7 +22,7 @@ from bert_fast.errors import UserError
 from bert_fast.foreign import parse_json, read_bounded, shown
 from bert_fast.run_folder import RECORD
 
-FORMAT = "bert_fast run 2"
+FORMAT: Final = "bert_fast run 2"
 STEP, EVALUATION, SKIPPED = "step", "eval", "skipped"  # the kinds of lines
 TARGET_MISSED = "target not reached"  # a status of a run
 MAX_RECORD_BYTES = 64 << 20

@@ -180,8 +180,13 @@ def _tensors(inputs: StepInput) -> Iterator[torch.Tensor]:
     for batch in inputs.micro_batches:
         yield from batch[:-1]
         yield batch.layout.cu_seqlens
-    yield inputs.global_masked  # type: ignore[misc]
-    yield inputs.global_samples  # type: ignore[misc]
+    yield from _counts(inputs)
+
+
+def _counts(inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+    masked, samples = inputs.global_masked, inputs.global_samples
+    assert isinstance(masked, torch.Tensor) and isinstance(samples, torch.Tensor), "static_form has made them so"
+    return masked, samples
 
 
 def _shape_of(inputs: StepInput) -> tuple[Any, ...]:
@@ -190,13 +195,15 @@ def _shape_of(inputs: StepInput) -> tuple[Any, ...]:
 
 def _clone(inputs: StepInput) -> StepInput:
     batches = [
-        BertInput(
-            *(tensor.clone() for tensor in batch[:-1]),
-            SequenceLayout(list(batch.layout.lengths), batch.layout.cu_seqlens.clone()),
+        BertInput._make(
+            [
+                *(tensor.clone() for tensor in batch[:-1]),
+                SequenceLayout(list(batch.layout.lengths), batch.layout.cu_seqlens.clone()),
+            ]
         )
         for batch in inputs.micro_batches
     ]
-    return StepInput(batches, inputs.global_masked.clone(), inputs.global_samples.clone())  # type: ignore[attr-defined]
+    return StepInput(batches, *(count.clone() for count in _counts(inputs)))
 
 
 def copy_into(buffers: StepInput, inputs: StepInput) -> None:

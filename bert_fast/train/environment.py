@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -161,13 +161,13 @@ def _bind(config: Config, machine: MachineFile | None, device: torch.device, loc
 
 def _visible_devices() -> str | None:
     """The GPUs of this process by PCI address, which also holds where a container numbers them anew."""
-    found = []
+    addresses = []
     for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
+        device: Any = torch.cuda.get_device_properties(index)
         if not hasattr(device, "pci_bus_id"):  # older torch
             return os.environ.get("CUDA_VISIBLE_DEVICES")
-        found.append(f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0")
-    return ",".join(found)
+        addresses.append(f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}.0")
+    return ",".join(addresses)
 
 
 def seed_ranks(seed: int, environment: Environment) -> None:

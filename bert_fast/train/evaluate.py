@@ -163,7 +163,7 @@ class EvaluationRunner:
             nsp_accuracy=result.nsp_accuracy,
             nsp_loss=result.nsp_loss,
         )
-        progress.evaluations.append(line.values())
+        progress.evaluations.append(line)
         context.metrics.write(line)
         context.log(
             f"evaluation at {progress.samples:,} samples, {context.clock.elapsed:.1f} s: masked-LM accuracy "

@@ -175,7 +175,7 @@ class TrainingLoop:
                 progress.samples,
                 summary.line.samples_per_s,
                 summary.line.loss,
-                progress.evaluations[-1]["accuracy"] if progress.evaluations else None,
+                progress.evaluations[-1].accuracy if progress.evaluations else None,
                 context.config.evaluation.target_accuracy,
                 (context.config.train.max_steps - progress.step) * summary.seconds / summary.steps,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from bert_fast.report.schema import EvaluationLine
 from bert_fast.train.batches import PlannedStep
 
 
@@ -18,7 +19,7 @@ class Progress:
     tokens_squared: int = 0
     masked: int = 0
     next_evaluation: int = 0
-    evaluations: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[EvaluationLine] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     sessions: int = 1
     first_step_s: float | None = None
@@ -43,9 +44,12 @@ class Progress:
         return self.sums.get(name, 0.0) / max(1, self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """As plain values."""
+        return {**vars(self), "evaluations": [each.values() for each in self.evaluations]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.joules = [None, None]  # unless the checkpoint knows
+        """Go on from what `state_dict` gave; `joules` are not known where the checkpoint lacks them."""
+        self.joules = [None, None]
         for name, value in state.items():
             setattr(self, name, value)
+        self.evaluations = [EvaluationLine(**each) for each in state.get("evaluations", [])]

@@ -19,7 +19,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from bert_fast.c10d import HashStore, PrefixStore, Store, TCPStore
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.launch.rendezvous_check import SECRET, on_one_machine
 
@@ -30,7 +32,7 @@ _LOOK_S = 1.0  # between two looks of rank 0 at who else came
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def meet(rank: int, world: int, timeout_s: float, log: Callable[[str], None]) -> dist.Store:
+def meet(rank: int, world: int, timeout_s: float, log: Callable[[str], None]) -> Store:
     """Come to where the ranks meet; the store that they share. A collective.
 
     Args:
@@ -44,7 +46,7 @@ def meet(rank: int, world: int, timeout_s: float, log: Callable[[str], None]) ->
     if on_one_machine(os.environ):
         _stay_on_loopback()
     if world == 1:
-        return dist.HashStore()
+        return HashStore()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing or not os.environ["MASTER_PORT"].isdecimal():
         what = (
@@ -72,14 +74,13 @@ def _stay_on_loopback() -> None:
             os.environ.setdefault(variable, name)
 
 
-def _store(rank: int, world: int, timeout: timedelta) -> dist.Store:
+def _store(rank: int, world: int, timeout: timedelta) -> Store:
     its_own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store
     if its_own or not on_one_machine(os.environ):
-        store: dist.Store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
-        return store
+        return next(rendezvous("env://", rank, world, timeout=timeout))[0]
     port = int(os.environ["MASTER_PORT"])
     if rank != 0:
-        return dist.TCPStore(_LOOPBACK, port, world, False, timeout, wait_for_workers=False)
+        return TCPStore(_LOOPBACK, port, world, False, timeout, wait_for_workers=False)
     # Without a socket of ours torch listens on every interface
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,9 +90,7 @@ def _store(rank: int, world: int, timeout: timedelta) -> dist.Store:
     except OSError:
         listening.close()
         raise _port_in_use() from None
-    return dist.TCPStore(
-        _LOOPBACK, port, world, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+    return TCPStore(_LOOPBACK, port, world, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _port_in_use() -> UserError:
@@ -99,8 +98,8 @@ def _port_in_use() -> UserError:
 
 
 def known_to_each_other(
-    store: dist.Store, secret: bytes, rank: int, world: int, timeout_s: float, log: Callable[[str], None]
-) -> dist.Store:
+    store: Store, secret: bytes, rank: int, world: int, timeout_s: float, log: Callable[[str], None]
+) -> Store:
     """Show the secret, and see that the others have it. A collective of a few small messages a rank.
 
     Returns:
@@ -141,20 +140,20 @@ def known_to_each_other(
             raise _not_all_here(store, key, rank, world, timeout_s)
         time.sleep(pause)
         pause = min(2 * pause, _POLL_S[1])
-    return dist.PrefixStore(key("the run"), store)
+    return PrefixStore(key("the run"), store)
 
 
-def _strangers(store: dist.Store, key: Callable[..., str], world: int) -> list[tuple[int, str]]:
+def _strangers(store: Store, key: Callable[..., str], world: int) -> list[tuple[int, str]]:
     """Who came as a rank and did not show the secret: (rank, who)."""
     came = [rank for rank in range(world) if store.check([f"came/{rank}"]) and not store.check([key("here", rank)])]
     return [(rank, _read(store, f"came/{rank}")) for rank in came]
 
 
-def _missing(store: dist.Store, key: Callable[..., str], world: int) -> list[int]:
+def _missing(store: Store, key: Callable[..., str], world: int) -> list[int]:
     return [rank for rank in range(world) if not store.check([key("here", rank)])]
 
 
-def _not_all_here(store: dist.Store, key: Callable[..., str], rank: int, world: int, timeout_s: float) -> Exception:
+def _not_all_here(store: Store, key: Callable[..., str], rank: int, world: int, timeout_s: float) -> Exception:
     where = _where()
     if rank != 0:  # of a thousand ranks, one looks for all the others
         return LostRankError(f"ranks could not meet at {where}: rank 0 has not seen all of them in {timeout_s:g} s")
@@ -173,7 +172,7 @@ def _where() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-def _read(store: dist.Store, name: str) -> str:
+def _read(store: Store, name: str) -> str:
     """What somebody says of itself: any bytes."""
     text = store.get(name)[:200].decode(errors="replace")
     return "".join(c if c.isprintable() else "?" for c in text)

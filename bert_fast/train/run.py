@@ -302,7 +302,7 @@ def _read_step(context: RunContext, data: OpenData, planner: Planner, step: int)
 def _end_log(context: RunContext, summary: RunSummary) -> None:
     """run_stop, the energy up to here, and the final model. A collective."""
     progress, mllog = summary.state.progress, context.mllog
-    if not progress.evaluations or progress.evaluations[-1]["step"] != progress.step:
+    if not progress.evaluations or progress.evaluations[-1].step != progress.step:
         mllog.end(constants.BLOCK_STOP, first_epoch_num=progress.samples)
     status = constants.SUCCESS if summary.outcome.status == "success" else constants.ABORTED
     mllog.end(constants.RUN_STOP, status=status, resumed=progress.sessions > 1)

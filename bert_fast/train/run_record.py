@@ -16,7 +16,6 @@ from bert_fast.report.schema import (
     DataRecord,
     EnergyRecord,
     EvaluationCurve,
-    EvaluationLine,
     PeakMemory,
     RunMetrics,
     RunRecord,
@@ -49,7 +48,7 @@ def make_record(context: RunContext, summary: RunSummary, memory: PeakMemory) ->
     """The record of a run that is done, not yet checked for compliance."""
     config, state, prepared, data = context.config, summary.state, summary.prepared, summary.data
     reached = summary.outcome.reached or config.evaluation.target_accuracy is None
-    evaluations = [EvaluationLine(**each) for each in state.progress.evaluations]
+    evaluations = state.progress.evaluations
     eval_entry = _store_record(data.eval_store.manifest, samples_of_training_text=_shared_text(summary))
     return RunRecord(
         metrics=_metrics(context, summary),
@@ -88,7 +87,7 @@ def _metrics(context: RunContext, summary: RunSummary) -> RunMetrics:
         time_to_train_s=summary.time_to_train_s,
         samples_to_target=progress.samples,
         target_reached=int(summary.outcome.reached),
-        final_accuracy=progress.evaluations[-1]["accuracy"] if progress.evaluations else None,
+        final_accuracy=progress.evaluations[-1].accuracy if progress.evaluations else None,
         steps=progress.step,
         samples_per_s=progress.samples / training_s,
         tokens_per_s=progress.tokens / training_s,

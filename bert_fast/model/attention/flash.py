@@ -13,7 +13,9 @@ def _varlen(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> t
 
     query, key, value = (part.contiguous() for part in qkv_T3HK.unbind(1))
     cu_seqlens, longest = layout.cu_seqlens, layout.max_len
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest).flatten(1)
+    out_THK = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest)
+    assert isinstance(out_THK, torch.Tensor), "a tuple comes only where log-sum-exps are asked for"
+    return out_THK.flatten(1)
 
 
 def _torch_flash(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:

@@ -50,13 +50,13 @@ def _loop(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> tor
 def _by_groups(qkv_T3HK: torch.Tensor, groups: list[Group], dropout: float, dense: Dense = _dense) -> torch.Tensor:
     pieces = []
     for group, tokens in zip(groups, qkv_T3HK.split([g.end - g.start for g in groups]), strict=True):
-        if group.index is None:
+        if group.index is None or group.places is None:
             rectangle = tokens.unflatten(0, (group.count, group.longest))
             pieces.append(dense(rectangle, None, dropout).flatten(0, 1))
         else:
             rectangle = tokens.index_select(0, group.index).unflatten(0, (group.count, group.longest))
             out = dense(rectangle, group.mask, dropout).flatten(0, 1)
-            pieces.append(out.index_select(0, group.places))  # type: ignore[arg-type]
+            pieces.append(out.index_select(0, group.places))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -75,8 +75,9 @@ def _padded(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> t
 def _block_diagonal(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
     """Sequences packed into rows as wide as the longest; a query sees the keys of its own sequence."""
     rows = layout.packed_rows()
+    assert rows.index is not None and rows.places is not None, "rows have several sequences, so they need both"
     rectangle = qkv_T3HK.index_select(0, rows.index).unflatten(0, (rows.count, rows.longest))
-    return _dense(rectangle, rows.mask, dropout).flatten(0, 1).index_select(0, rows.places)  # type: ignore[arg-type]
+    return _dense(rectangle, rows.mask, dropout).flatten(0, 1).index_select(0, rows.places)
 
 
 LOOP = Backend(_loop)

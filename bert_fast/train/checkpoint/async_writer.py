@@ -67,7 +67,7 @@ class AsyncCheckpointWriter:
         self._event: torch.cuda.Event | None = None
         self._error: Exception | None = None
         self.own_work = OwnWork()  # on a checkpoint: no other rank is waited for
-        self.records: list[dict[str, float]] = []  # of every checkpoint: what training waited for it, what it took
+        self.records: list[dict[str, Any]] = []  # of every checkpoint: the fields of report.schema.CheckpointTimes
 
     @property
     def failed(self) -> str | None:

@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -183,7 +182,7 @@ def _write_share(folder: Path, slices: Sequence[TensorSlice], rank: int) -> dict
     """Write this rank's slices through DCP's writer. Returns its files and where each piece is, as plain values."""
     folder.mkdir(parents=True, exist_ok=True)
     # Without read-ahead: tensors are on the host already, and DCP would wait for a CUDA stream to copy them
-    writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     planner = _Saving(slices)
     plan = replace(planner.create_local_plan(), storage_data=_StoragePrefix(f"__{rank}_"))
     by_index = {(s.name, s.begin): s for s in slices}
@@ -408,7 +407,7 @@ def read_slices(path: Path, slices: Sequence[TensorSlice]) -> None:
                 "model"
             )
     if slices:
-        reader, planner = dcp.FileSystemReader(path), _Loading(slices)
+        reader, planner = FileSystemReader(path), _Loading(slices)
         planner.set_up_planner({}, metadata, is_coordinator=True)
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         try:

@@ -46,9 +46,9 @@ class _Evaluation(_Saved):
     samples: Count
     time_s: Number
     accuracy: Number
-    mlm_loss: Number
+    mlm_loss: float  # not finite where the run has diverged
     nsp_accuracy: Number
-    nsp_loss: Number
+    nsp_loss: float
 
 
 class _Progress(_Saved):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from bert_fast.c10d import PrefixStore, Store
 from bert_fast.train.environment import Environment
 
 # Waiting for others: a rank is never blamed for these
@@ -88,12 +89,12 @@ class Heartbeat:
         self._verdict: Verdict | None = None
         self._gone = False  # the store's process is
         self._answered = time.monotonic()  # when it last did
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         if dist.is_initialized() and self._world > 1 and dist.get_backend() != "fake":
-            store = dist.distributed_c10d._get_default_store().clone()
+            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
             store.set_timeout(timedelta(seconds=_ANSWER_S))
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"heartbeat{restart}", store)
+            self._store = PrefixStore(f"heartbeat{restart}", store)
 
     def start(self) -> None:
         """Begin. A collective."""
@@ -128,7 +129,7 @@ class Heartbeat:
             return None
         self.at(self._where[0], _STOPPING)
         self._wants_all.set()
-        views = []
+        views: list[list[Beat]] = []
         deadline = time.monotonic() + _ANSWER_S + 4 * self._interval
         while time.monotonic() < deadline and len(views) < 4 and not self._gone:
             self._new_view.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,7 +63,11 @@ def measure_need_times(model: nn.Module, forward: Callable[[], torch.Tensor], en
     marks: dict[int, Any] = {}
 
     def marker(own: list[int]) -> Callable[..., None]:
-        return lambda *_: [marks.setdefault(index, _now(cuda)) for index in own] and None
+        def mark(*_: object) -> None:
+            for index in own:
+                marks.setdefault(index, _now(cuda))
+
+        return mark
 
     handles = []
     for module in model.modules():
@@ -122,9 +126,11 @@ def gather(buffer: torch.Tensor) -> None:
 
 
 def measure_link(
-    total_bytes: int, dtype: torch.dtype, environment: Environment,
+    total_bytes: int,
+    dtype: torch.dtype,
+    environment: Environment,
     collective: Callable[[torch.Tensor], None] = all_reduce,
-) -> Link:  # fmt: skip
+) -> Link:
     """The link of this run's ranks, measured from 64 KiB to all gradients (4 MiB at least). A collective.
 
     Args:
@@ -189,29 +195,44 @@ def plan_buckets(
         needed_s: seconds at which forward needs the weights, float64 [parameters]; for the sharded engine.
         link: what reduces gradients, if it is known; else it is measured where there are several ranks.
     """
-    units, device = ordering.units, environment.device
     width = torch.empty((), dtype=wire_dtype).element_size()
-    sizes = [sum(ordering.numel[i] for i in unit) * width for unit in units]
+    sizes = np.array([sum(ordering.numel[i] for i in unit) * width for unit in ordering.units])
+    latest = np.array([max(float(ready_s[i]) for i in unit) for unit in ordering.units])
+    ready = max_over_ranks(latest, environment.device)
     shards = config.shard_optimizer and environment.world_size > 1
-    ready = max_over_ranks(np.array([max(float(ready_s[i]) for i in unit) for unit in units]), device)
     if environment.world_size > 1:
-        link = link or measure_link(sum(sizes), wire_dtype, environment, reduce_scatter if shards else all_reduce)
-    link = link or Link(0.0, _UNMEASURED)
-    ready = np.maximum.accumulate(ready)
+        collective = reduce_scatter if shards else all_reduce
+        link = link or measure_link(int(sizes.sum()), wire_dtype, environment, collective)
+    reduction = _Reduction(np.maximum.accumulate(ready), sizes, link or Link(0.0, _UNMEASURED))
     least, most = (mib * 2**20 * width / 4 for mib in (config.min_bucket_mb, config.max_bucket_mb))
     if not shards:
-        plan = exact_plan(ready, np.array(sizes), link, min_bytes=least, max_bytes=most)
-        ends = _of_first_rank(plan.ends, len(sizes), environment)
-    else:
-        assert needed_s is not None
-        needed = max_over_ranks(np.array([min(float(needed_s[i]) for i in unit) for unit in units]), device)
-        gathering = measure_link(sum(sizes) // width * 4, torch.float32, environment, gather)
-        times = ShardedTimes(ready, needed, np.array(sizes), np.array(sizes) / width * 4, link, gathering)
-        ends = _of_first_rank(sharded_plan(times, min_bytes=least, max_bytes=most), len(sizes), environment)
-    plan = timeline(ready, np.array(sizes), ends, link)
-    bound = lower_bound(ready, np.array(sizes), link)
-    weights = WeightRecord(tuple(needed.tolist()), gathering, delays(times, ends)[1]) if shards else None
-    return BucketRecord(ordering.unit_names, tuple(ready.tolist()), tuple(sizes), link, plan, bound, weights)
+        plan = exact_plan(*reduction, min_bytes=least, max_bytes=most)
+        return _record(ordering, reduction, _of_first_rank(plan.ends, len(sizes), environment))
+    assert needed_s is not None
+    earliest = np.array([min(float(needed_s[i]) for i in unit) for unit in ordering.units])
+    needed = max_over_ranks(earliest, environment.device)
+    gathering = measure_link(int(sizes.sum()) // width * 4, torch.float32, environment, gather)
+    times = ShardedTimes(reduction.ready_s, needed, sizes, sizes / width * 4, reduction.link, gathering)
+    planned = sharded_plan(times, min_bytes=least, max_bytes=most)
+    ends = _of_first_rank(planned, len(sizes), environment)
+    return _record(ordering, reduction, ends, WeightRecord(tuple(needed.tolist()), gathering, delays(times, ends)[1]))
+
+
+class _Reduction(NamedTuple):
+    """What a plan is made from, for each unit in the order of backward: seconds, bytes on the wire, and their link."""
+
+    ready_s: np.ndarray
+    sizes: np.ndarray
+    link: Link
+
+
+def _record(
+    ordering: Ordering, reduction: _Reduction, ends: list[int], weights: WeightRecord | None = None
+) -> BucketRecord:
+    """The buckets with these ends, and when their collectives begin and end."""
+    ready_s, sizes, link = reduction
+    plan, bound = timeline(ready_s, sizes, ends, link), lower_bound(ready_s, sizes, link)
+    return BucketRecord(ordering.unit_names, tuple(ready_s.tolist()), tuple(sizes.tolist()), link, plan, bound, weights)
 
 
 def _of_first_rank(ends: Sequence[int], count: int, environment: Environment) -> list[int]:

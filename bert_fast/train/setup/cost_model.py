@@ -105,4 +105,5 @@ def fit_cost_model(
     except ValueError as error:
         raise TrainingError(f"balance.cost=measure: {error}; set balance.cost=flops to plan with FLOPs") from None
     mine = [fit.linear, fit.quadratic, fit.fixed, fit.residual, fit.doubt]
-    return CostFit(*broadcast_numbers(mine, environment.device), rows=fit.rows)
+    linear, quadratic, fixed, residual, doubt = broadcast_numbers(mine, environment.device)
+    return CostFit(linear, quadratic, fixed, residual, doubt, fit.rows)

@@ -64,7 +64,7 @@ class _Gpus:
     """NVML's counters, in mJ since the driver was loaded, of the devices that CUDA may use here."""
 
     def __init__(self, nvml: Any | None) -> None:
-        self._nvml = nvml if nvml is not None else _pynvml()
+        self._nvml: Any = nvml if nvml is not None else _pynvml()  # None: nothing can be read, and nothing is opened
         self._handles: list[Any] = []
         self._first: list[int] = []
         self._open = False

@@ -48,7 +48,9 @@ def ours(
         batch = next(stream)
         inputs = to_device(batch, environment.device, config.batch.shape_multiple)
         with switched_off():
-            result = components.step(StepInput([inputs], len(batch.masked_labels), config.batch.global_batch_size), 1e-5)
+            result = components.step(
+                StepInput([inputs], len(batch.masked_labels), config.batch.global_batch_size), 1e-5
+            )
         return result.mlm_sum
 
     return step

@@ -110,7 +110,7 @@ def test_a_crash_at_any_moment_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     write(tmp_path, 5, keep=1)
-    owner = {"write_data": module.dcp.FileSystemWriter, "replace": module.os}.get(moment, module)
+    owner = {"write_data": module.FileSystemWriter, "replace": module.os}.get(moment, module)
     real = getattr(owner, moment)
 
     def crash(*arguments: Any, **named: Any) -> Any:
@@ -161,7 +161,7 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.dcp.FileSystemWriter if moment == "write_data" else module, moment, full)
+        patch.setattr(module.FileSystemWriter if moment == "write_data" else module, moment, full)
         with pytest.raises(
             UserError, match=r"step 6 was not written: disk full.*The last complete one is step-00000005"
         ):
@@ -197,7 +197,9 @@ def test_another_format_is_refused_by_name(tmp_path: Path, name: str | None, sai
     path = write(tmp_path, 5)
     manifest = {"step": 5, "world_size": 2, "key": {}} | ({"format": name} if name else {})
     (path / "complete.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(UserError, match=f"of format {said} this code reads '{FORMAT}'; resume with the code that wrote"):
+    with pytest.raises(
+        UserError, match=f"of format {said} this code reads '{FORMAT}'; resume with the code that wrote"
+    ):
         read_description(path)
 
 

@@ -15,15 +15,14 @@ from support.steps import PlannedSteps, cpu_rank
 from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.report.schema import EvaluationLine
 from bert_fast.train.checkpoint.train_state import TrainState, parse_description
 from bert_fast.train.clock import Clock
 from bert_fast.train.setup.build import build
 
 PATH = Path("run/checkpoints/step-00000002")
 COST = CostModel(2.0, 0.5)
-EVALUATION = {
-    "step": 2, "samples": 16, "time_s": 0.5, "accuracy": 0.25, "mlm_loss": 3.0, "nsp_accuracy": 0.5, "nsp_loss": 0.7,
-}  # fmt: skip
+EVALUATION = EvaluationLine(step=2, samples=16, time_s=1.5, accuracy=0.25, mlm_loss=6.0, nsp_accuracy=0.5, nsp_loss=0.7)
 
 
 def state_of(config: Config, cost: CostModel = COST) -> TrainState:
@@ -58,6 +57,7 @@ def test_a_state_comes_back(make_config: Callable[..., Config], description: dic
     assert other.progress.step == 2
     assert other.progress.samples == 16
     assert other.progress.joules == [12.5, None]
+    assert other.progress.evaluations == [EVALUATION]
     assert other.progress.mean("imbalance") == 1.25
     assert (other.cost, other.cost_source) == (COST, "the resumed run")
     assert other.clock.paused.keys() == {"evaluation"}
