@@ -92,7 +92,6 @@ def start(rank: int, world: int, trees: list[dict[str, Any]], strays_at: int | N
         except UserError as error:
             text = str(error)
         finally:
-            context.stop.restore()
             context.close()
             dist.barrier()
     steps = states[0].progress.step if states else 0
@@ -259,7 +258,7 @@ def test_what_may_differ_may_also_change() -> None:
 
 def compare_configs(rank: int, world: int, trees: list[dict[str, Any]]) -> str | None:
     try:
-        check_config(config_from_tree(trees[rank]), False, environment_of(rank, world))
+        check_config(config_from_tree(trees[rank]), False, cpu_rank(rank, world))
     except UserError as error:
         return str(error)
     return None

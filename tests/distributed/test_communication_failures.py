@@ -24,6 +24,7 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.train.checkpoint.storage import latest_checkpoint, read_description, verify_checkpoint
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup import build as building
+from bert_fast.train.setup.warmup import synthetic_input
 
 pytestmark = pytest.mark.distributed
 
@@ -155,7 +156,7 @@ def built(rank: int, world: int, tree: dict[str, Any], of_rank_1: dict[str, dict
         building.build_model = swapped
     try:
         components = building.build(config, environment)
-        return components.step(building.synthetic_input(config, environment, seed=5), lr=0.0).grad_norm.item()
+        return components.step(synthetic_input(config, environment, seed=5), lr=0.0).grad_norm.item()
     finally:
         building.build_model = real
 

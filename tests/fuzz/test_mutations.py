@@ -15,11 +15,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.paths import ROOT
+from support.steps import cpu_rank
 
 from bert_fast.balance.cost import CostModel, read_cost
 from bert_fast.config import Config
@@ -36,13 +38,9 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained, save_pretrained
 from bert_fast.model.tensorflow_bundle import TensorBundle
 from bert_fast.train.checkpoint.resume import latest_valid_checkpoint, load_checkpoint, resume_key
-from bert_fast.train.checkpoint.snapshot import optimizer_counts, rank_state, slices_to_write
 from bert_fast.train.checkpoint.storage import as_bytes, write_checkpoint
 from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.clock import Clock
-from bert_fast.train.components import TrainComponents
-from bert_fast.train.environment import Environment
-from bert_fast.train.progress import Progress
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.warmup import synthetic_input
 
@@ -112,26 +110,23 @@ def originals(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     return folder
 
 
-RANK = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
+def state_of(config: Config) -> TrainState:
+    return TrainState(build(config, cpu_rank()), cpu_rank(), Clock(), CostModel(2.0, 0.5), "a test")
 
 
-def components_of_one_step(config: Config) -> TrainComponents:
-    components = build(config, RANK)
-    components.step(synthetic_input(config, RANK, seed=0), lr=0.01)
-    return components
+def key_of(config: Config) -> dict[str, Any]:
+    return resume_key(config, "a" * 64, "b" * 64)
 
 
 def write_run_checkpoint(folder: Path) -> None:
     """What a run of one rank leaves after its first step."""
     config = checkpoint_config()
-    components = components_of_one_step(config)
-    state = {
-        "progress": Progress(step=1, samples=2).state_dict(), "clock": {"elapsed": 1.0, "paused": {"checkpoint": 0.5}},
-        "loss_scale": None, "optimizer": optimizer_counts(components), "cost": [2.0, 0.5],
-    }  # fmt: skip
-    description = {"step": 1, "world_size": 1, "key": resume_key(config, "a" * 64, "b" * 64), "state": state}
-    own = as_bytes("rank.0", rank_state(components, RANK))
-    write_checkpoint(folder, [*slices_to_write(components, RANK), own], description, 0, 2, None)
+    state = state_of(config)
+    state.components.step(synthetic_input(config, cpu_rank(), seed=0), lr=0.01)
+    state.progress.step, state.progress.samples = 1, 2
+    state.clock.load_state_dict({"elapsed": 1.0, "paused": {"checkpoint": 0.5}})
+    own = as_bytes("rank.0", state.rank_state())
+    write_checkpoint(folder, [*state.slices(), own], state.describe(key_of(config)), 0, 2, None)
 
 
 def checkpoint_config() -> Config:
@@ -169,9 +164,8 @@ def read_run_checkpoint(path: Path) -> None:
     config, folder = checkpoint_config(), path.parent.parent
     random_state = torch.get_rng_state()
     try:
-        found = latest_valid_checkpoint(folder, RANK, lambda _: None)
-        state = TrainState(build(config, RANK), RANK, Clock(), CostModel(2.0, 0.5), "config")
-        load_checkpoint(found, resume_key(config, "a" * 64, "b" * 64), state, 0, lambda _: None)
+        found = latest_valid_checkpoint(folder, cpu_rank(), lambda _: None)
+        load_checkpoint(found, key_of(config), state_of(config), 0, lambda _: None)
     finally:
         torch.set_rng_state(random_state)
 
@@ -265,5 +259,5 @@ def test_a_checkpoint_of_another_form_is_one_line(name: str, value: object, orig
     shutil.copytree(originals / "checkpoints", tmp_path / "checkpoints")
     manifest = tmp_path / "checkpoints/step-00000001/complete.json"
     write_json(manifest, {**json.loads(manifest.read_text(encoding="utf-8")), name: value})
-    with pytest.raises(UserError, match=r"damaged \(complete\.json(: state| has no)"):
+    with pytest.raises(UserError, match=r"damaged \(complete\.json"):
         read_matching_run_checkpoint(manifest)

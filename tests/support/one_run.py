@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from bert_fast.config import Config
 from bert_fast.run_folder import create_folder
 from bert_fast.train.context import RunContext, open_context
 from bert_fast.train.environment import Environment
+from bert_fast.train.health.signals import HANDLED
 from bert_fast.train.run import RunSummary, run
 from support.steps import cpu_rank
 
@@ -20,11 +22,13 @@ def opened(config: Config, resume: bool = False, environment: Environment | None
     environment = environment or cpu_rank()
     if environment.is_main:
         create_folder(config, resume, commit="a commit")
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     context = open_context(config, environment, resume, on_lost=print)
     try:
         yield context
     finally:
-        context.stop.restore()
+        for number, handler in handlers.items():  # the run's end with its process
+            signal.signal(number, handler)
         context.mllog.close()
         context.close()
 

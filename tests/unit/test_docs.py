@@ -30,6 +30,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_named_files_exist(page: Path) -> None:
+    """Paths from the root in backticks; those in capitals or with a star are patterns."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:bert_fast|scripts|tests|configs|docs|results|slurm|assets)/[a-z0-9_./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def commands(page: Path) -> Iterator[tuple[str, str]]:
     """(script or module, the whole command) of each command in a page, in a block or in backticks."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
@@ -113,12 +121,12 @@ FIGURES = [
     ("slowest of 1,024 ranks over the mean with random", "balance/step", "metrics:measured/random/max_over_mean"),
     ("slowest of 1,024 ranks over the mean, balanced", "balance/step", "metrics:measured/balanced/max_over_mean"),
     ("communication hidden behind", "overlap/layers-200mbit", "metrics:200mbit/1/ddp_default/hidden_share"),
-    ("communication hidden by our", "overlap/layers-200mbit", "metrics:200mbit/1/auto/hidden_share"),
+    ("communication hidden by ours", "overlap/layers-200mbit", "metrics:200mbit/1/auto/hidden_share"),
     ("the same with weights", "overlap/layers-200mbit", "metrics:200mbit/1/auto_shadow/hidden_share"),
     ("ranks killed at a random moment", "faults/drill", "figures:kills"),
     ("of these, recovered", "faults/drill", "figures:recovered_exactly"),
     ("how long training waits for a checkpoint", "faults/drill", "figures:checkpoint_stall_share"),
-    ("import of MLPerf's samples", "import/import", "metrics:import_samples_per_s"),
+    ("samples of MLPerf's files imported", "import/import", "metrics:import_samples_per_s"),
 ]
 
 

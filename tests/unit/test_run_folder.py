@@ -27,7 +27,7 @@ from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.run_folder import PENDING_RECORD, RECORD, create_folder, run_folder, take_folder
+from bert_fast.run_folder import PENDING_RECORD, RECORD, check_folder, create_folder, run_folder, take_folder
 from bert_fast.train import complete as completing
 from bert_fast.train.checkpoint.storage import latest_checkpoint
 from bert_fast.train.complete import complete, exit_code_of, finished_again
@@ -404,3 +404,81 @@ def test_a_folder_that_another_process_writes_is_refused_by_its_name(
         assert contents(tmp_path) == before
         assert other.stdin is not None
         other.stdin.close()
+
+
+# ---- which folder, and when it is refused -----------------------------------------------------------------------------
+
+
+def finish_checkpoint(folder: Path) -> None:
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000004" / "complete.json").write_text("{}")
+
+
+def test_folder_name_comes_from_name_and_seed(make_config: Callable[..., Config]) -> None:
+    config = make_config("run.folder=null", "run.results_dir=out", "run.name=x", "train.seed=3")
+    assert run_folder(config) == Path("out/x-seed3")
+    assert run_folder(make_config("run.folder=elsewhere")) == Path("elsewhere")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_finished_run_is_refused(make_config: Callable[..., Config], resume: bool) -> None:
+    config = make_config()
+    folder = run_folder(config)
+    finish_checkpoint(folder)
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=r"already holds a finished run; choose another run\.name or run\.folder"):
+        check_folder(config, resume)
+
+
+def test_stopped_run_needs_resume(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    check_folder(config, False)
+    finish_checkpoint(run_folder(config))
+    with pytest.raises(UserError, match=r"holds a stopped run; continue it with --resume"):
+        check_folder(config, False)
+    check_folder(config, True)
+
+
+def test_resume_needs_a_checkpoint(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    with pytest.raises(UserError, match=r"--resume: .* has no checkpoint; start the run without"):
+        check_folder(config, True)
+    (run_folder(config) / "checkpoints" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        check_folder(config, True)
+
+
+def test_create_folder_records_the_config_and_clears_remains(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    folder = create_folder(config, resume=False, commit="a commit")
+    assert "hidden_size: 16" in (folder / "config.yaml").read_text()
+    assert (folder / "commit.txt").read_text().strip()
+    (folder / "result_0.txt").write_text("a crashed run's")
+    create_folder(config, resume=False, commit="a commit")
+    assert not (folder / "result_0.txt").exists()
+    (folder / "result_0.txt").write_text("a stopped run's")
+    create_folder(config, resume=True, commit="a commit")
+    assert (folder / "result_0.txt").exists()
+
+
+def test_a_folder_that_is_not_a_runs_is_not_removed(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    folder = run_folder(config)
+    (folder / "other-seed0").mkdir(parents=True)
+    (folder / "other-seed0" / "metrics.json").write_text("{}")
+
+    def start() -> None:
+        check_folder(config, False)
+        create_folder(config, resume=False, commit="a commit")
+
+    with pytest.raises(UserError):
+        start()
+    assert (folder / "other-seed0" / "metrics.json").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_kept(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    run_folder(config).write_text("notes")
+    with pytest.raises(UserError, match=r"/run is a file, not a folder; choose another run\.name"):
+        create_folder(config, resume=False, commit="a commit")
+    assert run_folder(config).read_text() == "notes"

@@ -14,13 +14,13 @@ from bert_fast.run_folder import MODEL
 
 def check_inputs(config: Config) -> None:
     """Things to find missing before ranks are started: only looks whether files are there."""
-    for field, folder, split in (
-        ("data.train", config.data.train, "train"),
-        ("evaluation.data", config.evaluation.data, "eval"),
-    ):
+    stores = (("data.train", "train", config.data.train), ("evaluation.data", "eval", config.evaluation.data))
+    for field, split, folder in stores:
         if not (Path(folder) / "manifest.json").is_file():
             if (Path(folder) / split / "manifest.json").is_file():
-                raise UserError(f"{folder} ({field}) holds stores but is not one; set {field}={Path(folder) / split}")
+                raise UserError(
+                    f"{folder} ({field}) holds stores and is not one itself; set {field}={Path(folder) / split}"
+                )
             raise UserError(
                 f"no data at {folder} ({field}); make it with the prepare_data.py command at the top of the "
                 "config file, or `make data` for the mini benchmark"

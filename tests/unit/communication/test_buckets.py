@@ -1,14 +1,12 @@
-"""GradientLayout of gradients, clip coefficients, and the reducer on one rank against autograd and clipping as one would write it."""
+"""Layout of gradients: order, clip groups, buckets, places in the flat buffer."""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -20,18 +18,11 @@ from bert_fast.communication.buckets import (
     measure_ready_order,
     plan_layout,
 )
-from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
-from bert_fast.communication.reducer import BucketReducer
-from bert_fast.communication.wire_format import WireFormat, wire_format
 from bert_fast.config import ModelConfig
-from bert_fast.config.choices import CLIP_MODES
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
 
 MIB = 2**20
-
-
-# ---- layout ---------------------------------------------------------------------------------------------------------
 
 
 def bert_names(num_layers: int = 3) -> tuple[list[str], list[int]]:
@@ -105,8 +96,8 @@ def test_layout_says_whether_groups_are_runs_of_the_ready_order() -> None:
     """What engine `ddp` needs for clipping by groups: its buckets follow the ready order."""
     settings: dict[str, Any] = {"clip_groups": {"a": "^a", "b": "^b"}, "bucket_mb": 1.0, "whole_groups": True}
     names = ["a.x", "b.x", "a.y", "b.y"]
-    assert plan_layout(names, [1] * 4, [0, 2, 1, 3], **settings).in_ready_order
-    assert not plan_layout(names, [1] * 4, [0, 1, 2, 3], **settings).in_ready_order
+    assert plan_layout(names, [1] * 4, [0, 2, 1, 3], **settings).ordering.in_ready_order
+    assert not plan_layout(names, [1] * 4, [0, 1, 2, 3], **settings).ordering.in_ready_order
 
 
 def test_without_whole_groups_ready_order_of_single_tensors_is_kept_inside_groups() -> None:
@@ -209,226 +200,3 @@ def test_gradients_are_views_of_one_buffer() -> None:
     model.zero_grad(set_to_none=True)
     flat.attach()
     assert all(p.grad is not None for p in model.parameters())
-
-
-# ---- clipping -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("norm", "threshold", "scale", "expected"),
-    [
-        (2.0, 1.0, None, 0.5),
-        (1.0, 1.0, None, 1.0),
-        (0.5, 1.0, None, 1.0),
-        (0.0, 1.0, None, 1.0),
-        (2.0, 1.0, 8.0, 1.0),
-        (32.0, 1.0, 8.0, 0.25),
-        (1e-45, 1.0, None, 1.0),
-    ],
-)
-def test_coefficient(norm: float, threshold: float, scale: float | None, expected: float) -> None:
-    value = coefficient(torch.tensor(norm), threshold, None if scale is None else torch.tensor(scale))
-    assert value.shape == ()
-    assert value.item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
-@pytest.mark.parametrize("scale", [None, 8.0])
-def test_norm_that_is_not_finite_becomes_nan(norm: float, scale: float | None) -> None:
-    """A coefficient of zero would hide an overflow from all other ranks."""
-    assert math.isnan(coefficient(torch.tensor(norm), 1.0, None if scale is None else torch.tensor(scale)).item())
-
-
-@given(st.floats(1e-30, 1e30), st.floats(1e-6, 1e6), st.floats(1.0, 65536.0))
-def test_clipping_brings_the_norm_to_the_limit_and_never_raises_it(norm: float, threshold: float, scale: float) -> None:
-    value = coefficient(
-        torch.tensor(norm, dtype=torch.float64), threshold, torch.tensor(scale, dtype=torch.float64)
-    ).item()
-    assert 0 < value <= 1
-    assert norm * value <= threshold * scale * (1 + 1e-9)
-    if norm <= threshold * scale * (1 - 1e-9):
-        assert value == 1.0
-
-
-def test_group_thresholds_add_up_to_the_whole() -> None:
-    assert 7 * group_threshold(2.0, 7) ** 2 == pytest.approx(4.0)
-
-
-def test_statistics_are_means_over_steps_and_start_anew() -> None:
-    statistics = ClipStatistics(["a", "b"], torch.device("cpu"))
-    for first, second in ((1.0, 0.5), (0.25, 0.5), (1.0, 1.0), (1.0, float("nan"))):
-        statistics.add(0, torch.tensor(first))
-        statistics.add(1, torch.tensor(second))
-        statistics.end_step()
-    statistics.end_step()
-    read = statistics.read()
-    assert read["a"] == {"clipped_share": 0.25, "mean_coefficient": pytest.approx(3.25 / 4)}
-    assert read["b"] == {"clipped_share": 0.5, "mean_coefficient": 0.5}
-    assert statistics.read()["a"] == {"clipped_share": 0.0, "mean_coefficient": 0.0}
-
-
-# ---- what travels ---------------------------------------------------------------------------------------------------
-
-
-def test_wire_format_of_the_gradients_own_dtype_copies_nothing() -> None:
-    bucket = torch.randn(8, dtype=torch.float64)
-    wire = wire_format("fp32", torch.float64)
-    assert wire.encode(0, bucket) is bucket
-    wire.decode(bucket, bucket)
-    wire.count(bucket)
-    assert wire.bytes_sent == 64
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_wire_format_casts_there_and_back(name: str, dtype: torch.dtype) -> None:
-    bucket = torch.randn(8)
-    original = bucket.clone()
-    wire = wire_format(name, torch.float32)
-    sent = wire.encode(0, bucket)
-    assert sent.dtype == dtype
-    wire.count(sent)
-    assert wire.bytes_sent == 16
-    wire.decode(2 * sent, bucket)
-    assert torch.equal(bucket, 2 * original.to(dtype).float())
-
-
-# ---- the reducer on one rank ----------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """A shared weight, a parameter that is never used, groups of different sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(11, 6)
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.unused = nn.Parameter(torch.randn(4))
-        self.double()
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.embeddings(ids)
-        for layer in self.layers:
-            hidden = torch.tanh(layer(hidden))
-        return F.linear(hidden, self.embeddings.weight)
-
-
-def make_net() -> Net:
-    torch.manual_seed(4)
-    return Net()
-
-
-def micro_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (torch.randint(0, 11, (9,), generator=generator), torch.randint(0, 11, (9,), generator=generator))
-        for _ in range(2)
-    ]
-
-
-def loss_of(net: Net, batch: tuple[torch.Tensor, torch.Tensor], factor: float) -> torch.Tensor:
-    return factor * F.cross_entropy(net(batch[0]), batch[1], reduction="sum")
-
-
-def reducer_of(net: Net, clip: str, max_norm: float, bucket_mb: float = 1e-4) -> BucketReducer:
-    named = list(net.named_parameters())
-    order = measure_ready_order([p for _, p in named], lambda: loss_of(net, micro_batches()[0], 1.0).backward())
-    net.zero_grad(set_to_none=True)
-    layout = plan_layout(
-        [name for name, _ in named], [p.numel() for _, p in named], order, clip_groups="layer", bucket_mb=bucket_mb,
-        whole_groups=clip == "bucket_before_reduce",
-    )  # fmt: skip
-    return BucketReducer(net, layout, clip=clip, max_norm=max_norm, wire=WireFormat(torch.float64))
-
-
-def run_reducer(reducer: BucketReducer, net: Net, factor: float, scale: torch.Tensor | None = None) -> torch.Tensor:
-    reducer.zero_grad()
-    batches = micro_batches()
-    for index, batch in enumerate(batches):
-        with reducer.micro_batch(index == len(batches) - 1, scale):
-            loss = loss_of(net, batch, factor)
-            (loss if scale is None else loss * scale).backward()
-    return reducer.finish()
-
-
-def plain_gradients(clip: str, max_norm: float, factor: float) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients after clipping, and the norm that `finish` reports: of the gradient as it comes from the reduction."""
-    net = make_net()
-    sum(loss_of(net, batch, factor) for batch in micro_batches()).backward()  # type: ignore[union-attr]
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters()}
-
-    def norm(names: list[str]) -> float:
-        return math.sqrt(sum(gradients[name].square().sum().item() for name in names))
-
-    groups: dict[str, list[str]] = {}
-    for name in gradients:
-        match = re.match(r"layers\.\d+|\w+", name)
-        assert match
-        groups.setdefault(match.group() if clip == "bucket_before_reduce" else "all", []).append(name)
-    before = norm(list(gradients))
-    if clip != "none":
-        threshold = max_norm / math.sqrt(len(groups))
-        for names in groups.values():
-            ratio = min(1.0, threshold / norm(names)) if norm(names) else 1.0
-            for name in names:
-                gradients[name] = gradients[name] * ratio
-    return gradients, before if clip in ("none", "global_after_reduce") else norm(list(gradients))
-
-
-@pytest.mark.parametrize("scale", [None, 1024.0])
-@pytest.mark.parametrize("bucket_mb", [1e-6, 4e-4, 100.0])
-@pytest.mark.parametrize("max_norm", [0.3, 1e3])
-@pytest.mark.parametrize("clip", CLIP_MODES)
-def test_reducer_on_one_rank_equals_autograd_and_plain_clipping(
-    clip: str, max_norm: float, bucket_mb: float, scale: float | None
-) -> None:
-    net = make_net()
-    reducer = reducer_of(net, clip, max_norm, bucket_mb)
-    for factor in (1.0, 0.1):  # a second step on the same buffers
-        norm = run_reducer(reducer, net, factor, None if scale is None else torch.tensor(scale, dtype=torch.float64))
-        expected, expected_norm = plain_gradients(clip, max_norm, factor)
-        assert norm.item() == pytest.approx(expected_norm, rel=1e-12)
-        for name, parameter in net.named_parameters():
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-11, atol=1e-14)
-
-
-def test_the_oracle_clips() -> None:
-    """At the small threshold every mode changes the gradient, each in its own way; at the large one none does."""
-    small = {clip: plain_gradients(clip, 0.3, 1.0)[0]["layers.1.weight"] for clip in CLIP_MODES}
-    large = {clip: plain_gradients(clip, 1e3, 1.0)[0]["layers.1.weight"] for clip in CLIP_MODES}
-    assert all(torch.equal(large[clip], large["none"]) for clip in CLIP_MODES)
-    assert not torch.equal(small["none"], small["global_before_reduce"])
-    assert not torch.allclose(small["bucket_before_reduce"], small["global_before_reduce"], rtol=1e-3)
-    torch.testing.assert_close(small["global_before_reduce"], small["global_after_reduce"])
-
-
-def test_clipped_squares_of_a_rank_stay_below_the_threshold() -> None:
-    net = make_net()
-    norm = run_reducer(reducer_of(net, "bucket_before_reduce", 0.3), net, 1.0)
-    assert norm.item() <= 0.3 * (1 + 1e-12)
-
-
-@pytest.mark.parametrize("clip", CLIP_MODES)
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(clip: str, bad: float) -> None:
-    net = make_net()
-    reducer = reducer_of(net, clip, 1.0)
-    assert not torch.isfinite(run_reducer(reducer, net, bad))
-    assert torch.isfinite(run_reducer(reducer, net, 1.0)), "and is gone in the next step"
-
-
-@pytest.mark.parametrize("clip", CLIP_MODES)
-def test_statistics_of_the_reducer(clip: str) -> None:
-    net = make_net()
-    reducer = reducer_of(net, clip, 0.3)
-    for _ in range(2):
-        run_reducer(reducer, net, 1.0)
-    read = reducer.clip_statistics.read()
-    if clip == "bucket_before_reduce":
-        assert set(read) == {"embeddings", "layers.0", "layers.1", "layers.2", "unused"}
-        assert read["unused"] == {"clipped_share": 0.0, "mean_coefficient": 1.0}
-        assert read["embeddings"]["clipped_share"] == 1.0
-    elif clip == "none":
-        assert read["model"]["clipped_share"] == 0.0
-    else:
-        assert read["model"]["clipped_share"] == 1.0
-        assert 0 < read["model"]["mean_coefficient"] < 1

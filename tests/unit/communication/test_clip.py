@@ -1,4 +1,4 @@
-"""Clipping by the reducer on one rank, on gradients given outright: any groups, ready order, buckets, with a loss scale."""
+"""Clip coefficients, and clipping by the reducer on one rank, on gradients given outright, with a loss scale."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bert_fast.communication.buckets import plan_layout
+from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import wire_format
 from bert_fast.config.choices import CLIP_MODES
@@ -20,6 +21,62 @@ from bert_fast.config.choices import CLIP_MODES
 BY_FIRST_NAME = {"a": "^a", "b": "^b", "c": "^c"}
 SIZES = {"a.x": 3, "b.x": 40, "c.x": 17, "a.y": 16, "b.y": 1, "c.y": 5, "a.z": 33}
 ORDERS = ([0, 1, 2, 3, 4, 5, 6], [6, 4, 2, 0, 5, 3, 1])  # groups are not runs of either
+
+
+@pytest.mark.parametrize(
+    ("norm", "threshold", "scale", "expected"),
+    [
+        (2.0, 1.0, None, 0.5),
+        (1.0, 1.0, None, 1.0),
+        (0.5, 1.0, None, 1.0),
+        (0.0, 1.0, None, 1.0),
+        (2.0, 1.0, 8.0, 1.0),
+        (32.0, 1.0, 8.0, 0.25),
+        (1e-45, 1.0, None, 1.0),
+    ],
+)
+def test_coefficient(norm: float, threshold: float, scale: float | None, expected: float) -> None:
+    value = coefficient(torch.tensor(norm), threshold, None if scale is None else torch.tensor(scale))
+    assert value.shape == ()
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_norm_that_is_not_finite_becomes_nan(norm: float, scale: float | None) -> None:
+    """A coefficient of zero would hide an overflow from all other ranks."""
+    assert math.isnan(coefficient(torch.tensor(norm), 1.0, None if scale is None else torch.tensor(scale)).item())
+
+
+@given(st.floats(1e-30, 1e30), st.floats(1e-6, 1e6), st.floats(1.0, 65536.0))
+def test_clipping_brings_the_norm_to_the_limit_and_never_raises_it(norm: float, threshold: float, scale: float) -> None:
+    value = coefficient(
+        torch.tensor(norm, dtype=torch.float64), threshold, torch.tensor(scale, dtype=torch.float64)
+    ).item()
+    assert 0 < value <= 1
+    assert norm * value <= threshold * scale * (1 + 1e-9)
+    if norm <= threshold * scale * (1 - 1e-9):
+        assert value == 1.0
+
+
+def test_group_thresholds_add_up_to_the_whole() -> None:
+    assert 7 * group_threshold(2.0, 7) ** 2 == pytest.approx(4.0)
+
+
+def test_statistics_are_means_over_steps_and_start_anew() -> None:
+    statistics = ClipStatistics(["a", "b"], torch.device("cpu"))
+    for first, second in ((1.0, 0.5), (0.25, 0.5), (1.0, 1.0), (1.0, float("nan"))):
+        statistics.add(0, torch.tensor(first))
+        statistics.add(1, torch.tensor(second))
+        statistics.end_step()
+    statistics.end_step()
+    read = statistics.read()
+    assert read["a"] == {"clipped_share": 0.25, "mean_coefficient": pytest.approx(3.25 / 4)}
+    assert read["b"] == {"clipped_share": 0.5, "mean_coefficient": 0.5}
+    assert statistics.read()["a"] == {"clipped_share": 0.0, "mean_coefficient": 0.0}
+
+
+# ---- by the reducer --------------------------------------------------------------------------------------------------
 
 
 class Given(nn.Module):

@@ -374,7 +374,7 @@ def test_apex_is_asked_for_the_same_arithmetic(monkeypatch: pytest.MonkeyPatch) 
 
 def test_apex_lamb_is_refused() -> None:
     """It has no trust ratio for each part of a tensor, and none without weight decay."""
-    with pytest.raises(ValueError, match=r"optimizer\.name=lamb: apex's LAMB .* Set optimizer\.use_apex=false"):
+    with pytest.raises(ValueError, match=r"optimizer\.name=lamb: apex's LAMB .* set optimizer\.use_apex=false"):
         OptimizerConfig(name="lamb", use_apex=True)
 
 

@@ -1,0 +1,33 @@
+"""Signals become a flag, and the former handlers come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from bert_fast.train.health.signals import HANDLED, StopFlag
+
+
+@pytest.fixture
+def stop() -> Iterator[StopFlag]:
+    flag = StopFlag()
+    yield flag
+    flag.restore()
+
+
+@pytest.mark.parametrize("number", HANDLED, ids=lambda n: n.name)
+def test_signals_set_the_flag_and_say_which(stop: StopFlag, number: signal.Signals) -> None:
+    assert stop.number == 0
+    os.kill(os.getpid(), number)
+    assert stop.number == number
+
+
+def test_handlers_are_put_back() -> None:
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    flag = StopFlag()
+    assert all(signal.getsignal(number) != handler for number, handler in before.items())
+    flag.restore()
+    assert {number: signal.getsignal(number) for number in HANDLED} == before
