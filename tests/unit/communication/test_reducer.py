@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert_fast.communication.buckets import measure_ready_order, plan_layout
-from bert_fast.communication.clip import CLIP_MODES
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.wire_format import WireFormat
+from bert_fast.config.choices import CLIP_MODES
 
 
 class Net(nn.Module):

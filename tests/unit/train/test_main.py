@@ -11,7 +11,7 @@ import pytest
 
 from bert_fast.config import Config
 from bert_fast.errors import TrainingError, UserError
-from bert_fast.launch import local as launch
+from bert_fast.exit_codes import ExitCode
 from bert_fast.train import main as entry
 
 
@@ -24,7 +24,7 @@ from bert_fast.train import main as entry
         (OSError(errno.ENOSPC, "No space", "runs/x"), 2, "error: disk full (runs/x); free space and --resume\n"),
         (
             RuntimeError("[gloo/transport] Connection closed by peer\nat line 3"),
-            launch.EXIT_LOST_RANK,
+            ExitCode.LOST_RANK,
             "error: lost contact with another rank: [gloo/transport] Connection closed by peer\n",
         ),
     ],
@@ -47,7 +47,7 @@ def test_bugs_keep_their_traceback(error: Exception, capsys: pytest.CaptureFixtu
     def action() -> int:
         raise error
 
-    assert entry.guarded(action) == entry.EXIT_BUG
+    assert entry.guarded(action) == ExitCode.BUG
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback")
     assert shown.splitlines()[-1].startswith(f"error: unexpected {type(error).__name__}")
@@ -57,7 +57,8 @@ def test_print_config_and_dry_run_start_nothing(
     tmp_path: Path, make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from bert_fast.config import as_plain
-    from bert_fast.config.load import load_config, to_yaml
+    from bert_fast.config.load import load_config
+    from bert_fast.config.yaml_files import to_yaml
 
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(as_plain(make_config())))

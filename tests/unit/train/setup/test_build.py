@@ -12,13 +12,13 @@ import torch
 from support.one_run import execute
 from support.steps import PlannedSteps, weights_of
 
+from bert_fast.communication.bucket_record import ends_of_record
 from bert_fast.communication.buckets import order_gradients
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.config import Config
 from bert_fast.config.choices import ENGINES, OBJECTIVES, Choice
 from bert_fast.model.objective import MlmNsp
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.bucket_sizes import ends_of_record
 from bert_fast.train.setup.build import build, build_model, make_engine, make_layout
 
 

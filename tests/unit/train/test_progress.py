@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bert_fast.train.checkpoint.progress import Progress
+
+from bert_fast.train.progress import Progress
 
 
 def test_progress_sums_means_and_state(tmp_path: Path) -> None:
