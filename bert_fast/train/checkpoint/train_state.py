@@ -38,7 +38,17 @@ class _LossScale(_Saved):
 
 class _OptimizerCounts(_Saved):
     step: Number | None
-    groups: list[Number | None]
+    groups: list[Count | None]
+
+
+class _Evaluation(_Saved):
+    step: Count  # whole numbers stay whole: the report formats them as such
+    samples: Count
+    time_s: Number
+    accuracy: Number
+    mlm_loss: Number
+    nsp_accuracy: Number
+    nsp_loss: Number
 
 
 class _Progress(_Saved):
@@ -48,7 +58,7 @@ class _Progress(_Saved):
     tokens_squared: Count
     masked: Count
     next_evaluation: Count
-    evaluations: list[dict[str, Number]]
+    evaluations: list[_Evaluation]
     sums: dict[str, Number]
     sessions: Count
     first_step_s: Number | None

@@ -21,6 +21,9 @@ from bert_fast.train.setup.build import build
 
 PATH = Path("run/checkpoints/step-00000002")
 COST = CostModel(2.0, 0.5)
+EVALUATION = {
+    "step": 2, "samples": 16, "time_s": 0.5, "accuracy": 0.25, "mlm_loss": 3.0, "nsp_accuracy": 0.5, "nsp_loss": 0.7,
+}  # fmt: skip
 
 
 def state_of(config: Config, cost: CostModel = COST) -> TrainState:
@@ -41,7 +44,7 @@ def description(make_config: Callable[..., Config]) -> dict[str, Any]:
         state.components.step(steps.input(number), lr=0.01)
         state.progress.count(planned, 8, 0.5)
         state.progress.add("imbalance", 1.25)
-    state.progress.evaluations.append({"step": 2, "accuracy": 0.25})
+    state.progress.evaluations.append(EVALUATION)
     state.progress.joules = [12.5, None]
     described: dict[str, Any] = json.loads(json.dumps(state.describe({"settings": {}})))
     return described
@@ -61,6 +64,7 @@ def test_a_state_comes_back(make_config: Callable[..., Config], description: dic
     again = other.state_dict()
     expected = description["state"]
     assert again["progress"] == expected["progress"]
+    assert json.dumps(again["progress"]) == json.dumps(expected["progress"]), "whole numbers stay whole"
     assert again["cost"] == expected["cost"]
     assert again["loss_scale"] is None
     assert again["clock"]["paused"] == expected["clock"]["paused"]
