@@ -18,8 +18,8 @@ from bert_fast.integers import ceil_div
 
 EMPTY = -1
 REFINE_MS = 20.0  # the default budget of `refine`
-# What refinement costs, measured on a core of an EPYC (scripts/benchmarks/balance/imbalance.py --budget): pairs of places that it looks at
-# in a millisecond; the fixed cost of a sweep, and that of a slot in it, as so many pairs.
+# What refinement costs, measured on a core of an EPYC (scripts/benchmarks/balance/imbalance.py --budget): pairs of places that
+# it looks at in a millisecond; the fixed cost of a sweep, and that of a slot in it, as so many pairs.
 _PAIRS_PER_MS, _PAIRS_PER_SWEEP, _PAIRS_PER_SLOT = 500_000, 50_000, 25
 _PARTNERS = 2  # cheap slots that a costly one is compared with in a sweep, or as many as make up for its fixed cost
 _PATIENCE = 12  # sweeps without a swap, each with other partners, after which there is none

@@ -45,7 +45,7 @@ def run(context: Context) -> None:
     start(2)
     saver.wait()
     alone_s = time.perf_counter() - began
-    beside = []
+    beside: list[float] = []
     start(3)
     while (saver.records[-1]["total_s"] == 0.0 and saver.failed is None) or len(beside) < _LEAST_STEPS:
         beside.append(step())

@@ -191,7 +191,7 @@ def batches_of(config: Config, peer: Peer) -> list[Batch]:
     rng = np.random.default_rng(7)
     batches = [batch_of_lengths(part, config.model.vocab_size, rng) for part in parts]
     if peer.grouped:
-        rng.shuffle(batches)  # type: ignore[arg-type]
+        rng.shuffle(batches)
     return batches
 
 

@@ -194,7 +194,11 @@ def _plain_ddp(
     model: WaitingModel, caps: list[float], numel: list[int], x: torch.Tensor, update_s: float, variant: Variant
 ) -> Instance:
     """As a user has it: no clipping, no hook. Its buckets are the default ones of a model of BERT's size."""
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps)
+    ddp = DistributedDataParallel(
+        model,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb_list=caps,  # type: ignore[arg-type]  # says int, but takes fractions of a MiB
+    )
     optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-3, fused=True)
     slow_updates(optimizer, sum(numel), update_s)
 

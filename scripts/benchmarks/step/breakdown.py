@@ -81,7 +81,7 @@ def _wrap_attention() -> Any:
     def forward(layer: Any, hidden_TD: torch.Tensor, layout: Any, attend: Any) -> torch.Tensor:
         return before(layer, hidden_TD, layout, _recorded(attend, "part:attention"))
 
-    bert.EncoderLayer.forward = forward
+    bert.EncoderLayer.forward = forward  # type: ignore[assignment, method-assign]  # until it is undone
     return lambda: setattr(bert.EncoderLayer, "forward", before)
 
 

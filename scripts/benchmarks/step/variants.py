@@ -48,7 +48,9 @@ def ours(
         batch = next(stream)
         inputs = to_device(batch, environment.device, config.batch.shape_multiple)
         with switched_off():
-            result = components.step(StepInput([inputs], len(batch.masked_labels), config.batch.global_batch_size), 1e-5)
+            result = components.step(
+                StepInput([inputs], len(batch.masked_labels), config.batch.global_batch_size), 1e-5
+            )
         return result.mlm_sum
 
     return step
@@ -78,7 +80,7 @@ def huggingface(
     torch.manual_seed(0)
     with device:
         model = BertForPreTraining(
-            BertConfig(
+            BertConfig(  # type: ignore[call-arg]  # attn_implementation is a setting of all configs of transformers
                 vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
                 num_attention_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
                 max_position_embeddings=shape.max_positions, hidden_dropout_prob=shape.hidden_dropout,

@@ -169,9 +169,7 @@ def test_lines_carry_time_file_and_metadata(tmp_path: Path, config_of: Callable[
     assert times == sorted(times)
     accuracy = [entry for entry in logged if entry["key"] == "eval_accuracy"]
     assert [(entry["value"], entry["metadata"]["epoch_num"]) for entry in accuracy] == [(0.5, 32), (0.7301, 64)]
-    assert all(Path(entry["metadata"]["file"]).name.startswith("test_log") for entry in accuracy), (
-        "the caller's line"
-    )
+    assert all(Path(entry["metadata"]["file"]).name.startswith("test_log") for entry in accuracy), "the caller's line"
     stop = next(entry for entry in logged if entry["key"] == "run_stop")
     assert stop["metadata"]["status"] == "success"
     assert stop["event_type"] == "INTERVAL_END"
