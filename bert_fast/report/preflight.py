@@ -30,7 +30,7 @@ def node_table(report: dict[str, Any]) -> None:
             Text(node["host"]), _ranges(node["ranks"]), Text(node["device"]), str(len(node["cpus"])),
             f"{node['memory_gib']:.0f}",
             _span(node["tflops"], "{:.2f}"), _span(node["link_mb_s"], "{:,.0f}"), _span(node["clock_ms"], "{:+.1f}"),
-            Text(node["data"]["train"].split()[0]),
+            Text(node["data"]["data.train"].split()[0]),
         )  # fmt: skip
     console.print(table)
     if len(shown) < len(nodes):

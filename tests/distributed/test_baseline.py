@@ -109,7 +109,9 @@ def test_evaluation_is_ours(config_file: Path) -> None:
     alone = Environment(0, 0, 1, torch.device("cpu"), torch.float32)
 
     theirs = baseline.Evaluator(store, config, alone)(baseline.make_model(config))
-    ours = evaluate.Evaluator(store, None, config.batch, CostModel(1.0, 0.0), alone)(_our_model(config))
+    ours = evaluate.Evaluator(store, config.evaluation, config.batch.shape_multiple, CostModel(1.0, 0.0), alone)(
+        _our_model(config)
+    )
 
     assert 0.01 < theirs < 0.99, "an accuracy of nothing or everything would prove nothing"
     assert theirs == pytest.approx(ours.mlm_accuracy, abs=1e-12)

@@ -57,7 +57,7 @@ def test_data_that_a_rank_does_not_see_is_refused_by_all(
 
 FACT = {
     "host": "a", "device": "H100", "device_id": "GPU-1", "cpus": [0, 1], "memory_gib": 64.0, "versions": "torch 2",
-    "data": {"train": "x", "eval": "y"},
+    "data": {"data.train": "x", "evaluation.data": "y"},
 }  # fmt: skip
 
 

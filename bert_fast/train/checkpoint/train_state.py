@@ -38,17 +38,17 @@ class _LossScale(_Saved):
 
 class _OptimizerCounts(_Saved):
     step: Number | None
-    groups: list[Number | None]
+    groups: list[Count | None]
 
 
 class _Evaluation(_Saved):
-    step: Count
+    step: Count  # whole numbers stay whole: the report formats them as such
     samples: Count
     time_s: Number
     accuracy: Number
-    mlm_loss: Number
+    mlm_loss: float  # not finite where the run has diverged
     nsp_accuracy: Number
-    nsp_loss: Number
+    nsp_loss: float
 
 
 class _Progress(_Saved):

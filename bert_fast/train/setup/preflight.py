@@ -80,7 +80,10 @@ def _facts(config: Config, environment: Environment) -> dict[str, Any]:
         "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
         "memory_gib": round(memory, 1),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "data": {"train": _data_hash(config.data.train), "eval": _data_hash(config.evaluation.data)},
+        "data": {
+            "data.train": _data_hash(config.data.train),
+            "evaluation.data": _data_hash(config.evaluation.data),
+        },
     }
 
 
@@ -98,17 +101,16 @@ def _data_hash(folder: str) -> str:
 def _check(facts: list[dict[str, Any]]) -> None:
     """The same verdict on every rank."""
     for rank, fact in enumerate(facts):
-        for split, value in fact["data"].items():
-            field = "data.train" if split == "train" else "evaluation.data"
+        for field, value in fact["data"].items():
             if value.startswith("error"):
                 raise UserError(
                     f"pre-flight: rank {rank} ({fact['host']}) cannot read {field}: {value.removeprefix('error: ')}; "
                     "put it where every node sees it"
                 )
-            if value != facts[0]["data"][split]:
+            if value != facts[0]["data"][field]:
                 raise UserError(
                     f"pre-flight: rank {rank} ({fact['host']}) has another {field} than rank 0 ({facts[0]['host']}): "
-                    f"{value}, not {facts[0]['data'][split]}; copy the store anew"
+                    f"{value}, not {facts[0]['data'][field]}; copy the store anew"
                 )
         if fact["versions"] != facts[0]["versions"]:
             raise UserError(

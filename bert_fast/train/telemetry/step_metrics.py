@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,24 @@ class IntervalSummary:
     signal: int  # at which all ranks shall stop; 0: go on
     first_rank_with_alarm: int | None
     first_rank_with_other_plan: int | None  # whose plans, or masked tokens in them, were not rank 0's
+
+
+class _OverRanks(NamedTuple):
+    """What the ranks have gathered: float64 [ranks] each, and `compute_s` [ranks, steps]. Seconds are of the interval."""
+
+    mlm_sum: np.ndarray
+    nsp_sum: np.ndarray
+    signals: np.ndarray
+    alarms: np.ndarray
+    exposed_s: np.ndarray
+    data_s: np.ndarray
+    optimizer_s: np.ndarray
+    checksums: np.ndarray
+    compute_s: np.ndarray
+
+    def compute_imbalance(self) -> np.ndarray:
+        """The longest time of forward and backward over the mean of the ranks, float64 [steps]."""
+        return self.compute_s.max(axis=0) / self.compute_s.mean(axis=0)
 
 
 class IntervalMetrics:
@@ -89,58 +108,59 @@ class IntervalMetrics:
             self._compute = device_times.compute_s
             if device_times.exposed_s is not None:
                 self._exposed_s = device_times.exposed_s
-        table = gather_floats(
-            [*self._losses.tolist(), float(signal), float(alarm), self._exposed_s, self._data_s, self._optimizer_s,
-             float(self._checksum), *self._compute],
-            self._environment.device,
-        )  # fmt: skip
-        mlm_sum, nsp_sum, signals, alarms, exposed_s, data_s, optimizer_s, checksums = table[:, :8].T
-        compute = table[:, 8:]  # [ranks, steps]
-        uneven = compute.max(axis=0) / compute.mean(axis=0)
-        self._count_stragglers(compute, data_s, exposed_s)
-        progress = self._progress
-        progress.add("compute_s", compute.sum(axis=1).mean())
-        # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
-        progress.add("exposed_s", exposed_s.min())
-        progress.add("straggler_s", exposed_s.mean() - exposed_s.min())
-        progress.add("data_s", data_s.max())
-        progress.add("optimizer_s", optimizer_s.mean())
-        progress.add("compute_imbalance", uneven.sum())
+        mine = [*self._losses.tolist(), float(signal), float(alarm), self._exposed_s, self._data_s, self._optimizer_s]
+        table = gather_floats([*mine, float(self._checksum), *self._compute], self._environment.device)
+        ranks = _OverRanks._make([*table[:, :8].T, table[:, 8:]])
+        self._count(ranks)
         seconds = self._clock.training - self._start
-        mlm, nsp = mlm_sum.sum() / self._masked, nsp_sum.sum() / (steps * self._global_batch)
-        line = None
-        if self._environment.is_main:
-            line = StepLine(
-                step=progress.step,
-                samples=progress.samples,
-                time_s=self._clock.elapsed,
-                loss=mlm + nsp,
-                mlm_loss=mlm,
-                nsp_loss=nsp,
-                lr=self._lr,
-                grad_norm=float(self._norm),
-                samples_per_s=steps * self._global_batch / seconds,
-                imbalance=[round(plan.imbalance, 6) for plan in self._plans],
-                compute_imbalance=[round(x, 4) for x in uneven.tolist()],
-                compute_ms=np.round(1e3 * compute.mean(axis=1), 3).tolist(),
-                data_ms_rank=np.round(1e3 * data_s / steps, 3).tolist(),
-                exposed_ms_rank=np.round(1e3 * exposed_s / steps, 3).tolist(),
-                exposed_ms=1e3 * exposed_s.min() / steps,
-                data_ms=1e3 * data_s.max() / steps,
-                optimizer_ms=1e3 * optimizer_s.mean() / steps,
-                capped=sum(plan.capped for plan in self._plans),
-                cost=self._cost_rows(compute),
-                clip=self._clip_records(),
-            )
+        line = self._make_line(ranks, steps, seconds) if self._environment.is_main else None
         self.reset()
-        differ = checksums != checksums[0]
+        differ = ranks.checksums != ranks.checksums[0]
         return IntervalSummary(
             line,
             seconds,
             steps,
-            int(signals.max()),
-            first_rank_with_alarm=int(alarms.argmax()) if alarms.any() else None,
+            int(ranks.signals.max()),
+            first_rank_with_alarm=int(ranks.alarms.argmax()) if ranks.alarms.any() else None,
             first_rank_with_other_plan=int(differ.argmax()) if differ.any() else None,
+        )
+
+    def _count(self, ranks: _OverRanks) -> None:
+        """Add the interval to the run's sums and to the tally of stragglers."""
+        self._count_stragglers(ranks.compute_s, ranks.data_s, ranks.exposed_s)
+        progress, exposed_s = self._progress, ranks.exposed_s
+        progress.add("compute_s", ranks.compute_s.sum(axis=1).mean())
+        # A rank that waits for another's backward is not waiting for the wire: only the last to arrive is.
+        progress.add("exposed_s", exposed_s.min())
+        progress.add("straggler_s", exposed_s.mean() - exposed_s.min())
+        progress.add("data_s", ranks.data_s.max())
+        progress.add("optimizer_s", ranks.optimizer_s.mean())
+        progress.add("compute_imbalance", ranks.compute_imbalance().sum())
+
+    def _make_line(self, ranks: _OverRanks, steps: int, seconds: float) -> StepLine:
+        """The line of metrics.jsonl for an interval of `steps` steps and `seconds` of training."""
+        mlm, nsp = ranks.mlm_sum.sum() / self._masked, ranks.nsp_sum.sum() / (steps * self._global_batch)
+        return StepLine(
+            step=self._progress.step,
+            samples=self._progress.samples,
+            time_s=self._clock.elapsed,
+            loss=mlm + nsp,
+            mlm_loss=mlm,
+            nsp_loss=nsp,
+            lr=self._lr,
+            grad_norm=float(self._norm),
+            samples_per_s=steps * self._global_batch / seconds,
+            imbalance=[round(plan.imbalance, 6) for plan in self._plans],
+            compute_imbalance=[round(x, 4) for x in ranks.compute_imbalance().tolist()],
+            compute_ms=np.round(1e3 * ranks.compute_s.mean(axis=1), 3).tolist(),
+            data_ms_rank=np.round(1e3 * ranks.data_s / steps, 3).tolist(),
+            exposed_ms_rank=np.round(1e3 * ranks.exposed_s / steps, 3).tolist(),
+            exposed_ms=1e3 * ranks.exposed_s.min() / steps,
+            data_ms=1e3 * ranks.data_s.max() / steps,
+            optimizer_ms=1e3 * ranks.optimizer_s.mean() / steps,
+            capped=sum(plan.capped for plan in self._plans),
+            cost=self._cost_rows(ranks.compute_s),
+            clip=self._clip_records(),
         )
 
     def _count_stragglers(self, compute: np.ndarray, data_s: np.ndarray, exposed_s: np.ndarray) -> None:

@@ -64,6 +64,7 @@ def test_a_state_comes_back(make_config: Callable[..., Config], description: dic
     again = other.state_dict()
     expected = description["state"]
     assert again["progress"] == expected["progress"]
+    assert json.dumps(again["progress"]) == json.dumps(expected["progress"]), "whole numbers stay whole"
     assert again["cost"] == expected["cost"]
     assert again["loss_scale"] is None
     assert again["clock"]["paused"] == expected["clock"]["paused"]

@@ -242,8 +242,8 @@ def test_a_resumed_run_adds_to_what_the_checkpoint_had(
         assert config.batch.global_batch_size == 8, "so there is an evaluation after step 2, before its checkpoint"
         context, summary = execute(config, resume)
         found.append(energy_record(context, summary.state.progress))
-    first, second = (each["gpu_kwh"] * JOULES_PER_KWH for each in found)
+    first, second = (each.gpu_kwh * JOULES_PER_KWH for each in found)
     assert first == pytest.approx(3 * 100 + 1000)
     assert second == pytest.approx(5 * 100 + 2 * 1000)
-    assert [each["sessions"] for each in found] == ["all", "all, each before the last up to its last checkpoint"]
-    assert found[1]["cpu_kwh"] is None
+    assert [each.sessions for each in found] == ["all", "all, each before the last up to its last checkpoint"]
+    assert found[1].cpu_kwh is None
