@@ -168,9 +168,15 @@ def _build(args: argparse.Namespace, out: Path, person: dict[str, Any], collecte
     description = complete_system(collected, person, facts["submission_division"], nodes)
     organization, system = _names(args, description)
     return lay_out(
-        logs, out, organization=organization, system=system, description=description, sources=sources(), root=ROOT,
+        logs,
+        out,
+        organization=organization,
+        system=system,
+        description=description,
+        sources=sources(),
+        root=ROOT,
         notes=notes(args, logs),
-    )  # fmt: skip
+    )
 
 
 @guarded

@@ -93,9 +93,13 @@ def make_step(engine_name: str, shapes: list[tuple[str, int]], scale: int) -> Ca
     order = list(range(len(shapes)))[::-1]
     clip = "none" if "none" in engine_name or "plain" in engine_name else "bucket_before_reduce"
     layout = plan_layout(
-        [name for name, _ in shapes], [size for _, size in shapes], order, clip_groups="layer",
-        bucket_mb=BUCKET_MIB / scale, whole_groups=True,
-    )  # fmt: skip
+        [name for name, _ in shapes],
+        [size for _, size in shapes],
+        order,
+        clip_groups="layer",
+        bucket_mb=BUCKET_MIB / scale,
+        whole_groups=True,
+    )
     if engine_name in ("plain", "copy", "ddp_plain"):
         caps = [sum(shapes[i][1] for i in bucket.parameters) * 4 / 2**20 for bucket in layout.buckets]
         module = model

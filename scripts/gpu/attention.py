@@ -72,8 +72,10 @@ def run(context: Context) -> None:
     samples = 4 if context.tiny else 56
     timed = make_case(
         [max(2, int(n) // (8 if context.tiny else 1)) for n in -np.sort(-wikipedia_like(samples).astype(int))],
-        heads, dtypes[0], context.device,
-    )  # fmt: skip
+        heads,
+        dtypes[0],
+        context.device,
+    )
     for name in names:
         for dropout in (0.0, _P):
             label = f"time of {name}, dropout {dropout:g}"

@@ -55,10 +55,14 @@ def run(context: Context) -> None:
     stall_s = saver.records[-1]["stall_s"]
     excess_s = sum(beside) - plain * len(beside)
     result.metrics |= {
-        "checkpoint/first_s": first_s, "checkpoint/synchronous_s": alone_s, "checkpoint/stall_s": stall_s,
-        "checkpoint/stall_over_synchronous": stall_s / alone_s, "checkpoint/slow_down_s": excess_s,
-        "checkpoint/step_s": plain, "checkpoint/step_beside_s": statistics.median(beside),
-    }  # fmt: skip
+        "checkpoint/first_s": first_s,
+        "checkpoint/synchronous_s": alone_s,
+        "checkpoint/stall_s": stall_s,
+        "checkpoint/stall_over_synchronous": stall_s / alone_s,
+        "checkpoint/slow_down_s": excess_s,
+        "checkpoint/step_s": plain,
+        "checkpoint/step_beside_s": statistics.median(beside),
+    }
     result.summary = (
         f"stall {1e3 * stall_s:.1f} ms of {alone_s:.2f} s, steps beside it {1e3 * excess_s:,.0f} ms longer in all"
     )

@@ -186,7 +186,7 @@ class Bed:
 
     def _measure(
         self, name: str, variant: Variant, link_name: str, link: Link, step: Callable[[], None], layout: GradientLayout
-    ) -> None:  # fmt: skip
+    ) -> None:
         times: dict[str, list[float]] = {"silent": [], "sending": [], "alone": []}
         for _ in range(2 if self.context.tiny else 5):
             for what in times:

@@ -88,10 +88,13 @@ def _config(device: str, world: int, communication: dict[str, Any]) -> Config:
     args = arguments(context, "mini", 8, dropout=0.0)
     batch = args.batch
     return make_config(
-        args, "fp32", communication={**communication, "bucket_mb": 0.25, "backend": "gloo"},
+        args,
+        "fp32",
+        communication={**communication, "bucket_mb": 0.25, "backend": "gloo"},
         batch={"global_batch_size": 2 * batch, "micro_batch_size": batch, "gradient_accumulation_steps": 2 // world},
-        system={"world_size": world}, model={"attention_backend": "grouped"},
-    )  # fmt: skip
+        system={"world_size": world},
+        model={"attention_backend": "grouped"},
+    )
 
 
 def _work(device: str, rank: int, world: int, port: int | None, path: Path) -> None:

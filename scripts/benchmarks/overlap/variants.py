@@ -156,9 +156,14 @@ def make(variant: Variant, units: list[Unit], ends: list[int], silent: bool = Fa
         return _plain_ddp(model, caps, numel, x, update_s, variant)
     order = measure_ready_order(parameters, lambda: model(x).mlm_sum.backward())
     layout = plan_layout(
-        [name for name, _ in model.named_parameters()], [p.numel() for p in parameters], order, clip_groups="layer",
-        bucket_mb=caps, whole_groups=variant.clip == "bucket_before_reduce", shards=world if variant.shard else 1,
-    )  # fmt: skip
+        [name for name, _ in model.named_parameters()],
+        [p.numel() for p in parameters],
+        order,
+        clip_groups="layer",
+        bucket_mb=caps,
+        whole_groups=variant.clip == "bucket_before_reduce",
+        shards=world if variant.shard else 1,
+    )
     assert len(layout.buckets) == len(ends)
     for parameter in parameters:
         parameter.grad = None

@@ -65,10 +65,11 @@ class _labelled:  # noqa: N801 (used as a function)
 
     def __enter__(self) -> None:
         self._undo = [
-            _wrap(bert.Embeddings, "forward", "part:embedding"), _wrap(bert.PretrainingHeads, "forward", "part:head"),
+            _wrap(bert.Embeddings, "forward", "part:embedding"),
+            _wrap(bert.PretrainingHeads, "forward", "part:head"),
             _wrap_attention(),
             _wrap(loss.ProjectedCrossEntropy, "apply", "part:head", is_class=True),
-        ]  # fmt: skip
+        ]
 
     def __exit__(self, *_: object) -> None:
         for undo in self._undo:

@@ -41,9 +41,12 @@ _METRICS = ("time_to_train_s", "samples_to_target", "target_reached", "final_acc
 _PAIRS = 5
 _QUICK_STEPS = 40
 _QUICK = (
-    f"train.max_steps={_QUICK_STEPS}", "evaluation.target_accuracy=0.999", "evaluation.every_samples=1000000000",
-    "evaluation.start_samples=null", "evaluation.at_start=false",
-)  # fmt: skip
+    f"train.max_steps={_QUICK_STEPS}",
+    "evaluation.target_accuracy=0.999",
+    "evaluation.every_samples=1000000000",
+    "evaluation.start_samples=null",
+    "evaluation.at_start=false",
+)
 
 Metrics = dict[str, Any]
 Pair = dict[str, Metrics]
@@ -184,10 +187,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"ratio of {ratio_of}, baseline over ours: {ratio:.3f} ({repeats})")
     if args.json:
         what = {
-            "file": args.config, "overrides": args.overrides, "pairs": args.pairs, "quick": args.quick,
-            "ratio_of": ratio_of, "baseline_allocator": "as ours" if args.our_allocator else "the system's",
+            "file": args.config,
+            "overrides": args.overrides,
+            "pairs": args.pairs,
+            "quick": args.quick,
+            "ratio_of": ratio_of,
+            "baseline_allocator": "as ours" if args.our_allocator else "the system's",
             **as_plain(config),
-        }  # fmt: skip
+        }
         bench.write_result(args.json, metrics, what, environment, samples)
     return ExitCode.OK if ratio is not None else ExitCode.TARGET_MISSED
 

@@ -87,13 +87,19 @@ def make_model(config: Config) -> BertForPreTraining:
 
 def _description(shape: ModelConfig) -> BertConfig:
     return BertConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
-        max_position_embeddings=shape.max_positions, type_vocab_size=shape.type_vocab_size,
-        hidden_act=_ACTIVATIONS[shape.activation], hidden_dropout_prob=shape.hidden_dropout,
-        attention_probs_dropout_prob=shape.attention_dropout, layer_norm_eps=shape.layer_norm_eps,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_positions,
+        type_vocab_size=shape.type_vocab_size,
+        hidden_act=_ACTIVATIONS[shape.activation],
+        hidden_dropout_prob=shape.hidden_dropout,
+        attention_probs_dropout_prob=shape.attention_dropout,
+        layer_norm_eps=shape.layer_norm_eps,
         initializer_range=shape.initializer_range,
-    )  # fmt: skip
+    )
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -334,9 +340,11 @@ def _open_stores(config: Config) -> tuple[Store, Store]:
     stores = Store(data.train), Store(config.evaluation.data)
     for store, sha256 in zip(stores, (None, config.evaluation.sha256), strict=True):
         store.check(
-            vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len,
-            vocab_sha256=data.vocab_sha256, sha256=sha256,
-        )  # fmt: skip
+            vocab_size=config.model.vocab_size,
+            max_seq_len=data.max_seq_len,
+            vocab_sha256=data.vocab_sha256,
+            sha256=sha256,
+        )
     return stores
 
 
