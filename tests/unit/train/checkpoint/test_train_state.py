@@ -100,6 +100,8 @@ def test_every_wrong_type_anywhere_is_one_line_that_names_the_place(description:
     assert len(every) > 25
     for path in every:
         for wrong in WRONG:
+            if path[-1] in ("mlm_loss", "nsp_loss") and isinstance(wrong, float):
+                continue  # of a run that has diverged
             damaged = copy.deepcopy(description)
             set_at(damaged["state"], path, wrong)
             with pytest.raises(UserError) as raised:
