@@ -29,9 +29,13 @@ from bert_fast.exit_codes import ExitCode
 _LONGEST_LINE = 2000  # characters
 _OURS = ("bert_fast", "scripts")
 _DISTRIBUTIONS = {  # where a package is installed under another name than it is imported by
-    "yaml": "pyyaml", "mlperf_logging": "mlperf-logging", "google_crc32c": "google-crc32c", "flash_attn": "flash-attn",
-    "pynvml": "nvidia-ml-py", "transformer_engine": "transformer-engine",
-}  # fmt: skip
+    "yaml": "pyyaml",
+    "mlperf_logging": "mlperf-logging",
+    "google_crc32c": "google-crc32c",
+    "flash_attn": "flash-attn",
+    "pynvml": "nvidia-ml-py",
+    "transformer_engine": "transformer-engine",
+}
 
 
 def one_line(text: object, longest: int = _LONGEST_LINE) -> str:

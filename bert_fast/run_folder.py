@@ -60,18 +60,37 @@ def checkpoints_in(folder: Path) -> list[Path]:
 RUN = claims.Kind(
     "a run",
     (
-        CONFIG, COMMIT, NODES, PREFLIGHT, SUPERVISION, STOPPED, RESULT_LOG, METRICS_LINES,
-        f"{TENSORBOARD}/events.out.tfevents.*", f"{FLIGHT}/nccl_trace_rank_*",
-        TRACE, PROFILER_TRACE, BUCKETS_CONFIG, BUCKETS_RECORD, COST,
-        *(f"{CHECKPOINTS}/{step}/{name}" for step in (STEP_FOLDER, f".{STEP_FOLDER}.tmp", f".{STEP_FOLDER}.old")
-          for name in CHECKPOINT_FILES),
-        f"{MODEL}/config.json", f"{MODEL}/model.safetensors", *(f"{MODEL}/{name}" for name in TOKENIZER_FILES),
-        PENDING_RECORD, REPORT, RECORD,
+        CONFIG,
+        COMMIT,
+        NODES,
+        PREFLIGHT,
+        SUPERVISION,
+        STOPPED,
+        RESULT_LOG,
+        METRICS_LINES,
+        f"{TENSORBOARD}/events.out.tfevents.*",
+        f"{FLIGHT}/nccl_trace_rank_*",
+        TRACE,
+        PROFILER_TRACE,
+        BUCKETS_CONFIG,
+        BUCKETS_RECORD,
+        COST,
+        *(
+            f"{CHECKPOINTS}/{step}/{name}"
+            for step in (STEP_FOLDER, f".{STEP_FOLDER}.tmp", f".{STEP_FOLDER}.old")
+            for name in CHECKPOINT_FILES
+        ),
+        f"{MODEL}/config.json",
+        f"{MODEL}/model.safetensors",
+        *(f"{MODEL}/{name}" for name in TOKENIZER_FILES),
+        PENDING_RECORD,
+        REPORT,
+        RECORD,
     ),
     "choose another run.name, run.folder or run.results_dir",
     alone=True,
     is_older=lambda folder: bool(checkpoints_in(folder / CHECKPOINTS)),
-)  # fmt: skip
+)
 
 
 def run_folder(config: Config) -> Path:

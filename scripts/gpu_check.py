@@ -73,11 +73,15 @@ STAGES: dict[str, Stage] = {
 FOLDER = Kind(
     "a GPU check",
     (
-        *(f"{name}.{suffix}" for name in STAGES for suffix in ("json", "log")), "gpu_check.json", "trace.json", "top.md",
-        "tests.xml", "run/*",
+        *(f"{name}.{suffix}" for name in STAGES for suffix in ("json", "log")),
+        "gpu_check.json",
+        "trace.json",
+        "top.md",
+        "tests.xml",
+        "run/*",
     ),
     "choose another --out",
-)  # fmt: skip
+)
 GOALS = {  # of a run on a GPU
     "mfu/large/ours_best": ("at least", 0.55),
     "ratio/large/ours_over_hf_default": ("at least", 3.0),
@@ -215,13 +219,18 @@ def summarize(records: dict[str, dict[str, Any]], args: argparse.Namespace, mach
         if metric in metrics and args.device == "cuda":
             measured = metrics[metric]
             goals[metric] = {
-                "measured": measured, kind: value, "met": measured >= value if kind == "at least" else abs(measured) <= value,
-            }  # fmt: skip
+                "measured": measured,
+                kind: value,
+                "met": measured >= value if kind == "at least" else abs(measured) <= value,
+            }
     details = records.get("environment", {}).get("details", {})
     return {
-        "metrics": metrics, "goals": goals, "config": {"device": args.device, "budget_s": args.budget_s},
-        "environment": {**machine, **details}, "stages": records,
-    }  # fmt: skip
+        "metrics": metrics,
+        "goals": goals,
+        "config": {"device": args.device, "budget_s": args.budget_s},
+        "environment": {**machine, **details},
+        "stages": records,
+    }
 
 
 def outcome(record: dict[str, Any]) -> str:

@@ -61,9 +61,11 @@ def read_link(value: Any) -> Link:
             milliseconds, megabytes = map(float, value.split(","))
             value = {"latency_s": milliseconds / 1e3, "bytes_per_s": megabytes * 1e6}
     link = Link(
-        float(value["latency_s"]), float(value["bytes_per_s"]),
-        tuple(value.get("sizes", ())), tuple(value.get("seconds", ())),
-    )  # fmt: skip
+        float(value["latency_s"]),
+        float(value["bytes_per_s"]),
+        tuple(value.get("sizes", ())),
+        tuple(value.get("seconds", ())),
+    )
     if not (link.latency_s >= 0 and link.bytes_per_s > 0):
         raise ValueError("a link needs a latency of at least 0 and a positive bandwidth")
     if len(link.sizes) != len(link.seconds) or any((np.diff(each) < 0).any() for each in (link.sizes, link.seconds)):
@@ -152,11 +154,14 @@ def main() -> int:
     metrics |= {f"exposed_ms/{name}": 1e3 * plan.exposed_s for name, plan in plans.items()}
     rows = [
         (
-            name, len(plan.ends), f"{1e3 * plan.finish_s[-1]:.3f}", f"{1e3 * plan.exposed_s:.3f}",
+            name,
+            len(plan.ends),
+            f"{1e3 * plan.finish_s[-1]:.3f}",
+            f"{1e3 * plan.exposed_s:.3f}",
             f"{plan.finish_s[-1] / exact:.3f}",
         )
         for name, plan in plans.items()
-    ]  # fmt: skip
+    ]
     print(
         f"{len(sizes)} units, {sizes.sum() / 2**20:,.1f} MiB on the wire, backward {1e3 * ready[-1]:.2f} ms, link "
         f"{1e3 * link.latency_s:.3f} ms + {link.bytes_per_s / 1e6:,.0f} MB/s; planned in {metrics['plan_ms']:.2f} ms"

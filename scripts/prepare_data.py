@@ -138,9 +138,14 @@ def export_samples(arguments: list[str]) -> None:
     )
     args = parser.parse_args(arguments)
     export_store(
-        args.input, args.out, args.form, width=args.max_seq_len, most_masked=args.max_predictions, per_file=args.per_file,
+        args.input,
+        args.out,
+        args.form,
+        width=args.max_seq_len,
+        most_masked=args.max_predictions,
+        per_file=args.per_file,
         log=log,
-    )  # fmt: skip
+    )
 
 
 def verify_samples(arguments: list[str]) -> int:
@@ -194,10 +199,21 @@ def main() -> int:
         args.max_seq_len, args.max_predictions, args.mask_prob, args.short_seq_prob, args.dupe_factor, args.seed
     )
     recipe = Recipe(
-        args.corpus, args.input, args.column, tuple(args.packages), args.vocab, args.vocab_size, args.eval_fraction,
-        args.eval_max_samples, params, cased=args.cased, max_unknown=args.max_unknown, language=args.language,
-        eval_input=args.eval_input, eval_pick=args.eval_pick,
-    )  # fmt: skip
+        args.corpus,
+        args.input,
+        args.column,
+        tuple(args.packages),
+        args.vocab,
+        args.vocab_size,
+        args.eval_fraction,
+        args.eval_max_samples,
+        params,
+        cased=args.cased,
+        max_unknown=args.max_unknown,
+        language=args.language,
+        eval_input=args.eval_input,
+        eval_pick=args.eval_pick,
+    )
     prepare(recipe, args.out, args.workers, log=log)
     return 0
 

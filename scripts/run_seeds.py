@@ -28,10 +28,20 @@ from bert_fast.exit_codes import ExitCode
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 from bert_fast.report.schema import RunRecord, read_record
 from bert_fast.run_folder import RESULT_LOG
-from runs import pretrain
+from programs import pretrain
 
-NAMES = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "mfu", "first_step_s",
-         "data_wait_share", "imbalance_mean", "compliance_passed")  # fmt: skip
+NAMES = (
+    "time_to_train_s",
+    "samples_to_target",
+    "target_reached",
+    "final_accuracy",
+    "samples_per_s",
+    "mfu",
+    "first_step_s",
+    "data_wait_share",
+    "imbalance_mean",
+    "compliance_passed",
+)
 
 
 def records_in(folder: str, config: Config) -> dict[int, RunRecord]:
@@ -74,9 +84,13 @@ def row_of(record: RunRecord) -> tuple[str, ...]:
     accuracy = "-" if metrics.final_accuracy is None else f"{metrics.final_accuracy:.4f}"
     reached = "yes" if metrics.target_reached else "no"
     return (
-        str(record.seed), f"{metrics.time_to_train_s:.1f}", f"{metrics.samples_to_target:,}", accuracy, reached,
+        str(record.seed),
+        f"{metrics.time_to_train_s:.1f}",
+        f"{metrics.samples_to_target:,}",
+        accuracy,
+        reached,
         f"{metrics.samples_per_s:.0f}",
-    )  # fmt: skip
+    )
 
 
 @guarded

@@ -30,9 +30,21 @@ from bert_fast.report.bench import add_arguments, environment, markdown_table, w
 from plots import svg_figure
 
 COLUMNS = (
-    "system", "division", "accelerators", "global batch", "runs", "converged", "minutes", "samples", "steps", "step ms",
-    "samples/s/accelerator", "start-up s", "reference convergence", "samples read from",
-)  # fmt: skip
+    "system",
+    "division",
+    "accelerators",
+    "global batch",
+    "runs",
+    "converged",
+    "minutes",
+    "samples",
+    "steps",
+    "step ms",
+    "samples/s/accelerator",
+    "start-up s",
+    "reference convergence",
+    "samples read from",
+)
 
 
 def row_of(score: SystemScore, ruleset: str) -> list[str]:
@@ -41,12 +53,21 @@ def row_of(score: SystemScore, ruleset: str) -> list[str]:
 
     first, step = score.runs[0], score.mean("step_s")
     return [
-        score.name, first.division, number(score.accelerators, ","), number(score.global_batch_size, ","), str(len(score.runs)),
-        str(sum(run.converged for run in score.runs)), number(score.scaled_minutes, ".4f"),
+        score.name,
+        first.division,
+        number(score.accelerators, ","),
+        number(score.global_batch_size, ","),
+        str(len(score.runs)),
+        str(sum(run.converged for run in score.runs)),
+        number(score.scaled_minutes, ".4f"),
         number(score.mean("samples"), ",.0f"),
-        number(score.mean("steps"), ",.0f"), number(None if step is None else 1e3 * step, ",.1f"), number(score.rate, ",.1f"),
-        number(score.mean("startup_s"), ".2f"), convergence(score, ruleset), score.samples_keys,
-    ]  # fmt: skip
+        number(score.mean("steps"), ",.0f"),
+        number(None if step is None else 1e3 * step, ",.1f"),
+        number(score.rate, ",.1f"),
+        number(score.mean("startup_s"), ".2f"),
+        convergence(score, ruleset),
+        score.samples_keys,
+    ]
 
 
 def with_unique_names(scores: list[SystemScore], folders: list[str]) -> list[SystemScore]:

@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import guard  # noqa: F401
 
@@ -55,7 +56,8 @@ def main() -> int:
         if not args.root.is_dir():
             raise UserError(f"--root {args.root} is not a folder; give the copy of a machine's /sys")
         topology = read_topology(args.root)
-        ranks, device = args.ranks or len(topology.gpus) or 1, args.device or ("cuda" if topology.gpus else "cpu")
+        ranks = args.ranks or len(topology.gpus) or 1
+        device: Literal["cuda", "cpu"] = args.device or ("cuda" if topology.gpus else "cpu")
         if ranks < 1:
             raise UserError(f"--ranks {ranks}: there must be at least one rank")
         here = args.root == SYSFS

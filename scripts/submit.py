@@ -36,7 +36,7 @@ from bert_fast.mlperf.system import collect_system, complete_system, read_given_
 from bert_fast.report.bench import markdown_table
 from bert_fast.report.schema import read_record
 from bert_fast.run_folder import CONFIG, PENDING_RECORD, RECORD, RESULT_LOG, RUN, clear_run
-from runs import ROOT, pretrain
+from programs import ROOT, pretrain
 
 _SOURCES = (
     "bert_fast",
@@ -168,9 +168,15 @@ def _build(args: argparse.Namespace, out: Path, person: dict[str, Any], collecte
     description = complete_system(collected, person, facts["submission_division"], nodes)
     organization, system = _names(args, description)
     return lay_out(
-        logs, out, organization=organization, system=system, description=description, sources=sources(), root=ROOT,
+        logs,
+        out,
+        organization=organization,
+        system=system,
+        description=description,
+        sources=sources(),
+        root=ROOT,
         notes=notes(args, logs),
-    )  # fmt: skip
+    )
 
 
 @guarded

@@ -96,10 +96,17 @@ def render(config: Config, folder: Path, args: argparse.Namespace) -> str:
     # Without --no-kill Slurm ends the job with its first lost node, before a spare could take its place
     no_kill = ["--no-kill"] if recovery.spare_nodes or recovery.min_nodes else []
     directives = [
-        f"--job-name={config.run.name}", f"--nodes={node_range(config, args.nodes)}", "--ntasks-per-node=1", "--exclusive",
-        "--requeue", "--open-mode=append", "--signal=B:USR1@120", f"--output={folder}/slurm-%j.out", *no_kill,
+        f"--job-name={config.run.name}",
+        f"--nodes={node_range(config, args.nodes)}",
+        "--ntasks-per-node=1",
+        "--exclusive",
+        "--requeue",
+        "--open-mode=append",
+        "--signal=B:USR1@120",
+        f"--output={folder}/slurm-%j.out",
+        *no_kill,
         *(f"--{name}={getattr(args, name)}" for name in ("time", "partition", "account") if getattr(args, name)),
-    ]  # fmt: skip
+    ]
     variables = {"STYLE": args.style, "RUNS": str(args.runs)}
     script = "slurm/pretrain.sbatch"
     if args.container:

@@ -18,8 +18,8 @@ from bert_fast.integers import ceil_div
 
 EMPTY = -1
 REFINE_MS = 20.0  # the default budget of `refine`
-# What refinement costs, measured on a core of an EPYC (scripts/benchmarks/balance/imbalance.py --budget): pairs of places that it looks at
-# in a millisecond; the fixed cost of a sweep, and that of a slot in it, as so many pairs.
+# What refinement costs, measured on a core of an EPYC (scripts/benchmarks/balance/imbalance.py --budget): pairs of places that
+# it looks at in a millisecond; the fixed cost of a sweep, and that of a slot in it, as so many pairs.
 _PAIRS_PER_MS, _PAIRS_PER_SWEEP, _PAIRS_PER_SLOT = 500_000, 50_000, 25
 _PARTNERS = 2  # cheap slots that a costly one is compared with in a sweep, or as many as make up for its fixed cost
 _PATIENCE = 12  # sweeps without a swap, each with other partners, after which there is none
@@ -132,9 +132,13 @@ def grid_of(slot_of: np.ndarray, num_slots: int, spare: int = 0) -> np.ndarray:
 
 
 def refine(
-    costs: np.ndarray, grid: np.ndarray, budget_ms: float = REFINE_MS, *, weights: np.ndarray | None = None,
+    costs: np.ndarray,
+    grid: np.ndarray,
+    budget_ms: float = REFINE_MS,
+    *,
+    weights: np.ndarray | None = None,
     cap: int | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Lower the costliest slots by swapping one place with one of a cheap slot, many slots at a time, until it no longer pays.
 
     A swap with an EMPTY place moves a sample. Slots keep their counts where the grid has no EMPTY places. It ends at the
@@ -237,9 +241,14 @@ def lower_bound(costs: np.ndarray, num_ranks: int, equal_counts: bool = True) ->
 
 
 def balanced_free(
-    costs: np.ndarray, num_slots: int, order: np.ndarray | None = None, *, tokens: np.ndarray, cap: int,
+    costs: np.ndarray,
+    num_slots: int,
+    order: np.ndarray | None = None,
+    *,
+    tokens: np.ndarray,
+    cap: int,
     budget_ms: float = REFINE_MS,
-) -> tuple[np.ndarray, bool]:  # fmt: skip
+) -> tuple[np.ndarray, bool]:
     """Any number of samples per slot (at least one, where there are enough).
 
     The better of LPT and Karmarkar-Karp (with many samples per slot, equal counts are no hindrance), the token cap, `refine`.

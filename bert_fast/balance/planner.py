@@ -82,10 +82,20 @@ class Planner:
     """
 
     def __init__(
-        self, lengths: np.ndarray, config: BalanceConfig, cost: CostModel, *,
-        world_size: int, gradient_accumulation_steps: int, micro_batch_size: int, node_size: int, max_seq_len: int, seed: int,
-        num_steps: int | None = None, longest: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        lengths: np.ndarray,
+        config: BalanceConfig,
+        cost: CostModel,
+        *,
+        world_size: int,
+        gradient_accumulation_steps: int,
+        micro_batch_size: int,
+        node_size: int,
+        max_seq_len: int,
+        seed: int,
+        num_steps: int | None = None,
+        longest: int | None = None,
+    ) -> None:
         """
         Args:
             lengths: uint16 [N], tokens of every sample of the store; may be memory-mapped. Strategies that draw by length read
@@ -137,9 +147,19 @@ class Planner:
         by_rank = (self._shape.num_ranks, self._shape.num_micro_batches)
         rank_costs = costs.reshape(by_rank).sum(axis=1) * self._unit
         return Plan(
-            step, ids[assigned.samples], starts, tokens.reshape(by_rank), squared.reshape(by_rank), rank_costs, useful,
-            imbalance(rank_costs), self._strategy.layout, assigned.rows, assigned.num_rows, assigned.capped,
-        )  # fmt: skip
+            step=step,
+            ids=ids[assigned.samples],
+            starts=starts,
+            tokens=tokens.reshape(by_rank),
+            tokens_squared=squared.reshape(by_rank),
+            costs=rank_costs,
+            useful=useful,
+            imbalance=imbalance(rank_costs),
+            layout=self._strategy.layout,
+            rows=assigned.rows,
+            num_rows=assigned.num_rows,
+            capped=assigned.capped,
+        )
 
     def draw(self, step: int) -> np.ndarray:
         """Ids of the samples of a step as they are drawn, before they are assigned, int64 [global batch]."""

@@ -60,7 +60,7 @@ class DdpEngine(Engine):
         self._ddp = DistributedDataParallel(
             model,
             gradient_as_bucket_view=True,
-            bucket_cap_mb_list=caps,  # type: ignore[arg-type]  # says int, but multiplies by 2**20 and then rounds down
+            bucket_cap_mb_list=caps,  # type: ignore[arg-type]  # says int, but takes fractions of a MiB
         )
         self.module = self._ddp
         self._ddp.register_comm_hook(self, _hook)

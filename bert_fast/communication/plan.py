@@ -30,7 +30,7 @@ class Link:
     sizes: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
 
-    def __call__(self, num_bytes: np.ndarray) -> np.ndarray:
+    def __call__(self, num_bytes: np.ndarray | float) -> np.ndarray:
         """Seconds of collectives of so many bytes, float64, same shape."""
         num_bytes = np.asarray(num_bytes, np.float64)
         if len(self.sizes) < 2:

@@ -137,20 +137,25 @@ STRATEGIES = {
     "stratified_presort": StrategyChoice(
         "bert_fast.balance.strategies.stratified_presort:StratifiedPresort",
         "the paper's: so many samples of each length stratum, sorted within each node",
-        settings=("num_strata", "strata", "strata_counts"), draws_by_rank=True,
+        settings=("num_strata", "strata", "strata_counts"),
+        draws_by_rank=True,
     ),
     "balanced": StrategyChoice(
-        "bert_fast.balance.strategies.descending:Balanced", "Karmarkar-Karp, refined; every rank the same number of samples",
+        "bert_fast.balance.strategies.descending:Balanced",
+        "Karmarkar-Karp, refined; every rank the same number of samples",
         settings=("refine_ms",),
     ),
     "balanced_free": StrategyChoice(
-        "bert_fast.balance.strategies.balanced_free:BalancedFree", "the same with any number of samples per rank",
+        "bert_fast.balance.strategies.balanced_free:BalancedFree",
+        "the same with any number of samples per rank",
         settings=("refine_ms", "max_tokens"),
     ),
     "packed": StrategyChoice(
-        "bert_fast.balance.strategies.packed:Packed", "packed into rows of data.max_seq_len", settings=("num_packs", "max_samples_per_pack", "pack_order")
+        "bert_fast.balance.strategies.packed:Packed",
+        "packed into rows of data.max_seq_len",
+        settings=("num_packs", "max_samples_per_pack", "pack_order"),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,10 @@ def srun_command(
     python, *arguments = command
     per_node = ranks_per_node if style == "srun" else 1
     prefix = [
-        "srun", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={per_node * len(nodes)}",
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--nodelist={','.join(nodes)}",
+        f"--ntasks={per_node * len(nodes)}",
         f"--ntasks-per-node={per_node}",
         # 1: as soon as a rank has failed, Slurm sends the others SIGTERM, and SIGKILL after KillWait (30 s by default). Its
         # message is out by then (ranks write before they exit), and ranks that hang in a collective on it do not hold the
@@ -241,14 +244,21 @@ def srun_command(
         "--kill-on-bad-exit=1",
         "--overlap",  # a step that still cleans up after a failure does not block its successor
         *shlex.split(extra),
-    ]  # fmt: skip
+    ]
     if style == "srun":
         return [*prefix, python, *arguments]
     torchrun = [
-        python, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--nproc-per-node={ranks_per_node}",
-        "--rdzv-backend=c10d", f"--rdzv-id={rendezvous.id}", f"--rdzv-endpoint={rendezvous.address}:{rendezvous.port}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", f"--shutdown-timeout={SHUTDOWN_S}",
-    ]  # fmt: skip
+        python,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={len(nodes)}",
+        f"--nproc-per-node={ranks_per_node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id={rendezvous.id}",
+        f"--rdzv-endpoint={rendezvous.address}:{rendezvous.port}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
+        f"--shutdown-timeout={SHUTDOWN_S}",
+    ]
     # Only the task knows whether it is on the first node, so a shell puts that in.
     line = f"exec {shlex.join(torchrun)} --rdzv-conf=is_host=$((SLURM_NODEID==0)) {shlex.join(arguments)}"
     return [*prefix, "bash", "-c", line]

@@ -253,9 +253,12 @@ def _check_runs(folder: Path, ruleset: str) -> tuple[list[CheckRow], str]:
     )
     rows.append(CheckRow(f"{system}: converged", len(aborted) <= 1, detail if aborted else ""))
     for name, faults in (
-        ("accuracy", _accuracy_faults(runs)), ("never resumed", _resumed(events)), ("seeds", _seeds(runs)),
-        ("one setting", _unlike(events)), ("order", _out_of_order(events)),
-    ):  # fmt: skip
+        ("accuracy", _accuracy_faults(runs)),
+        ("never resumed", _resumed(events)),
+        ("seeds", _seeds(runs)),
+        ("one setting", _unlike(events)),
+        ("order", _out_of_order(events)),
+    ):
         rows.append(CheckRow(f"{system}: {name}", not faults, "; ".join(faults)))
     division = next(iter(runs.values())).division if runs else "unknown"
     if division == "closed" and runs:

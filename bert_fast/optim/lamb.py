@@ -29,12 +29,21 @@ class Lamb(RunOptimizer):
     found_inf: torch.Tensor | None = None
 
     def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
         layer_adaptation: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "layer_adaptation": layer_adaptation,
-        }  # fmt: skip
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "layer_adaptation": layer_adaptation,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()

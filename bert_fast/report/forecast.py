@@ -43,6 +43,9 @@ def forecast(
         ahead = max(1, math.ceil(ahead / every)) * every
     in_s = ahead * float((time_s[-1] - time_s[0]) / (last - samples[0]))
     return {
-        "samples": round(last + ahead), "time_s": float(time_s[-1]) + in_s, "in_s": in_s, "evaluations": len(samples),
+        "samples": round(last + ahead),
+        "time_s": float(time_s[-1]) + in_s,
+        "in_s": in_s,
+        "evaluations": len(samples),
         "within": limit is None or last + ahead <= limit,
-    }  # fmt: skip
+    }

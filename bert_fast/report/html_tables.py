@@ -42,9 +42,14 @@ def evaluation_table(evaluations: list[EvaluationLine]) -> str:
     if not evaluations:
         return '<p class="empty">The run made no evaluation.</p>'
     head = (
-        "step", "samples", "time (s)", "masked-LM accuracy", "masked-LM loss", "next-sentence accuracy",
+        "step",
+        "samples",
+        "time (s)",
+        "masked-LM accuracy",
+        "masked-LM loss",
+        "next-sentence accuracy",
         "next-sentence loss",
-    )  # fmt: skip
+    )
     every = math.ceil(len(evaluations) / MAX_EVALUATION_ROWS)
     shown = [line for i, line in enumerate(evaluations) if i % every == 0 or i == len(evaluations) - 1]
     made = _number_table(head, map(_evaluation_cells, shown))

@@ -132,9 +132,12 @@ class RunWatch:
         steps = len(line.get("imbalance") or imbalance) or max(1, step - before)
         step_s = line["samples"] / step / line["samples_per_s"]
         for name, value in (
-            ("steps", 1.0), ("time_s", step_s), ("data_s", line.get("data_ms", 0.0) / 1e3),
-            ("exposed_s", line.get("exposed_ms", 0.0) / 1e3), ("optimizer_s", line.get("optimizer_ms", 0.0) / 1e3),
-        ):  # fmt: skip
+            ("steps", 1.0),
+            ("time_s", step_s),
+            ("data_s", line.get("data_ms", 0.0) / 1e3),
+            ("exposed_s", line.get("exposed_ms", 0.0) / 1e3),
+            ("optimizer_s", line.get("optimizer_ms", 0.0) / 1e3),
+        ):
             self._sums[name] = self._sums.get(name, 0.0) + steps * value
         self._sums["imbalance"] = self._sums.get("imbalance", 0.0) + sum(imbalance)
         self._sums["imbalance_steps"] = self._sums.get("imbalance_steps", 0.0) + len(imbalance)
@@ -186,28 +189,43 @@ class RunWatch:
         worst = self._tally.worst(WORST)
         over = state in ("finished", "ended")
         return {
-            "folder": str(self.folder), "name": self.config.get("run", {}).get("name"), "seed": train.get("seed"),
-            "state": state, "state_text": state_text, "step": step, "max_steps": max_steps,
-            "samples": last.get("samples", 0), "samples_per_s": last.get("samples_per_s"),
+            "folder": str(self.folder),
+            "name": self.config.get("run", {}).get("name"),
+            "seed": train.get("seed"),
+            "state": state,
+            "state_text": state_text,
+            "step": step,
+            "max_steps": max_steps,
+            "samples": last.get("samples", 0),
+            "samples_per_s": last.get("samples_per_s"),
             "samples_per_s_overall": last["samples"] / time_s if last and time_s else None,
-            "loss": last.get("loss"), "lr": last.get("lr"), "grad_norm": last.get("grad_norm"),
-            "accuracy": evaluation.get("accuracy"), "accuracy_step": evaluation.get("step"), "target": target,
+            "loss": last.get("loss"),
+            "lr": last.get("lr"),
+            "grad_norm": last.get("grad_norm"),
+            "accuracy": evaluation.get("accuracy"),
+            "accuracy_step": evaluation.get("step"),
+            "target": target,
             "forecast": None if over or isinstance(expected, str) else expected,
             "no_forecast": expected if isinstance(expected, str) and self.config and not over else None,
-            "time_s": time_s, "remaining_at_most_s": 0.0 if over else left, "checkpoint": self._checkpoint(),
-            "data_share": _of_step(last, "data_ms"), "data_share_overall": self._overall("data_s"),
-            "exposed_share": _of_step(last, "exposed_ms"), "exposed_share_overall": self._overall("exposed_s"),
+            "time_s": time_s,
+            "remaining_at_most_s": 0.0 if over else left,
+            "checkpoint": self._checkpoint(),
+            "data_share": _of_step(last, "data_ms"),
+            "data_share_overall": self._overall("data_s"),
+            "exposed_share": _of_step(last, "exposed_ms"),
+            "exposed_share_overall": self._overall("exposed_s"),
             "imbalance_measured": float(np.mean(imbalance)) if imbalance else None,
             "imbalance_measured_overall": (
                 sums["imbalance"] / sums["imbalance_steps"] if sums.get("imbalance_steps") else None
             ),
             "slowest": [{"name": stragglers.rank_name(each.rank, self.hosts), **each._asdict()} for each in worst],
-            "slow_text": self._slow_text(worst), "skipped": len(self._skipped),
+            "slow_text": self._slow_text(worst),
+            "skipped": len(self._skipped),
             "skipped_last": self._skipped[-1] if self._skipped else None,
             "sessions": max(1 + max(self._resumed, self._rewinds), whole_number((record or {}).get("sessions")) or 1),
             "lines_left_out": self._left_out,
             "losses": sparkline([loss for _, loss in self.losses]),
-        }  # fmt: skip
+        }
 
     def _state(self, record: dict[str, Any] | None) -> tuple[str, str]:
         if not self.folder.is_dir():

@@ -27,11 +27,16 @@ def node_table(report: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("host", "device", "data") else "right")
     for node in shown:
         table.add_row(
-            Text(node["host"]), _ranges(node["ranks"]), Text(node["device"]), str(len(node["cpus"])),
+            Text(node["host"]),
+            _ranges(node["ranks"]),
+            Text(node["device"]),
+            str(len(node["cpus"])),
             f"{node['memory_gib']:.0f}",
-            _span(node["tflops"], "{:.2f}"), _span(node["link_mb_s"], "{:,.0f}"), _span(node["clock_ms"], "{:+.1f}"),
+            _span(node["tflops"], "{:.2f}"),
+            _span(node["link_mb_s"], "{:,.0f}"),
+            _span(node["clock_ms"], "{:+.1f}"),
             Text(node["data"]["data.train"].split()[0]),
-        )  # fmt: skip
+        )
     console.print(table)
     if len(shown) < len(nodes):
         console.print(f"{len(nodes) - len(shown):,} more nodes are in {PREFLIGHT}")

@@ -14,9 +14,15 @@ from bert_fast.report.schema import EvaluationLine, RunRecord, StepLine, TimeSpl
 # A quantity has one colour in all charts of the page.
 COMPUTE, COMMUNICATION, OPTIMIZER, DATA, STRAGGLER, EVALUATION, CHECKPOINT, REST = range(8)
 _SPLIT_COLOURS = {
-    "forward and backward": COMPUTE, "exposed communication": COMMUNICATION, "waiting for the slowest rank": STRAGGLER,
-    "optimizer": OPTIMIZER, "data wait": DATA, "evaluation": EVALUATION, "checkpoint": CHECKPOINT, "other": REST,
-}  # fmt: skip
+    "forward and backward": COMPUTE,
+    "exposed communication": COMMUNICATION,
+    "waiting for the slowest rank": STRAGGLER,
+    "optimizer": OPTIMIZER,
+    "data wait": DATA,
+    "evaluation": EVALUATION,
+    "checkpoint": CHECKPOINT,
+    "other": REST,
+}
 
 
 def time_split_chart(split: TimeSplit) -> str:
@@ -109,9 +115,12 @@ def _step_time_chart(steps: list[StepLine], global_batch_size: int) -> str:
         if all(map(math.isfinite, row)):
             rows.append(row)
     layers = [
-        ("compute", COMPUTE), ("exposed communication", COMMUNICATION), ("optimizer", OPTIMIZER), ("data wait", DATA),
+        ("compute", COMPUTE),
+        ("exposed communication", COMMUNICATION),
+        ("optimizer", OPTIMIZER),
+        ("data wait", DATA),
         ("rest", REST),
-    ]  # fmt: skip
+    ]
     caption = "Compute is the mean over ranks; the rest includes the wait for the slowest rank."
     if rows:
         means = [fmean(column) for column in list(zip(*rows, strict=True))[1:]]

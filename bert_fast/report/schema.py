@@ -372,9 +372,13 @@ class RunRecord:
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 _RECORD = TypeAdapter(RunRecord)
 _SETTINGS: dict[tuple[str, str], type] = {
-    ("run", "name"): str, ("train", "seed"): int, ("batch", "global_batch_size"): int, ("mlperf", "enabled"): bool,
-    ("mlperf", "division"): str, ("mlperf", "ruleset"): str,
-}  # fmt: skip
+    ("run", "name"): str,
+    ("train", "seed"): int,
+    ("batch", "global_batch_size"): int,
+    ("mlperf", "enabled"): bool,
+    ("mlperf", "division"): str,
+    ("mlperf", "ruleset"): str,
+}
 
 
 def parse_line(text: bytes, where: str) -> Line | None:

@@ -185,7 +185,8 @@ def _tensors(inputs: StepInput) -> Iterator[torch.Tensor]:
 
 def _counts(inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
     masked, samples = inputs.global_masked, inputs.global_samples
-    assert isinstance(masked, torch.Tensor) and isinstance(samples, torch.Tensor), "static_form has made them so"
+    assert isinstance(masked, torch.Tensor), "static_form has made it one"
+    assert isinstance(samples, torch.Tensor)
     return masked, samples
 
 

@@ -88,9 +88,11 @@ class Evaluator:
             dist.all_reduce(sums)
         mlm_loss, nsp_loss, mlm_correct, nsp_correct = sums.tolist()
         return Evaluation(
-            mlm_correct / self._num_masked, mlm_loss / self._num_masked,
-            nsp_correct / self._num_samples, nsp_loss / self._num_samples,
-        )  # fmt: skip
+            mlm_correct / self._num_masked,
+            mlm_loss / self._num_masked,
+            nsp_correct / self._num_samples,
+            nsp_loss / self._num_samples,
+        )
 
 
 class EvaluationRunner:

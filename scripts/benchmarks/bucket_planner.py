@@ -69,10 +69,11 @@ def main() -> int:
         ready, sizes, link = random_timeline(seed)
         exact = exact_plan(ready, sizes, link).finish_s[-1]
         others = {
-            "mg_wfbp": merge_rule(ready, sizes, link), "best_uniform": best_uniform(ready, sizes, link)[0],
+            "mg_wfbp": merge_rule(ready, sizes, link),
+            "best_uniform": best_uniform(ready, sizes, link)[0],
             "25mib": timeline(ready, sizes, uniform_ends(sizes, 25 * 2**20), link),
             "one_bucket": timeline(ready, sizes, [len(sizes)], link),
-        }  # fmt: skip
+        }
         for name, plan in others.items():
             ratios[name].append(plan.finish_s[-1] / exact)
     metrics: dict[str, float] = {}

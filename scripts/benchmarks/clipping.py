@@ -24,7 +24,7 @@ from bert_fast.report.bench import add_arguments, environment, markdown_table, w
 from bert_fast.report.metrics import read_metrics
 
 from ..plots import svg_figure
-from ..runs import pretrain
+from ..programs import pretrain
 
 COLOURS = {"bucket_before_reduce": "#e6550d", "global_before_reduce": "#3182bd", "none": "#969696"}
 
@@ -36,11 +36,12 @@ def curves_of(folder: Path) -> dict[str, Any]:
     evaluations = [row for row in rows if row["kind"] == "eval"]
     clipped = [group["clipped_share"] for row in steps for group in row["clip"].values()]
     return {
-        "step": [row["step"] for row in steps], "loss": [round(row["loss"], 5) for row in steps],
+        "step": [row["step"] for row in steps],
+        "loss": [round(row["loss"], 5) for row in steps],
         "samples": [row["samples"] for row in evaluations],
         "accuracy": [round(row["accuracy"], 5) for row in evaluations],
         "clipped_share": statistics.fmean(clipped) if clipped else 0.0,
-    }  # fmt: skip
+    }
 
 
 def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -77,9 +78,12 @@ def main() -> int:
         args.seeds, args.steps = 1, 60
     machine = environment()
     common = [
-        f"train.max_steps={args.steps}", "evaluation.target_accuracy=null", "mlperf.enabled=false", "run.tensorboard=false",
+        f"train.max_steps={args.steps}",
+        "evaluation.target_accuracy=null",
+        "mlperf.enabled=false",
+        "run.tensorboard=false",
         *args.overrides,
-    ]  # fmt: skip
+    ]
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in args.modes}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(1, args.seeds + 1):
@@ -96,14 +100,19 @@ def main() -> int:
         losses = [statistics.fmean(curve["loss"][-5:]) for curve in curves]
         accuracies = [curve["accuracy"][-1] if curve["accuracy"] else float("nan") for curve in curves]
         metrics |= {
-            f"{mode}/final_loss": statistics.fmean(losses), f"{mode}/final_accuracy": statistics.fmean(accuracies),
+            f"{mode}/final_loss": statistics.fmean(losses),
+            f"{mode}/final_accuracy": statistics.fmean(accuracies),
             f"{mode}/clipped_share": statistics.fmean(curve["clipped_share"] for curve in curves),
-        }  # fmt: skip
+        }
         spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in (losses, accuracies)]
-        rows.append((
-            mode, f"{metrics[f'{mode}/final_loss']:.4f} ± {spread[0]:.4f}",
-            f"{metrics[f'{mode}/final_accuracy']:.4f} ± {spread[1]:.4f}", f"{100 * metrics[f'{mode}/clipped_share']:.0f} %",
-        ))  # fmt: skip
+        rows.append(
+            (
+                mode,
+                f"{metrics[f'{mode}/final_loss']:.4f} ± {spread[0]:.4f}",
+                f"{metrics[f'{mode}/final_accuracy']:.4f} ± {spread[1]:.4f}",
+                f"{100 * metrics[f'{mode}/clipped_share']:.0f} %",
+            )
+        )
     if len(args.modes) == 2:
         first, second = (runs[mode] for mode in args.modes)
         paired = [

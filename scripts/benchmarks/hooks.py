@@ -60,7 +60,7 @@ def make_model(shapes: list[tuple[str, int]]):  # type: ignore[no-untyped-def]
             return x.clone()
 
         @staticmethod
-        def backward(ctx, gradient):  # type: ignore[no-untyped-def,override]
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
             return gradient, torch.ones_like(ctx.saved_tensors[0])
 
     class Chain(nn.Module):
@@ -93,15 +93,23 @@ def make_step(engine_name: str, shapes: list[tuple[str, int]], scale: int) -> Ca
     order = list(range(len(shapes)))[::-1]
     clip = "none" if "none" in engine_name or "plain" in engine_name else "bucket_before_reduce"
     layout = plan_layout(
-        [name for name, _ in shapes], [size for _, size in shapes], order, clip_groups="layer",
-        bucket_mb=BUCKET_MIB / scale, whole_groups=True,
-    )  # fmt: skip
+        [name for name, _ in shapes],
+        [size for _, size in shapes],
+        order,
+        clip_groups="layer",
+        bucket_mb=BUCKET_MIB / scale,
+        whole_groups=True,
+    )
     if engine_name in ("plain", "copy", "ddp_plain"):
         caps = [sum(shapes[i][1] for i in bucket.parameters) * 4 / 2**20 for bucket in layout.buckets]
-        ddp = engine_name == "ddp_plain"
-        module = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps) if ddp else model
-        if ddp:  # torch's own all-reduce cannot read the future of a fake collective
-            module.register_comm_hook(None, noop_hook)  # type: ignore[operator]
+        module = model
+        if engine_name == "ddp_plain":
+            module = DistributedDataParallel(
+                model,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb_list=caps,  # type: ignore[arg-type]  # says int, but takes fractions of a MiB
+            )
+            module.register_comm_hook(None, noop_hook)  # torch's own cannot read the future of a fake collective
 
         def plain() -> float:
             for parameter in model.parameters():

@@ -96,18 +96,20 @@ def make_rows(count: int, path: Path) -> None:
         [np.sort(rng.choice(n - 1, m, replace=False)) + 1 for n, m in zip(lengths, masked, strict=True)]
     )
     tokens, labels = (rng.integers(1000, VOCAB_SIZE, n.sum()) for n in (lengths, masked))
-    table = SampleTable(
-        tokens, lengths, lengths // 2, positions, labels, masked, rng.integers(0, 2, count)
-    )  # fmt: skip
+    table = SampleTable(tokens, lengths, lengths // 2, positions, labels, masked, rng.integers(0, 2, count))
     np.savez(path, **to_padded(table, WIDTH, MAX_PREDICTIONS))  # type: ignore[arg-type]
 
 
 def run(command: list[str], core: int) -> list[float]:
     """Numbers that a process prints last, on one core."""
     done = subprocess.run(
-        command, capture_output=True, text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     return [float(word) for word in done.stdout.split()[-2:]]
 
 
@@ -146,9 +148,14 @@ def main() -> int:
             with np.load(rows) as features:
                 counts = (features["masked_lm_weights"] > 0).sum(axis=1)
                 table = from_padded(
-                    features["input_ids"], features["input_mask"], features["segment_ids"], features["masked_lm_positions"],
-                    features["masked_lm_ids"], counts, features["next_sentence_labels"],
-                )  # fmt: skip
+                    features["input_ids"],
+                    features["input_mask"],
+                    features["segment_ids"],
+                    features["masked_lm_positions"],
+                    features["masked_lm_ids"],
+                    counts,
+                    features["next_sentence_labels"],
+                )
             write_tfrecord(path, [table], WIDTH, MAX_PREDICTIONS)
         size = path.stat().st_size
         for number in range(args.repeats):

@@ -39,16 +39,34 @@ from .watched import Drill
 ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = (
-    "checkpoint.init_from=null", "evaluation.target_accuracy=null", "evaluation.every_samples=1600",
-    "evaluation.num_samples=256", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=2",
-    "model.intermediate_size=128", "batch.global_batch_size=16", "batch.micro_batch_size=8", "run.measure_peak_flops=false",
-    "run.tensorboard=false", "mlperf.enabled=true", "train.warmup_batches=1",
-)  # fmt: skip
+    "checkpoint.init_from=null",
+    "evaluation.target_accuracy=null",
+    "evaluation.every_samples=1600",
+    "evaluation.num_samples=256",
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.intermediate_size=128",
+    "batch.global_batch_size=16",
+    "batch.micro_batch_size=8",
+    "run.measure_peak_flops=false",
+    "run.tensorboard=false",
+    "mlperf.enabled=true",
+    "train.warmup_batches=1",
+)
 BIG = (
-    "checkpoint.init_from=null", "evaluation.target_accuracy=null", "evaluation.every_samples=100000000",
-    "model.hidden_size=512", "model.num_layers=6", "model.num_heads=8", "model.intermediate_size=2048",
-    "batch.global_batch_size=8", "batch.micro_batch_size=4", "run.measure_peak_flops=false", "run.tensorboard=false",
-)  # fmt: skip
+    "checkpoint.init_from=null",
+    "evaluation.target_accuracy=null",
+    "evaluation.every_samples=100000000",
+    "model.hidden_size=512",
+    "model.num_layers=6",
+    "model.num_heads=8",
+    "model.intermediate_size=2048",
+    "batch.global_batch_size=8",
+    "batch.micro_batch_size=4",
+    "run.measure_peak_flops=false",
+    "run.tensorboard=false",
+)
 
 
 def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 24, every: int = 6) -> dict[str, Any]:
@@ -76,11 +94,15 @@ def checkpoint_stall(config: Path, folder: Path, checkpoints: int = 24, every: i
 
     stall, sync = median("beside", "stall_s"), median("waited for", "stall_s")
     return {
-        "checkpoint_mib": size / 2**20, "stall_s": stall, "synchronous_s": sync, "share": stall / sync,
+        "checkpoint_mib": size / 2**20,
+        "stall_s": stall,
+        "synchronous_s": sync,
+        "share": stall / sync,
         "written_beside_s": median("beside", "total_s"),
         "slower_s": median("beside", "steps_after_s") - median("none", "steps_after_s"),
-        "slower_waited_for_s": median("waited for", "steps_after_s") - median("none", "steps_after_s"), "records": rows,
-    }  # fmt: skip
+        "slower_waited_for_s": median("waited for", "steps_after_s") - median("none", "steps_after_s"),
+        "records": rows,
+    }
 
 
 def run_drills(
@@ -227,10 +249,14 @@ def main() -> int:
         # The scratch folder is gone when one reads of it
         rows = [{**row, "says": row["says"].replace(f"{name}/", "")} for row in rows]
     record = {
-        "command": "python -m scripts.faults.drill " + " ".join(sys.argv[1:]), "machine": environment(),
-        "settings": list(SMALL), "seconds": round(time.monotonic() - began, 1), "figures": figures(rows, stall),
-        "checkpoint": stall, "rows": rows,
-    }  # fmt: skip
+        "command": "python -m scripts.faults.drill " + " ".join(sys.argv[1:]),
+        "machine": environment(),
+        "settings": list(SMALL),
+        "seconds": round(time.monotonic() - began, 1),
+        "figures": figures(rows, stall),
+        "checkpoint": stall,
+        "rows": rows,
+    }
     if args.json:
         write_json(args.json, record)
     if args.out:

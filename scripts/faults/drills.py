@@ -62,10 +62,16 @@ class Against:
 def row(name: str, promise: str, ended: Ended, folder: Path, against: Against, kept: bool, says: str = "") -> Row:
     """A line of the drill's table."""
     return {
-        "fault": name, "promise": promise, "kept": bool(kept) and not ended.hung, "exit_code": ended.code,
-        "same_weights": against.same(folder), "detect_s": ended.detect_s, "seconds": round(ended.seconds, 2),
-        "hung": ended.hung, "says": says or (ended.errors[0].removeprefix("error: ")[:240] if ended.errors else ""),
-    }  # fmt: skip
+        "fault": name,
+        "promise": promise,
+        "kept": bool(kept) and not ended.hung,
+        "exit_code": ended.code,
+        "same_weights": against.same(folder),
+        "detect_s": ended.detect_s,
+        "seconds": round(ended.seconds, 2),
+        "hung": ended.hung,
+        "says": says or (ended.errors[0].removeprefix("error: ")[:240] if ended.errors else ""),
+    }
 
 
 SAME = "same losses and weights as undisturbed"
@@ -79,13 +85,22 @@ def kill(against: Against, rng: random.Random, moment: str, ranks: int = 2) -> R
     if moment == "checkpoint":
         step = rng.randrange(1, (drill.steps - 1) // every) * every
     fault = {
-        "action": "kill", "rank": rng.randrange(ranks), "step": step, "phase": MOMENTS[moment],
+        "action": "kill",
+        "rank": rng.randrange(ranks),
+        "step": step,
+        "phase": MOMENTS[moment],
         "delay_s": rng.uniform(0.0, 0.06 if moment == "checkpoint" else 0.01),
-    }  # fmt: skip
+    }
     folder = drill.new_folder(f"kill-{moment}")
     ended = drill.run(folder, RESTART, fault=fault)
-    found = row(f"kill -9 in {moment}", SAME, ended, folder, against,
-                ended.happened and ended.code == ExitCode.OK and against.same(folder))  # fmt: skip
+    found = row(
+        f"kill -9 in {moment}",
+        SAME,
+        ended,
+        folder,
+        against,
+        ended.happened and ended.code == ExitCode.OK and against.same(folder),
+    )
     shutil.rmtree(folder, ignore_errors=True)
     return {**found, "rank": fault["rank"], "step": step}
 
@@ -112,8 +127,14 @@ def silent_disk(against: Against) -> Row:
     named = any("rank 1 (" in line and "writing its part of a checkpoint" in line for line in ended.errors)
     quick = ended.detect_s is not None and ended.detect_s <= drill.timeout_s + drill.slack_s
     kept = named and quick and ended.code == ExitCode.OK and against.same(folder)
-    return row("a rank's disk does not answer", f"named in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; {SAME}", ended,
-               folder, against, kept)  # fmt: skip
+    return row(
+        "a rank's disk does not answer",
+        f"named in {drill.timeout_s:.0f} + {drill.slack_s:.0f} s; {SAME}",
+        ended,
+        folder,
+        against,
+        kept,
+    )
 
 
 def not_a_number(against: Against) -> Row:
@@ -123,8 +144,14 @@ def not_a_number(against: Against) -> Row:
     fault = {"action": "nan", "rank": 1, "step": drill.every + 3, "phase": COMPUTE}
     ended = drill.run(folder, RESTART, fault=fault)
     named = any("not finite" in line and "rank 1" in line for line in ended.errors)
-    return row("NaN on a rank", f"rank and step named; {SAME}", ended, folder, against,
-               named and ended.code == ExitCode.OK and against.same(folder))  # fmt: skip
+    return row(
+        "NaN on a rank",
+        f"rank and step named; {SAME}",
+        ended,
+        folder,
+        against,
+        named and ended.code == ExitCode.OK and against.same(folder),
+    )
 
 
 def skewed_clock(against: Against) -> Row:
@@ -232,8 +259,15 @@ def lost_data(against: Against, store: Path, how: str) -> Row:
     clear = first.code == ExitCode.USER_ERROR and len(first.errors) == 1 and word in first.errors[0]
     ended = drill.run(folder, *data, "--resume")
     kept = clear and ended.code == ExitCode.OK and against.same(folder)
-    return row(f"the data file {how}", f"clear stop; put back, {SAME}", ended, folder, against, kept,
-               (first.errors or [first.output[-200:]])[0].removeprefix("error: "))  # fmt: skip
+    return row(
+        f"the data file {how}",
+        f"clear stop; put back, {SAME}",
+        ended,
+        folder,
+        against,
+        kept,
+        (first.errors or [first.output[-200:]])[0].removeprefix("error: "),
+    )
 
 
 def read_only_results(against: Against) -> Row:
@@ -257,8 +291,15 @@ def read_only_results(against: Against) -> Row:
     clear = first.code == ExitCode.USER_ERROR and len(first.errors) == 1 and "was not written" in first.errors[0]
     ended = drill.run(folder, "--resume")
     kept = clear and ended.code == ExitCode.OK and against.same(folder)
-    return row("results read-only", promise, ended, folder, against, kept,
-               (first.errors or [first.output[-200:]])[0].removeprefix("error: "))  # fmt: skip
+    return row(
+        "results read-only",
+        promise,
+        ended,
+        folder,
+        against,
+        kept,
+        (first.errors or [first.output[-200:]])[0].removeprefix("error: "),
+    )
 
 
 def cut_network(against: Against) -> Row:
@@ -300,10 +341,19 @@ def _on_hosts(drill: Drill, names: list[str], folder: Path, *more: str) -> list[
     processes = []
     for rank, name in enumerate(names):
         variables = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29533", "GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR", VARIABLE: json.dumps(SLOW), "PYTHONPATH": PYTHONPATH,
-        }  # fmt: skip
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_PORT": "29533",
+            "GLOO_SOCKET_IFNAME": name,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            VARIABLE: json.dumps(SLOW),
+            "PYTHONPATH": PYTHONPATH,
+        }
         command = ["ip", "netns", "exec", name, *drill.command(folder, "system.ranks_per_node=1", *more)]
         processes.append(
             subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -73,11 +73,11 @@ def arm_write(fault: dict[str, Any]) -> None:
     """A disk that does not answer this rank while it writes its part of a checkpoint."""
     fsync = os.fsync
 
-    def silent(handle: Any) -> None:
+    def silent(fd: Any) -> None:
         if threading.current_thread().name == "checkpoint-writer" and Path(fault["once"]).exists():
             os.unlink(fault["once"])
             happen({**fault, "action": "hang"}, None)
-        fsync(handle)
+        fsync(fd)
 
     os.fsync = silent
 
@@ -105,14 +105,14 @@ def alternate() -> None:
 
     start, calls = AsyncCheckpointWriter.start, [0]
 
-    def start_one(self: Any, stretches: Any, own: Any, description: Any, *rest: Any) -> None:
+    def start_one(self: Any, slices: Any, own: Any, description: Any, began: float | None = None) -> None:
         kind = KINDS[calls[0] % len(KINDS)]
         calls[0] += 1
         if kind == "none":
             self.records.append({"step": float(description["step"]), "stall_s": 0.0})
         else:
             self.wait()  # for the one before: its tail must not be counted to this one
-            start(self, stretches, own, description, *rest)
+            start(self, slices, own, description, began)
             if kind == "waited for":
                 self.wait()
         self.records[-1]["kind"] = kind

@@ -64,16 +64,28 @@ class Drill:
 
     def command(self, run_folder: Path, *more: str) -> list[str]:
         return [
-            sys.executable, str(VICTIM), "--config", str(self.config), f"run.folder={run_folder}",
-            f"train.max_steps={self.steps}", f"checkpoint.every_steps={self.every}", "checkpoint.save_final_model=true",
-            f"communication.timeout_s={self.timeout_s}", "train.log_every_steps=1", "system.threads_per_rank=1",
-            *self.settings, *more,
-        ]  # fmt: skip
+            sys.executable,
+            str(VICTIM),
+            "--config",
+            str(self.config),
+            f"run.folder={run_folder}",
+            f"train.max_steps={self.steps}",
+            f"checkpoint.every_steps={self.every}",
+            "checkpoint.save_final_model=true",
+            f"communication.timeout_s={self.timeout_s}",
+            "train.log_every_steps=1",
+            "system.threads_per_rank=1",
+            *self.settings,
+            *more,
+        ]
 
     def run(
-        self, run_folder: Path, *more: str, fault: dict[str, Any] | None = None,
+        self,
+        run_folder: Path,
+        *more: str,
+        fault: dict[str, Any] | None = None,
         meanwhile: Callable[[subprocess.Popen[bytes]], None] | None = None,
-    ) -> Ended:  # fmt: skip
+    ) -> Ended:
         """Start, let it go wrong, wait for its end."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
@@ -87,9 +99,12 @@ class Drill:
         start = time.monotonic()
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                self.command(run_folder, *more), env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                self.command(run_folder, *more),
+                env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         if meanwhile is not None:
             meanwhile(process)
         detect_s = self._wait(process, happened if fault else None, start, fault)

@@ -72,8 +72,10 @@ def run(context: Context) -> None:
     samples = 4 if context.tiny else 56
     timed = make_case(
         [max(2, int(n) // (8 if context.tiny else 1)) for n in -np.sort(-wikipedia_like(samples).astype(int))],
-        heads, dtypes[0], context.device,
-    )  # fmt: skip
+        heads,
+        dtypes[0],
+        context.device,
+    )
     for name in names:
         for dropout in (0.0, _P):
             label = f"time of {name}, dropout {dropout:g}"
@@ -113,15 +115,14 @@ def _drops(case: Case, name: str, dtype: torch.dtype, device: torch.device, draw
     """
     _require(name, device, dtype, _P)
     exact, _ = case.compute("loop", torch.float64)
-    total = torch.zeros_like(exact)
+    total, out = torch.zeros_like(exact), exact
     for _ in range(draws):
         out, gradient = case.compute(name, dtype, _P)
         total += out
         left = float((gradient[:, 2].double() * case.qkv[:, 2].double()).sum())
         right = float((case.grad.double() * out.double()).sum())
-        scale = float(
-            (case.grad.double() * out.double()).norm()
-        )  # rounding errs by a part of this, another draw by a third
+        # Rounding errs by a part of this, another draw by a third
+        scale = float((case.grad.double() * out.double()).norm())
         if not abs(left - right) <= 2.5 * _TOLERANCE[dtype] * scale:
             raise CheckFailed(f"backward drops other weights than forward: {left:.6g} for {right:.6g}")
     one = _gap(out, exact)

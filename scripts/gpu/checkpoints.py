@@ -45,7 +45,7 @@ def run(context: Context) -> None:
     start(2)
     saver.wait()
     alone_s = time.perf_counter() - began
-    beside = []
+    beside: list[float] = []
     start(3)
     while (saver.records[-1]["total_s"] == 0.0 and saver.failed is None) or len(beside) < _LEAST_STEPS:
         beside.append(step())
@@ -55,10 +55,14 @@ def run(context: Context) -> None:
     stall_s = saver.records[-1]["stall_s"]
     excess_s = sum(beside) - plain * len(beside)
     result.metrics |= {
-        "checkpoint/first_s": first_s, "checkpoint/synchronous_s": alone_s, "checkpoint/stall_s": stall_s,
-        "checkpoint/stall_over_synchronous": stall_s / alone_s, "checkpoint/slow_down_s": excess_s,
-        "checkpoint/step_s": plain, "checkpoint/step_beside_s": statistics.median(beside),
-    }  # fmt: skip
+        "checkpoint/first_s": first_s,
+        "checkpoint/synchronous_s": alone_s,
+        "checkpoint/stall_s": stall_s,
+        "checkpoint/stall_over_synchronous": stall_s / alone_s,
+        "checkpoint/slow_down_s": excess_s,
+        "checkpoint/step_s": plain,
+        "checkpoint/step_beside_s": statistics.median(beside),
+    }
     result.summary = (
         f"stall {1e3 * stall_s:.1f} ms of {alone_s:.2f} s, steps beside it {1e3 * excess_s:,.0f} ms longer in all"
     )

@@ -53,7 +53,7 @@ class ModelledLink:
         """Begin the next collective behind those that are under way."""
         if self.link is None:
             return Pending(None)
-        seconds = float(self.link(num_bytes))  # type: ignore[arg-type]
+        seconds = float(self.link(num_bytes))
         if self._stream is None:
             self._busy_until = max(self._busy_until, time.perf_counter()) + seconds
             return Pending(self._busy_until)

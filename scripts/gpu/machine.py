@@ -17,9 +17,17 @@ from .stage import Context, NotAvailable
 from .timing import repeat
 
 _PACKAGES = (
-    "torch", "triton", "transformers", "numpy", "pydantic", "mlperf-logging", "flash-attn", "transformer-engine", "apex",
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "pydantic",
+    "mlperf-logging",
+    "flash-attn",
+    "transformer-engine",
+    "apex",
     "nvidia-ml-py",
-)  # fmt: skip
+)
 _QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "pstate")
 
 
@@ -31,16 +39,23 @@ def run(context: Context) -> None:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {
-            "card": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1),
-            "capability": f"{properties.major}.{properties.minor}", "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "devices": torch.cuda.device_count(), **_nvidia_smi(),
-        }  # fmt: skip
+            "card": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "devices": torch.cuda.device_count(),
+            **_nvidia_smi(),
+        }
     result.details |= facts
     for name, rate in (
-        ("bf16", _matmul(torch.bfloat16)), ("fp16", _matmul(torch.float16)), ("tf32", _tf32), ("fp32", _matmul(torch.float32)),
+        ("bf16", _matmul(torch.bfloat16)),
+        ("fp16", _matmul(torch.float16)),
+        ("tf32", _tf32),
+        ("fp32", _matmul(torch.float32)),
         ("fp8", _fp8),
-    ):  # fmt: skip
+    ):
         context.case(f"matmul {name}", partial(_note, context, f"peak_tflops/{name}", rate, 1e-12))
     context.case("memory bandwidth", partial(_note, context, "memory_gb_per_s", bandwidth, 1e-9))
     context.case("launch latency", partial(_note, context, "launch_us", _launch, 1e6))

@@ -84,9 +84,13 @@ def _compiled(optimizer: torch.optim.Optimizer, context: Context) -> Callable[[]
 
 
 def _measure(
-    context: Context, names: list[str], tensors: list[nn.Parameter], variant: str, name: str,
+    context: Context,
+    names: list[str],
+    tensors: list[nn.Parameter],
+    variant: str,
+    name: str,
     make: Callable[[torch.optim.Optimizer], Callable[[], object]],
-) -> None:  # fmt: skip
+) -> None:
     optimizer = build_optimizer(zip(names, tensors, strict=True), OptimizerConfig(name=name, lr=1e-6))
     seconds = median_seconds(make(optimizer), context.device, repeats=10, warm_up=3)
     metrics = context.result.metrics

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step.setting import make_config
+from bert_fast.c10d import TCPStore
 from bert_fast.config import Config
 from bert_fast.train.environment import Environment, pick_dtype
 
@@ -56,7 +57,7 @@ def environment_of(config: Config) -> Environment:
 @contextmanager
 def process_group(context: Context) -> Iterator[None]:
     """A process group of this process alone: NCCL on CUDA, gloo on a CPU."""
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    store = TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group("gloo" if context.tiny else "nccl", store=store, rank=0, world_size=1)
     try:
         yield

@@ -20,9 +20,14 @@ def run(context: Context) -> None:
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
     total = sum(getattr(event, key) for event in events) or 1.0
     rows = [
-        (event.key[:70], f"{getattr(event, key) / 1e3:,.2f}", f"{100 * getattr(event, key) / total:.1f} %", f"{event.count:,}")
+        (
+            event.key[:70],
+            f"{getattr(event, key) / 1e3:,.2f}",
+            f"{100 * getattr(event, key) / total:.1f} %",
+            f"{event.count:,}",
+        )
         for event in events[:_ROWS]
-    ]  # fmt: skip
+    ]
     parts = markdown_table(("part", "share of the step"), [(n, f"{100 * share:.1f} %") for n, share in shares.items()])
     kernels = markdown_table(("operation", "ms", "share", "calls"), rows)
     write_atomically(context.out / "top.md", f"{parts}\n\n{kernels}\n")

@@ -56,9 +56,13 @@ def _graphs(args: argparse.Namespace, precision: str, batches: Sequence[Batch]) 
         raise NotAvailable("CUDA graphs need a CUDA device")
     backend = "varlen" if args.dropout == 0 else "torch_flash"  # varlen has no dropout
     return ours(
-        args, precision, batches=batches, train={"cuda_graphs": True}, model={"attention_backend": backend},
+        args,
+        precision,
+        batches=batches,
+        train={"cuda_graphs": True},
+        model={"attention_backend": backend},
         batch={"shape_multiple": _GRAPH_MULTIPLE},
-    )  # fmt: skip
+    )
 
 
 def _compiled(args: argparse.Namespace, precision: str, batches: Sequence[Batch]) -> Step:
@@ -106,8 +110,15 @@ def run(context: Context, size: str) -> None:
 
 
 def _measure(
-    context: Context, rows: list[dict[str, Any]], size: str, name: str, batch: int, dropout: float, precision: str, best: float
-) -> None:  # fmt: skip
+    context: Context,
+    rows: list[dict[str, Any]],
+    size: str,
+    name: str,
+    batch: int,
+    dropout: float,
+    precision: str,
+    best: float,
+) -> None:
     """Measure one variant into `rows`; with a smaller local batch where memory does not suffice."""
     try:
         row = None
@@ -134,7 +145,7 @@ def _free(context: Context) -> None:
 
 def _measure_once(
     context: Context, size: str, name: str, batch: int, dropout: float, precision: str, best: float
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     args = arguments(context, size, batch, dropout)
     config = make_config(args, precision)
     peer = PEERS[name]
@@ -150,10 +161,15 @@ def _measure_once(
     masked = sum(int((each.masked_labels >= 0).sum()) for each in batches)
     flops = train_flops(config.model, float(lengths.sum()), float((lengths**2).sum()), masked)
     row: dict[str, Any] = {
-        "variant": name, "batch": args.batch, "dropout": dropout, "samples_per_s": len(lengths) / seconds,
-        "tokens_per_s": float(lengths.sum()) / seconds, "mfu": flops / seconds / best, "step_ms": 1e3 * seconds / count,
+        "variant": name,
+        "batch": args.batch,
+        "dropout": dropout,
+        "samples_per_s": len(lengths) / seconds,
+        "tokens_per_s": float(lengths.sum()) / seconds,
+        "mfu": flops / seconds / best,
+        "step_ms": 1e3 * seconds / count,
         "peak_mib": peak_mib(context.device),
-    }  # fmt: skip
+    }
     if name == "ours" and row["peak_mib"] is not None:
         expected = expected_mib(config, batches, context.device)
         row |= {"estimate_mib": expected, "memory_estimate_error": expected / row["peak_mib"] - 1.0}
@@ -173,9 +189,14 @@ def expected_mib(config: Config, batches: Sequence[Batch], device: str) -> float
     largest = max(shapes, key=lambda batch: batch.num_tokens)
     lengths = np.array(largest.lengths, np.int64)
     memory = estimate(
-        config.model, tokens=int(lengths.sum()), tokens_squared=int((lengths**2).sum()), masked=len(largest.masked_labels),
-        element_bytes=2, keeps_scores=device == "cpu", logits_rows=chunk_rows(config.model.vocab_size, device),
-    )  # fmt: skip
+        config.model,
+        tokens=int(lengths.sum()),
+        tokens_squared=int((lengths**2).sum()),
+        masked=len(largest.masked_labels),
+        element_bytes=2,
+        keeps_scores=device == "cpu",
+        logits_rows=chunk_rows(config.model.vocab_size, device),
+    )
     return memory.total / 2**20
 
 
@@ -191,7 +212,7 @@ def batches_of(config: Config, peer: Peer) -> list[Batch]:
     rng = np.random.default_rng(7)
     batches = [batch_of_lengths(part, config.model.vocab_size, rng) for part in parts]
     if peer.grouped:
-        rng.shuffle(batches)  # type: ignore[arg-type]
+        rng.shuffle(batches)
     return batches
 
 

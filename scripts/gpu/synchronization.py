@@ -21,12 +21,13 @@ ENGINES: dict[str, dict[str, dict[str, Any]]] = {
     "bucketed": {"communication": {"engine": "bucketed", "clip": "bucket_before_reduce"}},
     "bucketed, clip after": {"communication": {"engine": "bucketed", "clip": "global_after_reduce"}},
     "bucketed, updates by bucket": {
-        "communication": {"engine": "bucketed", "clip": "bucket_before_reduce"}, "optimizer": {"step_per_bucket": True},
+        "communication": {"engine": "bucketed", "clip": "bucket_before_reduce"},
+        "optimizer": {"step_per_bucket": True},
     },
     "bucketed, bf16 on the wire": {"communication": {"clip": "bucket_before_reduce", "reduce_dtype": "bf16"}},
     "sharded": {"communication": {"clip": "bucket_before_reduce", "shard_optimizer": True}},
     "ddp": {"communication": {"engine": "ddp", "clip": "bucket_before_reduce"}},
-}  # fmt: skip
+}
 
 
 def run(context: Context) -> None:

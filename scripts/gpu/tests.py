@@ -23,9 +23,20 @@ def run(context: Context) -> None:
     settings, report = context.scratch / "pytest.ini", context.out / "tests.xml"
     settings.write_text(_SETTINGS.format(root=ROOT), encoding="utf-8")
     command = [
-        sys.executable, "-m", "pytest", "-m", "gpu", "-c", str(settings), f"--rootdir={ROOT}", f"--confcutdir={ROOT}",
-        "-p", "no:cacheprovider", f"--junitxml={report}", str(ROOT / "tests" / "gpu"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-c",
+        str(settings),
+        f"--rootdir={ROOT}",
+        f"--confcutdir={ROOT}",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        str(ROOT / "tests" / "gpu"),
+    ]
     code = subprocess.run(command, cwd=ROOT).returncode
     if not report.is_file():
         result.failures.append(f"pytest ended with exit code {code} and left no report; see tests.log")

@@ -22,26 +22,45 @@ _CONFIG = "configs/mini_cpu.yaml"
 _MORE_STEPS = 20  # after the stop, with the same losses
 # Of the run's folder, in the record
 KEPT = (
-    "config.yaml", "result_0.txt", "metrics.json", "metrics.jsonl", "preflight.json", "report.html", "trace.json",
+    "config.yaml",
+    "result_0.txt",
+    "metrics.json",
+    "metrics.jsonl",
+    "preflight.json",
+    "report.html",
+    "trace.json",
     "profiler-0.json",
-)  # fmt: skip
+)
 
 
 def run(context: Context) -> None:
     result = context.result
     data = _tiny_store(context.scratch) if context.tiny else _store(context)
     settings = [
-        f"system.device={context.device}", "system.world_size=1", "batch.micro_batch_size=64", "run.tensorboard=false",
+        f"system.device={context.device}",
+        "system.world_size=1",
+        "batch.micro_batch_size=64",
+        "run.tensorboard=false",
         f"communication.backend={'gloo' if context.tiny else 'nccl'}",  # a group of one rank: every collective is called
-        f"data.train={data / 'train'}", f"evaluation.data={data / 'eval'}",
-    ]  # fmt: skip
+        f"data.train={data / 'train'}",
+        f"evaluation.data={data / 'eval'}",
+    ]
     if context.tiny:
         settings += [
-            "model.hidden_size=16", "model.num_layers=1", "model.intermediate_size=32", "model.max_positions=32",
-            "data.max_seq_len=32", "checkpoint.init_from=null", "evaluation.target_accuracy=0.0001",
-            "evaluation.num_samples=64", "evaluation.every_samples=320", "run.measure_peak_flops=false",
-            "train.warmup_batches=1", "batch.global_batch_size=32", "batch.micro_batch_size=32",
-        ]  # fmt: skip
+            "model.hidden_size=16",
+            "model.num_layers=1",
+            "model.intermediate_size=32",
+            "model.max_positions=32",
+            "data.max_seq_len=32",
+            "checkpoint.init_from=null",
+            "evaluation.target_accuracy=0.0001",
+            "evaluation.num_samples=64",
+            "evaluation.every_samples=320",
+            "run.measure_peak_flops=false",
+            "train.warmup_batches=1",
+            "batch.global_batch_size=32",
+            "batch.micro_batch_size=32",
+        ]
     else:
         settings.append("checkpoint.every_steps=200")
     context.case("to the target", partial(_to_the_target, context, settings))
@@ -136,10 +155,15 @@ def _stop_and_resume(context: Context, settings: list[str]) -> None:
     """A deterministic run, stopped by SIGTERM at its first log line and resumed, against one that was not stopped."""
     stopped, straight = context.scratch / "stopped", context.scratch / "straight"
     common = [
-        *settings, "train.deterministic=true", "evaluation.target_accuracy=null", "train.log_every_steps=5",
-        "evaluation.every_samples=100000000", "mlperf.enabled=false", "checkpoint.every_steps=0",
+        *settings,
+        "train.deterministic=true",
+        "evaluation.target_accuracy=null",
+        "train.log_every_steps=5",
+        "evaluation.every_samples=100000000",
+        "mlperf.enabled=false",
+        "checkpoint.every_steps=0",
         "run.measure_peak_flops=false",
-    ]  # fmt: skip
+    ]
     begun = _command(*common, f"run.folder={stopped}", "train.max_steps=2000")
     with open(context.scratch / "stopped.log", "w+b") as log:
         process = subprocess.Popen(begun, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step.setting import make_config
+from bert_fast.c10d import TCPStore
 from bert_fast.config import Config
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.environment import Environment, pick_dtype
@@ -87,18 +88,21 @@ def _config(device: str, world: int, communication: dict[str, Any]) -> Config:
     args = arguments(context, "mini", 8, dropout=0.0)
     batch = args.batch
     return make_config(
-        args, "fp32", communication={**communication, "bucket_mb": 0.25, "backend": "gloo"},
+        args,
+        "fp32",
+        communication={**communication, "bucket_mb": 0.25, "backend": "gloo"},
         batch={"global_batch_size": 2 * batch, "micro_batch_size": batch, "gradient_accumulation_steps": 2 // world},
-        system={"world_size": world}, model={"attention_backend": "grouped"},
-    )  # fmt: skip
+        system={"world_size": world},
+        model={"attention_backend": "grouped"},
+    )
 
 
 def _work(device: str, rank: int, world: int, port: int | None, path: Path) -> None:
     """One rank: all cases in turn; its weights after each go to `path`. Alone, it takes both shares as micro-batches."""
     if port is not None:
-        store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
+        store = TCPStore("127.0.0.1", port, world, is_master=rank == 0)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     torch.set_num_threads(1)
     for name, communication in CASES.items():

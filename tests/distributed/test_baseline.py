@@ -52,7 +52,8 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_steps": 100, "precision": "fp32",
         },
         "evaluation": {
-            "data": str(folder / "data/eval"), "every_samples": 2 * GLOBAL_BATCH_SIZE, "target_accuracy": 0.99, "batch_size": 16,
+            "data": str(folder / "data/eval"), "every_samples": 2 * GLOBAL_BATCH_SIZE, "target_accuracy": 0.99,
+            "batch_size": 16,
         },
         "checkpoint": {"init_from": str(folder / "start")},
         "system": {"world_size": 2, "device": "cpu"},

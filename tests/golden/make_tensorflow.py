@@ -2,9 +2,9 @@
 
     python tests/golden/make_tensorflow.py
 
-model.ckpt-7 is a BERT of 2 layers in Google's variable names, with optimizer slots, written by TensorFlow 1's AsyncCheckpointWriter;
-expected.npz are a padded batch and its logits by plain TensorFlow operations; samples.tfrecord are 12 samples in MLPerf's
-features.
+model.ckpt-7 is a BERT of 2 layers in Google's variable names, with optimizer slots, written by TensorFlow 1's
+Saver; expected.npz are a padded batch and its logits by plain TensorFlow operations; samples.tfrecord are 12 samples in
+MLPerf's features.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main() -> None:
                 )
         kept.append(tf.compat.v1.get_variable("global_step", initializer=np.int64(7)))
         session.run(tf.compat.v1.global_variables_initializer())
-        saver = tf.compat.v1.train.AsyncCheckpointWriter(kept)
+        saver = tf.compat.v1.train.Saver(kept)
         saver.save(session, str(FOLDER / "model.ckpt-7"), write_meta_graph=False, write_state=False)
 
     def integers(row: np.ndarray) -> tf.train.Feature:

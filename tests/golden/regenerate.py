@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import yaml
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (2, 1)]  # of bert_fast, of tests/support
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of tests/support
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # of bert_fast
 
 from support.steps import PlannedSteps, cpu_rank
 

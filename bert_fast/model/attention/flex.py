@@ -19,9 +19,13 @@ def _flex(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> tor
     if layout.block_mask is None:
         owner_T = torch.bucketize(torch.arange(tokens, device=qkv_T3HK.device), layout.cu_seqlens[1:], right=True)
         layout.block_mask = create_block_mask(
-            lambda _b, _h, query, key: owner_T[query] == owner_T[key], None, None, tokens, tokens,
+            lambda _b, _h, query, key: owner_T[query] == owner_T[key],
+            None,
+            None,
+            tokens,
+            tokens,
             device=str(qkv_T3HK.device),
-        )  # fmt: skip
+        )
     query, key, value = (part.transpose(0, 1)[None] for part in qkv_T3HK.unbind(1))  # each [1, H, T, K]
     return _compiled_flex()(query, key, value, block_mask=layout.block_mask)[0].transpose(0, 1).flatten(1)
 

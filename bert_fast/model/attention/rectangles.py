@@ -75,7 +75,8 @@ def _padded(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> t
 def _block_diagonal(qkv_T3HK: torch.Tensor, layout: SequenceLayout, dropout: float) -> torch.Tensor:
     """Sequences packed into rows as wide as the longest; a query sees the keys of its own sequence."""
     rows = layout.packed_rows()
-    assert rows.index is not None and rows.places is not None, "rows have several sequences, so they need both"
+    assert rows.index is not None, "packed rows are never a rectangle already"
+    assert rows.places is not None
     rectangle = qkv_T3HK.index_select(0, rows.index).unflatten(0, (rows.count, rows.longest))
     return _dense(rectangle, rows.mask, dropout).flatten(0, 1).index_select(0, rows.places)
 

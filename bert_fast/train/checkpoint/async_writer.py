@@ -139,16 +139,21 @@ class AsyncCheckpointWriter:
     def _buffer(self, piece: TensorSlice) -> torch.Tensor:
         """Host memory for a copy, kept from checkpoint to checkpoint; pinned on CUDA."""
         key = (piece.name, piece.begin)
-        found = self._buffers.get(key)
-        if found is None or len(found) != len(piece.values):
-            found = torch.empty(len(piece.values), dtype=piece.values.dtype, pin_memory=self._stream is not None)
-            self._buffers[key] = found
-        return found
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer) != len(piece.values):
+            buffer = torch.empty(len(piece.values), dtype=piece.values.dtype, pin_memory=self._stream is not None)
+            self._buffers[key] = buffer
+        return buffer
 
     def _write(
-        self, slices: list[TensorSlice], copies: list[TensorSlice], own: dict[str, Any], description: dict[str, Any],
-        record: dict[str, float], began: float,
-    ) -> None:  # fmt: skip
+        self,
+        slices: list[TensorSlice],
+        copies: list[TensorSlice],
+        own: dict[str, Any],
+        description: dict[str, Any],
+        record: dict[str, float],
+        began: float,
+    ) -> None:
         rank = self._environment.rank
         try:
             if self._stream is not None:

@@ -54,8 +54,9 @@ def resume_key(config: Config, train_sha256: str, eval_sha256: str) -> dict[str,
     return {
         "settings": json.loads(json.dumps(settings)),
         "model": _hash({name: value for name, value in settings.items() if name.startswith("model.")}),
-        "train data": train_sha256[:16], "eval data": eval_sha256[:16],
-    }  # fmt: skip
+        "train data": train_sha256[:16],
+        "eval data": eval_sha256[:16],
+    }
 
 
 def check_key(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -136,9 +136,14 @@ def as_bytes(name: str, value: Any) -> TensorSlice:
 
 
 def write_checkpoint(
-    folder: Path, slices: Sequence[TensorSlice], description: dict[str, Any], rank: int, keep: int,
-    group: dist.ProcessGroup | None, own_work: contextlib.AbstractContextManager[None] | None = None,
-) -> None:  # fmt: skip
+    folder: Path,
+    slices: Sequence[TensorSlice],
+    description: dict[str, Any],
+    rank: int,
+    keep: int,
+    group: dist.ProcessGroup | None,
+    own_work: contextlib.AbstractContextManager[None] | None = None,
+) -> None:
     """Write one checkpoint and remove all but the newest `keep`. A collective over `group` (None: one rank alone).
 
     Args:

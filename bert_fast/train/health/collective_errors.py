@@ -10,8 +10,16 @@ from enum import Enum
 from bert_fast.errors import LostRankError, TrainingError
 
 _LOST_RANK = (
-    "gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "pair closure", "Timed out", "timed out",
-)  # fmt: skip
+    "gloo",
+    "Gloo",
+    "NCCL",
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "pair closure",
+    "Timed out",
+    "timed out",
+)
 _SHARED_GPU = "Duplicate GPU"
 
 

@@ -66,9 +66,12 @@ class Heartbeat:
     """The beats of one rank, and its view of the others'. Without a process group nothing happens."""
 
     def __init__(
-        self, environment: Environment, timeout_s: float, on_lost: Callable[[Verdict], None],
+        self,
+        environment: Environment,
+        timeout_s: float,
+        on_lost: Callable[[Verdict], None],
         is_hurried: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """
         Args:
             timeout_s: seconds for which a rank may be silent or in one phase of its own.
@@ -77,9 +80,8 @@ class Heartbeat:
         """
         self._is_hurried = is_hurried
         self.hosts = [socket.gethostname()]
-        self._rank, self._world, self._timeout_s, self._on_lost = (
-            environment.rank, environment.world_size, timeout_s, on_lost,
-        )  # fmt: skip
+        self._rank, self._world = environment.rank, environment.world_size
+        self._timeout_s, self._on_lost = timeout_s, on_lost
         self._interval = max(min(1.0, timeout_s / 8), self._world / 2000)  # rank 0 reads `world` keys each time
         self._count, self._where = 0, (0, _STARTING, time.monotonic())
         self._writes_s: Callable[[], float] = lambda: 0.0

@@ -23,9 +23,17 @@ from bert_fast.train.environment import Environment
 # What may differ between ranks: where things lie on their node (what is in them is compared) and how a node is used.
 # Every other setting decides numbers, or which collective comes next.
 MAY_DIFFER = (
-    "data.train", "evaluation.data", "checkpoint.init_from", "run.results_dir", "run.folder",
-    "data.scrub_mb_per_s", "system.threads_per_rank", "system.bind_cores", "system.machine_file", "system.master_port",
-)  # fmt: skip
+    "data.train",
+    "evaluation.data",
+    "checkpoint.init_from",
+    "run.results_dir",
+    "run.folder",
+    "data.scrub_mb_per_s",
+    "system.threads_per_rank",
+    "system.bind_cores",
+    "system.machine_file",
+    "system.master_port",
+)
 
 
 def check_parameters(named_shapes: list[tuple[str, list[int]]], environment: Environment) -> None:

@@ -39,11 +39,18 @@ def make_planner(
 ) -> Planner:
     """The planner of a config over a length table; `longest` is the largest length, if known."""
     return Planner(
-        lengths, config.balance, cost or make_cost(config)[0], world_size=config.system.world_size,
-        gradient_accumulation_steps=config.batch.gradient_accumulation_steps, micro_batch_size=config.batch.micro_batch_size,
-        node_size=config.system.node_size, max_seq_len=config.data.max_seq_len, seed=config.train.seed,
-        num_steps=config.train.max_steps, longest=longest,
-    )  # fmt: skip
+        lengths,
+        config.balance,
+        cost or make_cost(config)[0],
+        world_size=config.system.world_size,
+        gradient_accumulation_steps=config.batch.gradient_accumulation_steps,
+        micro_batch_size=config.batch.micro_batch_size,
+        node_size=config.system.node_size,
+        max_seq_len=config.data.max_seq_len,
+        seed=config.train.seed,
+        num_steps=config.train.max_steps,
+        longest=longest,
+    )
 
 
 def probe_lengths(micro_batch_size: int, max_seq_len: int) -> list[np.ndarray]:

@@ -46,20 +46,26 @@ def dry_run(config: Config) -> None:
     ordering = make_ordering(config, model, expected_ready_order(model))
     lengths, where = _lengths(config)
     planner = make_planner(config, lengths)
-    print_table(f"{config.run.name}: dry run", [
-        ("run folder", str(run_folder(config))),
-        ("batch", _batch_text(config)),
-        ("model", f"{num_parameters(config.model):,} parameters"),
-        ("attention", _backend_text(config, wanted, device, dtype)),
-        ("precision", str(dtype).removeprefix("torch.") + ("" if wanted == device.type else f" here; decided on {wanted}")),
-        ("learning rate", _schedule_text(config)),
-        ("memory of a rank", _memory_text(config, planner, dtype)),
-        ("lengths", where),
-        ("plan", _plan_text(config, planner)),
-        ("clipping", f"{config.communication.clip}, {len(ordering.groups)} clip groups"),
-        ("rehearsal", rehearse(config)),
-        ("buckets", _bucket_text(config, ordering)),
-    ])  # fmt: skip
+    print_table(
+        f"{config.run.name}: dry run",
+        [
+            ("run folder", str(run_folder(config))),
+            ("batch", _batch_text(config)),
+            ("model", f"{num_parameters(config.model):,} parameters"),
+            ("attention", _backend_text(config, wanted, device, dtype)),
+            (
+                "precision",
+                str(dtype).removeprefix("torch.") + ("" if wanted == device.type else f" here; decided on {wanted}"),
+            ),
+            ("learning rate", _schedule_text(config)),
+            ("memory of a rank", _memory_text(config, planner, dtype)),
+            ("lengths", where),
+            ("plan", _plan_text(config, planner)),
+            ("clipping", f"{config.communication.clip}, {len(ordering.groups)} clip groups"),
+            ("rehearsal", rehearse(config)),
+            ("buckets", _bucket_text(config, ordering)),
+        ],
+    )
 
 
 def rehearse(config: Config, num_layers: int = 2) -> str:
@@ -149,15 +155,19 @@ def _schedule_text(config: Config) -> str:
 def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
     plan = planner.plan(0)
     tokens, squared = int(plan.tokens.max()), int(plan.tokens_squared.max())
-    figures = estimate(
-        config.model, tokens=tokens, tokens_squared=squared, masked=int(0.15 * tokens),
-        element_bytes=4 if dtype == torch.float32 else 2, keeps_scores=config.system.device == "cpu",
+    memory = estimate(
+        config.model,
+        tokens=tokens,
+        tokens_squared=squared,
+        masked=int(0.15 * tokens),
+        element_bytes=4 if dtype == torch.float32 else 2,
+        keeps_scores=config.system.device == "cpu",
         logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
         shards=config.system.world_size if config.communication.shard_optimizer else 1,
-    )  # fmt: skip
-    parts = ((name, getattr(figures, name)) for name in ("weights", "gradients", "optimizer", "activations"))
+    )
+    parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations"))
     listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts)
-    return f"about {figures.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
+    return f"about {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
 
 
 def _plan_text(config: Config, planner: Planner) -> str:

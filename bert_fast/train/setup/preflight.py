@@ -58,9 +58,12 @@ def preflight(config: Config, environment: Environment) -> dict[str, Any]:
         row["link_mb_s"].append(links[rank] / 1e6)
         row["clock_ms"].append(1e3 * offsets[rank])
     return {
-        "world_size": environment.world_size, "nodes": list(nodes.values()), "network": network, "slow": slow,
+        "world_size": environment.world_size,
+        "nodes": list(nodes.values()),
+        "network": network,
+        "slow": slow,
         "seconds": time.perf_counter() - began,
-    }  # fmt: skip
+    }
 
 
 def print_preflight(report: dict[str, Any]) -> None:

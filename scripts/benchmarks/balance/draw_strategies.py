@@ -45,9 +45,16 @@ def draw(strategy: str, path: Path) -> None:
     """One bar per rank, as long as the tokens that it computes."""
     config = BalanceConfig(strategy=strategy, num_packs=3 if strategy == "packed" else None)
     planner = Planner(
-        wikipedia_like(10_000), config, CostModel(613.7e6, 98304), world_size=NUM_RANKS,
-        gradient_accumulation_steps=1, micro_batch_size=MICRO_BATCH_SIZE, node_size=NODE, max_seq_len=MAX_LEN, seed=3,
-    )  # fmt: skip
+        wikipedia_like(10_000),
+        config,
+        CostModel(613.7e6, 98304),
+        world_size=NUM_RANKS,
+        gradient_accumulation_steps=1,
+        micro_batch_size=MICRO_BATCH_SIZE,
+        node_size=NODE,
+        max_seq_len=MAX_LEN,
+        seed=3,
+    )
     plan = planner.plan(0)
     lengths = planner.lengths_of(plan)
     colours = matplotlib.colormaps["viridis_r"]

@@ -50,9 +50,12 @@ TRAFFIC_STEPS = 20
 NUM_SAMPLES_AT_START = 160_000_000
 # strategy, ranks, micro-batch size: most imbalance (p99), most planning time (ms)
 BARS = (
-    ("balanced", 1024, 16, 1.001, 5.0), ("balanced", 1024, 8, 1.005, None), ("balanced", 4096, 16, 1.001, 25.0),
-    ("balanced_free", 1024, 4, 1.02, None), ("balanced_free", 1024, 2, 1.04, None),
-)  # fmt: skip
+    ("balanced", 1024, 16, 1.001, 5.0),
+    ("balanced", 1024, 8, 1.005, None),
+    ("balanced", 4096, 16, 1.001, 25.0),
+    ("balanced_free", 1024, 4, 1.02, None),
+    ("balanced_free", 1024, 2, 1.04, None),
+)
 
 
 @dataclass
@@ -108,13 +111,17 @@ def measure(lengths: np.ndarray, case: Case, steps: int) -> tuple[dict[str, floa
             traffic.append(bytes_moved(plan, planner.draw(step), long))
     spread, mean = float(lengths.std(dtype=np.float64)), float(lengths.mean(dtype=np.float64))
     metrics = {
-        "imbalance_mean": np.mean(imbalances), "imbalance_p99": np.quantile(imbalances, 0.99),
-        "over_ideal_mean": np.mean(over_ideal), "lower_bound_p99": np.quantile(floors, 0.99),
-        "plan_ms": np.median(times), "plan_ms_p99": np.quantile(times, 0.99), "bytes_moved_per_rank": np.mean(traffic),
+        "imbalance_mean": np.mean(imbalances),
+        "imbalance_p99": np.quantile(imbalances, 0.99),
+        "over_ideal_mean": np.mean(over_ideal),
+        "lower_bound_p99": np.quantile(floors, 0.99),
+        "plan_ms": np.median(times),
+        "plan_ms_p99": np.quantile(times, 0.99),
+        "bytes_moved_per_rank": np.mean(traffic),
         "mutual_information_bits": mutual_information(histogram),
         "batch_mean_variance_ratio": np.var(means, ddof=1) / (spread**2 / (case.ranks * case.batch)),
         "rank_bias_standard_errors": np.max(np.abs(rank_sums / rank_counts - mean) * np.sqrt(rank_counts) / spread),
-    }  # fmt: skip
+    }
     raw = {"imbalance": [round(x, 6) for x in imbalances], "plan_ms": [round(x, 3) for x in times]}
     return {name: float(value) for name, value in metrics.items()}, raw
 
@@ -230,11 +237,16 @@ def draw(metrics: dict[str, float], ranks: tuple[int, ...], batches: tuple[int, 
 def tables(metrics: dict[str, float], ranks: tuple[int, ...], batches: tuple[int, ...]) -> str:
     """The Markdown record."""
     columns = (
-        ("imbalance_mean", "imbalance mean", ".4f"), ("imbalance_p99", "p99", ".4f"),
-        ("over_ideal_mean", "over ideal", ".4f"), ("lower_bound_p99", "bound p99", ".4f"), ("plan_ms", "plan ms", ".2f"),
-        ("bytes_moved_per_rank", "bytes moved", ",.0f"), ("mutual_information_bits", "I bits", ".4f"),
-        ("batch_mean_variance_ratio", "batch var.", ".2f"), ("rank_bias_standard_errors", "rank bias", ".1f"),
-    )  # fmt: skip
+        ("imbalance_mean", "imbalance mean", ".4f"),
+        ("imbalance_p99", "p99", ".4f"),
+        ("over_ideal_mean", "over ideal", ".4f"),
+        ("lower_bound_p99", "bound p99", ".4f"),
+        ("plan_ms", "plan ms", ".2f"),
+        ("bytes_moved_per_rank", "bytes moved", ",.0f"),
+        ("mutual_information_bits", "I bits", ".4f"),
+        ("batch_mean_variance_ratio", "batch var.", ".2f"),
+        ("rank_bias_standard_errors", "rank bias", ".1f"),
+    )
     parts = []
     for rank in ranks:
         rows = [
@@ -342,10 +354,15 @@ def main() -> int:
         spike = args.share_at_maximum
         law = args.lengths or ("Wikipedia-like" if spike is None else f"uniform, {spike} of them 512")
         config = {
-            "ranks": ranks, "batches": batches, "steps": args.steps, "lengths": law,
-            "num_samples": len(lengths), "cost": {"linear": BERT_LARGE.linear, "quadratic": BERT_LARGE.quadratic},
-            "node_size": NODE_SIZE, "threads": 1,
-        }  # fmt: skip
+            "ranks": ranks,
+            "batches": batches,
+            "steps": args.steps,
+            "lengths": law,
+            "num_samples": len(lengths),
+            "cost": {"linear": BERT_LARGE.linear, "quadratic": BERT_LARGE.quadratic},
+            "node_size": NODE_SIZE,
+            "threads": 1,
+        }
         write_result(args.json, metrics, config, machine, samples)
     return 0
 

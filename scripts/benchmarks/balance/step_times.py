@@ -141,9 +141,14 @@ def main() -> int:
     pin_to_one_core()
     machine = environment()
     shape = ModelConfig(
-        vocab_size=2048, hidden_size=args.hidden, num_layers=args.layers, num_heads=max(1, args.hidden // 64),
-        intermediate_size=4 * args.hidden, hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+        vocab_size=2048,
+        hidden_size=args.hidden,
+        num_layers=args.layers,
+        num_heads=max(1, args.hidden // 64),
+        intermediate_size=4 * args.hidden,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
     dtype = pick_dtype("auto", CPU)
     bench = Bench(shape, dtype, args.shape_multiple)
     fit = bench.fit(args.micro_batch_size, args.repeats)
@@ -156,9 +161,11 @@ def main() -> int:
     )
     lengths = wikipedia_like(4_000_000)
     metrics: dict[str, float] = {
-        "fit/linear_us": 1e3 * fit.linear, "fit/quadratic_ns": 1e6 * fit.quadratic, "fit/fixed_ms": fit.fixed,
+        "fit/linear_us": 1e3 * fit.linear,
+        "fit/quadratic_ns": 1e6 * fit.quadratic,
+        "fit/fixed_ms": fit.fixed,
         "fit/residual": fit.residual,
-    }  # fmt: skip
+    }
     samples: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
@@ -199,13 +206,15 @@ def main() -> int:
     metrics |= {name: statistics.fmean(values) for name, values in samples.items()}
     rows = [
         (
-            strategy, *(f"{metrics[f'measured/{strategy}/{name}']:.3f}" for name in ("max_over_mean",)),
-            f"± {metrics[f'measured/{strategy}/noise']:.3f}", f"{metrics[f'predicted/{strategy}/max_over_mean']:.3f}",
+            strategy,
+            *(f"{metrics[f'measured/{strategy}/{name}']:.3f}" for name in ("max_over_mean",)),
+            f"± {metrics[f'measured/{strategy}/noise']:.3f}",
+            f"{metrics[f'predicted/{strategy}/max_over_mean']:.3f}",
             f"{metrics[f'predicted/{strategy}/flops_max_over_mean']:.3f}",
             f"{metrics[f'measured/{strategy}/max_over_balanced_mean']:.3f}",
         )
         for strategy in STRATEGIES
-    ]  # fmt: skip
+    ]
     headers = (
         "strategy",
         "measured max/mean",

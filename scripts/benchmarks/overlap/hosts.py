@@ -60,9 +60,14 @@ def run_hosts(number: int, rate_mbit: int | None, settings: dict[str, Any]) -> d
         processes = []
         for rank, name in enumerate(names):
             variables = {
-                **os.environ, "GLOO_SOCKET_IFNAME": name, "MASTER_ADDR": f"{_SUBNET}.1", "MASTER_PORT": str(_PORT),
-                "RANK": str(rank), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
+                **os.environ,
+                "GLOO_SOCKET_IFNAME": name,
+                "MASTER_ADDR": f"{_SUBNET}.1",
+                "MASTER_PORT": str(_PORT),
+                "RANK": str(rank),
+                "WORLD_SIZE": str(number),
+                "OMP_NUM_THREADS": "1",
+            }
             module = [sys.executable, "-m", "scripts.benchmarks.overlap", "--worker", json.dumps(settings)]
             command = ["ip", "netns", "exec", name, *module]
             processes.append(

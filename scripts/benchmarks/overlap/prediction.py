@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def predict(instance: Instance, host: dict[str, Any], links: Links, forward_s: l
 
 
 def lower_bound(
-    instance: Instance, host: dict[str, Any], links: Links, unit_bytes: list[float], ready_s: list[float]
+    instance: Instance, host: dict[str, Any], links: Links, unit_bytes: Sequence[float], ready_s: Sequence[float]
 ) -> float:
     """No plan of unsharded all-reduces and updates at the end can be faster: seconds of a cycle.
 

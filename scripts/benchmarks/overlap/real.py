@@ -23,29 +23,39 @@ from .variants import VARIANTS, SilentWire, Variant
 
 # 6.3 million parameters, 24 MiB of gradients: large enough for several buckets, small enough for a core a rank
 MODEL = {
-    "vocab_size": 4096, "hidden_size": 256, "num_layers": 6, "num_heads": 4, "intermediate_size": 1024, "max_positions": 128,
-}  # fmt: skip
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_layers": 6,
+    "num_heads": 4,
+    "intermediate_size": 1024,
+    "max_positions": 128,
+}
 
 
 def config_of(variant: Variant, world: int) -> Config:
     """The product's config of a variant."""
     buckets = [1.0, 25.0] if variant.buckets == "default" else variant.buckets
-    return config_from_tree({
-        "run": {"measure_peak_flops": False, "tensorboard": False},
-        "model": MODEL,
-        "data": {"train": "none", "max_seq_len": 128},
-        "batch": {"global_batch_size": 8 * world, "micro_batch_size": 8},
-        "communication": {
-            "engine": variant.engine, "bucket_mb": buckets, "clip": variant.clip, "reduce_dtype": variant.wire,
-            "shard_optimizer": variant.shard,
-        },
-        "optimizer": {"name": "lamb", "lr": 1e-3, "step_per_bucket": variant.step_per_bucket},
-        "schedule": {"total_steps": 1000},
-        "train": {"precision": "fp32", "max_steps": 100, "warmup_batches": 2},
-        "evaluation": {"data": "none", "every_samples": 10_000},
-        "system": {"world_size": world, "device": "cpu", "threads_per_rank": 1},
-        "mlperf": {"enabled": False},
-    })  # fmt: skip
+    return config_from_tree(
+        {
+            "run": {"measure_peak_flops": False, "tensorboard": False},
+            "model": MODEL,
+            "data": {"train": "none", "max_seq_len": 128},
+            "batch": {"global_batch_size": 8 * world, "micro_batch_size": 8},
+            "communication": {
+                "engine": variant.engine,
+                "bucket_mb": buckets,
+                "clip": variant.clip,
+                "reduce_dtype": variant.wire,
+                "shard_optimizer": variant.shard,
+            },
+            "optimizer": {"name": "lamb", "lr": 1e-3, "step_per_bucket": variant.step_per_bucket},
+            "schedule": {"total_steps": 1000},
+            "train": {"precision": "fp32", "max_steps": 100, "warmup_batches": 2},
+            "evaluation": {"data": "none", "every_samples": 10_000},
+            "system": {"world_size": world, "device": "cpu", "threads_per_rank": 1},
+            "mlperf": {"enabled": False},
+        }
+    )
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -87,11 +97,18 @@ def work(settings: dict[str, Any]) -> None:
     link = measure_link(buffer.numel() * 4, torch.float32, cpu, all_reduce)
     if rank == 0:
         del machines["compute"]
-        print(json.dumps({
-            "samples": samples, "predicted_ms": {}, "bound_ms": {}, "traces": {},
-            "buckets": {name: len(machine.engine.layout.buckets) for name, machine in machines.items()},
-            "backward_ms": statistics.median(backward),
-            "links": {"all_reduce": [1e3 * link.latency_s, link.bytes_per_s / 1e6]},
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "samples": samples,
+                    "predicted_ms": {},
+                    "bound_ms": {},
+                    "traces": {},
+                    "buckets": {name: len(machine.engine.layout.buckets) for name, machine in machines.items()},
+                    "backward_ms": statistics.median(backward),
+                    "links": {"all_reduce": [1e3 * link.latency_s, link.bytes_per_s / 1e6]},
+                }
+            )
+        )
     dist.barrier()
     dist.destroy_process_group()

@@ -9,9 +9,19 @@ from bert_fast.report.bench import markdown_table
 
 # Of VARIANTS, without importing torch
 NAMES = (
-    "one_bucket", "ddp_default", "ddp_plan", "25mib", "auto", "auto_shadow", "auto_sharded", "auto_sharded_shadow",
-    "auto_bf16", "auto_clip_none", "auto_clip_global_before", "auto_clip_global_after",
-)  # fmt: skip
+    "one_bucket",
+    "ddp_default",
+    "ddp_plan",
+    "25mib",
+    "auto",
+    "auto_shadow",
+    "auto_sharded",
+    "auto_sharded_shadow",
+    "auto_bf16",
+    "auto_clip_none",
+    "auto_clip_global_before",
+    "auto_clip_global_after",
+)
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -45,13 +55,19 @@ def table_of(title: str, record: dict[str, Any], by_variant: dict[str, dict[str,
     rows = []
     for name, values in by_variant.items():
         raw = record["samples"][name]
-        rows.append((
-            name, record["buckets"][name], f"{values['step_ms']:,.0f}", f"{min(raw):,.0f}-{max(raw):,.0f}",
-            f"{values['predicted_ms']:,.0f}" if "predicted_ms" in values else "-",
-            f"{values['over_predicted']:.3f}" if "predicted_ms" in values else "-",
-            f"{values['over_bound']:.3f}" if "over_bound" in values else "-",
-            f"{values['exposed_ms']:,.0f}", f"{100 * values['hidden_share']:.0f} %",
-        ))  # fmt: skip
+        rows.append(
+            (
+                name,
+                record["buckets"][name],
+                f"{values['step_ms']:,.0f}",
+                f"{min(raw):,.0f}-{max(raw):,.0f}",
+                f"{values['predicted_ms']:,.0f}" if "predicted_ms" in values else "-",
+                f"{values['over_predicted']:.3f}" if "predicted_ms" in values else "-",
+                f"{values['over_bound']:.3f}" if "over_bound" in values else "-",
+                f"{values['exposed_ms']:,.0f}",
+                f"{100 * values['hidden_share']:.0f} %",
+            )
+        )
     headers = ("variant", "buckets", "step ms", "range", "predicted", "/ predicted", "/ bound", "exposed ms", "hidden")
     return f"### {title}\n\n{markdown_table(headers, rows)}\n"
 

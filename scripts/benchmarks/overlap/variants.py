@@ -156,9 +156,14 @@ def make(variant: Variant, units: list[Unit], ends: list[int], silent: bool = Fa
         return _plain_ddp(model, caps, numel, x, update_s, variant)
     order = measure_ready_order(parameters, lambda: model(x).mlm_sum.backward())
     layout = plan_layout(
-        [name for name, _ in model.named_parameters()], [p.numel() for p in parameters], order, clip_groups="layer",
-        bucket_mb=caps, whole_groups=variant.clip == "bucket_before_reduce", shards=world if variant.shard else 1,
-    )  # fmt: skip
+        [name for name, _ in model.named_parameters()],
+        [p.numel() for p in parameters],
+        order,
+        clip_groups="layer",
+        bucket_mb=caps,
+        whole_groups=variant.clip == "bucket_before_reduce",
+        shards=world if variant.shard else 1,
+    )
     assert len(layout.buckets) == len(ends)
     for parameter in parameters:
         parameter.grad = None
@@ -194,7 +199,11 @@ def _plain_ddp(
     model: WaitingModel, caps: list[float], numel: list[int], x: torch.Tensor, update_s: float, variant: Variant
 ) -> Instance:
     """As a user has it: no clipping, no hook. Its buckets are the default ones of a model of BERT's size."""
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb_list=caps)
+    ddp = DistributedDataParallel(
+        model,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb_list=caps,  # type: ignore[arg-type]  # says int, but takes fractions of a MiB
+    )
     optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-3, fused=True)
     slow_updates(optimizer, sum(numel), update_s)
 

@@ -64,7 +64,7 @@ class _Wait(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         time.sleep(ctx.backward_s)
         return gradient, torch.full_like(ctx.saved_tensors[0], 1e-3), None, None
 
@@ -110,4 +110,4 @@ def slow_updates(optimizer: torch.optim.Optimizer, total: int, seconds: float) -
         numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         time.sleep(seconds * numel / total)
 
-    optimizer.step = slow  # type: ignore[method-assign]
+    optimizer.step = slow  # type: ignore[assignment]  # nobody calls it with a closure

@@ -84,12 +84,19 @@ def work(settings: dict[str, Any]) -> None:
                 samples[name].append(1e3 * float(seconds))
     traces = {name: _trace(instances[name]) for name in _TRACED if name in instances}
     if rank == 0:
-        print(json.dumps({
-            "samples": samples, "predicted_ms": {k: 1e3 * v for k, v in predicted.items()},
-            "bound_ms": {k: 1e3 * v for k, v in bounds.items()}, "buckets": {k: len(v.numel) for k, v in instances.items()},
-            "backward_ms": 1e3 * statistics.median(backward), "traces": traces,
-            "links": {k: [1e3 * v.latency_s, v.bytes_per_s / 1e6] for k, v in vars(links).items()},
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "samples": samples,
+                    "predicted_ms": {k: 1e3 * v for k, v in predicted.items()},
+                    "bound_ms": {k: 1e3 * v for k, v in bounds.items()},
+                    "buckets": {k: len(v.numel) for k, v in instances.items()},
+                    "backward_ms": 1e3 * statistics.median(backward),
+                    "traces": traces,
+                    "links": {k: [1e3 * v.latency_s, v.bytes_per_s / 1e6] for k, v in vars(links).items()},
+                }
+            )
+        )
     dist.barrier()
     dist.destroy_process_group()
 

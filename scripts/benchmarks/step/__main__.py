@@ -185,12 +185,17 @@ def tabulate(metrics: dict[str, float], args: argparse.Namespace) -> str:
             speed, memory = (
                 metrics.get(f"ratio/{args.size}/{precision}/{what}_over_{name}") for what in ("ours", "memory")
             )
-            rows.append((
-                f"{precision} {name}", f"{metrics[f'{prefix}/tokens_per_s']:,.0f}",
-                f"{metrics[f'{prefix}/samples_per_s']:,.2f}",
-                f"{100 * metrics[f'{prefix}/mfu']:.1f} %", f"{metrics[f'{prefix}/peak_mib']:,.0f}",
-                "-" if speed is None else f"{speed:.2f}", "-" if memory is None else f"{100 * memory:.0f} %",
-            ))  # fmt: skip
+            rows.append(
+                (
+                    f"{precision} {name}",
+                    f"{metrics[f'{prefix}/tokens_per_s']:,.0f}",
+                    f"{metrics[f'{prefix}/samples_per_s']:,.2f}",
+                    f"{100 * metrics[f'{prefix}/mfu']:.1f} %",
+                    f"{metrics[f'{prefix}/peak_mib']:,.0f}",
+                    "-" if speed is None else f"{speed:.2f}",
+                    "-" if memory is None else f"{100 * memory:.0f} %",
+                )
+            )
     headers = ("variant", "tokens/s", "samples/s", "MFU", "peak MiB", "ours is faster by", "our memory of its")
     lines = [markdown_table(headers, rows), ""]
     for precision in args.precision:

@@ -65,10 +65,11 @@ class _labelled:  # noqa: N801 (used as a function)
 
     def __enter__(self) -> None:
         self._undo = [
-            _wrap(bert.Embeddings, "forward", "part:embedding"), _wrap(bert.PretrainingHeads, "forward", "part:head"),
+            _wrap(bert.Embeddings, "forward", "part:embedding"),
+            _wrap(bert.PretrainingHeads, "forward", "part:head"),
             _wrap_attention(),
             _wrap(loss.ProjectedCrossEntropy, "apply", "part:head", is_class=True),
-        ]  # fmt: skip
+        ]
 
     def __exit__(self, *_: object) -> None:
         for undo in self._undo:
@@ -81,7 +82,7 @@ def _wrap_attention() -> Any:
     def forward(layer: Any, hidden_TD: torch.Tensor, layout: Any, attend: Any) -> torch.Tensor:
         return before(layer, hidden_TD, layout, _recorded(attend, "part:attention"))
 
-    bert.EncoderLayer.forward = forward
+    bert.EncoderLayer.forward = forward  # type: ignore[assignment, method-assign]  # until it is undone
     return lambda: setattr(bert.EncoderLayer, "forward", before)
 
 

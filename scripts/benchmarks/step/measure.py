@@ -52,9 +52,13 @@ def measure(args: argparse.Namespace, variant: str, precision: str) -> dict[str,
     seconds = statistics.median(times)
     flops = train_flops(config.model, float(lengths.sum()), float((lengths**2).sum()), len(batch.masked_labels))
     return {
-        "tokens_per_s": float(lengths.sum()) / seconds, "samples_per_s": len(lengths) / seconds,
-        "mfu": flops / seconds / best, "peak_mib": _peak_mib(cuda), "ceiling_tflops": best / 1e12, "step_s": seconds,
-    }  # fmt: skip
+        "tokens_per_s": float(lengths.sum()) / seconds,
+        "samples_per_s": len(lengths) / seconds,
+        "mfu": flops / seconds / best,
+        "peak_mib": _peak_mib(cuda),
+        "ceiling_tflops": best / 1e12,
+        "step_s": seconds,
+    }
 
 
 def ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -115,9 +119,14 @@ def _made_up_store(config: Any, mix: str, folder: Path) -> Store:
         owner = np.searchsorted(batch.cu_seqlens, batch.masked_positions, side="right") - 1
         counts = np.bincount(owner, minlength=len(lengths))
         table = SampleTable(
-            batch.input_ids, lengths, lengths // 2, batch.masked_positions - batch.cu_seqlens[owner], batch.masked_labels,
-            counts, batch.next_sentence_labels,
-        )  # fmt: skip
+            batch.input_ids,
+            lengths,
+            lengths // 2,
+            batch.masked_positions - batch.cu_seqlens[owner],
+            batch.masked_labels,
+            counts,
+            batch.next_sentence_labels,
+        )
         blocks.append((to_records(table), lengths, counts, int(batch.next_sentence_labels.sum())))
     part = write_part_of_records(folder / "part.bin", blocks)
     merge_parts(folder / "store", [part], {"vocab_sha256": "0", "vocab_size": config.model.vocab_size})

@@ -49,8 +49,13 @@ def make_config(args: argparse.Namespace, precision: str, **changes: dict[str, A
     tree: dict[str, dict[str, Any]] = {
         "run": {"tensorboard": False, "measure_peak_flops": False},
         "model": {
-            "vocab_size": vocabulary, "hidden_size": width, "num_layers": args.layers or layers, "num_heads": heads,
-            "intermediate_size": 4 * width, "max_positions": longest, "hidden_dropout": args.dropout,
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "num_layers": args.layers or layers,
+            "num_heads": heads,
+            "intermediate_size": 4 * width,
+            "max_positions": longest,
+            "hidden_dropout": args.dropout,
             "attention_dropout": args.dropout,
         },
         "data": {"train": "unused", "max_seq_len": longest},
@@ -61,7 +66,7 @@ def make_config(args: argparse.Namespace, precision: str, **changes: dict[str, A
         "evaluation": {"data": "unused", "every_samples": 10**9},
         "system": {"device": args.device},
         "mlperf": {"enabled": False},
-    }  # fmt: skip
+    }
     for section, values in changes.items():
         tree.setdefault(section, {}).update(values)
     return config_from_tree(tree)

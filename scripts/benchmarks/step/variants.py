@@ -31,9 +31,14 @@ _IGNORED = -100
 
 
 def ours(
-    args: argparse.Namespace, precision: str, *, plain: bool = False, allocator: bool = True,
-    batches: Sequence[Batch] | None = None, **changes: Any,
-) -> Step:  # fmt: skip
+    args: argparse.Namespace,
+    precision: str,
+    *,
+    plain: bool = False,
+    allocator: bool = True,
+    batches: Sequence[Batch] | None = None,
+    **changes: Any,
+) -> Step:
     """Our step: unpadded, masked positions only, fused optimizer, clipping."""
     if allocator and args.device == "cpu":
         keep_freed_memory()
@@ -62,9 +67,13 @@ def _environment(config: Config, args: argparse.Namespace) -> Environment:
 
 
 def huggingface(
-    args: argparse.Namespace, precision: str, *, masked_longest: bool = False, compiled: bool = False,
+    args: argparse.Namespace,
+    precision: str,
+    *,
+    masked_longest: bool = False,
+    compiled: bool = False,
     batches: Sequence[Batch] | None = None,
-) -> Step:  # fmt: skip
+) -> Step:
     """BertForPreTraining, SDPA, AdamW fused and clipping as its Trainer does.
 
     Args:
@@ -80,13 +89,18 @@ def huggingface(
     torch.manual_seed(0)
     with device:
         model = BertForPreTraining(
-            BertConfig(
-                vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
-                num_attention_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
-                max_position_embeddings=shape.max_positions, hidden_dropout_prob=shape.hidden_dropout,
-                attention_probs_dropout_prob=shape.attention_dropout, attn_implementation="sdpa",
+            BertConfig(  # type: ignore[call-arg]  # attn_implementation is a setting of all configs of transformers
+                vocab_size=shape.vocab_size,
+                hidden_size=shape.hidden_size,
+                num_hidden_layers=shape.num_layers,
+                num_attention_heads=shape.num_heads,
+                intermediate_size=shape.intermediate_size,
+                max_position_embeddings=shape.max_positions,
+                hidden_dropout_prob=shape.hidden_dropout,
+                attention_probs_dropout_prob=shape.attention_dropout,
+                attn_implementation="sdpa",
             )
-        ).train()  # fmt: skip
+        ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     stream = itertools.cycle(
         [
@@ -103,9 +117,11 @@ def huggingface(
 
     def loss_of_masked(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden, pooled = model.bert(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-            token_type_ids=inputs["token_type_ids"], return_dict=False,
-        )  # fmt: skip
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            token_type_ids=inputs["token_type_ids"],
+            return_dict=False,
+        )
         keep = inputs["labels"] != _IGNORED
         logits = model.cls.predictions(hidden[keep])
         nsp = model.cls.seq_relationship(pooled)
@@ -137,9 +153,11 @@ def _padded(batch: Batch, width: int) -> dict[str, np.ndarray]:
     labels = np.full((count, width), _IGNORED, np.int64)
     labels[real] = flat
     return {
-        **rows, "attention_mask": real.astype(np.int64), "labels": labels,
+        **rows,
+        "attention_mask": real.astype(np.int64),
+        "labels": labels,
         "next_sentence_label": batch.next_sentence_labels.astype(np.int64),
-    }  # fmt: skip
+    }
 
 
 VARIANTS: dict[str, Callable[[argparse.Namespace, str], Step]] = {

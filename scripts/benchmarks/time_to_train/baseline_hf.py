@@ -72,26 +72,34 @@ def make_model(config: Config) -> BertForPreTraining:
     torch.manual_seed(config.train.seed)
     if folder is None:
         return BertForPreTraining(description)
-    model, loaded = BertForPreTraining.from_pretrained(
+    model_and_info: Any = BertForPreTraining.from_pretrained(
         folder, config=description, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    model, loaded = model_and_info
     unusable = sorted(loaded["missing_keys"]) + sorted(key[0] for key in loaded["mismatched_keys"])
     if unusable:
         raise UserError(
             f"checkpoint {folder} does not fit the config's model section: {unusable[0]} is missing or of another shape"
         )
-    return model.train()
+    model.train()
+    return model
 
 
 def _description(shape: ModelConfig) -> BertConfig:
     return BertConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
-        max_position_embeddings=shape.max_positions, type_vocab_size=shape.type_vocab_size,
-        hidden_act=_ACTIVATIONS[shape.activation], hidden_dropout_prob=shape.hidden_dropout,
-        attention_probs_dropout_prob=shape.attention_dropout, layer_norm_eps=shape.layer_norm_eps,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_positions,
+        type_vocab_size=shape.type_vocab_size,
+        hidden_act=_ACTIVATIONS[shape.activation],
+        hidden_dropout_prob=shape.hidden_dropout,
+        attention_probs_dropout_prob=shape.attention_dropout,
+        layer_norm_eps=shape.layer_norm_eps,
         initializer_range=shape.initializer_range,
-    )  # fmt: skip
+    )
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -128,13 +136,18 @@ def collate(samples: list[Sample]) -> Inputs:
 
 def training_batches(store: Store, config: Config, environment: Environment) -> Iterator[Inputs]:
     """This rank's batches without end: every epoch a new permutation, of which each rank takes its residue class."""
+    dataset: Any = store  # has a length and an index, which is all that torch asks of a Dataset
     sampler: DistributedSampler[Sample] = DistributedSampler(
-        store, environment.world_size, environment.rank, shuffle=True, seed=config.train.seed, drop_last=True
-    )  # type: ignore[arg-type]
-    loader = DataLoader(
-        store, config.batch.micro_batch_size, sampler=sampler, collate_fn=collate, drop_last=True,
+        dataset, environment.world_size, environment.rank, shuffle=True, seed=config.train.seed, drop_last=True
+    )
+    loader: DataLoader[Sample] = DataLoader(
+        dataset,
+        config.batch.micro_batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        drop_last=True,
         pin_memory=environment.device.type == "cuda",
-    )  # type: ignore[arg-type]  # fmt: skip
+    )
     if not len(loader):
         raise UserError(
             f"batch.global_batch_size={config.batch.global_batch_size} is more than the {len(store)} samples of the training "
@@ -157,7 +170,8 @@ class Trainer:
 
     def __init__(self, config: Config, environment: Environment) -> None:
         self._config, self._environment = config, environment
-        self.bare = make_model(config).to(environment.device)
+        self.bare = make_model(config)
+        self.bare.to(environment.device)  # type: ignore[arg-type]  # transformers' wrapper loses the types of `to`
         self.model = DistributedDataParallel(self.bare) if environment.world_size > 1 else self.bare
         self.optimizer = make_optimizer(self.bare, config)
         self._warm_up()
@@ -168,10 +182,10 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = []
         for index, batch in enumerate(batches):
-            holds_back = index < len(batches) - 1 and self.model is not self.bare
-            with self.model.no_sync() if holds_back else nullcontext():
+            model, is_last = self.model, index == len(batches) - 1
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
                 with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
-                    loss = self.model(**_to_device(batch, environment.device)).loss / len(batches)
+                    loss = model(**_to_device(batch, environment.device)).loss / len(batches)
                 loss.backward()
             losses.append(loss.detach())
         if communication.clip != "none":
@@ -326,9 +340,11 @@ def _open_stores(config: Config) -> tuple[Store, Store]:
     stores = Store(data.train), Store(config.evaluation.data)
     for store, sha256 in zip(stores, (None, config.evaluation.sha256), strict=True):
         store.check(
-            vocab_size=config.model.vocab_size, max_seq_len=data.max_seq_len,
-            vocab_sha256=data.vocab_sha256, sha256=sha256,
-        )  # fmt: skip
+            vocab_size=config.model.vocab_size,
+            max_seq_len=data.max_seq_len,
+            vocab_sha256=data.vocab_sha256,
+            sha256=sha256,
+        )
     return stores
 
 

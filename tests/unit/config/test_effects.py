@@ -67,8 +67,8 @@ ALWAYS = {
     "optimizer": ["name", "lr", "beta1", "beta2", "eps", "weight_decay", "step_per_bucket", "use_apex"],
     "schedule": ["total_steps", "end_lr"],
     "train": [
-        "seed", "objective", "precision", "compile", "cuda_graphs", "max_steps", "warmup_batches", "log_every_steps", "max_skipped_steps",
-        "deterministic",
+        "seed", "objective", "precision", "compile", "cuda_graphs", "max_steps", "warmup_batches", "log_every_steps",
+        "max_skipped_steps", "deterministic",
     ],
     "evaluation": [
         "data", "num_samples", "sha256", "batch_size", "every_samples", "start_samples", "at_start", "target_accuracy",

@@ -102,7 +102,8 @@ def tiny(**sections: dict[str, Any]) -> dict[str, Any]:
     """A config of 2 nodes x 2 ranks, as plain values."""
     tree: dict[str, Any] = {
         "run": {"name": "tiny"}, "batch": {"global_batch_size": 48, "micro_batch_size": 12}, "schedule": {"total_steps": 10},
-        "train": {"max_steps": 10, "seed": 3}, "evaluation": {"every_samples": 480}, "system": {"world_size": 4, "ranks_per_node": 2},
+        "train": {"max_steps": 10, "seed": 3}, "evaluation": {"every_samples": 480},
+        "system": {"world_size": 4, "ranks_per_node": 2},
     }  # fmt: skip
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}

@@ -68,7 +68,8 @@ def make(tmp_path: Path, make_config: Callable[..., Config]) -> Callable[..., Pa
         for number in range(10):
             config = make_config(
                 f"mlperf.division={division}", "optimizer.name=lamb", "mlperf.enabled=true", f"train.seed={number}",
-                "batch.global_batch_size=448", "batch.micro_batch_size=448", "system.world_size=1", "evaluation.target_accuracy=0.72",
+                "batch.global_batch_size=448", "batch.micro_batch_size=448", "system.world_size=1",
+                "evaluation.target_accuracy=0.72",
             )  # fmt: skip
             path = write_log(tmp_path / "logs" / f"{number}.txt", config, samples)
             text = path.read_text()

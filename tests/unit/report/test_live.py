@@ -514,5 +514,8 @@ def test_follows_until_the_end_without_a_terminal(folder: Path) -> None:
 
 
 def test_no_torch() -> None:
-    code = f"import runpy, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); runpy.run_path({str(SCRIPT)!r}); sys.exit('torch' in sys.modules)"
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); runpy.run_path({str(SCRIPT)!r}); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
