@@ -14,7 +14,8 @@ from bert_fast.report.metrics import MetricsWriter
 from bert_fast.run_folder import RESULT_LOG, run_folder
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment
-from bert_fast.train.health.heartbeat import Heartbeat, Verdict
+from bert_fast.train.health.heartbeat import Heartbeat, open_store
+from bert_fast.train.health.judgement import Verdict
 from bert_fast.train.health.signals import StopFlag
 from bert_fast.train.telemetry.energy import EnergyTally
 
@@ -72,7 +73,7 @@ def open_context(
         metrics=MetricsWriter(folder if is_main else None, append=resume, tensorboard=config.run.tensorboard),
         line=ProgressLine(enabled=is_main),
         heartbeat=Heartbeat(
-            environment, config.communication.timeout_s, on_lost, lambda: stop.number == signal.SIGTERM
+            environment, open_store(), config.communication.timeout_s, on_lost, lambda: stop.number == signal.SIGTERM
         ),
         stop=stop,
         energy=EnergyTally(environment),

@@ -20,7 +20,7 @@ from bert_fast.train.batches import to_device
 from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.context import RunContext
 from bert_fast.train.environment import Environment
-from bert_fast.train.health.heartbeat import EVALUATION, METRICS_SYNC
+from bert_fast.train.health.phases import EVALUATION, METRICS_SYNC
 from bert_fast.train.step import do_nothing
 
 

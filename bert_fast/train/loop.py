@@ -23,8 +23,8 @@ from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.collectives import broadcast_value
 from bert_fast.train.context import RunContext
 from bert_fast.train.evaluate import EvaluationRunner
-from bert_fast.train.health.heartbeat import COMPUTE, DATA, GRADIENT_SYNC, LOGGING, METRICS_SYNC
 from bert_fast.train.health.nonfinite import NonfiniteWatch
+from bert_fast.train.health.phases import COMPUTE, DATA, GRADIENT_SYNC, LOGGING, METRICS_SYNC
 from bert_fast.train.health.step_errors import explain
 from bert_fast.train.setup.consistency import check_state
 from bert_fast.train.step import StepInput, StepResult

@@ -36,7 +36,7 @@ from bert_fast.train.setup.inputs import check_inputs, check_room
 
 if TYPE_CHECKING:
     from bert_fast.train.context import RunContext
-    from bert_fast.train.health.heartbeat import Verdict
+    from bert_fast.train.health.judgement import Verdict
     from bert_fast.train.run import RunSummary
 
 _LEAVE_S = 5.0  # for the last words of a rank that leaves

@@ -37,7 +37,7 @@ from bert_fast.train.collectives import barrier, gather_floats
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.context import RunContext
 from bert_fast.train.environment import seed_ranks
-from bert_fast.train.health.heartbeat import CHECKPOINT, FINISHING
+from bert_fast.train.health.phases import CHECKPOINT, FINISHING
 from bert_fast.train.health.step_errors import explain
 from bert_fast.train.loop import Outcome, TrainingLoop
 from bert_fast.train.setup.build import bucket_note, build

@@ -15,7 +15,7 @@ from typing import Any
 
 from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.train.checkpoint.storage import latest_checkpoint, verify_checkpoint
-from bert_fast.train.health.heartbeat import CHECKPOINT, COMPUTE, GRADIENT_SYNC
+from bert_fast.train.health.phases import CHECKPOINT, COMPUTE, GRADIENT_SYNC
 
 from ..benchmarks.overlap.hosts import hosts
 from .victim import VARIABLE

@@ -84,13 +84,13 @@ def arm_write(fault: dict[str, Any]) -> None:
 
 def slow(seconds: float) -> None:
     """Make every step last longer: time to break something around the run."""
-    from bert_fast.train.health import heartbeat
+    from bert_fast.train.health import heartbeat, phases
 
     at = heartbeat.Heartbeat.at
 
     def slowly(self: Any, step: int, phase: str) -> None:
         at(self, step, phase)
-        if phase == heartbeat.COMPUTE:
+        if phase == phases.COMPUTE:
             time.sleep(seconds)
 
     heartbeat.Heartbeat.at = slowly  # type: ignore[method-assign]

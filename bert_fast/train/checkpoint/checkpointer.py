@@ -8,8 +8,8 @@ from typing import Any
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter
 from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.context import RunContext
-from bert_fast.train.health.heartbeat import CHECKPOINT
 from bert_fast.train.health.nonfinite import NonfiniteWatch
+from bert_fast.train.health.phases import CHECKPOINT
 
 
 class Checkpointer:

@@ -2,8 +2,7 @@
 
 A thread of every rank writes a beat (a counter, step, phase) into the store at which the ranks met. Rank 0 reads them all, the
 others rank 0's. A rank is called lost that is silent, or in one phase of its own, for longer than `communication.timeout_s`, or
-that writes its part of a checkpoint for longer than `checkpoint.timeout_s`.
-Time is counted by the reader's clock alone: clocks of hosts may differ.
+that writes its part of a checkpoint for longer than `checkpoint.timeout_s`; `judgement` has the rules.
 """
 
 from __future__ import annotations
@@ -14,76 +13,64 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from datetime import timedelta
-from typing import Any
+from typing import Protocol
 
 import torch.distributed as dist
 
 from bert_fast.c10d import PrefixStore, Store
 from bert_fast.train.environment import Environment
+from bert_fast.train.health.judgement import Beat, BeatAges, Limits, Verdict, judge, judge_failed_collective, no_meeting
+from bert_fast.train.health.phases import COMPUTE, DONE, STARTING, STOPPING, WAITING
 
-# Waiting for others: a rank is never blamed for these
-GRADIENT_SYNC, METRICS_SYNC = "gradient synchronisation", "metrics synchronisation"
-DATA, COMPUTE, EVALUATION, CHECKPOINT = "waiting for data", "forward and backward", "evaluation", "checkpoint"
-LOGGING, FINISHING, _STOPPING, _DONE, _STARTING = "writing the log", "finishing", "stopping", "done", "starting"
-_WAITING = (GRADIENT_SYNC, METRICS_SYNC)
-_BLAMELESS = {*_WAITING, CHECKPOINT, FINISHING, _STOPPING, _DONE, _STARTING}
-_ORDER = (METRICS_SYNC, LOGGING, EVALUATION, DATA, COMPUTE, GRADIENT_SYNC)  # from the end of a step to that of the next
 _ANSWER_S = 3.0  # for which the store may keep us waiting
 _HURRY_S = 6.0  # after SIGTERM: how long a rank may be silent, or we in one place, before the launcher ends us all
 
 
-@dataclass(frozen=True)
-class Beat:
-    """What a rank last said of itself."""
+class BeatStore(Protocol):
+    """What a heartbeat needs of the store at which the ranks met. Every method may raise RuntimeError."""
 
-    count: int
-    host: str
-    step: int
-    phase: str
-    phase_s: float
-    writes_s: float  # for which it has been writing its own part of a checkpoint, beside that phase; 0: it is not
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """How far it has come."""
-        return self.step, _ORDER.index(self.phase) if self.phase in _ORDER else len(_ORDER)
-
-    def text(self) -> str:
-        return f"step {self.step:,}, {self.phase}"
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+    def check(self, keys: list[str]) -> bool: ...
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Which rank is lost: the first of several, and what is known of all of them, in words that begin with its name."""
-
-    rank: int
-    text: str
+def open_store() -> Store | None:
+    """A connection of its own to the store at which the ranks met, for beats alone; None where one rank has nobody to watch."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
+        return None
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+    store.set_timeout(timedelta(seconds=_ANSWER_S))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"heartbeat{restart}", store)
 
 
 class Heartbeat:
-    """The beats of one rank, and its view of the others'. Without a process group nothing happens."""
+    """The beats of one rank, and its view of the others'. Without a store nothing happens."""
 
     def __init__(
         self,
         environment: Environment,
+        store: BeatStore | None,
         timeout_s: float,
         on_lost: Callable[[Verdict], None],
         is_hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
+            store: where the ranks leave their beats: `open_store()`.
             timeout_s: seconds for which a rank may be silent or in one phase of its own.
             on_lost: called in another thread, with the verdict, on every rank that can still hear it.
             is_hurried: whether a launcher has told this rank to end, and will not wait for `timeout_s`.
         """
         self._is_hurried = is_hurried
         self.hosts = [socket.gethostname()]
-        self._rank, self._world = environment.rank, environment.world_size
+        self._rank, self._world, self._store = environment.rank, environment.world_size, store
         self._timeout_s, self._on_lost = timeout_s, on_lost
         self._interval = max(min(1.0, timeout_s / 8), self._world / 2000)  # rank 0 reads `world` keys each time
-        self._count, self._where = 0, (0, _STARTING, time.monotonic())
+        self._count, self._where = 0, (0, STARTING, time.monotonic())
         self._writes_s: Callable[[], float] = lambda: 0.0
         self._write_limit_s = float("inf")
         self._end, self._last_word, self._wants_all, self._new_view = (threading.Event() for _ in range(4))
@@ -91,12 +78,6 @@ class Heartbeat:
         self._verdict: Verdict | None = None
         self._gone = False  # the store's process is
         self._answered = time.monotonic()  # when it last did
-        self._store: Store | None = None
-        if dist.is_initialized() and self._world > 1 and dist.get_backend() != "fake":
-            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
-            store.set_timeout(timedelta(seconds=_ANSWER_S))
-            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = PrefixStore(f"heartbeat{restart}", store)
 
     def start(self) -> None:
         """Begin. A collective."""
@@ -121,7 +102,7 @@ class Heartbeat:
     def stop(self) -> None:
         """The run is done: from now on this rank may be silent."""
         if self._store is not None and not self._end.is_set():
-            self.at(self._where[0], _DONE)
+            self.at(self._where[0], DONE)
             self._end.set()
             self._last_word.wait(2 * _ANSWER_S)
 
@@ -129,7 +110,7 @@ class Heartbeat:
         """After a collective has failed: who is not there any more; None if nobody can be named. Takes seconds."""
         if self._store is None:
             return None
-        self.at(self._where[0], _STOPPING)
+        self.at(self._where[0], STOPPING)
         self._wants_all.set()
         views: list[list[Beat]] = []
         deadline = time.monotonic() + _ANSWER_S + 4 * self._interval
@@ -139,17 +120,8 @@ class Heartbeat:
                 views.append(self._beats)
         self._end.set()
         if len(views) < 4:  # a view may be from before; three after it are a beat or more of everyone apart
-            return self._no_meeting()
-        before, after = views[1], views[-1]
-        silent = [
-            rank
-            for rank, (a, b) in enumerate(zip(before, after, strict=True))
-            if a.count == b.count and b.phase not in (_STOPPING, _DONE)
-        ]
-        if silent:
-            return self._name(silent, after, "does not answer; last")
-        present = [r for r, beat in enumerate(after) if beat.phase not in _BLAMELESS]
-        return self._name(present, after, "is still at") if present else None
+            return no_meeting(self.hosts[0])
+        return judge_failed_collective(views[1], views[-1])
 
     # ---- threads ----------------------------------------------------------------------------------------------------
 
@@ -179,21 +151,22 @@ class Heartbeat:
                 return
 
     def _watch(self) -> None:
-        """Judge by this rank's own clock."""
-        changed = [time.monotonic()] * self._world
-        counts = [-1] * self._world
+        """Judge by this rank's own clock: all ranks on rank 0, and on the others rank 0, or all in a hurry."""
+        ages = BeatAges(self._world, time.monotonic())
         while not self._end.wait(self._interval / 2):
             now = time.monotonic()
             if now - self._answered > self._timeout_s:
-                self._verdict = self._no_meeting()
+                self._verdict = no_meeting(self.hosts[0])
             elif self._verdict is None:
                 hurried = (
-                    self._is_hurried() and now - self._where[2] > _HURRY_S and self._where[1] in (*_WAITING, COMPUTE)
+                    self._is_hurried() and now - self._where[2] > _HURRY_S and self._where[1] in (*WAITING, COMPUTE)
                 )
                 if hurried and not self._wants_all.is_set():
                     self._wants_all.set()
-                    changed = [now] * self._world
-                self._verdict = self._judge(now, counts, changed, _HURRY_S if hurried else self._timeout_s)
+                    ages.restart(now)
+                beats = self._beats if self._rank == 0 or self._wants_all.is_set() else self._beats[:1]
+                limits = Limits(_HURRY_S if hurried else self._timeout_s, self._timeout_s, self._write_limit_s)
+                self._verdict = judge(beats, ages.update(beats, now), limits)
                 if self._verdict and self._rank == 0:
                     self._end.wait(2 * self._interval)  # for the others to hear of it
             if self._verdict and not self._end.is_set():
@@ -201,35 +174,9 @@ class Heartbeat:
                 self._on_lost(self._verdict)
                 return
 
-    def _judge(self, now: float, counts: list[int], changed: list[float], limit_s: float) -> Verdict | None:
-        """The verdict over all ranks, as rank 0 sees them; the others look at rank 0, or at all in a hurry."""
-        beats = self._beats if self._rank == 0 or self._wants_all.is_set() else self._beats[:1]
-        for rank, beat in enumerate(beats):
-            if beat.count != counts[rank]:
-                counts[rank], changed[rank] = beat.count, now
-        alive = [r for r, beat in enumerate(beats) if beat.phase not in (_STOPPING, _DONE)]
-        silent = [r for r in alive if now - changed[r] > limit_s]
-        if silent:
-            return self._name(silent, beats, f"has not answered for {limit_s:.0f} s; last")
-        writing = [r for r in alive if beats[r].writes_s > self._write_limit_s]
-        if writing:
-            what = f"has been writing its part of a checkpoint for {self._write_limit_s:.0f} s, and is at"
-            return self._name(writing, beats, what)
-        stuck = [r for r in alive if beats[r].phase not in _BLAMELESS and beats[r].phase_s > self._timeout_s]
-        # Who waits inside a phase (DDP in backward) for a rank that is behind is not the one
-        behind = [r for r in stuck if beats[r].place == min(beats[other].place for other in stuck)]
-        return self._name(behind, beats, f"has been for {self._timeout_s:.0f} s at") if behind else None
-
     def _read_verdict(self) -> Verdict | None:
         assert self._store is not None
         return Verdict(*json.loads(self._store.get("lost"))) if self._store.check(["lost"]) else None
-
-    def _no_meeting(self) -> Verdict:
-        return Verdict(0, f"rank 0 ({self.hosts[0]}), where the ranks meet, does not answer")
-
-    def _name(self, ranks: list[int], beats: list[Beat], what: str) -> Verdict:
-        shown = [f"rank {r} ({beats[r].host}) {what} {beats[r].text()}" for r in ranks[:4]]
-        return Verdict(ranks[0], "; ".join(shown) + (f"; and {len(ranks) - 4} more" if len(ranks) > 4 else ""))
 
     def _beat(self) -> None:
         assert self._store is not None
@@ -244,5 +191,5 @@ class Heartbeat:
 
     def _read_all(self) -> list[Beat]:
         assert self._store is not None
-        found: list[Any] = self._store.multi_get([str(rank) for rank in range(self._world)])
+        found = self._store.multi_get([str(rank) for rank in range(self._world)])
         return [Beat(*json.loads(each)) for each in found]
