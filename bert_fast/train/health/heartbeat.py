@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -155,6 +154,7 @@ class Heartbeat:
 
     def _talk(self) -> None:
         """All talk with the store, in a thread of its own: where the network is cut, an answer never comes."""
+        assert self._store is not None
         while True:
             end = self._end.wait(self._interval)
             try:
@@ -167,7 +167,7 @@ class Heartbeat:
                 if self._rank != 0:
                     self._verdict = self._read_verdict()
                 elif self._verdict is not None:
-                    self._store.set("lost", json.dumps(astuple(self._verdict)))  # type: ignore[union-attr]
+                    self._store.set("lost", json.dumps(astuple(self._verdict)))
                 self._answered = time.monotonic()
             except RuntimeError as error:
                 self._gone = "timeout" not in str(error).lower()
@@ -244,5 +244,5 @@ class Heartbeat:
 
     def _read_all(self) -> list[Beat]:
         assert self._store is not None
-        found: list[Any] = self._store.multi_get([str(rank) for rank in range(self._world)])
-        return [Beat(*json.loads(each)) for each in found]
+        beats: list[bytes] = self._store.multi_get([str(rank) for rank in range(self._world)])
+        return [Beat(*json.loads(each)) for each in beats]

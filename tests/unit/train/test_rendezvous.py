@@ -133,7 +133,7 @@ def test_a_rank_of_a_thousand_sends_a_handful_of_messages(monkeypatch: pytest.Mo
             known_to_each_other(Counting(store), SECRET, rank, 1024, 0.0, print)  # type: ignore[arg-type]
     assert calls[0] <= 6 * 1023
     calls[0] = 0
-    monkeypatch.setattr(meeting.dist, "PrefixStore", lambda _key, held: held)
+    monkeypatch.setattr(meeting, "PrefixStore", lambda _key, held: held)
     known_to_each_other(Counting(store), SECRET, 0, 1024, 0.0, print)  # type: ignore[arg-type]
     assert 1024 <= calls[0] < 1024 + 10
 
