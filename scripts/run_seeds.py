@@ -28,7 +28,7 @@ from bert_fast.exit_codes import ExitCode
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 from bert_fast.report.schema import RunRecord, read_record
 from bert_fast.run_folder import RESULT_LOG
-from runs import pretrain
+from programs import pretrain
 
 NAMES = (
     "time_to_train_s",

@@ -36,7 +36,7 @@ from bert_fast.mlperf.system import collect_system, complete_system, read_given_
 from bert_fast.report.bench import markdown_table
 from bert_fast.report.schema import read_record
 from bert_fast.run_folder import CONFIG, PENDING_RECORD, RECORD, RESULT_LOG, RUN, clear_run
-from runs import ROOT, pretrain
+from programs import ROOT, pretrain
 
 _SOURCES = (
     "bert_fast",

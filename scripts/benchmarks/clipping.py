@@ -24,7 +24,7 @@ from bert_fast.report.bench import add_arguments, environment, markdown_table, w
 from bert_fast.report.metrics import read_metrics
 
 from ..plots import svg_figure
-from ..runs import pretrain
+from ..programs import pretrain
 
 COLOURS = {"bucket_before_reduce": "#e6550d", "global_before_reduce": "#3182bd", "none": "#969696"}
 

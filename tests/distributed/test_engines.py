@@ -209,7 +209,7 @@ def test_the_cases_above_clip(clip: str) -> None:
     assert norms[0] < Case().max_norm < min(norms[1:])
     for world in (2, 4):
         results = [oracle(Case(clip=mode), world) for mode in CLIP_MODES]
-        mine = results[CLIP_MODES.index(clip)]
+        mine = results[list(CLIP_MODES).index(clip)]
         gaps = [max(float((mine[n] - other[n]).abs().max()) for n in mine) for other in results]
         assert sum(gap < 1e-3 for gap in gaps) == 1  # itself
 

@@ -34,7 +34,7 @@ from bert_fast.report import bench
 from bert_fast.train import main as entry
 from bert_fast.train.setup.inputs import check_inputs
 
-from ... import runs
+from ... import programs
 
 SIDES = ("ours", "hf")
 _METRICS = ("time_to_train_s", "samples_to_target", "target_reached", "final_accuracy", "samples_per_s", "tokens_per_s")
@@ -62,12 +62,12 @@ def run_one(side: str, pair: int, args: argparse.Namespace, folder: Path) -> dic
     settings = ["--config", args.config, *args.overrides, *(_QUICK if args.quick else ()), f"train.seed={pair}"]
     if side == "ours":
         result = folder / name / "metrics.json"
-        program = [str(runs.ROOT / "run_pretraining.py"), *settings, f"run.folder={folder / name}"]
+        program = [str(programs.ROOT / "run_pretraining.py"), *settings, f"run.folder={folder / name}"]
     else:
         result = folder / f"{name}.json"
         allocator = ["--our-allocator"] if args.our_allocator else []
         program = ["-m", "scripts.benchmarks.time_to_train.baseline_hf", *settings, "--json", str(result), *allocator]
-    record = runs.run(program, result, f"pair {pair}: {_title(side)}")
+    record = programs.run(program, result, f"pair {pair}: {_title(side)}")
     if kept:
         record["config"]["run"]["folder"] = None  # a temporary folder that will be gone
         write_json(kept, record)

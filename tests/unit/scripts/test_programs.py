@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
+import programs
 from bert_fast.errors import UserError
 
 PROGRAM = """
@@ -30,7 +30,7 @@ def program(tmp_path: Path) -> str:
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_missed_target_is_a_result(program: str, tmp_path: Path, code: int) -> None:
     record = tmp_path / "metrics.json"
-    assert runs.run([program, str(code), str(record)], record, "seed 3") == {"metrics": {"steps": 3}}
+    assert programs.run([program, str(code), str(record)], record, "seed 3") == {"metrics": {"steps": 3}}
 
 
 @pytest.mark.parametrize("code", [2, 70])
@@ -39,10 +39,10 @@ def test_a_failure_has_the_last_line(
 ) -> None:
     record = tmp_path / "metrics.json"
     with pytest.raises(UserError, match=f"^seed 3 ended with exit code {code}: the disk is full$"):
-        runs.run([program, str(code), str(record)], record, "seed 3")
+        programs.run([program, str(code), str(record)], record, "seed 3")
     assert ("the first line" in capfd.readouterr().err) == (code == 70), "a bug shows its traceback"
 
 
 def test_a_run_without_a_record_failed(program: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^seed 3 ended with exit code 0: "):
-        runs.run([program, "0", ""], tmp_path / "metrics.json", "seed 3")
+        programs.run([program, "0", ""], tmp_path / "metrics.json", "seed 3")
