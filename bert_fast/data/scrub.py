@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -13,10 +14,9 @@ import numpy as np
 
 from bert_fast.data.store import BLOCK_BYTES, Store
 
-_PAUSE_S = 1.0  # the least between checks of the files' names
 
-
-def _stamp(path: Path) -> tuple[int, int]:
+def file_stamp(path: Path) -> tuple[int, int]:
+    """The inode and the size in bytes of the file that has this name now. Raises OSError."""
     stat = os.stat(path)
     return stat.st_ino, stat.st_size
 
@@ -30,17 +30,23 @@ class Scrubber:
         passes: how often all of this rank's blocks were found unchanged.
     """
 
-    def __init__(self, store: Store, share: int, shares: int, mb_per_s: float) -> None:
+    def __init__(
+        self, store: Store, share: int, shares: int, mb_per_s: float, pause_s: float = 1.0,
+        read_stamp: Callable[[Path], tuple[int, int]] = file_stamp,
+    ) -> None:  # fmt: skip
         """
         Args:
             share, shares: this rank reads every `shares`-th block from `share` on (the ranks of a node divide the work).
             mb_per_s: rate in 10^6 bytes per second; a checksum costs about 1 ms of a core per MB.
+            pause_s: seconds from the end of one pass over the blocks to the start of the next.
+            read_stamp: tells whether a name still belongs to the same file: what it returns must not change.
         """
         self.alarm: str | None = None
         self.vanished = False
         self.passes = 0
         self._store, self._share, self._shares, self._rate = store, share, shares, mb_per_s * 1e6
-        self._files = {name: _stamp(store.folder / name) for name in ("samples.bin", "offsets.npy", "lengths.npy")}
+        self._pause_s, self._read_stamp = pause_s, read_stamp
+        self._files = {name: read_stamp(store.folder / name) for name in ("samples.bin", "offsets.npy", "lengths.npy")}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="block watch")
 
@@ -49,9 +55,30 @@ class Scrubber:
         if self._rate > 0 and self._store.block_crcs is not None:
             self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread reads: it was started, and has neither raised the alarm nor been told to stop."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Tell the thread to stop."""
         self._end.set()
+
+    def check_share(self) -> bool:
+        """Read all of this rank's blocks once, at the rate. Returns whether all are unchanged; else sets `alarm`.
+
+        It also returns False when it was told to stop meanwhile. Raises OSError where the file cannot be read.
+        """
+        assert self._store.block_crcs is not None
+        with open(self._store.folder / "samples.bin", "rb") as file:
+            for block in range(self._share, len(self._store.block_crcs), self._shares):
+                found, size = self._check_block(file, block)
+                if found:
+                    self.alarm = found
+                    return False
+                if self._end.wait(size / self._rate) or not self._files_are_same():
+                    return False
+        return True
 
     def changed(self, ids: np.ndarray) -> str | None:
         """What is wrong now with the blocks of these samples (int64 [B]); None if they are unchanged, or without checksums."""
@@ -72,10 +99,10 @@ class Scrubber:
     def _run(self) -> None:
         try:
             while not self._end.is_set():
-                if not self._files_are_same() or not self._pass():
+                if not self._files_are_same() or not self.check_share():
                     return
                 self.passes += 1
-                self._end.wait(_PAUSE_S)
+                self._end.wait(self._pause_s)
         except OSError as error:
             with suppress(OSError):  # which file has gone since the last check of the names?
                 if not self._files_are_same():
@@ -88,7 +115,7 @@ class Scrubber:
         for name, stamp in self._files.items():
             path = self._store.folder / name
             try:
-                now = _stamp(path)
+                now = self._read_stamp(path)
             except FileNotFoundError:
                 self.vanished = True
                 self.alarm = f"{path} has vanished; put the store back"
@@ -96,18 +123,6 @@ class Scrubber:
             if now != stamp:
                 self.alarm = f"{path} was replaced or cut while the run used it; put the store back"
                 return False
-        return True
-
-    def _pass(self) -> bool:
-        assert self._store.block_crcs is not None
-        with open(self._store.folder / "samples.bin", "rb") as file:
-            for block in range(self._share, len(self._store.block_crcs), self._shares):
-                found, size = self._check_block(file, block)
-                if found:
-                    self.alarm = found
-                    return False
-                if self._end.wait(size / self._rate) or not self._files_are_same():
-                    return False
         return True
 
     def _check_block(self, file: BinaryIO, block: int) -> tuple[str | None, int]:

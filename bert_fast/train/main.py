@@ -19,10 +19,9 @@ from bert_fast.command import drop_output_without_reader, explain
 from bert_fast.config import Config, as_plain
 from bert_fast.config.load import load_config
 from bert_fast.config.yaml_files import to_yaml
-from bert_fast.errors import LostRankError, UserError
+from bert_fast.errors import LostRankError
 from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.files import write_json
-from bert_fast.hardware import machine_memory
 from bert_fast.launch.error_report import report_error
 from bert_fast.launch.local import LAUNCHER_PID, run_local
 from bert_fast.launch.mpi import adopt_mpi
@@ -33,14 +32,13 @@ from bert_fast.run_folder import STOPPED, create_folder, run_folder, take_folder
 from bert_fast.train.complete import exit_code_of, finished_again, is_over
 from bert_fast.train.health.collective_errors import CollectiveError, classify
 from bert_fast.train.health.flight_recorder import flight_record, record_flight
-from bert_fast.train.setup.inputs import check_inputs
+from bert_fast.train.setup.inputs import check_inputs, check_room
 
 if TYPE_CHECKING:
     from bert_fast.train.context import RunContext
     from bert_fast.train.health.heartbeat import Verdict
     from bert_fast.train.run import RunSummary
 
-_PROCESS_BYTES = 150 << 20  # of a rank that has imported torch and does nothing
 _LEAVE_S = 5.0  # for the last words of a rank that leaves
 
 
@@ -119,7 +117,7 @@ def run(args: argparse.Namespace, process_start: float) -> int:
         check_inputs(config)
         take_folder(config, args.resume)
         if not launched and config.system.device != "cuda":
-            _check_room(config)
+            check_room(config)
         if not launched and (config.system.world_size > 1 or config.recovery.max_restarts > 0):
             return run_local(config, sys.argv, lambda: _finished(folder))
         return _be_a_rank(config, args.resume, process_start)
@@ -130,16 +128,6 @@ def run(args: argparse.Namespace, process_start: float) -> int:
 def _finished(folder: Path) -> int | None:
     code = finished_again(folder)
     return exit_code_of(folder) if code is None else code
-
-
-def _check_room(config: Config) -> None:
-    """Refuse to start more processes here than this machine's memory can hold. Raises UserError."""
-    needed, there = config.system.world_size * _PROCESS_BYTES, machine_memory()
-    if needed > there:
-        raise UserError(
-            f"system.world_size={config.system.world_size} processes here need at least {needed / 2**30:,.0f} GiB and "
-            f"this machine has {there / 2**30:,.0f}; start fewer, or start them on several machines (docs/running.md)"
-        )
 
 
 def _preflight(config: Config) -> int:

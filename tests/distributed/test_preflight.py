@@ -19,8 +19,7 @@ from bert_fast.config.load import config_from_tree
 from bert_fast.errors import UserError
 from bert_fast.report.preflight import node_table
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup import preflight as module
-from bert_fast.train.setup.preflight import preflight
+from bert_fast.train.setup.preflight import check_facts, describe_slow_ranks, preflight
 
 pytestmark = pytest.mark.distributed
 
@@ -71,14 +70,14 @@ def facts(**changes: Any) -> list[dict[str, Any]]:
 
 
 def test_two_ranks_on_one_gpu_are_refused() -> None:
-    module._check(facts())
+    check_facts(facts())
     with pytest.raises(UserError, match="host b: ranks 2, 3 are all on GPU GPU-2"):
-        module._check(facts(device_id="GPU-2"))
+        check_facts(facts(device_id="GPU-2"))
 
 
 def test_another_version_is_refused() -> None:
     with pytest.raises(UserError, match=r"rank 3 \(b\) runs torch 1 and rank 0 \(a\) torch 2"):
-        module._check(facts(versions="torch 1"))
+        check_facts(facts(versions="torch 1"))
 
 
 def test_what_is_slow_is_named() -> None:
@@ -87,12 +86,12 @@ def test_what_is_slow_is_named() -> None:
         np.array([5.0, 5.0, 2.0, 5.0]),
         np.array([0, 0, 0.1, 3600.0]),
     )
-    assert module._slow_ones(facts(), rates, links, offsets) == [
+    assert describe_slow_ranks(facts(), rates, links, offsets) == [
         "rank 3 (b): matmul at 80 % of the median rank",
         "rank 2 (b): network at 40 % of the median rank",
         "rank 3 (b): clock +3600.0 s from rank 0's; synchronise it",
     ]
-    assert module._slow_ones(facts(), np.ones(4), np.ones(4), np.zeros(4)) == []
+    assert describe_slow_ranks(facts(), np.ones(4), np.ones(4), np.zeros(4)) == []
 
 
 def test_the_table_names_every_node(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def reducer_step(config: Config, accumulation: int, loss_scale: float | None = N
         model, make_layout(config, model, order), clip=communication.clip, max_norm=communication.max_norm,
         wire=wire_format(communication.reduce_dtype, torch.float32, wire_scale),
     )  # fmt: skip
-    assert dist.get_world_size() == reducer._world == WORLD
+    assert dist.get_world_size() == WORLD
     buffer = reducer.gradients.buffer
     phase, ready, launches = "before", [0], []
     real = dist.all_reduce

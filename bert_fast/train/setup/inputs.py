@@ -1,4 +1,4 @@
-"""Before ranks are started: are the stores, the cost file and the starting checkpoint of a config there?"""
+"""Before ranks are started: are the files that a config names there, and is there memory for so many processes?"""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from bert_fast.balance.cost import read_cost
 from bert_fast.config import Config
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
+from bert_fast.hardware import machine_memory
 from bert_fast.model.tensorflow_bundle import is_bundle
 from bert_fast.run_folder import MODEL
+
+_PROCESS_BYTES = 150 << 20  # of a rank that has imported torch and does nothing
 
 
 def check_inputs(config: Config) -> None:
@@ -32,6 +35,16 @@ def check_inputs(config: Config) -> None:
         raise UserError(
             f"checkpoint.init_from={checkpoint} is neither a folder with model.safetensors nor the prefix of a TensorFlow "
             f"checkpoint (PREFIX.index){_hint(Path(checkpoint))}"
+        )
+
+
+def check_room(config: Config) -> None:
+    """Refuse to start more processes here than this machine's memory can hold. Raises UserError."""
+    needed, there = config.system.world_size * _PROCESS_BYTES, machine_memory()
+    if needed > there:
+        raise UserError(
+            f"system.world_size={config.system.world_size} processes here need at least {needed / 2**30:,.0f} GiB and "
+            f"this machine has {there / 2**30:,.0f}; start fewer, or start them on several machines (docs/running.md)"
         )
 
 

@@ -44,12 +44,12 @@ def preflight(config: Config, environment: Environment) -> dict[str, Any]:
     """
     began = time.perf_counter()
     facts = gather_values(_facts(config, environment))
-    _check(facts)
+    check_facts(facts)
     offsets = _clock_offsets(environment)
     rates = gather_floats([matmul_peak(environment)], environment.device)[:, 0]
     links = gather_floats([_neighbour_rate(environment, config.system.node_size)], environment.device)[:, 0]
     network = _all_reduce(environment)
-    slow = _slow_ones(facts, rates, links, offsets)
+    slow = describe_slow_ranks(facts, rates, links, offsets)
     nodes: dict[str, dict[str, Any]] = {}
     for rank, fact in enumerate(facts):
         row = nodes.setdefault(fact["host"], {**fact, "ranks": [], "tflops": [], "link_mb_s": [], "clock_ms": []})
@@ -101,8 +101,15 @@ def _data_hash(folder: str) -> str:
     return f"{sha256[:16]} ({size:,} bytes)"
 
 
-def _check(facts: list[dict[str, Any]]) -> None:
-    """The same verdict on every rank."""
+def check_facts(facts: list[dict[str, Any]]) -> None:
+    """Refuse ranks that cannot run together. The same verdict on every rank.
+
+    Args:
+        facts: what every rank knows of itself, by rank: `host`, `device_id`, `versions`, and `data` (text by field).
+
+    Raises:
+        UserError: naming the rank: its data is missing or another's, its versions differ, or its GPU is another rank's too.
+    """
     for rank, fact in enumerate(facts):
         for field, value in fact["data"].items():
             if value.startswith("error"):
@@ -188,8 +195,17 @@ def _time_all_reduce(environment: Environment, numel: int, rounds: int) -> float
     return statistics.median(times[2:])
 
 
-def _slow_ones(facts: list[dict[str, Any]], rates: np.ndarray, links: np.ndarray, offsets: np.ndarray) -> list[str]:
-    """What stands out, in words."""
+def describe_slow_ranks(
+    facts: list[dict[str, Any]], rates: np.ndarray, links: np.ndarray, offsets: np.ndarray
+) -> list[str]:
+    """Which ranks stand out, a text each.
+
+    Args:
+        facts: of every rank, by rank: `host`.
+        rates: matrix multiplications, FLOP per second, float64 [ranks].
+        links: to and from a neighbour, bytes per second, float64 [ranks].
+        offsets: seconds by which each clock is ahead of rank 0's, float64 [ranks].
+    """
     texts = []
     for what, values, bound in (("matmul", rates, _SLOW_MATMUL), ("network", links, _SLOW_LINK)):
         median = float(np.median(values))

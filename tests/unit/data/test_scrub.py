@@ -17,7 +17,7 @@ from support.one_run import execute
 from bert_fast.config import Config
 from bert_fast.data import scrub as module
 from bert_fast.data import store as store_module
-from bert_fast.data.scrub import Scrubber
+from bert_fast.data.scrub import Scrubber, file_stamp
 from bert_fast.data.store import BLOCK_BYTES, Store
 from bert_fast.errors import UserError
 
@@ -28,13 +28,12 @@ def copy(stores: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def watch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scrubber]]:
+def watch(copy: Path) -> Iterator[Callable[..., Scrubber]]:
     """`watch()`: a started watch over the copy."""
-    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
     started: list[Scrubber] = []
 
-    def start(share: int = 0, shares: int = 1) -> Scrubber:
-        started.append(Scrubber(Store(copy), share, shares, mb_per_s=10_000.0))
+    def start(read_stamp: Callable[[Path], tuple[int, int]] = file_stamp) -> Scrubber:
+        started.append(Scrubber(Store(copy), 0, 1, mb_per_s=10_000.0, pause_s=0.01, read_stamp=read_stamp))
         started[-1].start()
         return started[-1]
 
@@ -64,6 +63,7 @@ def test_an_unchanged_store_raises_no_alarm(watch: Callable[..., Scrubber]) -> N
     found = watch()
     until(lambda: found.passes >= 3)
     assert found.alarm is None
+    assert found.is_running
 
 
 def test_a_changed_byte_is_found_and_its_samples_named(watch: Callable[..., Scrubber], copy: Path) -> None:
@@ -89,32 +89,35 @@ def test_a_file_that_goes_is_found(watch: Callable[..., Scrubber], copy: Path, n
     assert found.vanished
 
 
-def test_a_file_that_goes_between_two_looks_is_named(
-    watch: Callable[..., Scrubber], copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names_stand = Scrubber._files_are_same
+def test_a_file_that_goes_between_two_looks_is_named(watch: Callable[..., Scrubber], copy: Path) -> None:
+    looks = 0
 
-    def then_it_goes(self: Scrubber) -> bool:
-        stands = names_stand(self)
-        (copy / "samples.bin").unlink(missing_ok=True)
-        return stands
+    def then_it_goes(path: Path) -> tuple[int, int]:
+        nonlocal looks
+        looks += 1
+        stamp = file_stamp(path)
+        if looks == 6:  # three files when they were opened, the same three before the first block
+            (copy / "samples.bin").unlink()
+        return stamp
 
-    monkeypatch.setattr(Scrubber, "_files_are_same", then_it_goes)
-    found = watch()
+    found = watch(then_it_goes)
     until(lambda: found.alarm)
     assert "samples.bin has vanished" in str(found.alarm)
     assert found.vanished
 
 
-def test_a_store_that_can_no_longer_be_looked_at(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_can_no_longer_be_looked_at(watch: Callable[..., Scrubber]) -> None:
     """As on a network file system whose server has gone: the alarm is raised, and the thread does not die in silence."""
-    found = Scrubber(Store(copy), 0, 1, mb_per_s=10_000.0)
+    looks = 0
 
-    def stale(_path: Path) -> tuple[int, int]:
-        raise OSError(errno.ESTALE, "Stale file handle")
+    def stale(path: Path) -> tuple[int, int]:
+        nonlocal looks
+        looks += 1
+        if looks > 3:  # the three files were opened
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return file_stamp(path)
 
-    monkeypatch.setattr(module, "_stamp", stale)
-    found.start()
+    found = watch(stale)
     until(lambda: found.alarm)
     assert "can no longer be read (Stale file handle)" in str(found.alarm)
     assert found.vanished
@@ -170,19 +173,19 @@ def test_without_checksums_or_rate_nothing_is_watched(copy: Path) -> None:
     (copy / "blocks.npy").unlink()
     old = Scrubber(Store(copy), 0, 1, mb_per_s=10)
     old.start()
-    assert not still._thread.is_alive()
-    assert not old._thread.is_alive()
+    assert not still.is_running
+    assert not old.is_running
 
 
 def test_ranks_of_a_node_share_the_blocks(copy: Path, small_blocks: Store) -> None:
     """A change in a block is found by one of them."""
     store, data = small_blocks, (copy / "samples.bin").read_bytes()
     watches = [Scrubber(store, share, 3, 1e6) for share in range(3)]
-    assert all(each._pass() for each in watches)
+    assert all(each.check_share() for each in watches)
     with open(copy / "samples.bin", "r+b") as file:
         file.seek(4500)
         file.write(bytes([data[4500] ^ 1]))
-    assert [each._pass() for each in watches] == [True, False, True]
+    assert [each.check_share() for each in watches] == [True, False, True]
     assert "bytes 4,000 to 5,000" in str(watches[1].alarm)
 
 

@@ -19,8 +19,8 @@ from support.paths import ROOT
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.launch import mpi
 from bert_fast.launch.rendezvous_check import on_one_machine
-from bert_fast.train import collectives as exchange
 from bert_fast.train import rendezvous as meeting
+from bert_fast.train.collectives import broadcast_json
 from bert_fast.train.rendezvous import known_to_each_other
 
 SECRET = b"of the job"
@@ -187,12 +187,20 @@ class Hostile:
         return (Path.touch, (self.path,))
 
 
-def test_a_pickle_from_another_rank_is_not_run(tmp_path: Path) -> None:
-    content = pickle.dumps(Hostile(tmp_path / "proof"))
+def test_a_pickle_from_another_rank_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """We are rank 1, and rank 0 sends the length of a pickle and the pickle, or a length alone that nobody has memory for."""
+    content = torch.frombuffer(bytearray(pickle.dumps(Hostile(tmp_path / "proof"))), dtype=torch.uint8)
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src, group: tensor.copy_(sent.pop(0)))
+    sent[:] = [torch.tensor([len(content)]), content]
     with pytest.raises(UserError, match="something else than JSON"):
-        exchange._decoded(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        broadcast_json(None)
+    sent[:] = [torch.tensor([1 << 40])]
     with pytest.raises(UserError, match="announced 1,099,511,627,776 bytes"):
-        exchange._checked(1 << 40)
+        broadcast_json(None)
+    assert not sent
     assert not (tmp_path / "proof").exists()
 
 

@@ -10,9 +10,9 @@ import torch
 from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.memory.estimate import least_bytes, num_parameters
-from bert_fast.train import main as entry
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup import build
+from bert_fast.train.setup.inputs import check_room
 
 
 def test_the_largest_model_is_refused_before_it_is_built(
@@ -43,4 +43,4 @@ def test_least_bytes_are_fewer_than_a_run_needs(make_config: Callable[..., Confi
 def test_more_processes_than_memory_holds(make_config: Callable[..., Config]) -> None:
     config = make_config("system.world_size=131072", "batch.micro_batch_size=1", "batch.global_batch_size=131072")
     with pytest.raises(UserError, match=r"system\.world_size=131072 processes here need at least"):
-        entry._check_room(config)
+        check_room(config)
