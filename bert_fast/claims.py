@@ -34,8 +34,10 @@ CLAIM = "BERT_FAST_CLAIM"  # environment variable by which ranks know their laun
 # How files.create_atomically and files.atomic_file name unfinished files
 _TEMPORARY = re.compile(r"\.(?P<of>.+)\.([0-9a-f-]+|[A-Za-z0-9]*-\d+\.bert_fast)\.tmp")
 _RIVAL_S, _WRITTEN_S = 0.02, 0.2
-_BEAT_S = 5.0  # between two touches of a claim, which show other hosts that its process lives
-_SILENT_S = 3 * _BEAT_S  # without a touch, after which its process is taken to be gone
+TOUCH_EVERY_S = 5.0
+"""Seconds between two touches of a claim, which show other hosts that its process lives."""
+SILENT_S = 3 * TOUCH_EVERY_S
+"""Seconds without a touch after which the process of a claim on another host is taken to be gone."""
 
 _held: dict[str, dict[str, Any]] = {}  # this process's claims, by folder
 _silent: set[str] = set()  # claims of processes on other hosts that were found to be gone
@@ -88,7 +90,7 @@ def claim(folder: Path, kind: Kind) -> None:
         note = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": _started(os.getpid()),
+            "started": start_time(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
             "claim": secrets.token_hex(8),
             "is_new": is_new,
@@ -145,6 +147,18 @@ def owner_of(folder: Path) -> str | None:
     for 15 s, as a living process touches it regularly.
     """
     return _owner(_read(folder / LOCK), folder / LOCK)
+
+
+def start_time(pid: int) -> str | None:
+    """The start time of a living process on this host, in the kernel's ticks; None if there is no such process.
+
+    A claim notes it beside the process id, which the kernel gives to another process later.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def remove_own(folder: Path, writes: Sequence[str], keep: Collection[str] = ()) -> list[Path]:
@@ -306,7 +320,7 @@ def _owner(note: dict[str, Any] | None, path: Path) -> str | None:
     if name == os.environ.get(CLAIM, ""):
         return None
     if host == socket.gethostname():
-        return f"process {pid} on this host" if pid != os.getpid() and started == _started(pid) is not None else None
+        return f"process {pid} on this host" if pid != os.getpid() and started == start_time(pid) is not None else None
     if job is None:
         if name not in _silent and not _is_touched(path):
             _silent.add(name)
@@ -322,7 +336,7 @@ def _hold(path: Path, note: dict[str, Any]) -> None:
 
     def touch() -> None:
         while _held.get(_key(path.parent)) is note:
-            time.sleep(_BEAT_S)
+            time.sleep(TOUCH_EVERY_S)
             with contextlib.suppress(OSError):
                 if _held.get(_key(path.parent)) is note:
                     os.utime(path)
@@ -340,12 +354,12 @@ def _is_touched(path: Path) -> bool:
         except OSError:
             return None
 
-    first, deadline = time_of(), time.monotonic() + _SILENT_S
+    first, deadline = time_of(), time.monotonic() + SILENT_S
     while time.monotonic() < deadline:
         now = time_of()
         if now != first:
             return now is not None
-        time.sleep(_BEAT_S / 5)
+        time.sleep(TOUCH_EVERY_S / 5)
     return False
 
 
@@ -385,15 +399,6 @@ def _parsed(raw: bytes | None) -> dict[str, Any] | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """A note or a mark; None if it does not exist or cannot be read."""
     return _parsed(_raw(path))
-
-
-def _started(pid: int) -> str | None:
-    """The start time of a living process in the kernel's ticks; None if there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _job_runs(job: str) -> bool:

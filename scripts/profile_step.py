@@ -12,11 +12,10 @@ from pathlib import Path
 
 import guard  # noqa: F401
 
-from benchmarks.step.breakdown import profile
+from benchmarks.step.breakdown import profile, tables
 from benchmarks.step.setting import add_setting
 from bert_fast.command import guarded, whole
 from bert_fast.files import write_atomically
-from bert_fast.report.bench import markdown_table
 
 
 @guarded
@@ -34,24 +33,9 @@ def main() -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     shares, profiler = profile(args, args.precision, out / "trace.json")
-    key = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
-    total = sum(getattr(event, key) for event in events) or 1.0
-    rows = [
-        (
-            event.key[:60],
-            f"{getattr(event, key) / 1e3:,.2f}",
-            f"{100 * getattr(event, key) / total:.1f} %",
-            f"{event.count:,}",
-        )
-        for event in events[: args.rows]
-    ]
-    table = markdown_table(("operation", "ms", "share", "calls"), rows)
-    parts = markdown_table(
-        ("part", "share of the step"), [(name, f"{100 * share:.1f} %") for name, share in shares.items()]
-    )
-    write_atomically(out / "top.md", f"{parts}\n\n{table}\n")
-    print(f"{parts}\n\n{table}\ntrace: {out / 'trace.json'} (open in ui.perfetto.dev)")
+    markdown = tables(shares, profiler, args.device, args.rows)
+    write_atomically(out / "top.md", f"{markdown}\n")
+    print(f"{markdown}\ntrace: {out / 'trace.json'} (open in ui.perfetto.dev)")
     return 0
 
 

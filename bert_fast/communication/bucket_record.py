@@ -67,5 +67,5 @@ def ends_of_record(record: dict[str, Any], ordering: Ordering) -> list[int] | No
     if not isinstance(ends, list) or not isinstance(units, list):
         return None
     names = tuple(unit.get("name") if isinstance(unit, dict) else None for unit in units)
-    rising = all(type(end) is int for end in ends) and all(a < b for a, b in pairwise([0, *ends]))
-    return ends if names == ordering.unit_names and rising and ends[-1:] == [len(names)] else None
+    ascending = all(type(end) is int for end in ends) and all(a < b for a, b in pairwise([0, *ends]))
+    return ends if names == ordering.unit_names and ascending and ends[-1:] == [len(names)] else None

@@ -20,9 +20,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Link:
-    """Time of one collective: latency + bytes / bandwidth, or a rising table where one was measured.
+    """Time of one collective: latency + bytes / bandwidth, or a table of measured times.
 
-    seconds: [k] at the sizes `sizes` [k], bytes, both rising; beyond the ends the first and last slope go on.
+    seconds: [k] at the sizes `sizes` [k], bytes, both ascending; beyond the ends the first and the last slope go on.
     """
 
     latency_s: float
@@ -65,9 +65,9 @@ def fit_link(sizes: Sequence[float], seconds: Sequence[float]) -> Link:
 
 
 def tabulate_link(sizes: Sequence[float], seconds: Sequence[float]) -> Link:
-    """A rising table through the medians of measured times: for links that one latency and bandwidth do not describe.
+    """A table of the medians of measured times, ascending: for links that one latency and bandwidth do not describe.
 
-    Neighbouring sizes that would fall are pooled (isotonic regression).
+    Neighbouring sizes whose times would descend are pooled (isotonic regression).
     """
     fitted = fit_link(sizes, seconds)
     size, time = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
@@ -97,7 +97,7 @@ def timeline(ready_s: np.ndarray, sizes: np.ndarray, ends: Sequence[int], link: 
     """What a plan comes to: one collective at a time, in order, each from the moment that its last unit is ready.
 
     Args:
-        ready_s: [n] when units become ready, rising (running maxima are taken where not).
+        ready_s: [n] when units become ready, in seconds, ascending (running maxima are taken where not).
         sizes: [n] bytes.
     """
     ready = np.maximum.accumulate(np.asarray(ready_s, np.float64))
@@ -118,8 +118,13 @@ def exact_plan(
     """The plan that finishes first; of such, one of few buckets.
 
     Args:
+        ready_s: [n] when units become ready, in seconds.
+        sizes: [n] bytes.
         min_bytes: no bucket but the last is smaller.
         max_bytes: no bucket of more than one unit is larger.
+
+    Raises:
+        ValueError: no plan keeps both bounds.
     """
     ready = np.maximum.accumulate(np.asarray(ready_s, np.float64))
     total = np.concatenate([[0.0], np.cumsum(np.asarray(sizes, np.float64))])
@@ -146,12 +151,12 @@ def _through_last(
     """When units 1 ... j are reduced if the last bucket holds i + 1 ... j: [j] for i = 0 ... j - 1, infinite where not
     allowed."""
     spans = total[j] - total[:j]
-    found = np.maximum(finish[:j], ready[j - 1]) + link(spans)
+    reduced = np.maximum(finish[:j], ready[j - 1]) + link(spans)
     allowed = spans <= max_bytes
     allowed[j - 1] = True
     if j < len(ready):
         allowed &= spans >= min_bytes
-    return np.where(allowed, found, np.inf)
+    return np.where(allowed, reduced, np.inf)
 
 
 def lower_bound(ready_s: np.ndarray, sizes: np.ndarray, link: Link) -> float:
@@ -177,7 +182,7 @@ def best_uniform(ready_s: np.ndarray, sizes: np.ndarray, link: Link) -> tuple[Bu
     sizes = np.asarray(sizes, np.float64)
     caps = np.geomspace(max(1.0, sizes.min()), sizes.sum(), 64)
     plans = [(timeline(ready_s, sizes, uniform_ends(sizes, cap), link), float(cap)) for cap in caps]
-    return min(plans, key=lambda found: found[0].exposed_s)
+    return min(plans, key=lambda plan_and_cap: plan_and_cap[0].exposed_s)
 
 
 def merge_rule(ready_s: np.ndarray, sizes: np.ndarray, link: Link) -> BucketPlan:

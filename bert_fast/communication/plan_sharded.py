@@ -48,6 +48,7 @@ class _Costs:
         self.scatter, self.gather = times.scatter, times.gather
 
     def of(self, ends: Sequence[int]) -> tuple[float, float]:
+        """`delays` of a plan."""
         edges = np.array([0, *ends])
         scatters = self.scatter(np.diff(self.bytes[edges]))
         behind = np.cumsum(scatters[::-1])[::-1]  # this scatter and all later ones
@@ -94,9 +95,9 @@ def _climb(ends: tuple[int, ...], n: int, total: Callable[[Sequence[int]], float
         changed.update((*sorted(inner | {end}), n) for end in range(1, n) if end not in inner)
         if not changed:
             return ends
-        found = min(changed, key=lambda each: (total(each), len(each)))
-        reached = total(found)
-        fewer = reached <= value and len(found) < len(ends)
+        best = min(changed, key=lambda each: (total(each), len(each)))
+        reached = total(best)
+        fewer = reached <= value and len(best) < len(ends)
         if reached >= value * (1 - 1e-9) and not fewer:
             return ends
-        ends, value = found, reached
+        ends, value = best, reached

@@ -156,7 +156,7 @@ class BucketReducer(Engine):
     def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
         waiting, overlaps = self._waiting, not self._mode.delays_communication
 
-        def ready(_parameter: torch.Tensor) -> None:  # once a tensor and step: as little as can be
+        def ready(_parameter: torch.Tensor) -> None:  # called per tensor and step: keep it short
             if self._sync_enabled:
                 waiting[bucket] -= 1
                 if overlaps and not waiting[bucket]:
@@ -165,7 +165,7 @@ class BucketReducer(Engine):
         return ready
 
     def _launch_full_buckets(self) -> None:
-        """Launch what is full and has no bucket before it that is not."""
+        """Launch full buckets in their order, up to the first that is not full."""
         with self._on_comm_stream(after_backward=True):
             while self._next < len(self._waiting) and self._waiting[self._next] == 0:
                 self._launch()

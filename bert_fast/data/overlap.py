@@ -20,7 +20,6 @@ from bert_fast.integers import SPLITMIX64, ceil_div
 
 _WINDOW = 12  # tokens; more than a phrase, less than a short segment
 _ENOUGH = 0.7  # share of a sample's tokens; the rest may lie next to a cut
-_TRAIN_TOKENS, _EVAL_TOKENS = 3_000_000, 500_000  # the most that are compared
 _PIECES = 64  # of the training store, spread evenly
 # Share of the samples of an evaluation store that may be of training text: in the documentation of Python packages, 14 % are
 MOST_SHARED = 0.2
@@ -39,21 +38,30 @@ class Shared:
         return self.found <= MOST_SHARED * self.compared
 
 
-def shared_text(train: Store, evaluation: Store, eval_samples: int | None = None) -> Shared:
+def shared_text(
+    train: Store,
+    evaluation: Store,
+    eval_samples: int | None = None,
+    max_train_tokens: int = 3_000_000,
+    max_eval_tokens: int = 500_000,
+) -> Shared:
     """How many of the (first `eval_samples`) evaluation samples are of text in the training store.
 
     Only a part of a large store is read, so that it takes no longer than a small one. The chance to find shared text shrinks
     with that part: for a training store of tens of millions of samples, only an identical token file is found.
+
+    Args:
+        max_train_tokens, max_eval_tokens: about the most tokens of each store that are compared, spread evenly over it.
     """
     total = min(len(evaluation), eval_samples or len(evaluation))
     if train.manifest["sha256"] == evaluation.manifest["sha256"]:
         return Shared(total, total)
-    count = max(1, int(_EVAL_TOKENS / max(1.0, float(np.mean(evaluation.lengths[:total])))))
+    count = max(1, int(max_eval_tokens / max(1.0, float(np.mean(evaluation.lengths[:total])))))
     ids = np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
     batch = evaluation.batch(ids, keep_order=True)
     hashes, starts = _runs(batch)
     theirs, seen = [], 0
-    for piece in _pieces(train):
+    for piece in _pieces(train, max_train_tokens):
         theirs.append(_runs(train.batch(piece, keep_order=True))[0])
         seen += len(piece)
     shared = starts[np.isin(hashes, np.concatenate(theirs))]
@@ -89,10 +97,10 @@ def _covered(starts: np.ndarray, batch: Batch) -> np.ndarray:
     return running[batch.cu_seqlens[1:]] - running[batch.cu_seqlens[:-1]]
 
 
-def _pieces(store: Store) -> list[np.ndarray]:
+def _pieces(store: Store, max_tokens: int) -> list[np.ndarray]:
     """Ids of neighboring samples at evenly spread places; of a small store, all ids."""
     mean = max(1.0, float(store.manifest.get("mean_length") or store.lengths.mean()))
-    count = min(len(store), max(1, int(_TRAIN_TOKENS / mean)))
+    count = min(len(store), max(1, int(max_tokens / mean)))
     pieces = min(_PIECES, count)
     starts = np.linspace(0, len(store), pieces + 1).astype(np.int64)
     return [np.arange(a, min(b, a + ceil_div(count, pieces))) for a, b in pairwise(starts)]

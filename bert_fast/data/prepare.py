@@ -52,7 +52,8 @@ from bert_fast.data.wordpiece import (
 from bert_fast.errors import UserError
 from bert_fast.files import check_space, sha256_of, write_atomically, write_json
 
-_TEXT_FILE_BYTES = 1 << 19
+TEXT_FILE_BYTES = 1 << 19
+"""Characters of a text file, after which the next sentence begins another one."""
 _ALGORITHM = 2  # of samples: a store that an older one made is made anew
 PICKS = ("first", "evenly")
 
@@ -134,7 +135,7 @@ def prepare(recipe: Recipe, out: str | Path, num_workers: int | None = None, log
     workers = num_workers or os.cpu_count() or 1
     check_inputs(out, (recipe.input, recipe.eval_input))
     with _claimed(out, recipe), Pool(workers) as pool:
-        text = _text_stage(recipe, out, pool, log)
+        text = text_stage(recipe, out, pool, log)
         vocab_path = _vocab_stage(recipe, out, text, log)
         manifests = {split: _sample_stage(recipe, out, split, text, vocab_path, pool, log) for split in SPLITS}
         shared = note_shared_text(Store(out / "train"), Store(out / "eval"))
@@ -173,8 +174,15 @@ def _stamp_matches(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     return stamp if stamp.get("key") == key else None
 
 
-def _text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, Any]:
-    """Write the corpus as one sentence per line. Returns the stamp: files, hashes, counts by split, what was left out."""
+def text_stage(recipe: Recipe, out: Path, pool: Pool, log: Log) -> dict[str, Any]:
+    """The first stage: write the corpus to `out/text` as one sentence per line, unless it is there already.
+
+    Returns:
+        The stamp: files, hashes and counts by split, and what was left out.
+
+    Raises:
+        UserError: as `prepare`, of what concerns the text.
+    """
     key, stamp_path = recipe.text_key(), out / "text" / "stamp.json"
     found = _sources(recipe)
     sources = [*found.sources, *found.evaluation]
@@ -465,7 +473,7 @@ class _TextWriter:
 
     def add(self, sentences: list[str], goes_on: bool = False) -> None:
         if (
-            sentences and self._size >= _TEXT_FILE_BYTES
+            sentences and self._size >= TEXT_FILE_BYTES
         ):  # before adding and not after, so that the end of a document stays with it
             self._flush()
         text = "".join(f"{sentence}\n" for sentence in sentences) + ("" if goes_on else "\n")

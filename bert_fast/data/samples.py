@@ -89,14 +89,27 @@ def make_samples(
         documents = [document for document in documents if document]
         chosen = range(len(documents))
     for duplicate in range(params.dupe_factor):
-        rng = random.Random(f"{params.seed}:{chunk}:{duplicate}")
         masks = np.random.default_rng([params.seed, chunk, duplicate])
-        for index in chosen:
-            for tokens_a, tokens_b, is_random in _segment_pairs(documents, index, params, rng):
-                yield _mask(tokens_a, tokens_b, is_random, vocabulary, params, masks)
+        for tokens_a, tokens_b, is_random in segment_pairs(documents, chosen, params, chunk, duplicate):
+            yield _mask(tokens_a, tokens_b, is_random, vocabulary, params, masks)
 
 
-def _segment_pairs(
+def segment_pairs(
+    documents: Sequence[TokenDocument], chosen: range, params: SampleParams, chunk: int, duplicate: int
+) -> Iterator[tuple[Tokens, Tokens, int]]:
+    """What a pass over a chunk makes samples of: the tokens of A and B, and 1 if B is from another document, else 0.
+
+    Args:
+        documents, chunk: as `make_samples` has them; no document is empty.
+        chosen: indices of the chunk's documents.
+        duplicate: the number of the pass; with the seed and the chunk, it selects the random stream.
+    """
+    rng = random.Random(f"{params.seed}:{chunk}:{duplicate}")
+    for index in chosen:
+        yield from _pairs_of_document(documents, index, params, rng)
+
+
+def _pairs_of_document(
     documents: Sequence[TokenDocument], index: int, params: SampleParams, rng: random.Random
 ) -> Iterator[tuple[Tokens, Tokens, int]]:
     document = documents[index]

@@ -16,7 +16,8 @@ from bert_fast.errors import UserError
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 STRETCH = 1 << 20  # characters of a document that travel at once
-_LONGEST_LINE = 1 << 25  # bytes; of a line that cannot be cut
+LONGEST_LINE = 1 << 25
+"""Bytes of a line that cannot be cut; a file with a longer one is refused."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def read_lines(source: Source, whole: bool = False) -> Iterator[tuple[int, str]]
     number, offset = 1, 0
     try:
         with _opened(source) as file:
-            while raw := file.readline(_LONGEST_LINE if whole else STRETCH):
-                if whole and len(raw) == _LONGEST_LINE and raw[-1:] != b"\n":
-                    raise UserError(f"{source.path}, line {number} is longer than {_LONGEST_LINE >> 20} MiB")
+            while raw := file.readline(LONGEST_LINE if whole else STRETCH):
+                if whole and len(raw) == LONGEST_LINE and raw[-1:] != b"\n":
+                    raise UserError(f"{source.path}, line {number} is longer than {LONGEST_LINE >> 20} MiB")
                 raw += file.read(_missing_bytes(raw))
                 try:
                     line = raw.decode("utf-8-sig" if offset == 0 else "utf-8")

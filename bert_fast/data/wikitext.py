@@ -52,7 +52,8 @@ _MEDIA_PARAMETER = re.compile(
     re.I | re.S,
 )
 _READ_BYTES = 1 << 16
-_LONGEST_TEXT = 1 << 22  # characters; MediaWiki itself accepts 2 MiB per page
+LONGEST_TEXT = 1 << 22
+"""Characters of a page; a longer one is left out. MediaWiki itself accepts 2 MiB per page."""
 # Where markup is opened and never closed, the parser reads to the end of the page and comes back, every time. Microseconds per
 # character and place, twice what was measured: of templates, tables and tags, and of tags without an end.
 _COST_US = {"open": 0.06, "cut tag": 0.5}
@@ -79,7 +80,7 @@ class Page:
 
 
 def read_pages(path: str | Path) -> Iterator[Page]:
-    """Articles of a dump in order. Memory holds one, and no more than `_LONGEST_TEXT` characters of it.
+    """Articles of a dump in order. Memory holds one, and no more than `LONGEST_TEXT` characters of it.
 
     Raises:
         UserError: not a dump, damaged, or cut short; the message says after which article, and how many were whole.
@@ -156,7 +157,7 @@ class _DumpReader:
     def _characters(self, characters: str) -> None:
         if self._kept is not None:
             self._size += len(characters)
-            if self._size <= _LONGEST_TEXT:
+            if self._size <= LONGEST_TEXT:
                 self._kept.append(characters)
 
     def _end(self, tag: str) -> None:
@@ -171,8 +172,8 @@ class _DumpReader:
                 return
             self._page[name] = content
             if name == "text":
-                long = self._size > _LONGEST_TEXT
-                self._page["left out"] = f"pages of more than {_LONGEST_TEXT >> 20} MiB" if long else ""
+                long = self._size > LONGEST_TEXT
+                self._page["left out"] = f"pages of more than {LONGEST_TEXT >> 20} MiB" if long else ""
 
     def _finish(self) -> None:
         page = self._page

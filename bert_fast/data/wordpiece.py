@@ -108,11 +108,18 @@ def _normalizer(normalization: Normalization) -> Any:
     return normalizers.BertNormalizer(lowercase=normalization.lowercase, strip_accents=normalization.strip_accents)
 
 
-_RARE = 1e-6  # share of all characters; a rarer one gets no token of its own
-
-
-def train_vocabulary(files: Iterable[str | Path], size: int, path: str | Path, *, cased: bool = False) -> None:
+def train_vocabulary(
+    files: Iterable[str | Path],
+    size: int,
+    path: str | Path,
+    *,
+    cased: bool = False,
+    min_letter_share: float = 1e-6,
+) -> None:
     """Train a WordPiece vocabulary of `size` tokens on text files and write it as `vocab.txt`.
+
+    Args:
+        min_letter_share: share of the text's characters; a letter that is rarer gets no token of its own.
 
     Raises:
         UserError: the letters of the text alone need more than `size` tokens.
@@ -126,7 +133,7 @@ def train_vocabulary(files: Iterable[str | Path], size: int, path: str | Path, *
         paths,
         vocab_size=size,
         min_frequency=2,
-        limit_alphabet=max(1, _num_letters(paths, normalization)),
+        limit_alphabet=max(1, _num_letters(paths, normalization, min_letter_share)),
         special_tokens=list(SPECIAL_TOKENS),
         show_progress=False,
     )
@@ -138,8 +145,8 @@ def train_vocabulary(files: Iterable[str | Path], size: int, path: str | Path, *
     write_atomically(path, as_text(token for token, _ in by_id))
 
 
-def _num_letters(paths: list[str], normalization: Normalization) -> int:
-    """Number of different characters of the normalized text that are not too rare for a token of their own."""
+def _num_letters(paths: list[str], normalization: Normalization, min_share: float) -> int:
+    """Number of different characters of the normalized text that each make up at least `min_share` of it."""
     counts = np.zeros(0x110000, np.int64)
     for path in paths:
         with open(path, encoding="utf-8") as file:
@@ -150,7 +157,7 @@ def _num_letters(paths: list[str], normalization: Normalization) -> int:
     for code in np.flatnonzero(counts).tolist():
         for letter in normalizer.normalize_str(chr(code)).split():
             letters.update({each: int(counts[code]) for each in letter})
-    return sum(count >= _RARE * letters.total() for count in letters.values())
+    return sum(count >= min_share * letters.total() for count in letters.values())
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class ProgressLine:
         elif self._calls % 10 == 1:
             print(text, flush=True)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line that stays."""
         if self._enabled:
             self.done()

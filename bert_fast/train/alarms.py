@@ -1,4 +1,4 @@
-"""What a rank's background threads have found wrong, for which all ranks shall stop at the next log line."""
+"""What a rank's background threads have seen go wrong: all ranks stop for it at the next log line."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Alarms:
         """What is wrong on this rank, in one line; None: nothing is."""
         if self._writer.failed is not None:
             return self._writer.failed
-        found = self._scrubber.alarm
-        return f"rank {self._rank} on {socket.gethostname()}: {found}" if found else None
+        alarm = self._scrubber.alarm
+        return f"rank {self._rank} on {socket.gethostname()}: {alarm}" if alarm else None
 
     @property
     def may_save(self) -> bool:

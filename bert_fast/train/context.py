@@ -45,7 +45,7 @@ class RunContext:
 
     def log(self, text: str) -> None:
         """A line on rank 0's terminal that stays."""
-        self.line.say(text)
+        self.line.log(text)
 
     def close(self) -> None:
         """The run is done: this rank may be silent from now on."""

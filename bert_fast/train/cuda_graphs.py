@@ -3,7 +3,7 @@
 A captured step reads its inputs from buffers that stay where they are. So every batch is copied into buffers of its shape:
 token and mask counts come padded to few sizes (`batch.shape_multiple`, or rows of `balance.strategy: packed`), sequences are
 filled up with empty ones to a fixed number, and what changes from step to step (learning rate, the counts that normalise the
-loss) are 0-dim tensors. One graph a shape, captured at the first batch of it.
+loss) are 0-dim tensors. There is one graph per shape, captured at its first batch.
 
 Sources: torch.cuda.CUDAGraph's notes; whole-iteration graphs as in NVIDIA's MLPerf submissions from v1.0 on.
 """
@@ -31,7 +31,7 @@ _WARM_UP = 3  # steps before a capture, as torch's notes have it
 
 
 class Graph(Protocol):
-    """What of torch.cuda.CUDAGraph is used."""
+    """The part of torch.cuda.CUDAGraph that is used."""
 
     def replay(self) -> None: ...
 
@@ -154,7 +154,7 @@ def tensor_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None
 def static_form(inputs: StepInput, max_seq_len: int) -> StepInput:
     """A step's inputs with as many sequences for every batch of a shape: empty ones are added at the end.
 
-    At most one sequence a token and one more than the samples come in practice; the number is rounded up to a multiple of 64.
+    There is at most one sequence per token, and in practice one more than the samples; that is rounded up to a multiple of 64.
     """
     micro_batches = [_static_batch(batch, max_seq_len) for batch in inputs.micro_batches]
     device = micro_batches[0].input_ids.device

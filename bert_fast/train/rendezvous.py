@@ -33,7 +33,7 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def meet(rank: int, world: int, timeout_s: float, log: Callable[[str], None]) -> Store:
-    """Come to where the ranks meet; the store that they share. A collective.
+    """Meet the other ranks. Returns the store that they share. A collective.
 
     Args:
         log: takes a line about a process that is none of them.
@@ -100,7 +100,7 @@ def _port_in_use() -> UserError:
 def known_to_each_other(
     store: Store, secret: bytes, rank: int, world: int, timeout_s: float, log: Callable[[str], None]
 ) -> Store:
-    """Show the secret, and see that the others have it. A collective of a few small messages a rank.
+    """Show the secret, and see that the others have it. A collective of a few small messages per rank.
 
     Returns:
         The store, under keys that only the secret gives.

@@ -333,8 +333,8 @@ def cut_network(against: Against) -> Row:
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         return {"fault": "network cut", "promise": promise, "kept": None, "says": f"not run: {error}"}
     kept = named and detect_s <= drill.timeout_s + drill.slack_s and against.same(folder)
-    found = row("network cut", promise, first, folder, against, kept)
-    return {**found, "says": found["says"] or str(codes) + outputs[1][-200:], "exit_code": 0 if ended else None}
+    outcome = row("network cut", promise, first, folder, against, kept)
+    return {**outcome, "says": outcome["says"] or str(codes) + outputs[1][-200:], "exit_code": 0 if ended else None}
 
 
 def _on_hosts(drill: Drill, names: list[str], folder: Path, *more: str) -> list[subprocess.Popen[str]]:

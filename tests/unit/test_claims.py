@@ -19,7 +19,7 @@ import pytest
 from support.paths import ROOT
 
 from bert_fast import claims as module
-from bert_fast.claims import Kind, check, claim, claimed, dissolve, owner_of, release, remove_own
+from bert_fast.claims import Kind, check, claim, claimed, dissolve, owner_of, release, remove_own, start_time
 from bert_fast.errors import UserError
 from bert_fast.files import create_atomically
 
@@ -28,6 +28,7 @@ ALONE = Kind("a box", KIND.writes, KIND.fix, alone=True)
 
 
 def note(folder: Path, **changes: Any) -> None:
+    """Claim a folder and change the claim into another process's, which `release` then leaves in place."""
     claim(folder, KIND)
     path = folder / ".running.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
@@ -53,7 +54,7 @@ def test_my_own_folder_is_free_to_me(tmp_path: Path) -> None:
 
 def test_a_living_process_owns_it_and_a_dead_one_does_not(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        note(tmp_path, pid=other.pid, started=module._started(other.pid))
+        note(tmp_path, pid=other.pid, started=start_time(other.pid))
         assert owner_of(tmp_path) == f"process {other.pid} on this host"
         assert other.stdin is not None
         other.stdin.close()
@@ -89,18 +90,18 @@ def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
 def test_on_another_host_without_a_job_its_touch_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: bool
 ) -> None:
-    monkeypatch.setattr(module, "_BEAT_S", 0.05)
-    monkeypatch.setattr(module, "_SILENT_S", 0.3)
+    monkeypatch.setattr(module, "TOUCH_EVERY_S", 0.05)
+    monkeypatch.setattr(module, "SILENT_S", 0.3)
     note(tmp_path, host="elsewhere", pid=17, job=None)
     if not lives:
-        module._held.clear()
+        release(tmp_path)
         time.sleep(0.1)
     assert owner_of(tmp_path) == ("process 17 on elsewhere" if lives else None)
     if not lives:
         began = time.monotonic()
         module.claim(tmp_path, KIND)
         assert time.monotonic() - began < 0.2, "it is not waited for again"
-    module._held.clear()
+    release(tmp_path)
 
 
 # ---- of several processes one ---------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path: Path, before: 
         folder.mkdir()
     elif before != "nothing":
         note(folder, pid=os.getppid(), started="1")
-        module._held.clear()
+        release(folder)
     if before == "a killed rival's right":
         stale = (folder / ".running.json").read_bytes()
         right = folder / f"..running.json.{hashlib.sha256(stale).hexdigest()[:12]}.tmp"
@@ -164,8 +165,8 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path: Path, before: 
 
 def test_a_launchers_claim_is_its_ranks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
-        note(tmp_path, pid=launcher.pid, started=module._started(launcher.pid), claim="0123")
-        module._held.clear()
+        note(tmp_path, pid=launcher.pid, started=start_time(launcher.pid), claim="0123")
+        release(tmp_path)
         with pytest.raises(UserError, match=f"in use by process {launcher.pid}"):
             claim(tmp_path, KIND)
         monkeypatch.setenv(module.CLAIM, "0123")

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -179,10 +180,9 @@ def test_a_varint_without_end() -> None:
 
 def test_a_record_of_a_claimed_gigabyte(tmp_path: Path) -> None:
     from bert_fast.crc32c import masked_crc32c
-    from bert_fast.data.formats.tfrecord import _CRC, _LENGTH
 
-    head = _LENGTH.pack(1 << 29)
-    (tmp_path / "x").write_bytes(head + _CRC.pack(masked_crc32c(head)) + bytes(100))
+    head = struct.pack("<Q", 1 << 29)
+    (tmp_path / "x").write_bytes(head + struct.pack("<I", masked_crc32c(head)) + bytes(100))
     with pytest.raises(UserError, match=r"record 0 claims 536,870,912 bytes, and no sample takes more than 16,777,216"):
         list(read_records(tmp_path / "x"))
 

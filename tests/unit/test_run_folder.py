@@ -150,11 +150,11 @@ def test_a_run_killed_while_it_finishes_is_finished_by_the_next_start(
     folder = run_folder(config)
     context, summary = execute(config)
     with monkeypatch.context() as patch:
-        patch.setattr(completing, "_write_cost", crash)
+        patch.setattr(completing, "read_record", crash)
         with pytest.raises(Crash):
             finish(context, summary)
     saved = (folder / PENDING_RECORD).read_bytes()
-    for moment in ("_write_cost", "check_log", "write_report", "write_json", "unlink", "print_table"):
+    for moment in ("cost_rows", "check_log", "write_report", "write_json", "unlink", "print_table"):
         if moment == "check_log" and mlperf == "false":
             continue
         (folder / "metrics.json").unlink(missing_ok=True)
@@ -163,8 +163,8 @@ def test_a_run_killed_while_it_finishes_is_finished_by_the_next_start(
             patch.setattr(Path if moment == "unlink" else completing, moment, crash)
             with pytest.raises(Crash):
                 complete(folder)
-        claims._held.clear()
         (folder / ".running.json").write_text('{"host": "gone"}', encoding="utf-8")
+        claims.release(folder)  # this process's claim alone: another's stays
         code = finished_again(folder)
         if moment == "print_table":  # the file that begins it was the last to go
             assert code is None
@@ -215,7 +215,7 @@ def test_a_start_cut_short_anywhere_can_be_repeated(
     count = 0
     while True:
         shutil.rmtree(folder, ignore_errors=True)
-        claims._held.clear()
+        claims.release(folder)
         calls = [0]
 
         def cut(
@@ -239,9 +239,9 @@ def test_a_start_cut_short_anywhere_can_be_repeated(
                 pass
             else:
                 break
-        claims._held.clear()
         if (folder / ".running.json").exists():  # its process is gone
             (folder / ".running.json").write_text('{"host": "gone"}', encoding="utf-8")
+        claims.release(folder)
         take_folder(config, resume=False)
         create_folder(config, resume=False, commit="a commit")
         assert {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")} == {
@@ -381,7 +381,7 @@ def test_a_folder_that_another_process_writes_is_refused_by_its_name(
     out = tmp_path / "data"
     claimed = out / "eval" if what == "prepare beside an import" else exported if what == "export" else out
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        note = {"host": socket.gethostname(), "pid": other.pid, "started": claims._started(other.pid), "job": None}
+        note = {"host": socket.gethostname(), "pid": other.pid, "started": claims.start_time(other.pid), "job": None}
         claimed.mkdir(parents=True, exist_ok=True)
         kind = {"prepare": "a preparation", "import": "a store"}.get(what)
         if kind:

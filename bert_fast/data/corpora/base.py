@@ -18,7 +18,8 @@ from bert_fast.errors import UserError
 AUTO = "auto"  # a language that each text's script and words tell
 _PACKED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".zst", ".7z", ".rar", ".lz4", ".z")
 _CHECKSUMS = re.compile(r".*\.(md5|md5sum|sha1|sha256|sha512)|(md5|sha256)sums?(\.txt)?", re.I)
-_PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
+"""Bytes of text that one worker reads at a time, at least."""
 
 Piece = list[Any]
 """What one worker reads at a time: picklable items that the kind's own `pieces` yields and its `read` takes."""
@@ -186,7 +187,7 @@ def by_size(items: Iterable[_Item], size_of: Callable[[_Item], int]) -> Iterator
     for item in items:
         chunk.append(item)
         size += size_of(item)
-        if size >= _PIECE_BYTES:
+        if size >= PIECE_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:

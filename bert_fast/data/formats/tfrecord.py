@@ -11,7 +11,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from bert_fast.errors import UserError
 from bert_fast.files import atomic_file
 from bert_fast.protobuf import fields
 
-_BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20  # of a file, read at once
 _HEAD, _LENGTH = struct.Struct("<QI"), struct.Struct("<Q")
 _CRC = struct.Struct("<I")
 _HEADS = 1 << 16  # heads of different lengths that are remembered as checked
@@ -29,8 +28,11 @@ _HEADS = 1 << 16  # heads of different lengths that are remembered as checked
 _LONGEST = 1 << 24
 
 
-def read_records(path: str | Path) -> Iterator[bytes]:
+def read_records(path: str | Path, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
     """Payloads of a file in order; memory holds one at a time.
+
+    Args:
+        block_bytes: bytes of the file that are read at once, or as many as one record has, if those are more.
 
     Raises:
         UserError: a CRC is wrong or the file ends inside of a record; the message says which, and how many were good.
@@ -44,7 +46,7 @@ def read_records(path: str | Path) -> Iterator[bytes]:
         block, at = b"", 0
         while True:
             if len(block) - at < 12:
-                block, at = _refilled(file, block, at, 12), 0
+                block, at = block[at:] + file.read(max(block_bytes, 12)), 0
                 if not block:
                     return
                 if len(block) < 12:
@@ -59,7 +61,7 @@ def read_records(path: str | Path) -> Iterator[bytes]:
                 if len(sound_heads) < _HEADS:
                     sound_heads.add(head)
             if len(block) - at < length + 16:
-                block, at = _refilled(file, block, at, length + 16), 0
+                block, at = block[at:] + file.read(max(block_bytes, length + 16)), 0
                 if len(block) < length + 16:
                     raise damaged("is cut short")
             at += 12
@@ -69,11 +71,6 @@ def read_records(path: str | Path) -> Iterator[bytes]:
             yield payload
             good += 1
             at += length + 4
-
-
-def _refilled(file: BinaryIO, block: bytes, at: int, least: int) -> bytes:
-    """The rest of a block, followed by more of the file: at least `least` bytes if it has them."""
-    return block[at:] + file.read(max(_BLOCK, least))
 
 
 def write_records(path: str | Path, payloads: Iterable[bytes]) -> int:
@@ -143,17 +140,24 @@ def decode_varints(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 class Features:
-    """A feature of n examples: flat values, where each example's begin (`offsets` [n + 1]), and how many zeros follow [n]."""
+    """A feature of n examples, without the zeros that end an example's values (padding), which are only counted.
 
-    def __init__(self, name: str, values: np.ndarray, offsets: np.ndarray, zeros: np.ndarray) -> None:
+    Attributes:
+        values: of all examples, end to end; uint8, uint32, int64 or float32.
+        num_values: how many of `values` each example has, int64 [n].
+        num_zeros: how many zeros follow these, int64 [n].
+    """
+
+    def __init__(self, name: str, values: np.ndarray, offsets: np.ndarray, num_zeros: np.ndarray) -> None:
+        """`offsets`: where the values of each example begin, and where the last ones end, int64 [n + 1]."""
         self.values = values
-        self._counts, self._zeros = np.diff(offsets), zeros
+        self.num_values, self.num_zeros = np.diff(offsets), num_zeros
         self._name = name
 
     @property
     def width(self) -> int:
         """Number of values per example. Raises ValueError(index, reason) if examples differ."""
-        sizes = self._counts + self._zeros
+        sizes = self.num_values + self.num_zeros
         odd = np.flatnonzero(sizes != sizes[0])
         if len(odd):
             raise ValueError(int(odd[0]), f"feature {self._name} has another length than in its neighbours")
@@ -162,16 +166,16 @@ class Features:
     def table(self) -> np.ndarray:
         """The values as [examples, width]. Raises ValueError(index, reason) if examples differ in length."""
         width = self.width
-        if not self._zeros.any():
+        if not self.num_zeros.any():
             return self.values.reshape(-1, width)
-        rows = np.zeros((len(self._counts), width), self.values.dtype)
-        rows[np.arange(width) < self._counts[:, None]] = self.values
+        rows = np.zeros((len(self.num_values), width), self.values.dtype)
+        rows[np.arange(width) < self.num_values[:, None]] = self.values
         return rows
 
     def first(self, counts: np.ndarray) -> np.ndarray:
         """The first counts[i] values of every example, end to end. Raises ValueError as `table`."""
         width = self.width
-        if np.array_equal(self._counts, counts):
+        if np.array_equal(self.num_values, counts):
             return self.values
         return self.table()[np.arange(width) < counts[:, None]]
 
@@ -188,11 +192,11 @@ def parse_examples(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str,
     places = locate(data, edges[:-1], edges[1:], names)
     if places is not None:
         return {name: _at_places(joined, data, name, *place) for name, place in places.items()}
-    return _parse_one_by_one(payloads, names)
+    return parse_one_by_one(payloads, names)
 
 
-def _parse_one_by_one(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str, Features]:
-    """Parse examples of any form. Raises ValueError(index, reason) for one that cannot be parsed."""
+def parse_one_by_one(payloads: Sequence[bytes], names: Sequence[str]) -> dict[str, Features]:
+    """As `parse_examples`, which calls it for examples of an unusual form: reads one after the other, and is slower."""
     pieces: dict[str, list[bytes]] = {name: [] for name in names}
     floats: set[str] = set()
     for place, payload in enumerate(payloads):

@@ -239,9 +239,9 @@ def _complete_one(
         os.replace(unfinished, target)
         _sync(folder)
         _remove(replaced, target)
-        found = checkpoints_in(folder)
-        newer = [path for path in found if path.name > target.name]  # a run that was thrown back does not come to them
-        for old in [*newer, *[path for path in found if path not in newer][:-keep]]:
+        paths = checkpoints_in(folder)
+        newer = [path for path in paths if path.name > target.name]  # a run that was thrown back does not come to them
+        for old in [*newer, *[path for path in paths if path not in newer][:-keep]]:
             _remove(old)
     except (OSError, ValueError) as caught:  # a UserError is one
         return _explain(caught, folder, 0)
@@ -284,8 +284,8 @@ def _explain(error: Exception, folder: Path, rank: int) -> str:
 
 
 def _what_there_is(folder: Path) -> str:
-    found = checkpoints_in(folder)
-    return f"The last complete one is {found[-1].name}" if found else "There is no complete one"
+    complete = checkpoints_in(folder)
+    return f"The last complete one is {complete[-1].name}" if complete else "There is no complete one"
 
 
 def _from_rank_0(value: Any, group: dist.ProcessGroup | None) -> Any:
@@ -311,8 +311,8 @@ def remove_partial(folder: Path) -> None:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, if there is one."""
-    found = checkpoints_in(folder)
-    return found[-1] if found else None
+    complete = checkpoints_in(folder)
+    return complete[-1] if complete else None
 
 
 class OtherFormatError(UserError):
@@ -330,11 +330,11 @@ def read_description(path: Path) -> dict[str, Any]:
         description: dict[str, Any] = json.loads((path / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"checkpoint {path} is damaged ({CHECKPOINT_MANIFEST} is not JSON); remove it") from None
-    found = description.get("format", _BEFORE_THE_RENAMING[0])
-    if found != FORMAT:
-        age = ", written before settings were renamed," if found in _BEFORE_THE_RENAMING else ""
+    saved = description.get("format", _BEFORE_THE_RENAMING[0])
+    if saved != FORMAT:
+        age = ", written before settings were renamed," if saved in _BEFORE_THE_RENAMING else ""
         raise OtherFormatError(
-            f"checkpoint {path} is of format {found!r}{age} and this code reads {FORMAT!r}; resume with the code that wrote "
+            f"checkpoint {path} is of format {saved!r}{age} and this code reads {FORMAT!r}; resume with the code that wrote "
             "it, or start a new run. A new run can start from the weights of this one only if it saved its final model: "
             "checkpoint.init_from=RUN/model"
         )

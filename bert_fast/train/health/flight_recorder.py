@@ -15,7 +15,7 @@ _PREFIX = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
 
 def record_flight(folder: Path) -> None:
-    """Switch it on, before the process group is made; harmless without NCCL. What is set already stays."""
+    """Switch the recorder on, before the process group is made; harmless without NCCL. What is set already stays."""
     old_name = tuple(map(int, version("torch").split(".")[:2])) < (2, 9)
     defaults = {
         "TORCH_NCCL_TRACE_BUFFER_SIZE" if old_name else "TORCH_FR_BUFFER_SIZE": str(_ENTRIES),
@@ -27,7 +27,7 @@ def record_flight(folder: Path) -> None:
 
 
 def flight_record() -> str:
-    """Write this rank's record now, and say where the records are; empty without NCCL."""
+    """Write this rank's record now. Returns where the records are, as the end of a message; empty without NCCL."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return ""

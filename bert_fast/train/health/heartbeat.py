@@ -127,6 +127,7 @@ class Heartbeat:
 
     def _talk(self) -> None:
         """All talk with the store, in a thread of its own: where the network is cut, an answer never comes."""
+        assert self._store is not None
         while True:
             end = self._end.wait(self._interval)
             try:
@@ -139,7 +140,7 @@ class Heartbeat:
                 if self._rank != 0:
                     self._verdict = self._read_verdict()
                 elif self._verdict is not None:
-                    self._store.set("lost", json.dumps(astuple(self._verdict)))  # type: ignore[union-attr]
+                    self._store.set("lost", json.dumps(astuple(self._verdict)))
                 self._answered = time.monotonic()
             except RuntimeError as error:
                 self._gone = "timeout" not in str(error).lower()

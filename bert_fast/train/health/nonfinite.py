@@ -15,9 +15,9 @@ from bert_fast.train.step import StepResult
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was found: `in_a_row` skipped steps; `ranks` whose own loss was not finite, the first of them at `step`.
+    """Skipped steps: `in_a_row` up to now; `ranks` are those whose own loss was not finite, the first of them at `step`.
 
-    `fatal` says why the run must stop, if it must.
+    `text` is a line for the log; `fatal` says why the run must stop, if it must.
     """
 
     text: str
@@ -48,7 +48,7 @@ class NonfiniteWatch:
         self._first_bad = torch.where(first, float(step), self._first_bad)
 
     def forget_blame(self) -> None:
-        """A new interval: whose loss was not finite before no longer counts."""
+        """Begin a new interval: a loss that was not finite before it no longer counts."""
         self._first_bad.fill_(-1.0)
 
     def check(self, last_step: int, hosts: Sequence[str], planner: Planner) -> Skipped | None:

@@ -1,4 +1,4 @@
-"""`--dry-run`: build everything that a run builds, run no step, say what would happen."""
+"""`--dry-run`: build everything that a run builds, run no step, and print what would happen."""
 
 from __future__ import annotations
 

@@ -94,11 +94,11 @@ def _data_hash(folder: str) -> str:
     """The store's hash, from its manifest; what is wrong with it if there is none."""
     path = Path(folder) / "manifest.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        sha256 = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         size = (path.parent / "samples.bin").stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"error: {path.parent}: {type(error).__name__}"
-    return f"{found[:16]} ({size:,} bytes)"
+    return f"{sha256[:16]} ({size:,} bytes)"
 
 
 def check_facts(facts: list[dict[str, Any]]) -> None:
@@ -171,13 +171,13 @@ def _all_reduce(environment: Environment) -> dict[str, float]:
     if not dist.is_initialized() or environment.world_size == 1:
         return {}
     sizes = (1 << 20, 1 << 26) if environment.device.type == "cuda" else (1 << 16, 1 << 20)
-    figures = {"latency_us": 1e6 * _time_all_reduce(environment, 1, _LATENCY_ROUNDS)}
+    metrics = {"latency_us": 1e6 * _time_all_reduce(environment, 1, _LATENCY_ROUNDS)}
     for numel in sizes:
         seconds = _time_all_reduce(environment, numel, 5)
         moved = 2 * (environment.world_size - 1) / environment.world_size * 4 * numel
-        figures[f"bus_gb_s_{4 * numel >> 10}_kib"] = moved / seconds / 1e9
-    names = list(figures)
-    table = gather_floats([figures[name] for name in names], environment.device)
+        metrics[f"bus_gb_s_{4 * numel >> 10}_kib"] = moved / seconds / 1e9
+    names = list(metrics)
+    table = gather_floats([metrics[name] for name in names], environment.device)
     return {n: float(table[:, i].max() if n == "latency_us" else table[:, i].min()) for i, n in enumerate(names)}
 
 

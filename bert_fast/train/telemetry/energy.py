@@ -29,7 +29,7 @@ class EnergyTally:
             self._meter.start()
 
     def tick(self) -> None:
-        """Look at the counters, which wrap around: at every log line."""
+        """Read the counters. They wrap around: call it at every log line."""
         if self._meter is not None:
             self._meter.tick()
 

@@ -30,7 +30,7 @@ class IntervalSummary:
     line: StepLine | None
     seconds: float  # of training
     steps: int
-    signal: int  # at which all ranks shall stop; 0: go on
+    signal: int  # for which all ranks stop; 0: go on
     first_rank_with_alarm: int | None
     first_rank_with_other_plan: int | None  # whose plans, or masked tokens in them, were not rank 0's
 
@@ -100,8 +100,8 @@ class IntervalMetrics:
         """The interval over all ranks, counted into the run's sums; the next one begins. A collective.
 
         Args:
-            signal: the signal this rank was sent, 0 for none.
-            alarm: whether this rank has found something for which all shall stop.
+            signal: the number of the signal that this rank was sent; 0: it was sent no signal.
+            alarm: whether something has happened on this rank for which all ranks must stop.
         """
         steps, device_times = self.steps, self._components.step.read_device_times()
         if device_times is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bert_fast.model import bert, loss
+from bert_fast.report.bench import markdown_table
 
 from .measure import set_up
 from .variants import VARIANTS
@@ -48,6 +49,20 @@ def profile(args: argparse.Namespace, precision: str, trace: Path | None = None)
             sums[_part_of(event)] += own
     sums["host gaps"] = max(0.0, wall - sum(sums.values()))
     return {name: value / max(wall, sum(sums.values())) for name, value in sums.items()}, profiler
+
+
+def tables(shares: dict[str, float], profiler: Any, device: str, num_rows: int) -> str:
+    """Markdown of what `profile` returned: the shares by part, and the `num_rows` operations with the most own time."""
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events) or 1.0
+    rows = []
+    for event in events[:num_rows]:
+        own = getattr(event, key)
+        rows.append((event.key[:70], f"{own / 1e3:,.2f}", f"{100 * own / total:.1f} %", f"{event.count:,}"))
+    parts = [(name, f"{100 * share:.1f} %") for name, share in shares.items()]
+    operations = markdown_table(("operation", "ms", "share", "calls"), rows)
+    return f"{markdown_table(('part', 'share of the step'), parts)}\n\n{operations}"
 
 
 def _part_of(event: Any) -> str:

@@ -295,7 +295,7 @@ def train(config: Config, environment: Environment, max_steps: int) -> dict[str,
             evaluator = evaluator or Evaluator(eval_store, config, environment)
             accuracy = evaluator(trainer.bare)
         evaluations.append((samples, accuracy))
-        line.say(f"evaluation at {samples:,} samples, {clock.elapsed:.1f} s: masked-LM accuracy {accuracy:.4f}")
+        line.log(f"evaluation at {samples:,} samples, {clock.elapsed:.1f} s: masked-LM accuracy {accuracy:.4f}")
         return target is not None and accuracy >= target
 
     next_evaluation = config.evaluation.start_samples or config.evaluation.every_samples

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.lengths import COST, MAX_LEN, make_lengths
 from support.paths import ROOT
+from support.plans import LENGTHS, digest, make_planner
 
 from bert_fast.balance.cost import CostModel
 from bert_fast.balance.lengths import wikipedia_like
@@ -24,18 +23,6 @@ from bert_fast.config.choices import STRATEGIES, find
 from bert_fast.errors import UserError
 
 UNIFORM = tuple(s for s in STRATEGIES if s != "stratified_presort")  # those that draw as `random` does
-LENGTHS = make_lengths(1000)
-
-
-def make_planner(
-    lengths: np.ndarray, strategy: str, *, world: int = 4, accumulation: int = 2, local: int = 3, node: int = 2,
-    seed: int = 0, num_steps: int | None = None, **settings: Any,
-) -> Planner:  # fmt: skip
-    config = BalanceConfig(strategy=strategy, num_strata=2, **settings)
-    return Planner(
-        lengths, config, COST, world_size=world, gradient_accumulation_steps=accumulation, micro_batch_size=local,
-        node_size=node, max_seq_len=MAX_LEN, seed=seed, num_steps=num_steps,
-    )  # fmt: skip
 
 
 @st.composite
@@ -111,30 +98,12 @@ def test_a_fresh_planner_gives_the_same_plan_at_any_step(strategy: str, shape: d
     same(used.plan(step), make_planner(LENGTHS, strategy, **shape).plan(step))
 
 
-_DIGEST = """
-import hashlib, sys
-sys.path[:0] = {path!r}
-from test_planner import digest
-print(digest())
-"""
-
-
-def digest() -> str:
-    """A hash of plans of every strategy."""
-    found = hashlib.sha256()
-    for strategy in STRATEGIES:
-        for step in (0, 7, 100_000):
-            plan = make_planner(LENGTHS, strategy).plan(step)
-            found.update(plan.ids.tobytes() + plan.starts.tobytes())
-    return found.hexdigest()
-
-
 def test_another_process_plans_the_same() -> None:
     """Other hash seed, other process: nothing but the arguments enters a plan."""
-    code = _DIGEST.format(path=[str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "123"}, check=True
-    )
+        [sys.executable, "-c", "from support.plans import digest; print(digest())"],
+        capture_output=True, text=True, env={"PYTHONHASHSEED": "123", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, check=True,
+    )  # fmt: skip
     assert done.stdout.strip() == digest()
 
 

@@ -6,10 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from test_plan import random_case
 
 from bert_fast.communication.plan import exact_plan, uniform_ends
 from bert_fast.communication.plan_sharded import ShardedTimes, delays, sharded_plan
+from scripts.benchmarks.bucket_planner import random_timeline as random_case
 
 
 def random_times(seed: int, most: int) -> ShardedTimes:

@@ -138,7 +138,7 @@ def test_scene_breaks_and_underlines_are_no_fences(tmp_path: Path) -> None:
 
 def stamp_of(recipe: prepare_module.Recipe, out: Path, lines: list[str] | None = None) -> dict[str, Any]:
     log = (lines if lines is not None else []).append
-    return prepare_module._text_stage(recipe, out, InProcess(), log)  # type: ignore[arg-type]
+    return prepare_module.text_stage(recipe, out, InProcess(), log)  # type: ignore[arg-type]
 
 
 def num_documents(stamp: dict[str, Any]) -> int:
@@ -246,7 +246,7 @@ def test_json_lines(tmp_path: Path) -> None:
 )
 def test_json_lines_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str) -> None:
     if "longer" in message:
-        monkeypatch.setattr(streams, "_LONGEST_LINE", 1000)
+        monkeypatch.setattr(streams, "LONGEST_LINE", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "Fine."}\n' + line + "\n")
     with pytest.raises(UserError, match=rf"a.jsonl, {message}"):
         read("jsonl", tmp_path)
@@ -401,7 +401,7 @@ def test_the_language_reaches_the_splitter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["prose", "mlcommons", "jsonl", "wikiextractor"])
 def test_memory_does_not_grow_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(streams, "STRETCH", 1 << 14)
-    monkeypatch.setattr(base, "_PIECE_BYTES", 1 << 14)
+    monkeypatch.setattr(base, "PIECE_BYTES", 1 << 14)
     line = "A sentence of some words stands in this line of the text."
     count = 20_000
     if kind == "jsonl":
@@ -431,7 +431,7 @@ def test_a_long_document_stays_one(
 ) -> None:
     """It travels in stretches and is counted, split and written as one."""
     monkeypatch.setattr(streams, "STRETCH", 300)
-    monkeypatch.setattr(prepare_module, "_TEXT_FILE_BYTES", 500)
+    monkeypatch.setattr(prepare_module, "TEXT_FILE_BYTES", 500)
     folder = tmp_path / "in"
     folder.mkdir()
     for book in range(6):
@@ -659,7 +659,7 @@ class InProcess:
 
 def split_texts(recipe: prepare_module.Recipe, out: Path) -> dict[str, list[str]]:
     """Documents of both splits, as the text stage writes them."""
-    stamp = prepare_module._text_stage(recipe, out, InProcess(), lambda line: None)  # type: ignore[arg-type]
+    stamp = prepare_module.text_stage(recipe, out, InProcess(), lambda line: None)  # type: ignore[arg-type]
     return {
         split: [
             document

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from support.paths import ROOT
 
-from bert_fast import files
 from bert_fast.claims import claimed
 from bert_fast.data import corpus as corpora
 from bert_fast.data.folders import PREPARATION, files_below
@@ -288,7 +287,7 @@ with atomic_file(sys.argv[1]) as file:
 """
 
 
-def test_temporary_files_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_files_of_killed_processes_go(tmp_path: Path) -> None:
     target = tmp_path / "file.bin"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", KILLED, str(target)], env=environment).returncode == -signal.SIGKILL
@@ -296,7 +295,6 @@ def test_temporary_files_of_killed_processes_go(tmp_path: Path, monkeypatch: pyt
     users = [tmp_path / ".notes.tmp", tmp_path / ".notes.12.tmp", tmp_path / "x.bert_fast.tmp"]
     for path in users:
         path.write_text("The user's.")
-    monkeypatch.setattr(files, "_swept", set())
     with atomic_file(tmp_path / "other") as file:  # the first write of a process into a folder
         file.write(b"x")
         assert [path.name.split(".")[1] for path in tmp_path.glob(".*.tmp") if path not in users] == ["other"]

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from bert_fast.config import Config
-from bert_fast.data import overlap
-from bert_fast.data.overlap import known_shared_text, note_shared_text, shared_text
+from bert_fast.data.overlap import Shared, known_shared_text, note_shared_text, shared_text
 from bert_fast.data.samples import Sample
 from bert_fast.data.store import Store, merge_parts, write_part
 from bert_fast.errors import UserError
@@ -65,12 +64,13 @@ def test_the_same_documents_cut_and_masked_anew_are_found(tmp_path: Path, share:
     assert not shared.is_held_out
 
 
-def test_of_a_large_store_a_part_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_store_a_part_is_looked_at(tmp_path: Path) -> None:
     """Each document three times over, as a duplication factor has it."""
     train = make_store(tmp_path / "a", 3 * documents(0), 1)
-    monkeypatch.setattr(overlap, "_TRAIN_TOKENS", 15_000)
-    monkeypatch.setattr(overlap, "_EVAL_TOKENS", 3_000)
-    same, other = (shared_text(train, make_store(tmp_path / name, documents(s), 2)) for name, s in (("b", 0), ("c", 1)))
+    same, other = (
+        shared_text(train, make_store(tmp_path / name, documents(s), 2), max_train_tokens=15_000, max_eval_tokens=3_000)
+        for name, s in (("b", 0), ("c", 1))
+    )
     assert 0.3 < same.looked_at < 0.7
     assert 20 < same.compared < 150
     assert not same.is_held_out
@@ -79,8 +79,8 @@ def test_of_a_large_store_a_part_is_looked_at(tmp_path: Path, monkeypatch: pytes
 
 def test_one_token_file_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path / "a", documents(0), 1)
-    monkeypatch.setattr(overlap, "_runs", lambda batch: pytest.fail("nothing need be read"))
-    assert shared_text(store, store, 10) == overlap.Shared(10, 10)
+    monkeypatch.setattr(Store, "batch", lambda *_, **__: pytest.fail("nothing need be read"))
+    assert shared_text(store, store, 10) == Shared(10, 10)
 
 
 def test_it_is_refused_or_named_where_it_is_wanted(make_config: Callable[..., Config], tmp_path: Path) -> None:

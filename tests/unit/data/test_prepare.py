@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bert_fast import files
+from bert_fast.data import corpus
 from bert_fast.data import pool as pool_module
 from bert_fast.data import prepare as module
 from bert_fast.data.corpora import base
@@ -39,8 +40,8 @@ def recipe(tmp_path: Path, vocab_file: Path, monkeypatch: pytest.MonkeyPatch) ->
                 text += " ".join(rng.choice(words) for _ in range(rng.randint(4, 12))) + ".\n"
             text += "\n"
         (folder / f"{file}.txt").write_text(text)
-    monkeypatch.setattr(base, "_PIECE_BYTES", 2500)
-    monkeypatch.setattr(module, "_TEXT_FILE_BYTES", 2000)
+    monkeypatch.setattr(base, "PIECE_BYTES", 2500)
+    monkeypatch.setattr(module, "TEXT_FILE_BYTES", 2000)
     params = SampleParams(max_seq_len=32, max_predictions=5, dupe_factor=2, seed=9)
     return Recipe("mlcommons", str(folder), vocab=str(vocab_file), eval_fraction=0.2, params=params)
 
@@ -107,8 +108,8 @@ def test_a_second_run_does_nothing(
     def never(*_args: Any) -> None:
         raise AssertionError("work was done again")
 
-    monkeypatch.setattr(module, "_make_part", never)
-    monkeypatch.setattr(module, "_read_piece", never)
+    monkeypatch.setattr(module, "make_samples", never)
+    monkeypatch.setattr(corpus, "read_piece", never)
     assert run(recipe, tmp_path / "out", lines=lines) == first
     assert sum("already there" in line for line in lines) == 3
     assert times == {path: path.stat().st_mtime_ns for path in times}

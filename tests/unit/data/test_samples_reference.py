@@ -20,8 +20,7 @@ import pytest
 from scipy.stats import ks_2samp
 from support.paths import ROOT
 
-from bert_fast.data import samples as module
-from bert_fast.data.samples import SampleParams, make_samples
+from bert_fast.data.samples import SampleParams, make_samples, segment_pairs
 from bert_fast.data.wordpiece import Vocabulary
 
 PARAMS = SampleParams(max_seq_len=128, max_predictions=20, dupe_factor=10, seed=12345)
@@ -168,12 +167,20 @@ def documents_of(published: dict[str, np.ndarray], text: str) -> list[list[list[
 
 
 @pytest.fixture
-def run(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> Callable[..., np.ndarray]:
-    """`run(documents, seed)`: a row a sample: length, tokens of A with [CLS] and [SEP], random next. Without masks: quick."""
-    monkeypatch.setattr(module, "_mask", lambda a, b, is_random, *_: (len(a) + len(b) + 3, len(a) + 2, is_random))
-    return lambda documents, seed: np.array(
-        list(make_samples(documents, vocabulary, SampleParams(seed=seed), 0))  # type: ignore[call-overload]
-    )
+def run() -> Callable[..., np.ndarray]:
+    """`run(documents, seed)`: one row per sample: length, tokens of A with [CLS] and [SEP], random next. Makes no masks."""
+
+    def rows(documents: list[list[list[int]]], seed: int) -> np.ndarray:
+        params, chosen = SampleParams(seed=seed), range(len(documents))
+        return np.array(
+            [
+                (len(a) + len(b) + 3, len(a) + 2, is_random)
+                for duplicate in range(params.dupe_factor)
+                for a, b, is_random in segment_pairs(documents, chosen, params, chunk=0, duplicate=duplicate)
+            ]
+        )
+
+    return rows
 
 
 def drawn(published: dict[str, np.ndarray], name: str) -> np.ndarray:

@@ -47,6 +47,13 @@ __NOTOC__ <math>E = mc^2</math>
 """
 
 
+class InProcess:
+    """A pool without processes."""
+
+    def map(self, function, arguments):
+        return (function(*each) for each in arguments)
+
+
 def make_dump(pages: list[tuple[str, str, str]]) -> str:
     """A dump of (title, namespace, wikitext); a text of `#REDIRECT` becomes a redirect."""
     entries = [
@@ -204,7 +211,7 @@ def test_comments_go_and_one_that_never_ends_is_text() -> None:
 
 
 def test_pages_that_are_skipped_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wikitext, "_LONGEST_TEXT", 1 << 20)
+    monkeypatch.setattr(wikitext, "LONGEST_TEXT", 1 << 20)
     open_pages = [(f"Open {n}", "0", "Text. " + "{{a|b=c " * 10_000) for n in range(7)]
     pages = [*PAGES, *open_pages, ("Long", "0", "word " * 250_000), ("Empty", "0", "{{only a template}}")]
     path = tmp_path / "wiki.xml"
@@ -212,12 +219,8 @@ def test_pages_that_are_skipped_are_counted_and_named(tmp_path: Path, monkeypatc
     recipe = Recipe("mediawiki", str(path), eval_fraction=0.5)
     lines: list[str] = []
 
-    class InProcess:
-        def map(self, function, arguments):
-            return (function(*a) for a in arguments)
-
     with contextlib.suppress(UserError):  # which split the two articles go to is not of interest
-        prepare_module._text_stage(recipe, tmp_path / "out", InProcess(), lines.append)  # type: ignore[arg-type]
+        prepare_module.text_stage(recipe, tmp_path / "out", InProcess(), lines.append)  # type: ignore[arg-type]
     assert (
         "text: 0 files and 9 documents left out: "
         "7 pages with markup that is never closed (Open 0, Open 1, Open 2, Open 3, Open 4, ...); "
@@ -226,7 +229,7 @@ def test_pages_that_are_skipped_are_counted_and_named(tmp_path: Path, monkeypatc
 
 
 def test_memory_does_not_grow_with_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wikitext, "_LONGEST_TEXT", 1 << 16)
+    monkeypatch.setattr(wikitext, "LONGEST_TEXT", 1 << 16)
     path = tmp_path / "wiki.xml"
     path.write_text(make_dump([("Long", "0", "word\n" * 2_000_000)]))
     tracemalloc.start()
@@ -361,7 +364,7 @@ def test_from_a_dump_to_stores_with_a_stop_in_the_middle(
     pages = [(f"P{n}", "0", f"Number {n} is here. " + body) for n in range(40)]
     path = tmp_path / "wiki.xml.bz2"
     path.write_bytes(bz2.compress(make_dump(pages).encode()))
-    monkeypatch.setattr(base, "_PIECE_BYTES", 2000)
+    monkeypatch.setattr(base, "PIECE_BYTES", 2000)
     params = SampleParams(max_seq_len=32, max_predictions=5, dupe_factor=1, seed=1)
     recipe = Recipe("mediawiki", str(path), vocab=str(vocab_file), eval_fraction=0.2, params=params)
     whole = prepare(recipe, tmp_path / "whole", 1, log=lambda line: None)
@@ -379,14 +382,24 @@ def test_from_a_dump_to_stores_with_a_stop_in_the_middle(
 
 
 def test_a_stopped_text_stage_reads_its_pieces_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bert_fast.data import prepare as module
+    path = tmp_path / "wiki.xml"
+    path.write_text(make_dump([(f"P{n}", "0", f"Sentence {n} is here. Another one follows it.") for n in range(30)]))
+    recipe = Recipe("mediawiki", str(path), eval_fraction=0.3)
 
-    piece: Any = [Page("A", "A sentence is here. Another one follows it.", frozenset())]
-    path = tmp_path / "pieces" / "000000.pickle"
-    first = module._read_piece(str(path), "mediawiki", piece, "auto")
-    assert first[0][0] == "A"
+    def make(out: str) -> dict[str, Any]:
+        return prepare_module.text_stage(recipe, tmp_path / out, InProcess(), lambda line: None)  # type: ignore[arg-type]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_json", stop)  # of the stamp, which is written last
+        with pytest.raises(KeyboardInterrupt):
+            make("cut")
+    whole = make("whole")
     monkeypatch.setattr(corpora, "read_piece", lambda *_: pytest.fail("cleaned again"))
-    assert module._read_piece(str(path), "mediawiki", piece, "auto") == first
+    assert make("cut") == whole
+    assert whole["train"]["documents"] + whole["eval"]["documents"] == 30
 
 
 def test_a_table_as_a_corpus(tmp_path: Path, vocab_file: Path) -> None:

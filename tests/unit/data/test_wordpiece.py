@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from bert_fast.data import wordpiece
 from bert_fast.data.wordpiece import (
     SPECIAL_TOKENS,
     Normalization,
@@ -247,10 +246,9 @@ def test_a_trained_vocabulary_has_every_letter_of_its_text(tmp_path: Path) -> No
     assert set(characters) <= set(load_vocabulary(tmp_path / "vocab.txt").tokens)
 
 
-def test_a_letter_too_rare_for_a_token_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wordpiece, "_RARE", 0.001)
+def test_a_letter_too_rare_for_a_token_gets_none(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abc def\n" * 200 + "中\n")
-    train_vocabulary([tmp_path / "text.txt"], 40, tmp_path / "vocab.txt")
+    train_vocabulary([tmp_path / "text.txt"], 40, tmp_path / "vocab.txt", min_letter_share=0.001)
     assert "中" not in load_vocabulary(tmp_path / "vocab.txt").tokens
 
 

@@ -221,7 +221,7 @@ def test_brackets_in_names_are_text(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("[/] [red]run", [("[/]name", "[bold]value")])
     node = {
         "host": "[/]h", "device": "[b]c", "ranks": [0], "cpus": [0], "memory_gib": 1.0, "tflops": [1.0],
-        "link_mb_s": [1.0], "clock_ms": [0.0], "data": {"train": "[/]h"},
+        "link_mb_s": [1.0], "clock_ms": [0.0], "data": {"data.train": "[/]h"},
     }  # fmt: skip
     report = {"world_size": 1, "nodes": [node], "slow": ["rank 0 ([/]h)"], "network": {}, "seconds": 1.0}
     node_table(report)

@@ -175,7 +175,10 @@ def test_a_damaged_integer_names_its_record(packed: bytes, reason: str, place: i
 )
 def test_integers_in_more_bytes_than_they_need(pieces: tuple[bytes, ...], values: list[int]) -> None:
     """Their last byte is no padding."""
-    np.testing.assert_array_equal(_all_values(tfrecord._decode(list(pieces), "a", False)), values)
+    feature = [message(3, message(1, piece)) for piece in pieces]
+    payloads = [message(1, message(1, message(1, b"a") + message(2, each))) for each in feature]
+    for parse in (tfrecord.parse_examples, tfrecord.parse_one_by_one):
+        np.testing.assert_array_equal(_all_values(parse(payloads, ["a"])["a"]), values)
 
 
 def test_sizes_of_more_than_four_bytes_are_left_to_the_general_reader() -> None:
@@ -364,18 +367,18 @@ def test_features_found_together_are_those_found_one_by_one(rows: list[Any], odd
             entries.append(message(1, message(1, b"text") + message(2, message(1, message(1, b"x")))))
         payloads.append(message(1, b"".join(entries)))
     names = ["input_ids", "weights", "a", "labels"]
-    quick, plain = tfrecord.parse_examples(payloads, names), tfrecord._parse_one_by_one(payloads, names)
+    quick, plain = tfrecord.parse_examples(payloads, names), tfrecord.parse_one_by_one(payloads, names)
     for name in names:
         np.testing.assert_array_equal(
-            quick[name]._counts + quick[name]._zeros, plain[name]._counts + plain[name]._zeros
+            quick[name].num_values + quick[name].num_zeros, plain[name].num_values + plain[name].num_zeros
         )
         np.testing.assert_array_equal(_all_values(quick[name]), _all_values(plain[name]))
 
 
 def _all_values(features: tfrecord.Features) -> np.ndarray:
-    ends = np.cumsum(features._counts)
+    ends = np.cumsum(features.num_values)
     pieces = np.split(features.values, ends[:-1])
-    zeros = [np.zeros(count) for count in features._zeros]
+    zeros = [np.zeros(count) for count in features.num_zeros]
     return np.concatenate([part for pair in zip(pieces, zeros, strict=True) for part in pair])
 
 
@@ -383,16 +386,15 @@ def test_the_quick_way_is_taken_for_what_writers_write(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path,) = export(store, tmp_path / "out", "tfrecord", per_file=10_000)
-    monkeypatch.setattr(tfrecord, "_parse_one_by_one", lambda *_: pytest.fail("fell back"))
+    monkeypatch.setattr(tfrecord, "parse_one_by_one", lambda *_: pytest.fail("fell back"))
     assert sum(len(block) for block in read_blocks(path, 400)) == 2500
 
 
 @pytest.mark.parametrize("size", [100, 5000])
-def test_records_longer_than_a_block_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(tfrecord, "_BLOCK", 256)
+def test_records_longer_than_a_block_of_the_file(tmp_path: Path, size: int) -> None:
     payloads = [bytes([n]) * (size + n) for n in range(20)]
     tfrecord.write_records(tmp_path / "a", payloads)
-    assert list(tfrecord.read_records(tmp_path / "a")) == payloads
+    assert list(tfrecord.read_records(tmp_path / "a", block_bytes=256)) == payloads
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 def split_lines(recipe: Recipe, out: Path) -> dict[str, list[str]]:
     """The sentences of both splits, as the text stage writes them."""
-    stamp = module._text_stage(recipe, out, InProcess(1), lambda line: None)  # type: ignore[arg-type]
+    stamp = module.text_stage(recipe, out, InProcess(1), lambda line: None)  # type: ignore[arg-type]
     texts = {
         split: "".join((out / "text" / name).read_text(encoding="utf-8") for name in stamp[split]["files"])
         for split in SPLITS
@@ -139,7 +139,7 @@ def test_long_documents_get_random_next_sentences(
     tmp_path: Path, folder: Path, vocab_file: Path, monkeypatch: pytest.MonkeyPatch, books: int
 ) -> None:
     """Each fills a text file of its own, as a book does at 512 KiB. Both stores look right, even that of one book."""
-    monkeypatch.setattr(module, "_TEXT_FILE_BYTES", 2000)
+    monkeypatch.setattr(module, "TEXT_FILE_BYTES", 2000)
     vocabulary = load_vocabulary(vocab_file)
     write_books(folder, books, 1500, vocabulary.tokens)
     params = SampleParams(max_seq_len=64, max_predictions=10, dupe_factor=2)
@@ -171,7 +171,7 @@ def books_of(sample: Sample, vocabulary: Vocabulary, count: int) -> tuple[int, i
 def test_text_of_the_other_split_is_never_the_next_sentence(
     tmp_path: Path, folder: Path, vocab_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TEXT_FILE_BYTES", 2000)
+    monkeypatch.setattr(module, "TEXT_FILE_BYTES", 2000)
     lines = [["the of the"] * 20, ["returns tensor returns"] * 20, ["input is input"] * 20]
     for n, document in enumerate(lines):
         (folder / f"{n}.txt").write_text("\n".join(document))
@@ -192,7 +192,7 @@ def test_restart_reads_the_token_ids_again(
     tmp_path: Path, folder: Path, vocab_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped while the ids are put together, or after it: files that are there are not tokenized again."""
-    monkeypatch.setattr(module, "_TEXT_FILE_BYTES", 2000)
+    monkeypatch.setattr(module, "TEXT_FILE_BYTES", 2000)
     write_books(folder, 6, 40, load_vocabulary(vocab_file).tokens)
     params = SampleParams(max_seq_len=64, max_predictions=10, dupe_factor=1)
     recipe = Recipe("mlcommons", str(folder), vocab=str(vocab_file), eval_fraction=0.3, params=params)
