@@ -12,14 +12,14 @@ from bert_fast.foreign import open_regular, shown
 from bert_fast.report.metrics import MAX_LINE_BYTES
 
 _HEAD = 256  # first bytes of a file, by which a file that took its place is told
-_BLOCK = 1 << 22
 
 
 class Tail:
     """Whole lines of a file that grows, each once; from its beginning again if it was replaced."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._offset, self._head = path, 0, b""
+    def __init__(self, path: Path, block_bytes: int = 1 << 22) -> None:
+        """`block_bytes` are read at a time; a line may be longer."""
+        self.path, self._block_bytes, self._offset, self._head = path, block_bytes, 0, b""
 
     def read(self) -> tuple[bool, Iterator[bytes]]:
         """Whether the file is another than at the last call, and its new lines. A last line without its end waits.
@@ -46,7 +46,7 @@ class Tail:
         with file:
             file.seek(self._offset)
             rest = b""
-            while block := file.read(_BLOCK):
+            while block := file.read(self._block_bytes):
                 *lines, rest = (rest + block).split(b"\n")
                 for line in lines:
                     self._offset += len(line) + 1

@@ -28,7 +28,6 @@ from bert_fast.launch.rendezvous_check import SECRET, on_one_machine
 _LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
 _POLL_S = (0.002, 0.25)  # the first pause and the longest
-_LOOK_S = 1.0  # between two looks of rank 0 at who else came
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -98,9 +97,20 @@ def _port_in_use() -> UserError:
 
 
 def known_to_each_other(
-    store: Store, secret: bytes, rank: int, world: int, timeout_s: float, log: Callable[[str], None]
+    store: Store,
+    secret: bytes,
+    rank: int,
+    world: int,
+    timeout_s: float,
+    log: Callable[[str], None],
+    look_s: float = 1.0,
 ) -> Store:
     """Show the secret, and see that the others have it. A collective of a few small messages per rank.
+
+    Args:
+        timeout_s: seconds for which to wait for the others.
+        log: takes a line about a process that is refused.
+        look_s: seconds from one time that rank 0 looks for such processes to the next.
 
     Returns:
         The store, under keys that only the secret gives.
@@ -130,7 +140,7 @@ def known_to_each_other(
                 f"{_read(store, 'came/0')}, which is rank 0 at {_where()}, does not have this rank's secret ({SECRET}): one of "
                 "the two is not of this job; start all ranks by one launcher"
             )
-        if rank == 0 and time.monotonic() - looked > _LOOK_S:
+        if rank == 0 and time.monotonic() - looked > look_s:
             looked = time.monotonic()
             for other, stranger in _strangers(store, key, world):
                 if stranger not in named:

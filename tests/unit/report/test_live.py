@@ -109,12 +109,11 @@ def test_tail_starts_again_in_another_file(tmp_path: Path, new: str) -> None:
     assert (replaced, list(lines)) == (True, new.encode().split(b"\n")[:-1])
 
 
-def test_tail_reads_more_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bert_fast.report.tail._BLOCK", 7)
+def test_tail_reads_more_than_a_block(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     lines = [b"x" * size for size in (0, 3, 20, 7, 1)]
     path.write_bytes(b"\n".join([*lines, b"rest"]))
-    assert list(Tail(path).read()[1]) == lines
+    assert list(Tail(path, block_bytes=7).read()[1]) == lines
 
 
 def test_run_restarted_in_the_folder(folder: Path) -> None:

@@ -29,11 +29,10 @@ SECRET = b"of the job"
 class Meeting:
     """Processes that come to one store, as threads."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.store, self.said = dist.HashStore(), [list[str](), list[str]()]
         self._threads: list[threading.Thread] = []
         self._found: list[Any] = []
-        monkeypatch.setattr(meeting, "_LOOK_S", 0.05)
 
     def come(self, rank: int, secret: bytes = SECRET, world: int = 2, timeout_s: float = 5.0) -> None:
         index = len(self._found)
@@ -42,7 +41,7 @@ class Meeting:
         def go() -> None:
             try:
                 self._found[index] = known_to_each_other(
-                    self.store, secret, rank, world, timeout_s, self.said[min(rank, 1)].append
+                    self.store, secret, rank, world, timeout_s, self.said[min(rank, 1)].append, look_s=0.05
                 )
             except Exception as error:
                 self._found[index] = error
@@ -56,8 +55,8 @@ class Meeting:
         return self._found
 
 
-def test_ranks_of_a_job_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting_ = Meeting(monkeypatch)
+def test_ranks_of_a_job_know_each_other() -> None:
+    meeting_ = Meeting()
     for rank in range(5):
         meeting_.come(rank, world=5)
     found = meeting_.end()
@@ -68,8 +67,8 @@ def test_ranks_of_a_job_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("secret", [b"", b"another job's"])
-def test_a_stranger_is_refused_by_name_and_the_real_rank_let_in(monkeypatch: pytest.MonkeyPatch, secret: bytes) -> None:
-    meeting_ = Meeting(monkeypatch)
+def test_a_stranger_is_refused_by_name_and_the_real_rank_let_in(secret: bytes) -> None:
+    meeting_ = Meeting()
     meeting_.come(1, secret)
     time.sleep(0.05)
     meeting_.come(0)
@@ -85,8 +84,8 @@ def test_a_stranger_is_refused_by_name_and_the_real_rank_let_in(monkeypatch: pyt
     assert "came as rank 1 without this job's secret" in meeting_.said[0][0]
 
 
-def test_a_stranger_that_comes_as_rank_0_is_believed_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting_ = Meeting(monkeypatch)
+def test_a_stranger_that_comes_as_rank_0_is_believed_by_none() -> None:
+    meeting_ = Meeting()
     meeting_.come(0, b"", timeout_s=0.5)
     meeting_.come(1)
     stranger, real = meeting_.end()
@@ -96,8 +95,8 @@ def test_a_stranger_that_comes_as_rank_0_is_believed_by_none(monkeypatch: pytest
     assert "without this job's secret (BERT_FAST_SECRET) came to" in str(stranger)
 
 
-def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting_ = Meeting(monkeypatch)
+def test_who_does_not_come_is_named() -> None:
+    meeting_ = Meeting()
     for rank in (0, 2):
         meeting_.come(rank, world=4, timeout_s=0.3)
     first, second = meeting_.end()
@@ -106,8 +105,8 @@ def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(second, LostRankError)
 
 
-def test_two_that_come_as_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting_ = Meeting(monkeypatch)
+def test_two_that_come_as_one_rank() -> None:
+    meeting_ = Meeting()
     for rank in (0, 1, 1):
         meeting_.come(rank, world=3, timeout_s=1.0)
     first, _, _ = meeting_.end()
