@@ -32,10 +32,10 @@ def read_line(text: bytes) -> dict[str, Any] | None:
         return None
     try:
         values: dict[str, Any] = {"kind": kind, "step": step}
-        values |= {name: _value(line, name) for name in _REQUIRED.get(kind, ())}
+        values |= {name: _value(line, name) for name in REQUIRED_VALUES.get(kind, ())}
         if kind == STEP and (step < 1 or values["samples"] < 1):
             return None
-        given = (name for name in _READERS if line.get(name) is not None and name not in values)
+        given = (name for name in VALUE_READERS if line.get(name) is not None and name not in values)
         return values | {name: _value(line, name) for name in given}
     except ValueError:
         return None
@@ -43,7 +43,7 @@ def read_line(text: bytes) -> dict[str, Any] | None:
 
 def _value(line: dict[str, Any], name: str) -> Any:
     """A value of a line. Raises ValueError if it is of another kind than its name wants."""
-    value = _READERS[name](line.get(name))
+    value = VALUE_READERS[name](line.get(name))
     if value is None:
         raise ValueError(name)
     return value
@@ -164,11 +164,12 @@ def _ranks(value: Any) -> list[int] | None:
     return None if None in ranks else ranks  # type: ignore[return-value]
 
 
-# How each value of a line is read; None is one of another kind
-_READERS: dict[str, Callable[[Any], Any]] = {
+VALUE_READERS: dict[str, Callable[[Any], Any]] = {
     "samples": whole_number, "time_s": _amount, "loss": _any_number, "lr": _any_number, "grad_norm": _any_number,
     "samples_per_s": _rate, "imbalance": _amounts, "compute_imbalance": _amounts, "compute_ms": _amounts,
     "data_ms_rank": _amounts, "exposed_ms_rank": _amounts, "exposed_ms": _amount, "data_ms": _amount,
     "optimizer_ms": _amount, "accuracy": _share, "bad_step": whole_number, "ranks": _ranks,
 }  # fmt: skip
-_REQUIRED = {STEP: ("samples", "loss", "samples_per_s"), EVALUATION: ("samples", "time_s", "accuracy")}
+"""How each value of a line is read; a reader returns None for a value of another kind."""
+REQUIRED_VALUES = {STEP: ("samples", "loss", "samples_per_s"), EVALUATION: ("samples", "time_s", "accuracy")}
+"""What a line of a kind cannot be without."""

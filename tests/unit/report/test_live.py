@@ -24,7 +24,7 @@ from support.run_files import run_record
 from bert_fast.errors import UserError
 from bert_fast.report.console import sparkline
 from bert_fast.report.forecast import forecast
-from bert_fast.report.foreign_run import _READERS, _REQUIRED
+from bert_fast.report.foreign_run import REQUIRED_VALUES, VALUE_READERS
 from bert_fast.report.live import RunWatch
 from bert_fast.report.schema import FORMAT, EvaluationLine, SkippedLine, StepLine
 from bert_fast.report.tail import Tail
@@ -202,9 +202,9 @@ def test_a_run_of_an_older_form_is_refused_in_one_line(folder: Path) -> None:
 def test_the_names_are_those_of_the_schema() -> None:
     """Of what a run writes nothing is read by another name."""
     names = {field.name for kind in (StepLine, EvaluationLine, SkippedLine) for field in fields(kind)}
-    assert set(_READERS) <= names
+    assert set(VALUE_READERS) <= names
     for kind in (StepLine, EvaluationLine):
-        assert set(_REQUIRED[kind.kind]) <= {field.name for field in fields(kind)}
+        assert set(REQUIRED_VALUES[kind.kind]) <= {field.name for field in fields(kind)}
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
