@@ -32,10 +32,9 @@ train: env data ## the main job: configs/mini_cpu.yaml with SEED=0
 	rm -rf runs/quickstart
 	$(PYTHON) run_pretraining.py --config $(CONFIG) run.folder=runs/quickstart train.seed=$(SEED)
 
-# Tests that start several ranks of their own, or watch for late ones, have the cores to themselves.
+# Three processes on two cores: tests that start ranks wait a lot. A file's tests share their runs, so they stay together.
 test: env ## the tests, without the slow ones
-	$(PYTHON) -m pytest -n auto -m "not slow and not gpu and not slurm and not distributed and not faults"
-	$(PYTHON) -m pytest -m "(distributed or faults) and not slow and not gpu and not slurm"
+	$(PYTHON) -m pytest -n $$(($$(nproc) + 1)) --dist loadfile -m "not slow and not gpu and not slurm"
 
 test-all: env ## every test this machine can run
 	$(PYTHON) -m pytest

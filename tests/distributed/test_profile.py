@@ -29,7 +29,7 @@ def spans_of(path: Path, pid: int) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("shard", [pytest.param(False, marks=pytest.mark.slow), True])  # a whole run each
 def test_a_run_writes_a_trace_of_its_steps(workspace: Workspace, shard: bool) -> None:
     folder = f"profile-{shard}"
     code, run = workspace.run(f"run.folder={folder}", *SETTINGS, f"communication.shard_optimizer={str(shard).lower()}")
@@ -76,6 +76,7 @@ def test_a_span_may_be_ended_elsewhere() -> None:
     assert late.start <= inner.start <= inner.end <= late.end
 
 
+@pytest.mark.slow  # a whole run
 @pytest.mark.distributed
 def test_a_run_that_ends_within_the_trace_writes_what_there_is(workspace: Workspace) -> None:
     code, run = workspace.run("run.folder=short", *SETTINGS, "train.max_steps=5")

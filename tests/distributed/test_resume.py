@@ -99,6 +99,7 @@ def test_traffic_of_a_resumed_run(stopped_twice: Path, straight: Path) -> None:
     assert metrics_of(stopped_twice)[name] == metrics_of(straight)[name] > 0
 
 
+@pytest.mark.slow  # five runs; the way of a sharded state through a checkpoint is in test_sharded.py
 def test_sharded_run_stopped_and_resumed(workspace: Workspace) -> None:
     """Optimizer state goes through the unsharded form and back without a change."""
     sharded = (*SETTINGS, "communication.shard_optimizer=true", "optimizer.step_per_bucket=true", "optimizer.name=lamb")
@@ -140,6 +141,7 @@ def test_a_signal_to_one_rank_stops_all_under_its_own_number(workspace: Workspac
     assert json.loads((folder / "stopped.json").read_text(encoding="utf-8"))["signal"] == "SIGUSR1"
 
 
+@pytest.mark.slow  # five runs with up to four ranks; slices for any number of ranks are in the tests of snapshots
 def test_another_number_of_ranks_goes_on_with_the_same_samples(workspace: Workspace) -> None:
     """Global batches stay in order; who computes what does not matter. The run of one rank takes over from two."""
     steps = 200

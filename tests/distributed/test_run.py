@@ -200,7 +200,11 @@ def test_all_ranks_plan_with_one_fit_of_all_their_times(pool: Callable[[int], Ra
     assert fits[0] == pytest.approx((1.05 * LINEAR, 1.05 * QUADRATIC), rel=1e-6), "the second rank is a tenth slower"
 
 
-@pytest.mark.parametrize("strategy", ["pad_to_longest", "stratified_presort", "packed"])
+# Each is a whole run; plans and layouts of every strategy are tested without one
+@pytest.mark.parametrize(
+    "strategy",
+    ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pad_to_longest", "stratified_presort"))],
+)
 def test_a_run_under_every_kind_of_strategy(workspace: Workspace, strategy: str) -> None:
     folder = f"run.folder={strategy}"
     strata = ["balance.num_strata=2"] if strategy == "stratified_presort" else []

@@ -25,13 +25,17 @@ def kept(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-@pytest.mark.parametrize("moment", drills.MOMENTS)
+# One moment here; the others, and the drills marked slow, are also what `python -m scripts.faults.drill` runs
+@pytest.mark.parametrize(
+    "moment", [pytest.param(each, marks=() if each == "compute" else pytest.mark.slow) for each in drills.MOMENTS]
+)
 def test_a_killed_rank(against: drills.Against, moment: str) -> None:
     found = kept(drills.kill(against, random.Random(moment), moment))
     assert found["exit_code"] == 0
     assert found["detect_s"] is None or found["detect_s"] <= against.drill.timeout_s + against.drill.slack_s
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_in_time(against: drills.Against) -> None:
     found = kept(drills.silence(against, "hang"))
     assert "rank 1 (" in found["says"]
@@ -72,6 +76,7 @@ def test_results_that_turn_read_only(against: drills.Against) -> None:
     kept(drills.read_only_results(against))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["vanishes", "changes"])
 def test_a_store_that_is_lost(against: drills.Against, store: Path, how: str) -> None:
     kept(drills.lost_data(against, store, how))

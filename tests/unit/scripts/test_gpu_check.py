@@ -26,6 +26,7 @@ from gpu.stage import CheckFailed, Context, NotAvailable, Stage
 NO_DEVICE = {"tests", "energy"}  # have nothing to do on a CPU without counters
 
 
+@pytest.mark.slow  # a minute and a half: every stage is a process of its own, some of them compile
 @pytest.mark.timeout(1200)  # starts twenty processes; a busy machine is slow at that
 def test_every_stage_passes_on_this_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--out", str(tmp_path / "out")]
