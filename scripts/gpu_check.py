@@ -90,7 +90,8 @@ GOALS = {  # of a run on a GPU
     "hidden_share_error": ("at most", 0.05),
 }
 _LEAST_S = 5.0  # a stage is not begun with less
-_CPU_PATIENCE = 4  # limits are of a GPU machine's processors; a CPU that others use as well may need longer
+CPU_LIMIT_FACTOR = 4
+"""Times the limit that a stage has on a CPU: limits are of a GPU machine, and a CPU may be in use by others as well."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -153,7 +154,7 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 def run_stage(name: str, args: argparse.Namespace, out: Path, scratch: Path, seconds: float) -> dict[str, Any]:
     """Run one stage in a process of its own, for at most `seconds`. Its record, which is also in `out`."""
     stage = STAGES[name]
-    own = stage.limit_s * (_CPU_PATIENCE if args.device == "cpu" else 1)
+    own = stage.limit_s * (CPU_LIMIT_FACTOR if args.device == "cpu" else 1)
     limit = min(own, seconds)
     record = out / f"{name}.json"
     record.unlink(missing_ok=True)

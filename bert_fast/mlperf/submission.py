@@ -159,7 +159,7 @@ def check_submission(package: str | Path, ruleset: str) -> tuple[list[CheckRow],
     metrics: dict[str, Any] = {}
     for folder in folders:
         system = folder.parent.name
-        own_checks, division = _check_runs(folder, ruleset)
+        own_checks, division = check_runs(folder, ruleset)
         rows += own_checks
         description = package / "systems" / f"{system}.json"
         if description.is_file():
@@ -219,8 +219,16 @@ def _score_row(folder: Path, scale: float, metrics: dict[str, Any]) -> CheckRow:
     return CheckRow(f"{system}: score", True, f"{score.minutes:.4f} min, mean without fastest and slowest{scaled}")
 
 
-def _check_runs(folder: Path, ruleset: str) -> tuple[list[CheckRow], str]:
-    """Our own checks of a system's runs, stricter than the checkers', and the compliance checker on each."""
+def check_runs(folder: Path, ruleset: str) -> tuple[list[CheckRow], str]:
+    """Our own checks of a system's runs, stricter than the checkers', and the compliance checker on each.
+
+    Args:
+        folder: `results/<system>/bert` of a package.
+        ruleset: MLPerf's, such as "5.0.0".
+
+    Returns:
+        The rows of the verdict table, and the division that the first readable log names ("unknown" without one).
+    """
     system = folder.parent.name
     paths = sorted(folder.glob("result_*.txt"))
     names = {path.name for path in paths}

@@ -102,7 +102,7 @@ class Lamb(RunOptimizer):
     def _norms(self, parameters: list[torch.Tensor], updates: list[torch.Tensor]) -> Iterable[Iterable[torch.Tensor]]:
         """Norms of weights and of updates, of whole parts. `updates` are those of the parameters' parts, in order."""
         parts = [part for p in parameters for part in p.split(parts_of(p))]
-        weights, steps = _norms(parts), _norms(updates)
+        weights, steps = norms_of(parts), norms_of(updates)
         if self.share_squares is None:
             return weights, steps
         squares = self.share_squares(parameters, torch.stack([torch.stack(weights), torch.stack(steps)]).square())
@@ -119,8 +119,11 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
     return Lamb(groups, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
 
 
-def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Norm of each tensor, 0-dim. torch's on the CPU adds up one square after the other: of 31 million it loses a percent."""
+def norms_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The 2-norm of each tensor, 0-dim and of its dtype; the tensors, of which there is at least one, are on one device.
+
+    torch's own on the CPU adds up one square after the other: of 31 million it loses a percent.
+    """
     if tensors[0].device.type != "cpu":
         return list(torch._foreach_norm(tensors))
     norms = []

@@ -194,11 +194,12 @@ def table(record: dict[str, Any]) -> str:
         )
     stall = record.get("checkpoint")
     if stall:
-        lines += ["", _stall_text(stall)]
+        lines += ["", stall_text(stall)]
     return "\n".join(lines) + "\n"
 
 
-def _stall_text(stall: dict[str, Any]) -> str:
+def stall_text(stall: dict[str, Any]) -> str:
+    """What `checkpoint_stall` has found, as a paragraph of the page."""
     stall_ms, sync_ms, slower_ms, waited_ms = (
         1e3 * stall[name] for name in ("stall_s", "synchronous_s", "slower_s", "slower_waited_for_s")
     )

@@ -66,9 +66,9 @@ def run(context: Context) -> None:
             label = f"{name} {str(dtype).removeprefix('torch.')}"
             case = cases[dtype]
             if context.has_time(3, label):
-                agreed += context.case(label, partial(_agrees, case, name, dtype, device))
+                agreed += context.case(label, partial(check_agreement, case, name, dtype, device))
             if context.has_time(3, f"{label} with dropout"):
-                context.case(f"{label} with dropout", partial(_drops, case, name, dtype, device, draws))
+                context.case(f"{label} with dropout", partial(check_dropout, case, name, dtype, device, draws))
     samples = 4 if context.tiny else 56
     timed = make_case(
         [max(2, int(n) // (8 if context.tiny else 1)) for n in -np.sort(-wikipedia_like(samples).astype(int))],
@@ -99,7 +99,13 @@ def _gap(computed: torch.Tensor, exact: torch.Tensor) -> float:
     return float((computed.double() - exact).norm() / exact.norm())
 
 
-def _agrees(case: Case, name: str, dtype: torch.dtype, device: torch.device) -> None:
+def check_agreement(case: Case, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Output and gradient of the backend `name` in `dtype` are those of the loop in fp64, to the rounding of `dtype`.
+
+    Raises:
+        CheckFailed: one is not.
+        NotAvailable: the device cannot run this backend.
+    """
     _require(name, device, dtype, 0.0)
     exact = case.compute("loop", torch.float64)
     for what, computed, wanted in zip(("output", "gradient"), case.compute(name, dtype), exact, strict=True):
@@ -108,10 +114,14 @@ def _agrees(case: Case, name: str, dtype: torch.dtype, device: torch.device) -> 
             raise CheckFailed(f"{what} is {gap:.2g} off the loop in fp64, may be {_TOLERANCE[dtype]:g}")
 
 
-def _drops(case: Case, name: str, dtype: torch.dtype, device: torch.device, draws: int) -> None:
+def check_dropout(case: Case, name: str, dtype: torch.dtype, device: torch.device, draws: int) -> None:
     """Dropout: something is dropped; backward drops what forward dropped; the mean over draws is the output without it.
 
     For any fixed choice of what is dropped the output is linear in the values, so <gradient of V, V> = <grad, output>.
+
+    Raises:
+        CheckFailed: one of these does not hold.
+        NotAvailable: the device cannot run this backend.
     """
     _require(name, device, dtype, _P)
     exact, _ = case.compute("loop", torch.float64)

@@ -157,7 +157,7 @@ def _measure_once(
     reset_peak(context.device)
     times = repeat(step, context.device, count, warm_up=1 if context.tiny else warm_up)
     seconds = sum(times)
-    lengths = np.concatenate([_real_lengths(each) for each in batches]).astype(np.float64)
+    lengths = np.concatenate([sample_lengths(each) for each in batches]).astype(np.float64)
     masked = sum(int((each.masked_labels >= 0).sum()) for each in batches)
     flops = train_flops(config.model, float(lengths.sum()), float((lengths**2).sum()), masked)
     row: dict[str, Any] = {
@@ -176,8 +176,8 @@ def _measure_once(
     return row
 
 
-def _real_lengths(batch: Batch) -> np.ndarray:
-    """Lengths of the samples; sequences that only fill a row have no label."""
+def sample_lengths(batch: Batch) -> np.ndarray:
+    """Lengths of a batch's samples, int64 [B], without sequences that only fill a row, which have no label."""
     labels = np.full(len(batch.lengths), -1)
     labels[: len(batch.next_sentence_labels)] = batch.next_sentence_labels
     return np.array(batch.lengths)[labels >= 0]

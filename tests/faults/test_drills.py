@@ -94,4 +94,4 @@ def test_what_a_checkpoint_costs(against: drills.Against, tmp_path: Path, monkey
     found = fault_drill.checkpoint_stall(against.drill.config, tmp_path, checkpoints=12, every=3)
     assert {row["kind"] for row in found["records"]} == {"beside", "waited for", "none"}
     assert 0 < found["stall_s"] < found["synchronous_s"]
-    assert "training waits" in fault_drill._stall_text(found)
+    assert "training waits" in fault_drill.stall_text(found)

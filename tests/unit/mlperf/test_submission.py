@@ -17,12 +17,11 @@ from support.paths import ROOT
 from bert_fast.claims import claimed
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.mlperf import submission as module
 from bert_fast.mlperf.compliance import check_log
 from bert_fast.mlperf.convergence import judge, reference_point, reference_points
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.mlperf.rules import INIT_LIMIT_S, check_init_time
-from bert_fast.mlperf.submission import check_submission, lay_out
+from bert_fast.mlperf.submission import CheckRow, check_runs, check_submission, lay_out
 from bert_fast.mlperf.system import FIELDS, STATUSES, collect_system, complete_system, read_given_fields, template
 from bert_fast.model.checkpoints import google_variables
 from bert_fast.run_folder import RUN
@@ -90,7 +89,7 @@ def make(tmp_path: Path, make_config: Callable[..., Config]) -> Callable[..., Pa
     return build
 
 
-def faults(rows: list[module.CheckRow]) -> dict[str, str]:
+def faults(rows: list[CheckRow]) -> dict[str, str]:
     return {row.check.removeprefix("box: "): row.detail for row in rows if row.passed is False}
 
 
@@ -204,7 +203,7 @@ def test_a_broken_log_is_reported_with_its_name(make: Callable[..., Path], name:
     if division == "open" and name in ("missing key", "bad accuracy", "two batches"):
         return  # no fault of this kind in the open division
     package = make(division, edit={7: edit})
-    rows, found_division = module._check_runs(package / "results/box/bert", RULESET)
+    rows, found_division = check_runs(package / "results/box/bert", RULESET)
     found = faults(rows)
     assert found_division == division
     assert check in found, found
@@ -216,9 +215,7 @@ def test_one_run_of_ten_may_miss_the_target_and_two_may_not(make: Callable[..., 
         return text.replace('"status": "success"', '"status": "aborted"').replace("0.7301", "0.6")
 
     for count, passed in ((1, True), (2, False)):
-        rows, _ = module._check_runs(
-            make("open", edit=dict.fromkeys(range(count), aborted)) / "results/box/bert", RULESET
-        )
+        rows, _ = check_runs(make("open", edit=dict.fromkeys(range(count), aborted)) / "results/box/bert", RULESET)
         row = next(row for row in rows if row.check == "box: converged")
         assert row.passed is passed
         assert "result_0.txt" in row.detail

@@ -17,7 +17,7 @@ from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.build import build_optimizer, has_decay
-from bert_fast.optim.lamb import Lamb, _norms
+from bert_fast.optim.lamb import Lamb, norms_of
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.parts import declare_parts, parts_of
 
@@ -271,7 +271,7 @@ def test_norms_are_those_of_double_precision(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(shape).sign() * 0.97, torch.randn(shape) * 0.02]
     expected = [tensor.double().norm().item() for tensor in tensors]
-    assert [norm.item() for norm in _norms(tensors)] == pytest.approx(expected, rel=2e-6)
+    assert [norm.item() for norm in norms_of(tensors)] == pytest.approx(expected, rel=2e-6)
 
 
 def test_the_model_declares_what_it_has_fused() -> None:

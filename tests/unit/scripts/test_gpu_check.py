@@ -63,8 +63,7 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
 @pytest.fixture
 def bad_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ("crashes", "hangs", "raises", "lacks", "fails a case", "works")
-    monkeypatch.setattr(gpu_check, "_CPU_PATIENCE", 1)
-    limits = dict.fromkeys(kinds, 60.0) | {"hangs": 3.0}
+    limits = dict.fromkeys(kinds, 60.0) | {"hangs": 3.0 / gpu_check.CPU_LIMIT_FACTOR}
     stages = {kind: Stage("support.gpu_check_stages", limits[kind], kind, {"how": kind}) for kind in kinds}
     monkeypatch.setattr(gpu_check, "STAGES", stages)
 
@@ -172,17 +171,17 @@ def test_an_attention_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) ->
     case = attention.make_case([5, 17, 33], 2, torch.float32, "cpu")
     device = torch.device("cpu")
     right = rectangles.GROUPED
-    attention._agrees(case, "grouped", torch.float32, device)
-    attention._drops(case, "grouped", torch.float32, device, 12)
+    attention.check_agreement(case, "grouped", torch.float32, device)
+    attention.check_dropout(case, "grouped", torch.float32, device, 12)
     monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: 1.001 * right(qkv, layout, p)))
     with pytest.raises(CheckFailed, match="off the loop"):
-        attention._agrees(case, "grouped", torch.float32, device)
+        attention.check_agreement(case, "grouped", torch.float32, device)
     monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: right(qkv, layout, 0.0)))
     with pytest.raises(CheckFailed, match="nothing is dropped"):
-        attention._drops(case, "grouped", torch.float32, device, 12)
+        attention.check_dropout(case, "grouped", torch.float32, device, 12)
     monkeypatch.setattr(rectangles, "GROUPED", Backend(lambda qkv, layout, p: 1.1 * right(qkv, layout, p)))
     with pytest.raises(CheckFailed, match="mean of"):
-        attention._drops(case, "grouped", torch.float32, device, 12)
+        attention.check_dropout(case, "grouped", torch.float32, device, 12)
 
     class Redrawn(torch.autograd.Function):
         """Backward with another draw than forward."""
@@ -202,9 +201,9 @@ def test_an_attention_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(rectangles, "GROUPED", Backend(Redrawn.apply))
     with pytest.raises(CheckFailed, match="other weights than forward"):
-        attention._drops(case, "grouped", torch.float32, device, 12)
+        attention.check_dropout(case, "grouped", torch.float32, device, 12)
     with pytest.raises(NotAvailable, match="CUDA"):
-        attention._agrees(case, "varlen", torch.float32, device)
+        attention.check_agreement(case, "varlen", torch.float32, device)
 
 
 def test_collectives_of_a_modelled_link_queue_up() -> None:
@@ -230,10 +229,10 @@ def test_every_peer_gets_the_same_samples(tmp_path: Path) -> None:
     config = make_config(step.arguments(context, "large", 56), "fp32")
     drawn, grouped, packed = (step.batches_of(config, step.PEERS[name]) for name in ("ours", "hf_best", "ours_graphs"))
     lengths = [
-        sorted(n for batch in batches for n in step._real_lengths(batch).tolist()) for batches in (drawn, grouped)
+        sorted(n for batch in batches for n in step.sample_lengths(batch).tolist()) for batches in (drawn, grouped)
     ]
     assert lengths[0] == lengths[1]
     spread = [sum(max(b.lengths) - min(b.lengths) for b in batches) for batches in (drawn, grouped)]
     assert spread[1] < spread[0]
     assert len({batch.num_tokens for batch in packed}) == 1, "one shape"
-    assert sum(len(step._real_lengths(batch)) for batch in packed) == len(lengths[0])
+    assert sum(len(step.sample_lengths(batch)) for batch in packed) == len(lengths[0])
