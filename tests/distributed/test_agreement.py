@@ -16,7 +16,6 @@ import torch.distributed as dist
 from support.rank_pool import RankPool
 from support.steps import cpu_rank
 from support.tiny_task import config_over
-from support.training_run import Workspace
 
 from bert_fast.balance.planner import Planner
 from bert_fast.config import sections
@@ -291,16 +290,3 @@ def test_another_cost_in_a_file_in_another_place_is_named(pool: Pools, tiny_stor
 
 def every_setting() -> list[str]:
     return [f"{name}.{field}" for name, section in sections().items() for field in section.model_fields]
-
-
-def test_a_list_of_buckets_that_does_not_cover_the_model_is_said(workspace: Workspace) -> None:
-    settings = ("train.max_steps=1", "evaluation.every_samples=100000")
-    code, run = workspace.run("run.folder=short", "communication.bucket_mb=[0.02,0.01]", *settings)
-    assert code == 0, run.stderr
-    assert "communication.bucket_mb lists 2 sizes and the model fills 3 buckets: the last size repeats" in run.stdout
-    code, run = workspace.run("run.folder=long", "communication.bucket_mb=[0.02,100,5,5]", *settings)
-    assert code == 0, run.stderr
-    assert (
-        "communication.bucket_mb lists 4 sizes and the model fills 2 buckets: the other sizes are not used"
-        in run.stdout
-    )

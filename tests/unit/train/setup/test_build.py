@@ -13,13 +13,13 @@ from support.one_run import execute
 from support.steps import PlannedSteps, weights_of
 
 from bert_fast.communication.bucket_record import ends_of_record
-from bert_fast.communication.buckets import order_gradients
+from bert_fast.communication.buckets import lay_out, order_gradients
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.config import Config
 from bert_fast.config.choices import ENGINES, OBJECTIVES, Choice
 from bert_fast.model.objective import MlmNsp
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.build import build, build_model, make_engine, make_layout
+from bert_fast.train.setup.build import bucket_note, build, build_model, make_engine, make_layout
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
@@ -127,3 +127,24 @@ def test_the_ends_of_a_runs_record_are_taken(ends: list[int]) -> None:
 )
 def test_a_record_of_other_gradients_is_not_taken(record: dict[str, Any]) -> None:
     assert ends_of_record(record, ORDERING) is None
+
+
+@pytest.mark.parametrize(
+    ("ends", "note"),
+    [
+        ([2], "lists 3 sizes and the model fills 1 buckets: the other sizes are not used"),
+        ([1, 2], "lists 3 sizes and the model fills 2 buckets: the other sizes are not used"),
+        ([1, 2, 3, 4], "lists 3 sizes and the model fills 4 buckets: the last size repeats"),
+        ([1, 2, 4], None),
+    ],
+)
+def test_a_list_of_sizes_that_is_not_as_long_as_the_buckets_is_said(
+    make_config: Callable[..., Config], ends: list[int], note: str | None
+) -> None:
+    config = make_config("communication.bucket_mb=[0.02, 0.01, 5]")
+    count = ends[-1]
+    ordering = order_gradients(
+        [f"t{i}" for i in range(count)], [4] * count, list(range(count)), clip_groups="tensor", whole_groups=True
+    )
+    said = bucket_note(config, lay_out(ordering, ends))
+    assert said == (None if note is None else f"communication.bucket_mb {note}")
