@@ -149,23 +149,23 @@ def build(args: argparse.Namespace) -> Path:
     """Run or collect, and lay the package out. Returns the organization's folder."""
     if not args.system:
         raise UserError("--system FILE is missing; make one with --describe FILE and fill it in")
-    person, out = read_given_fields(args.system), Path(args.out)
+    given, out = read_given_fields(args.system), Path(args.out)
     collected = collect_system()
     if args.config:  # what would fail at the end is found before hours of runs
         config = load_config(args.config, args.overrides)
-        first = complete_system(collected, person, config.mlperf.division, 1)
+        first = complete_system(collected, given, config.mlperf.division, 1)
         check_names(*_names(args, first))
         if args.runs != NUM_RUNS:
             raise UserError(f"--runs {args.runs}: a package has {NUM_RUNS} results")
     with claimed(out, SUBMISSION):
-        return _build(args, out, person, collected)
+        return _build(args, out, given, collected)
 
 
-def _build(args: argparse.Namespace, out: Path, person: dict[str, Any], collected: dict[str, Any]) -> Path:
+def _build(args: argparse.Namespace, out: Path, given: dict[str, Any], collected: dict[str, Any]) -> Path:
     logs = run_seeds(args, out) if args.config else collect(args.logs)
     facts = facts_of(logs[0])
     nodes = int(facts.get("number_of_nodes", 1))
-    description = complete_system(collected, person, facts["submission_division"], nodes)
+    description = complete_system(collected, given, facts["submission_division"], nodes)
     organization, system = _names(args, description)
     return lay_out(
         logs,

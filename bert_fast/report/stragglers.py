@@ -149,7 +149,7 @@ class StragglerTally:
 
 
 def text(worst: Sequence[Straggler], hosts: Sequence[str] | None = None, unit: str = "steps") -> str:
-    """One line for a person: the slow ranks among `worst`, or that there are none.
+    """One line for the user: the slow ranks among `worst`, or that there are none.
 
     `hosts` names each rank's node; `unit` is what a column of the tables was.
     """

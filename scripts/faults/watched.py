@@ -39,7 +39,7 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """Its lines for a person."""
+        """Its lines for the user."""
         return [line for line in self.output.splitlines() if line.startswith("error: ")]
 
 
