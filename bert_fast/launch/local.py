@@ -199,6 +199,12 @@ class RankProcesses:
         for text, ranks in causes_of(reports).items():
             who = "" if len(ranks) == len(codes) else f"rank {format_ranks(ranks)}: "
             print(f"error: {who}{text}", file=sys.stderr)
+        if not reports:  # a rank that could not write its report any more
+            print(
+                f"error: rank {format_ranks(culprits)} ended with exit code {codes[culprits[0]]} and left no report; "
+                "the lines above may say why. Start again, or --resume from the last checkpoint",
+                file=sys.stderr,
+            )
         return codes[culprits[0]] if codes[culprits[0]] > 0 else ExitCode.LOST_RANK
 
 

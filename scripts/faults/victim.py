@@ -109,7 +109,7 @@ def alternate() -> None:
         kind = KINDS[calls[0] % len(KINDS)]
         calls[0] += 1
         if kind == "none":
-            self.records.append({"step": float(description["step"]), "stall_s": 0.0})
+            self.records.append({"step": float(description["step"]), "stall_s": 0.0, "copy_s": 0.0, "total_s": 0.0})
         else:
             self.wait()  # for the one before: its tail must not be counted to this one
             start(self, slices, own, description, began)

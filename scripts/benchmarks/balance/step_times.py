@@ -30,6 +30,7 @@ from bert_fast.command import guarded, whole
 from bert_fast.config import BalanceConfig, ModelConfig
 from bert_fast.config.choices import STRATEGIES
 from bert_fast.data.batch import Batch
+from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.model.flops import cost_coefficients
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
@@ -97,7 +98,12 @@ class Bench:
                 seconds = self.seconds(batch)
                 if number:
                     rows.append((probe.sum(), (probe**2).sum(), 1e3 * seconds))
-        return fit_cost(np.array(rows, np.float64))
+        try:
+            return fit_cost(np.array(rows, np.float64))
+        except ValueError as error:  # times on a busy machine may fall with the length
+            raise UserError(
+                f"the cost of a step could not be fitted: {error}; measure again on a quieter machine"
+            ) from None
 
 
 def make_planner(lengths: np.ndarray, strategy: str, cost: CostModel, ranks: int, micro_batch_size: int) -> Planner:
