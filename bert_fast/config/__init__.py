@@ -4,6 +4,7 @@ A run is one `Config`, read from YAML with dotted overrides (`bert_fast.config.l
 documentation: `run_pretraining.py --help` prints them with their defaults.
 """
 
+from bert_fast.config.averaging import AveragingConfig
 from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
@@ -22,6 +23,7 @@ from bert_fast.config.system import SystemConfig
 from bert_fast.config.train import TrainConfig
 
 __all__ = [
+    "AveragingConfig",
     "BalanceConfig",
     "BatchConfig",
     "CheckpointConfig",

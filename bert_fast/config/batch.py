@@ -19,6 +19,11 @@ class BatchConfig(Section):
     gradient_accumulation_steps: Annotated[int, Field(gt=0, le=4096)] = Field(
         1, description="micro-batches that every rank runs per optimizer step"
     )
+    virtual_ranks: Annotated[int, Field(gt=0, le=2**17)] = Field(
+        1,
+        description="ranks whose shares every real rank computes, one after the other, clipped and counted as the real one "
+        "would be: one machine repeats the mathematics of world_size x virtual_ranks ranks",
+    )
     shape_multiple: Count = Field(
         64,
         description="pad the tokens of a micro-batch to a multiple of this number with a dummy sequence, and its "

@@ -24,10 +24,133 @@ class Choice:
     what: str
 
 
+@dataclass(frozen=True)
+class OptimizerChoice(Choice):
+    """What a run must know of an optimizer before it is built.
+
+    settings:       fields of `optimizer` that this one reads and not every one does
+    state_values:   fp32 numbers that it keeps for each parameter; None where they depend on its arguments
+    not_per_bucket: why it cannot update a bucket while later ones are on the wire; empty: it can
+    not_sharded:    why ranks cannot update parts of tensors; empty: they can
+    capturable:     whether a CUDA graph can hold its step
+    package:        what must be installed beside torch
+    source:         where its rule is from
+    """
+
+    settings: tuple[str, ...] = ()
+    state_values: float | None = 2.0
+    not_per_bucket: str = ""
+    not_sharded: str = ""
+    capturable: bool = True
+    package: str = ""
+    source: str = ""
+
+
+_ADAM = ("beta1", "beta2", "eps")
+
 # A function (named parameters, OptimizerConfig) -> optim.build.RunOptimizer, as bert_fast/optim/adamw.py has it.
 OPTIMIZERS = {
-    "adamw": Choice("bert_fast.optim.adamw:build", "torch's fused AdamW"),
-    "lamb": Choice("bert_fast.optim.lamb:build", "LAMB as MLPerf's reference has it"),
+    "adamw": OptimizerChoice(
+        "bert_fast.optim.adamw:build",
+        "torch's fused AdamW",
+        settings=(*_ADAM, "use_apex"),
+        source="Loshchilov and Hutter, arXiv 1711.05101",
+    ),
+    "adam": OptimizerChoice(
+        "bert_fast.optim.adam:build",
+        "torch's fused Adam, with weight decay in the gradient (L2)",
+        settings=(*_ADAM, "use_apex"),
+        source="Kingma and Ba, arXiv 1412.6980",
+    ),
+    "nadamw": OptimizerChoice(
+        "bert_fast.optim.nadamw:build",
+        "torch's NAdam with decoupled weight decay",
+        settings=_ADAM,
+        source="Dozat, ICLR 2016 workshop; arXiv 1711.05101",
+    ),
+    "lamb": OptimizerChoice(
+        "bert_fast.optim.lamb:build",
+        "LAMB as MLPerf's reference has it",
+        settings=(*_ADAM, "trust"),
+        source="You et al., arXiv 1904.00962",
+    ),
+    "muon": OptimizerChoice(
+        "bert_fast.optim.muon:build",
+        "Muon for the encoder's matrices, AdamW for all else",
+        settings=(*_ADAM, "momentum", "nesterov", "newton_schulz_steps", "newton_schulz_dtype", "adjust_lr", "muon_lr"),
+        state_values=None,
+        not_sharded="Muon orthogonalizes whole matrices, and a shard is cut without regard to them",
+        source="Jordan et al. 2024 (kellerjordan.github.io/posts/muon); adjusted rate of arXiv 2502.16982",
+    ),
+    "schedule_free": OptimizerChoice(
+        "bert_fast.optim.schedule_free:build",
+        "schedule-free AdamW: evaluates and saves an average of its weights",
+        settings=_ADAM,
+        not_per_bucket="the weight of its average is one number for all tensors, which it moves in every call",
+        capturable=False,
+        package="schedulefree",
+        source="Defazio et al., arXiv 2405.15682",
+    ),
+    "pytorch_optimizer": OptimizerChoice(
+        "bert_fast.optim.package:build",
+        "a class of the package pytorch_optimizer: optimizer.class_name with optimizer.arguments",
+        settings=("class_name", "arguments"),
+        state_values=None,
+        not_per_bucket="the package's optimizers may count their steps for all tensors together",
+        not_sharded="the package's optimizers may need whole tensors",
+        capturable=False,
+        package="pytorch_optimizer",
+        source="github.com/kozistr/pytorch_optimizer, which names the paper of each class",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class AveragingChoice(Choice):
+    """`settings`: fields of `averaging` that this method reads."""
+
+    settings: tuple[str, ...] = ()
+
+
+# A class (parameters, AveragingConfig) -> optim.averaging.WeightAverage. `none` is no entry: nothing is averaged.
+AVERAGES = {
+    "exponential": AveragingChoice(
+        "bert_fast.optim.averaging:ExponentialAverage", "an exponential moving average", settings=("decay",)
+    ),
+    "last": AveragingChoice(
+        "bert_fast.optim.averaging:LastAverage", "the mean of the last few snapshots", settings=("keep",)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DecayChoice(Choice):
+    """`settings`: fields of `schedule` that this decay reads and not every one does."""
+
+    settings: tuple[str, ...] = ()
+
+
+# A function (progress of the decay from 0 to 1, count of the update, ScheduleConfig, base rate) -> rate, as
+# bert_fast/optim/schedule.py has it.
+DECAYS = {
+    "polynomial": DecayChoice(
+        "bert_fast.optim.schedule:polynomial",
+        "to end_lr at total_steps by a power of what is left (MLPerf's)",
+        settings=("end_lr", "power"),
+    ),
+    "cosine": DecayChoice(
+        "bert_fast.optim.schedule:cosine", "to end_lr at total_steps by half a cosine", settings=("end_lr",)
+    ),
+    "linear_to_zero": DecayChoice("bert_fast.optim.schedule:linear_to_zero", "to 0 at total_steps in a line"),
+    "warmup_stable_decay": DecayChoice(
+        "bert_fast.optim.schedule:warmup_stable_decay",
+        "constant, and over the last decay_steps in a line to end_lr at total_steps",
+        settings=("end_lr", "decay_steps"),
+    ),
+    "steps": DecayChoice(
+        "bert_fast.optim.schedule:steps", "times gamma at each of the milestones", settings=("milestones", "gamma")
+    ),
+    "constant": DecayChoice("bert_fast.optim.schedule:constant", "no decay"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from bert_fast.config.section import NonNegativeFloat, Section, Tokens
@@ -18,6 +20,11 @@ class DataConfig(Section):
     )
     vocab_sha256: str | None = Field(
         None, description="SHA-256 of the vocabulary that the stores must have been made with; not compared if unset"
+    )
+    mask_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        None,
+        description="share of a sample's tokens that are predicted. Another than the store was made with needs "
+        "dynamic_masking=true; the store's if unset",
     )
     dynamic_masking: bool = Field(
         False,

@@ -12,10 +12,10 @@ Only a value that is not the default is refused. A config that was printed with 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from bert_fast.config.choices import CLIP_MODES, STRATEGIES
+from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, OPTIMIZERS, STRATEGIES
 
 if TYPE_CHECKING:
     from bert_fast.config.root import Config
@@ -43,21 +43,35 @@ def _first_update_is_in_warmup(config: Config) -> bool:
     return first - schedule.start_warmup_step < schedule.warmup_steps
 
 
-def _is_read_by_strategy(name: str) -> Callable[[Config], bool]:
-    return lambda config: name in STRATEGIES[config.balance.strategy].settings
+class _ReadsSettings(Protocol):
+    @property
+    def settings(self) -> tuple[str, ...]: ...
 
 
-def _rules_of_strategies() -> Iterator[Rule]:
-    """A setting that only some strategies read, by the table of strategies."""
-    names = dict.fromkeys(name for choice in STRATEGIES.values() for name in choice.settings)
-    for name in names:
-        readers = [strategy for strategy, choice in STRATEGIES.items() if name in choice.settings]
-        yield Rule(
-            (f"balance.{name}",),
-            _is_read_by_strategy(name),
-            "balance.strategy={c.balance.strategy} does not read it",
-            f"set balance.strategy={' or '.join(readers)}",
-        )
+# Where a setting chooses from a table, and entries say which further settings of its section they read
+_CHOOSERS: tuple[tuple[str, str, Mapping[str, _ReadsSettings]], ...] = (
+    ("balance", "strategy", STRATEGIES),
+    ("optimizer", "name", OPTIMIZERS),
+    ("schedule", "decay", DECAYS),
+    ("averaging", "method", AVERAGES),
+)
+
+
+def _is_read(section: str, chooser: str, readers: list[str]) -> Callable[[Config], bool]:
+    return lambda config: getattr(getattr(config, section), chooser) in readers
+
+
+def _rules_of_tables() -> Iterator[Rule]:
+    """A setting that only some variants read, by the tables of variants."""
+    for section, chooser, table in _CHOOSERS:
+        for name in dict.fromkeys(name for choice in table.values() for name in choice.settings):
+            readers = [variant for variant, choice in table.items() if name in choice.settings]
+            yield Rule(
+                (f"{section}.{name}",),
+                _is_read(section, chooser, readers),
+                f"{section}.{chooser}={{c.{section}.{chooser}}} does not read it",
+                f"set {section}.{chooser}={' or '.join(readers)}",
+            )
 
 
 _WARMUP_IS_OVER = (
@@ -66,7 +80,7 @@ _WARMUP_IS_OVER = (
 )
 
 RULES = (
-    *_rules_of_strategies(),
+    *_rules_of_tables(),
     Rule(
         ("balance.num_strata",),
         lambda c: c.balance.strata is None,
@@ -109,6 +123,19 @@ RULES = (
         lambda c: c.schedule.start_warmup_step != 0,
         "both ways of counting are the same where schedule.start_warmup_step=0",
         "set schedule.start_warmup_step",
+    ),
+    Rule(
+        ("averaging.every_steps", "averaging.start_step"),
+        lambda c: c.averaging.method != "none",
+        "averaging.method=none averages nothing",
+        "set averaging.method=exponential or last",
+    ),
+    Rule(
+        ("schedule.decay_from",),
+        lambda c: c.schedule.decay not in ("steps", "constant") and c.schedule.warmup_steps > 0,
+        "schedule.decay={c.schedule.decay} with schedule.warmup_steps={c.schedule.warmup_steps} begins to decay at the same "
+        "step either way",
+        "set schedule.warmup_steps",
     ),
     Rule(
         ("schedule.power",),

@@ -37,6 +37,11 @@ class ModelConfig(Section):
     activation: Literal["gelu", "gelu_tanh"] = Field(
         "gelu", description="gelu: by the error function, as in BERT; gelu_tanh: its approximation by tanh"
     )
+    next_sentence: bool = Field(
+        True,
+        description="predict whether segment B follows segment A; false: the model has neither that head nor its pooler, and "
+        "masked tokens alone are learned",
+    )
     attention_backend: Annotated[
         str, one_of(ATTENTION_BACKENDS, also={"auto": "picked by what the device and the packages can; logged"})
     ] = Field("auto", description="how variable-length attention is computed")

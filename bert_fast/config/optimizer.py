@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from bert_fast.config.choices import OPTIMIZERS, one_of
 from bert_fast.config.section import NonNegativeFloat, PositiveFloat, Probability, Section
@@ -18,21 +18,44 @@ class OptimizerConfig(Section):
     beta1: Probability = Field(0.9, description="decay of the first moment per step")
     beta2: Probability = Field(0.999, description="decay of the second moment per step")
     eps: PositiveFloat = Field(1e-6, description="number that is added to the denominator of an update")
-    weight_decay: NonNegativeFloat = Field(0.01, description="decoupled weight decay; biases and LayerNorm never decay")
+    weight_decay: NonNegativeFloat = Field(
+        0.01,
+        description="weight decay (adam: L2, in the gradient; all others: decoupled); biases and LayerNorm never decay",
+    )
     step_per_bucket: bool = Field(
         False,
         description="update the weights of each bucket as soon as it is reduced, while later ones are on the wire; "
         "false: update all at the end. The weights are the same. true needs engine bucketed, and clip none or "
         "bucket_before_reduce",
     )
-    use_apex: bool = Field(False, description="adamw: use apex's FusedAdam; the run stops if apex is not installed")
-
-    @model_validator(mode="after")
-    def _apex_has_no_reference_lamb(self) -> OptimizerConfig:
-        if self.use_apex and self.name == "lamb":
-            raise ValueError(
-                "optimizer.use_apex=true with optimizer.name=lamb: apex's LAMB takes one trust ratio for query, key and value "
-                "together, and no ratio where weight_decay is 0, while MLPerf's reference always has one for each; set "
-                "optimizer.use_apex=false"
-            )
-        return self
+    use_apex: bool = Field(
+        False, description="adamw, adam: use apex's FusedAdam; the run stops if apex is not installed"
+    )
+    trust: Literal["tensor", "group", "global"] = Field(
+        "tensor",
+        description="lamb: what has one trust ratio. tensor: each tensor of MLPerf's reference; group: all of an encoder "
+        "layer, of the embeddings or of the heads; global: the whole model",
+    )
+    momentum: Probability = Field(0.95, description="muon: decay of the momentum of its matrices per step")
+    nesterov: bool = Field(True, description="muon: look one step of the momentum ahead")
+    newton_schulz_steps: Annotated[int, Field(ge=1, le=100)] = Field(
+        5, description="muon: iterations that orthogonalize a matrix's update"
+    )
+    newton_schulz_dtype: Literal["auto", "bf16", "fp32", "fp64"] = Field(
+        "auto", description="muon: format of those iterations. auto: bf16 where the hardware has it, and else fp32"
+    )
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="muon: factor of the rate for an A x B matrix. match_rms_adamw: 0.2 sqrt(max(A, B)), so that AdamW's "
+        "rate and weight decay serve; original: sqrt(max(1, A / B))",
+    )
+    muon_lr: PositiveFloat | None = Field(
+        None, description="muon: learning rate of its matrices, which follows the schedule too; lr if unset"
+    )
+    class_name: str | None = Field(
+        None, description="pytorch_optimizer: name of the class, such as SOAP, Lion or Shampoo, in any case"
+    )
+    arguments: dict[str, Any] = Field(
+        {},
+        description="pytorch_optimizer: arguments of the class beside lr and weight_decay, such as {betas: [0.9, 0.95]}",
+    )

@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from bert_fast.config.averaging import AveragingConfig
 from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
-from bert_fast.config.choices import ATTENTION_BACKENDS, CLIP_MODES, ENGINES, SHARDED_ENGINES
+from bert_fast.config.choices import ATTENTION_BACKENDS, CLIP_MODES, ENGINES, OPTIMIZERS, SHARDED_ENGINES
 from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.effects import idle_settings
@@ -40,6 +41,9 @@ class Config(Section):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="the update rule")
     schedule: ScheduleConfig = Field(description="the learning rate over steps")
+    averaging: AveragingConfig = Field(
+        default_factory=AveragingConfig, description="averages of the weights, to be evaluated in their place"
+    )
     train: TrainConfig = Field(description="the loop: seeds, precision and number of steps")
     evaluation: EvaluationConfig = Field(description="the held-out store, when it is evaluated, and the target")
     checkpoint: CheckpointConfig = Field(
@@ -83,13 +87,19 @@ def _raise_if_any(problems: Iterable[str]) -> None:
 
 def _global_batch_is_the_product(config: Config) -> str | None:
     batch, world = config.batch, config.system.world_size
-    product = batch.micro_batch_size * world * batch.gradient_accumulation_steps
+    factors = {
+        "micro_batch_size": batch.micro_batch_size,
+        "world_size": world,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+    }
+    if batch.virtual_ranks > 1:
+        factors["virtual_ranks"] = batch.virtual_ranks
+    product = math.prod(factors.values())
     if batch.global_batch_size == product:
         return None
     return (
-        f"batch.global_batch_size={batch.global_batch_size} is not micro_batch_size x world_size x "
-        f"gradient_accumulation_steps = {batch.micro_batch_size} x {world} x {batch.gradient_accumulation_steps} = "
-        f"{product}; set batch.global_batch_size={product} or change a factor"
+        f"batch.global_batch_size={batch.global_batch_size} is not {' x '.join(factors)} = "
+        f"{' x '.join(map(str, factors.values()))} = {product}; set batch.global_batch_size={product} or change a factor"
     )
 
 
@@ -188,6 +198,20 @@ def _clipping_can_step_per_bucket(config: Config) -> str | None:
     )
 
 
+def _optimizer_can_step_per_bucket(config: Config) -> str | None:
+    name = config.optimizer.name
+    reason = OPTIMIZERS[name].not_per_bucket or _needs_all_of_a_group(config)
+    if not config.optimizer.step_per_bucket or not reason:
+        return None
+    return f"optimizer.step_per_bucket=true with optimizer.name={name}: {reason}; set optimizer.step_per_bucket=false"
+
+
+def _needs_all_of_a_group(config: Config) -> str:
+    if config.optimizer.name != "lamb" or config.optimizer.trust == "tensor":
+        return ""
+    return f"optimizer.trust={config.optimizer.trust} needs norms over several tensors, which lie in several buckets"
+
+
 def _apex_cannot_step_per_bucket(config: Config) -> str | None:
     if not (config.optimizer.step_per_bucket and config.optimizer.use_apex):
         return None
@@ -206,6 +230,63 @@ def _engine_can_shard(config: Config) -> str | None:
         f"communication.shard_optimizer=true needs communication.engine={able} and it is {engine}; set "
         f"communication.engine={able} or communication.shard_optimizer=false"
     )
+
+
+def _optimizer_can_shard(config: Config) -> str | None:
+    name = config.optimizer.name
+    reason = OPTIMIZERS[name].not_sharded
+    if not config.communication.shard_optimizer or not reason:
+        return None
+    return f"communication.shard_optimizer=true with optimizer.name={name}: {reason}; set communication.shard_optimizer=false"
+
+
+def _optimizer_can_be_captured(config: Config) -> str | None:
+    name = config.optimizer.name
+    if not config.train.cuda_graphs or OPTIMIZERS[name].capturable:
+        return None
+    able = " or ".join(each for each, choice in OPTIMIZERS.items() if choice.capturable)
+    return (
+        f"train.cuda_graphs=true: a graph cannot hold a step of optimizer.name={name}; set train.cuda_graphs=false or "
+        f"optimizer.name={able}"
+    )
+
+
+def _package_optimizer_is_named(config: Config) -> str | None:
+    if config.optimizer.name != "pytorch_optimizer" or config.optimizer.class_name:
+        return None
+    return "optimizer.name=pytorch_optimizer needs a class; set optimizer.class_name, to SOAP for example"
+
+
+def _schedule_free_is_an_average(config: Config) -> str | None:
+    if config.optimizer.name != "schedule_free" or config.averaging.method == "none":
+        return None
+    return (
+        f"averaging.method={config.averaging.method} with optimizer.name=schedule_free, which averages its weights itself; "
+        "set averaging.method=none"
+    )
+
+
+def _virtual_ranks_have_an_engine(config: Config) -> str | None:
+    if config.batch.virtual_ranks == 1 or config.communication.engine == "bucketed":
+        return None
+    return (
+        f"batch.virtual_ranks={config.batch.virtual_ranks} needs communication.engine=bucketed, which clips between virtual "
+        f"ranks, and it is {config.communication.engine}; set one of them"
+    )
+
+
+def _decay_ends_after_it_begins(config: Config) -> str | None:
+    schedule = config.schedule
+    if schedule.decay_from == "warmup_end" and schedule.warmup_steps >= schedule.total_steps:
+        return (
+            f"schedule.total_steps={schedule.total_steps} ends the decay before it begins at schedule.warmup_steps="
+            f"{schedule.warmup_steps} (schedule.decay_from=warmup_end); raise total_steps"
+        )
+    if schedule.decay == "steps" and not schedule.milestones:
+        return "schedule.decay=steps needs schedule.milestones; list the steps at which the rate falls"
+    if schedule.decay_steps is not None and schedule.decay_steps > schedule.total_steps:
+        return f"schedule.decay_steps={schedule.decay_steps} is more than schedule.total_steps={schedule.total_steps}; lower it"
+    return None
 
 
 def _apex_cannot_shard(config: Config) -> str | None:
@@ -245,8 +326,15 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _attention_backend_has_the_dropout,
     _engine_can_step_per_bucket,
     _clipping_can_step_per_bucket,
+    _optimizer_can_step_per_bucket,
     _apex_cannot_step_per_bucket,
     _engine_can_shard,
+    _optimizer_can_shard,
+    _optimizer_can_be_captured,
+    _package_optimizer_is_named,
+    _schedule_free_is_an_average,
+    _virtual_ranks_have_an_engine,
+    _decay_ends_after_it_begins,
     _apex_cannot_shard,
     _closed_division_uses_lamb,
     _precision_has_its_device,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from bert_fast.config.choices import DECAYS, one_of
 from bert_fast.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class ScheduleConfig(Section):
-    """MLPerf's schedule: linear warm-up with an offset, then polynomial decay over absolute steps.
+    """Linear warm-up with an offset, then a decay; the defaults are MLPerf's schedule, a polynomial over absolute steps.
 
     Read by `bert_fast.optim.schedule`.
     """
@@ -29,5 +31,25 @@ class ScheduleConfig(Section):
     total_steps: PositiveInt = Field(
         description="step at which the decay ends (MLPerf: opt_learning_rate_training_steps)"
     )
+    decay: Annotated[str, one_of(DECAYS)] = Field("polynomial", description="how the rate falls after the warm-up")
+    decay_from: Literal["start", "warmup_end"] = Field(
+        "start",
+        description="step at which the decay begins, at the full rate. start: step 0, so that the rate is lower already when "
+        "the warm-up ends (MLPerf's); warmup_end: step warmup_steps, up to which the full rate is kept",
+    )
     end_lr: NonNegativeFloat = Field(0.0, description="learning rate from step total_steps on")
     power: PositiveFloat = Field(1.0, description="power of the polynomial decay")
+    decay_steps: PositiveInt | None = Field(
+        None, description="warmup_stable_decay: number of steps of the fall at the end; a tenth of total_steps if unset"
+    )
+    milestones: list[PositiveInt] = Field([], max_length=10_000, description="steps: where the rate falls, in order")
+    gamma: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
+        0.1, description="steps: factor of the rate at each milestone"
+    )
+
+    @field_validator("milestones")
+    @classmethod
+    def _milestones_ascend(cls, steps: list[int]) -> list[int]:
+        if any(a >= b for a, b in itertools.pairwise(steps)):
+            raise ValueError("schedule.milestones must ascend; sort them and name each step once")
+        return steps

@@ -84,6 +84,12 @@ def open_because(config: Config) -> list[str]:
     rule = "a rank's whole gradient or the averaged one is clipped; per group is not the reference's mathematics"
     must("communication.clip", CLIP_MODES[communication.clip].clips == "gradient", rule)
     must("communication.max_norm", communication.max_norm == 1.0, "gradients are clipped at norm 1")
+    must("data.mask_fraction", data.mask_fraction is None, "masks are those of the given samples")
+    must("model.next_sentence", config.model.next_sentence, "the loss is of masked tokens and of next sentences")
+    must("optimizer.trust", optimizer.trust == "tensor", "LAMB has a trust ratio for each tensor")
+    must("averaging.method", config.averaging.method == "none", "the weights of the last step are evaluated")
+    must("schedule.decay", schedule.decay == "polynomial", "the learning rate decays as a polynomial")
+    must("schedule.decay_from", schedule.decay_from == "start", "the decay counts from step 0")
     must("schedule.power", schedule.power == 1.0, "the learning rate decays linearly")
     must("schedule.end_lr", schedule.end_lr == 0.0, "the learning rate decays to 0")
     if checkpoint.init_from is None:

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "data.train", "evaluation.data",  # where they lie; what is in them is compared by hash
     "data.allow_shared_text",
     "batch.micro_batch_size", "batch.gradient_accumulation_steps", "batch.shape_multiple",
+    "batch.virtual_ranks",
     "evaluation.batch_size", "balance.prefetch",
     "communication.engine", "communication.bucket_mb", "communication.min_bucket_mb", "communication.max_bucket_mb",
     "communication.shard_optimizer", "communication.backend", "communication.timeout_s",
