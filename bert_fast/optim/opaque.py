@@ -18,7 +18,8 @@ def opaque_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     What an optimizer keeps in `state` under a name, for all parameters together, is there under its name.
     """
     numbers = {parameter: number for number, parameter in enumerate(_parameters(optimizer))}
-    states = {key if isinstance(key, str) else numbers[key]: entry for key, entry in optimizer.state.items()}
+    by_key: dict[Any, Any] = dict(optimizer.state)
+    states = {key if isinstance(key, str) else numbers[key]: entry for key, entry in by_key.items()}
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     copied: dict[str, Any] = _mapped({"states": states, "groups": groups}, lambda tensor: tensor.detach().cpu().clone())
     return copied
@@ -32,16 +33,22 @@ def load_opaque_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     if len(groups) != len(optimizer.param_groups) or not numbers <= set(range(len(parameters))):
         raise ValueError("state of another number of parameters or groups")
     optimizer.state.clear()
-    for number, entry in states.items():
-        key: Any = number if isinstance(number, str) else parameters[number]
-        device = parameters[0 if isinstance(number, str) else number].device
-        optimizer.state[key] = _mapped(entry, lambda tensor, to=device: tensor.to(to, copy=True))
+    by_key: dict[Any, Any] = optimizer.state
+    for key, entry in states.items():
+        if isinstance(key, str):
+            by_key[key] = _moved(entry, parameters[0].device)
+        else:
+            by_key[parameters[key]] = _moved(entry, parameters[key].device)
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(_mapped(settings, torch.Tensor.clone))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return _mapped(value, lambda tensor: tensor.to(device, copy=True))
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
