@@ -52,13 +52,14 @@ class WeightAverage(ABC):
             self._count = self._count.to(
                 is_finite.device
             )  # elsewhere only before the first update of a rank without slices
-            self._update(is_finite)
+            if self._parameters:
+                self._update(is_finite)
             self._count += is_finite
 
     @torch.no_grad()
     def write_evaluated_weights(self) -> None:
         """Put the average into the parameters, in place; before its first update they stay. The caller keeps the others."""
-        if self.count:
+        if self._parameters and self.count:
             self._write()
 
     @abstractmethod
@@ -67,7 +68,7 @@ class WeightAverage(ABC):
 
     @abstractmethod
     def _update(self, is_finite: torch.Tensor) -> None:
-        """Take up the parameters if `is_finite`; `_count` is the number of updates before this one."""
+        """Take up the parameters, of which there are some, if `is_finite`; `_count` updates were before this one."""
 
     @abstractmethod
     def _write(self) -> None:
@@ -89,8 +90,6 @@ class ExponentialAverage(WeightAverage):
         return [self._mean] if self.count else []
 
     def _update(self, is_finite: torch.Tensor) -> None:
-        if not self._mean:
-            return
         n = self._count.double()
         decay = ((1 + n) / (10 + n)).clamp_max(self._config.decay)
         weight = torch.where(n == 0, 1.0, 1.0 - decay) * is_finite
