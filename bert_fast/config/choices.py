@@ -107,9 +107,13 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class AveragingChoice(Choice):
-    """`settings`: fields of `averaging` that this method reads."""
+    """`settings`: fields of `averaging` that this method reads.
+
+    copies_setting: the one of them that says how many copies of the weights it keeps; empty: it keeps one
+    """
 
     settings: tuple[str, ...] = ()
+    copies_setting: str = ""
 
 
 # A class (parameters, AveragingConfig) -> optim.averaging.WeightAverage. `none` is no entry: nothing is averaged.
@@ -118,7 +122,10 @@ AVERAGES = {
         "bert_fast.optim.averaging:ExponentialAverage", "an exponential moving average", settings=("decay",)
     ),
     "last": AveragingChoice(
-        "bert_fast.optim.averaging:LastAverage", "the mean of the last few snapshots", settings=("keep",)
+        "bert_fast.optim.averaging:LastAverage",
+        "the mean of the last few snapshots",
+        settings=("keep",),
+        copies_setting="keep",
     ),
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bert_fast.config import Config, ModelConfig
+from bert_fast.config import AveragingConfig, Config, ModelConfig
+from bert_fast.config.choices import AVERAGES
 from bert_fast.integers import ceil_div
 
 
@@ -16,10 +17,11 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    averages: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.averages
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -58,6 +60,7 @@ def estimate(
     keeps_scores: bool,
     shards: int = 1,
     logits_rows: int | None = None,
+    average_copies: int = 0,
 ) -> MemoryEstimate:
     """Memory of a rank whose largest micro-batch has these sums of L, L^2 and masked positions.
 
@@ -67,6 +70,7 @@ def estimate(
         keeps_scores: as on CPUs, attention probabilities are kept for backward, and the fused layers keep less; otherwise
             the device's kernels keep no probabilities, and dropout keeps its masks.
         logits_rows: rows of logits in memory at a time (all masked positions if unset).
+        average_copies: of the weights that an average of them keeps, divided like the optimizer's state.
     """
     parameters = num_parameters(config)
     width, table = config.hidden_size, config.vocab_size * config.hidden_size
@@ -89,11 +93,20 @@ def estimate(
         # the gradients of its inner activations
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
-    return MemoryEstimate(4 * parameters, 4 * parameters, ceil_div(8 * parameters, shards), activations)
+    optimizer, averages = ceil_div(8 * parameters, shards), ceil_div(4 * average_copies * parameters, shards)
+    return MemoryEstimate(4 * parameters, 4 * parameters, optimizer, activations, averages)
+
+
+def average_copies(config: AveragingConfig) -> int:
+    """Copies of the weights that the config's average keeps."""
+    choice = AVERAGES.get(config.method)
+    if choice is None:
+        return 0
+    return int(getattr(config, choice.copies_setting)) if choice.copies_setting else 1
 
 
 def least_bytes(config: Config, element_bytes: int = 2) -> int:
-    """A lower bound of a rank's bytes: weights, gradients, optimizer state, and each layer's input of one batch.
+    """A lower bound of a rank's bytes: weights, gradients, optimizer state, averages, and each layer's input of one batch.
 
     It is below `estimate` on purpose: a model with a lower bound above a machine's memory cannot run there.
     """
@@ -102,4 +115,5 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     tokens += -tokens % config.batch.shape_multiple
     inputs = 3 * 8 * tokens * config.batch.gradient_accumulation_steps  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
-    return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + inputs + kept
+    averages = 4 * average_copies(config.averaging) * num_parameters(config.model) // shards
+    return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + averages + inputs + kept

@@ -33,6 +33,7 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
         raise UserError("optimizer.use_apex=true: apex is not installed; install it or set use_apex=false") from None
 
     class ApexAdamW(FusedAdam, RunOptimizer):  # type: ignore[misc]
-        state_names = ("exp_avg", "exp_avg_sq")  # it counts updates per group
+        state_names = ("exp_avg", "exp_avg_sq")
+        group_state_names = ("step",)  # it counts updates per group
 
     return ApexAdamW(groups, **settings | {"adam_w_mode": True})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +12,7 @@ from bert_fast.communication.engine import Engine, UpdatedSlice
 from bert_fast.config import OptimizerConfig
 from bert_fast.optim.build import build_optimizer
 from bert_fast.parts import declare_parts, parts_of
-from bert_fast.train.collectives import max_over_ranks
+from bert_fast.train.collectives import gather_values
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,15 @@ class RankOptimizer:
         """What is updated of each bucket, for updates per bucket."""
         return self._by_bucket
 
-    def step_count(self) -> float | None:
-        """How often the optimizer has stepped, the same on all ranks; None before its first. A collective where sharded."""
-        counts = [float(entry["step"]) for entry in self.optimizer.state.values() if "step" in entry]
+    def scalars(self) -> dict[str, dict[str, float]]:
+        """`RunOptimizer.scalars` of the whole model, the same on all ranks. A collective where it is sharded."""
+        mine = self.optimizer.scalars()
         if not self._engine.is_sharded:
-            return max(counts) if counts else None
-        device = self.slices[0].parameter.device if self.slices else torch.device("cpu")
-        return float(max_over_ranks(np.array([max(counts, default=0.0)]), device)[0])
+            return mine
+        merged: dict[str, dict[str, float]] = {}
+        for theirs in gather_values(mine):  # a rank may have no slice of some kind of parameter
+            merged |= {kind: values for kind, values in theirs.items() if kind not in merged}
+        return dict(sorted(merged.items()))
 
 
 class _PartTable:

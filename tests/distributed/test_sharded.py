@@ -97,7 +97,7 @@ def test_what_ranks_write_of_their_shards_is_the_unsharded_state(pool: Pools, ti
         for shard in (False, True)
     )
     assert [rank["counts"] for rank in sharded] == [whole[0]["counts"]] * 2
-    assert whole[0]["counts"]["step"] == STEPS
+    assert whole[0]["counts"]["scalars"] == {"exp_avg exp_avg_sq": {"step": STEPS}}
     expected, found = whole_tensors(whole), whole_tensors(sharded)
     assert found.keys() == expected.keys()
     assert {name.split(".")[1] for name in found} == {"exp_avg", "exp_avg_sq"}

@@ -14,7 +14,7 @@ from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.config import Config
 from bert_fast.data.store import Store
-from bert_fast.memory.estimate import estimate, num_parameters
+from bert_fast.memory.estimate import average_copies, estimate, num_parameters
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.model.loss import chunk_rows
@@ -104,7 +104,8 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
         with engine.micro_batch(True):
             backward()
         engine.finish()
-        optimizer.step()
+        if not optimizer.has_opaque_state:  # others may read numbers, which meta tensors do not have
+            optimizer.step()
         engine.wait_pending()
         sent = engine.counters()["gradient_bytes"] / 2**20
     finally:
@@ -164,9 +165,10 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
         keeps_scores=config.system.device == "cpu",
         logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
         shards=config.system.world_size if config.communication.shard_optimizer else 1,
+        average_copies=average_copies(config.averaging),
     )
-    parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations"))
-    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts)
+    parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages", "activations"))
+    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts if value)
     return f"about {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
 
 
