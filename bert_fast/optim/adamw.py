@@ -42,6 +42,7 @@ def build_apex(groups: list[dict[str, Any]], config: OptimizerConfig, *, decoupl
         raise UserError("optimizer.use_apex=true: apex is not installed; install it or set use_apex=false") from None
 
     class ApexAdam(FusedAdam, RunOptimizer):  # type: ignore[misc]
-        state_names = ("exp_avg", "exp_avg_sq")  # it counts updates per group
+        state_names = ("exp_avg", "exp_avg_sq")
+        group_state_names = ("step",)  # it counts updates per group
 
-    return ApexAdam(groups, **adam_settings(config), adam_w_mode=decoupled)
+    return ApexAdam(groups, **adam_settings(config) | {"adam_w_mode": decoupled})

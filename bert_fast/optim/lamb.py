@@ -132,7 +132,7 @@ class Lamb(RunOptimizer):
         correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         denominators = torch._foreach_sqrt(torch._foreach_div(second, correction2))
         torch._foreach_add_(denominators, group["eps"])
-        updates = torch._foreach_div(torch._foreach_div(first, correction1), denominators)
+        updates = list(torch._foreach_div(torch._foreach_div(first, correction1), denominators))
         if group["weight_decay"] > 0:
             torch._foreach_add_(updates, torch._foreach_mul(parameters, group["weight_decay"]))
         return _Update(parameters, updates, rate)
@@ -188,7 +188,7 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
     decayed, plain = decay_groups(named, config.weight_decay)
     group_of = {"tensor": None, "group": _layer_of, "global": lambda name: "model"}[config.trust]
     groups = [{**decayed, "layer_adaptation": True}, {**plain, "layer_adaptation": group_of is not None}]
-    names = {parameter: name for name, parameter in named}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in named}
     betas = (config.beta1, config.beta2)
     return Lamb(groups, config.lr, betas, config.eps, config.weight_decay, trust_group_of=group_of, names=names)
 

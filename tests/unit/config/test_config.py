@@ -489,12 +489,12 @@ def test_what_an_optimizer_can_do_is_allowed(make_config: Callable[..., Config],
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["schedule.decay_from=warmup_end", "schedule.warmup_steps=100"], "ends the decay before it begins .*raise total_steps"),
+        (["schedule.decay_from=warmup_end", "schedule.warmup_steps=100"], "ends the decay before it begins .*raise total"),
         (["schedule.decay=steps"], r"needs schedule\.milestones; list the steps"),
         (["schedule.decay=steps", "schedule.milestones=[5, 5]"], "must ascend; sort them and name each step once"),
         (["schedule.decay=warmup_stable_decay", "schedule.decay_steps=101"], "is more than schedule.total_steps=100; lower it"),
         (["batch.virtual_ranks=2"], "16; set batch.global_batch_size=16"),
-        (["batch.virtual_ranks=2", "batch.micro_batch_size=4", "communication.engine=ddp"], "needs communication.engine=bucketed"),
+        (["batch.virtual_ranks=2", "batch.micro_batch_size=4", "communication.engine=ddp"], "needs communication.engine=buck"),
     ],
 )  # fmt: skip
 def test_schedules_and_virtual_ranks_fit_together(

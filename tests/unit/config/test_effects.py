@@ -54,7 +54,7 @@ CASES = [
     ("optimizer.beta1=0.5", [MUON], [PACKAGE, SOAP], "name=pytorch_optimizer does not read it; set optimizer.name=adamw or"),
     ("optimizer.beta2=0.5", ["optimizer.name=nadamw"], [PACKAGE, SOAP], "name=pytorch_optimizer does not read it"),
     ("optimizer.eps=0.5", ["optimizer.name=adam"], [PACKAGE, SOAP], "name=pytorch_optimizer does not read it"),
-    ("optimizer.use_apex=true", ["optimizer.name=adam"], [LAMB], "name=lamb does not read it; set optimizer.name=adamw or adam"),
+    ("optimizer.use_apex=true", ["optimizer.name=adam"], [LAMB], "name=lamb does not read it; set optimizer.name=adamw or"),
     ("optimizer.trust=global", [LAMB], [], "name=adamw does not read it; set optimizer.name=lamb"),
     ("optimizer.momentum=0.5", [MUON], [LAMB], "name=lamb does not read it; set optimizer.name=muon"),
     ("optimizer.nesterov=false", [MUON], [], "name=adamw does not read it"),

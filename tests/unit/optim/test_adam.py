@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from bert_fast.config import OptimizerConfig
-from bert_fast.optim.build import build_optimizer, has_decay
 from bert_fast.optim.bucketwise import BucketwiseOptimizer
+from bert_fast.optim.build import build_optimizer, has_decay
 
 BETA1, BETA2, EPS, DECAY = 0.83, 0.925, 1e-6, 0.0166629
 SHAPES: dict[str, tuple[int, ...]] = {"weight": (7, 5), "other.weight": (3,), "bias": (5,), "norm.weight": (4,)}

@@ -14,8 +14,8 @@ from torch import nn
 from bert_fast.config import ModelConfig, OptimizerConfig
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
-from bert_fast.optim.build import has_decay
 from bert_fast.optim.bucketwise import BucketwiseOptimizer
+from bert_fast.optim.build import has_decay
 from bert_fast.optim.muon import Muon, build, orthogonalized
 from bert_fast.parts import declare_parts
 

@@ -110,7 +110,9 @@ def plain_decay(count: int, base: float, s: ScheduleConfig) -> float:
         length = s.total_steps // 10 if s.decay_steps is None else s.decay_steps
         if count <= s.total_steps - length:
             return base
-        return s.end_lr if count >= s.total_steps else base + (s.end_lr - base) * (count - s.total_steps + length) / length
+        return (
+            s.end_lr if count >= s.total_steps else base + (s.end_lr - base) * (count - s.total_steps + length) / length
+        )
     if s.decay == "steps":
         for milestone in s.milestones:
             if count >= milestone:

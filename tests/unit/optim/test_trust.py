@@ -65,7 +65,9 @@ def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: (1 + number) * rng.standard_normal(shape) for number, (name, shape) in enumerate(SHAPES.items())}
 
 
-def make_lamb(weights: dict[str, np.ndarray], trust: Any, dtype: torch.dtype = torch.float64) -> tuple[Lamb, dict[str, nn.Parameter]]:
+def make_lamb(
+    weights: dict[str, np.ndarray], trust: Any, dtype: torch.dtype = torch.float64
+) -> tuple[Lamb, dict[str, nn.Parameter]]:
     parameters = {name: nn.Parameter(torch.tensor(w, dtype=dtype)) for name, w in weights.items()}
     for name in ("layers.1.qkv.weight", "layers.1.qkv.bias"):
         declare_parts(parameters[name], (2, 2, 2))
