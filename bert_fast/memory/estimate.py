@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bert_fast.config import AveragingConfig, Config, ModelConfig
-from bert_fast.config.choices import AVERAGES
+from bert_fast.config.choices import AVERAGES, OPTIMIZERS
 from bert_fast.integers import ceil_div
+
+_ASSUMED_VALUES = 2.0  # fp32 numbers for each parameter, of an optimizer whose state depends on its arguments
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,26 @@ def num_parameters(config: ModelConfig) -> int:
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
     heads = 2 * (width * width + width) + 2 * width + config.vocab_size + 2 * width + 2
     return embeddings + config.num_layers * layer + heads
+
+
+def num_matrix_parameters(config: ModelConfig) -> int:
+    """Of them, those in the encoder's matrices: its projections without their biases."""
+    width, inner = config.hidden_size, config.intermediate_size
+    return config.num_layers * (4 * width * width + 2 * width * inner)
+
+
+def optimizer_bytes(config: ModelConfig, optimizer: str, unknown: float = _ASSUMED_VALUES) -> int:
+    """Bytes of an optimizer's state for a whole model.
+
+    Args:
+        optimizer: its name in `OPTIMIZERS`.
+        unknown: fp32 numbers for each parameter where the table cannot say how many there are.
+    """
+    choice = OPTIMIZERS[optimizer]
+    values = unknown if choice.state_values is None else choice.state_values
+    of_matrices = values if choice.matrix_values is None else choice.matrix_values
+    matrices = num_matrix_parameters(config)
+    return int(4 * (values * (num_parameters(config) - matrices) + of_matrices * matrices))
 
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: bool = False) -> int:
@@ -58,6 +80,7 @@ def estimate(
     masked: int,
     element_bytes: int,
     keeps_scores: bool,
+    optimizer: str = "adamw",
     shards: int = 1,
     logits_rows: int | None = None,
     average_copies: int = 0,
@@ -66,6 +89,7 @@ def estimate(
 
     Args:
         element_bytes: of activations (2 under bf16 or fp16 autocast, 4 in fp32).
+        optimizer: its name; where the table does not know its state, two moments are assumed.
         shards: ranks over which optimizer state is divided.
         keeps_scores: as on CPUs, attention probabilities are kept for backward, and the fused layers keep less; otherwise
             the device's kernels keep no probabilities, and dropout keeps its masks.
@@ -93,8 +117,11 @@ def estimate(
         # the gradients of its inner activations
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
-    optimizer, averages = ceil_div(8 * parameters, shards), ceil_div(4 * average_copies * parameters, shards)
-    return MemoryEstimate(4 * parameters, 4 * parameters, optimizer, activations, averages)
+    state, averages = (
+        ceil_div(optimizer_bytes(config, optimizer), shards),
+        ceil_div(4 * average_copies * parameters, shards),
+    )
+    return MemoryEstimate(4 * parameters, 4 * parameters, state, activations, averages)
 
 
 def average_copies(config: AveragingConfig) -> int:
@@ -115,5 +142,6 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     tokens += -tokens % config.batch.shape_multiple
     inputs = 3 * 8 * tokens * config.batch.gradient_accumulation_steps  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
+    state = optimizer_bytes(config.model, config.optimizer.name, unknown=0.0) // shards
     averages = 4 * average_copies(config.averaging) * num_parameters(config.model) // shards
-    return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + averages + inputs + kept
+    return 8 * num_parameters(config.model) + state + averages + inputs + kept

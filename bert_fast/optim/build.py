@@ -53,6 +53,11 @@ class RunOptimizer(torch.optim.Optimizer):
     norms [k, n] of the parts (`bert_fast.parts`) that the given parameters hold, in order, into those of the whole parts. It
     is a collective: every rank calls it as often, with `([], None)` where it holds nothing."""
 
+    share_sums: Callable[[Callable[[str], str], dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    """Set where parameters are pieces of tensors; an optimizer that needs norms over several tensors calls it. It turns sums
+    [2] over this rank's pieces, by group, into those over all ranks; the function names the group of a parameter's name. The
+    result has every group of the model. It is a collective: every rank calls it as often, with `{}` where it holds nothing."""
+
     def write_evaluated_weights(self) -> None:
         """Put the weights that are evaluated into the parameters, in place. The caller puts the trained ones back."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class RankOptimizer:
         self.optimizer = build_optimizer([(each.name, each.parameter) for each in self.slices], config)
         if parts is not None:
             self.optimizer.share_squares = lambda parameters, squares: parts.shared(engine, parameters, squares)
+            self.optimizer.share_sums = lambda group_of, sums: _shared_sums(engine, named_parameters, group_of, sums)
 
     @property
     def parameters_by_bucket(self) -> list[list[torch.Tensor]]:
@@ -99,6 +101,21 @@ class _PartTable:
             total[:, index] = squares
         engine.share_sums(total)
         return total[:, index]
+
+
+def _shared_sums(
+    engine: Engine,
+    named_parameters: list[tuple[str, nn.Parameter]],
+    group_of: Callable[[str], str],
+    sums: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Sums over ranks: [2] of this rank's pieces, by group, to those of every group of the model. A collective."""
+    reference = named_parameters[0][1]
+    groups = list(dict.fromkeys(group_of(name) for name, _ in named_parameters))  # in one order on all ranks
+    nothing = torch.zeros(2, dtype=reference.dtype, device=reference.device)
+    total = torch.stack([sums.get(group, nothing) for group in groups])
+    engine.share_sums(total)
+    return dict(zip(groups, total.unbind(), strict=True))
 
 
 def _part_ends(parameter: torch.Tensor) -> list[int]:

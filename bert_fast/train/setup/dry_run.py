@@ -13,6 +13,7 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.config import Config
+from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.data.store import Store
 from bert_fast.memory.estimate import average_copies, estimate, num_parameters
 from bert_fast.model.attention import choose_backend
@@ -164,12 +165,14 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
         element_bytes=4 if dtype == torch.float32 else 2,
         keeps_scores=config.system.device == "cpu",
         logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
+        optimizer=config.optimizer.name,
         shards=config.system.world_size if config.communication.shard_optimizer else 1,
         average_copies=average_copies(config.averaging),
     )
     parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages", "activations"))
     listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts if value)
-    return f"about {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
+    bound = "at least" if OPTIMIZERS[config.optimizer.name].state_values is None else "about"
+    return f"{bound} {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
 
 
 def _plan_text(config: Config, planner: Planner) -> str:
