@@ -58,6 +58,7 @@ def estimate(
     keeps_scores: bool,
     shards: int = 1,
     logits_rows: int | None = None,
+    kept_bytes: int = 0,
 ) -> MemoryEstimate:
     """Memory of a rank whose largest micro-batch has these sums of L, L^2 and masked positions.
 
@@ -67,6 +68,7 @@ def estimate(
         keeps_scores: as on CPUs, attention probabilities are kept for backward, and the fused layers keep less; otherwise
             the device's kernels keep no probabilities, and dropout keeps its masks.
         logits_rows: rows of logits in memory at a time (all masked positions if unset).
+        kept_bytes: of a number of the sum over virtual ranks, which lies beside the gradients; 0: there is no such sum.
     """
     parameters = num_parameters(config)
     width, table = config.hidden_size, config.vocab_size * config.hidden_size
@@ -89,7 +91,7 @@ def estimate(
         # the gradients of its inner activations
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
-    return MemoryEstimate(4 * parameters, 4 * parameters, ceil_div(8 * parameters, shards), activations)
+    return MemoryEstimate(4 * parameters, (4 + kept_bytes) * parameters, ceil_div(8 * parameters, shards), activations)
 
 
 def least_bytes(config: Config, element_bytes: int = 2) -> int:
@@ -100,6 +102,6 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     shards = config.system.world_size if config.communication.shard_optimizer else 1
     tokens = config.batch.micro_batch_size * config.data.max_seq_len
     tokens += -tokens % config.batch.shape_multiple
-    inputs = 3 * 8 * tokens * config.batch.gradient_accumulation_steps  # tokens, types, positions of the synthetic step
+    inputs = 3 * 8 * tokens * config.batch.micro_batches_per_step  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
     return 8 * num_parameters(config.model) + 8 * num_parameters(config.model) // shards + inputs + kept
