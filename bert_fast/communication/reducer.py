@@ -123,7 +123,9 @@ class BucketReducer(Engine):
             self._flag_group = dist.new_group()
 
     def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
-        assert self._num_kept == self.num_virtual_ranks - 1, "end_virtual_rank() follows every virtual rank but the last"
+        assert self._num_kept == self.num_virtual_ranks - 1, (
+            "end_virtual_rank() follows every virtual rank but the last"
+        )
         start = time.perf_counter()
         with self._on_comm_stream(after_backward=True):
             if self._mode.delays_communication:

@@ -127,7 +127,9 @@ def _virtual_rows(count: int) -> list[tuple[str, str]]:
     """A row if ranks computed the shares of others."""
     if count == 1:
         return []
-    return [("virtual ranks", f"{count:,} on every real rank, one after the other: speed is not that of as many machines")]
+    return [
+        ("virtual ranks", f"{count:,} on every real rank, one after the other: speed is not that of as many machines")
+    ]
 
 
 def _energy_rows(energy: EnergyRecord) -> list[tuple[str, str]]:

@@ -75,11 +75,16 @@ def test_equal_to_eight_real_ranks(pool: Pools, tiny_store: Path, clip: str) -> 
     compare(outcome(pool, config_of(tiny_store, 8, 1, clip)), outcome(pool, config_of(tiny_store, 1, 8, clip)))
 
 
-@pytest.mark.parametrize(("shard", "per_bucket", "wire"), [(True, False, "fp32"), (True, True, "fp32"), (False, True, "bf16")])
+@pytest.mark.parametrize(
+    ("shard", "per_bucket", "wire"), [(True, False, "fp32"), (True, True, "fp32"), (False, True, "bf16")]
+)
 def test_sharded_and_updated_by_bucket(pool: Pools, tiny_store: Path, shard: bool, per_bucket: bool, wire: str) -> None:
     changes = {"communication": {"reduce_dtype": wire}}
     plain = config_of(tiny_store, 2, 2, "bucket_before_reduce", **changes)
-    changes = {"communication": {"reduce_dtype": wire, "shard_optimizer": shard}, "optimizer": {"step_per_bucket": per_bucket}}
+    changes = {
+        "communication": {"reduce_dtype": wire, "shard_optimizer": shard},
+        "optimizer": {"step_per_bucket": per_bucket},
+    }
     other = config_of(tiny_store, 2, 2, "bucket_before_reduce", **changes)
     expected = outcome(pool, plain)[0]["weights"]
     for rank in outcome(pool, other):

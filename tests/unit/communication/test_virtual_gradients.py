@@ -142,7 +142,11 @@ def test_the_oracle_tells_modes_ranks_formats_and_orders_apart() -> None:
     ranks, single, narrow = drawn(4), torch.float32, torch.bfloat16
     mode = "bucket_before_reduce"
     found = [oracle(ranks, clip, single)[0] for clip in CLIP_MODES]
-    found += [oracle(ranks, mode, narrow)[0], oracle(ranks[::-1], mode, narrow)[0], oracle(ranks[::-1], mode, single)[0]]
+    found += [
+        oracle(ranks, mode, narrow)[0],
+        oracle(ranks[::-1], mode, narrow)[0],
+        oracle(ranks[::-1], mode, single)[0],
+    ]
     as_one = [[[g / 4 for g in gradients] for batches in ranks for gradients in batches]]
     found.append(oracle(as_one, mode, single)[0])
     for number, one in enumerate(found):
