@@ -24,13 +24,15 @@ _LOOK_AHEAD = 16  # steps that a strategy may look at before the first
 class Plan:
     """The samples of one step.
 
+    Ranks are real ones; each has the micro-batches of its virtual ranks, one virtual rank after the other.
+
     ids:            int64 [samples], indices into the store, rank by rank and micro-batch by micro-batch
-    starts:         int64 [ranks * accumulation + 1], where micro-batches start in `ids`
-    tokens:         int64 [ranks, accumulation], tokens that a micro-batch computes, padding of the strategy included
-    tokens_squared: int64 [ranks, accumulation], the sum of squared sequence lengths likewise
+    starts:         int64 [ranks * micro-batches + 1], where micro-batches start in `ids`
+    tokens:         int64 [ranks, micro-batches], tokens that a micro-batch computes, padding of the strategy included
+    tokens_squared: int64 [ranks, micro-batches], the sum of squared sequence lengths likewise
     costs:          float64 [ranks], what each rank computes in the cost model's unit, padding included
     useful:         float, what the samples cost in the same unit without any padding
-    imbalance:      max over mean of `costs`
+    imbalance:      max over mean of what ranks cost; virtual ranks count as ranks
     layout:         how micro-batches are laid out: "flat", without padding; "longest", padded to their longest sample; "rows"
     rows, num_rows: with layout "rows": the row of each sample in its micro-batch (int64 [samples]), and rows of a micro-batch
     capped:         whether a token cap changed the plan
@@ -51,14 +53,14 @@ class Plan:
 
     def micro_batches(self, rank: int) -> list[slice]:
         """Where a rank's micro-batches lie in `ids` and `rows`."""
-        accumulation = self.tokens.shape[1]
-        bounds = self.starts[rank * accumulation : (rank + 1) * accumulation + 1].tolist()
+        count = self.tokens.shape[1]
+        bounds = self.starts[rank * count : (rank + 1) * count + 1].tolist()
         return [slice(a, b) for a, b in pairwise(bounds)]
 
     def of_rank(self, rank: int) -> np.ndarray:
         """All sample ids of a rank."""
-        accumulation = self.tokens.shape[1]
-        return self.ids[self.starts[rank * accumulation] : self.starts[(rank + 1) * accumulation]]
+        count = self.tokens.shape[1]
+        return self.ids[self.starts[rank * count] : self.starts[(rank + 1) * count]]
 
     @functools.cached_property
     def checksum(self) -> int:
@@ -95,6 +97,7 @@ class Planner:
         seed: int,
         num_steps: int | None = None,
         longest: int | None = None,
+        virtual_ranks: int = 1,
     ) -> None:
         """
         Args:
@@ -103,13 +106,17 @@ class Planner:
             seed: of the order of samples and of which rank gets what.
             num_steps: steps of the run; a later one is refused.
             longest: the largest length, if the caller knows it; else the table is read for it.
+            virtual_ranks: ranks that each of the `world_size` real ones computes. Plans are those of world_size x virtual_ranks
+                ranks: real rank r has the `virtual_ranks` from r x virtual_ranks on, and a node those of its real ranks.
 
         Raises:
             UserError: an empty table, a length above `max_seq_len`, fewer samples than one global batch, or settings that the
                 strategy cannot keep.
         """
         self._lengths, self._seed, self._num_steps = lengths, seed, num_steps
-        shape = StepShape(world_size, gradient_accumulation_steps, micro_batch_size, node_size, max_seq_len)
+        num_ranks, ranks_per_node = world_size * virtual_ranks, node_size * virtual_ranks
+        shape = StepShape(num_ranks, gradient_accumulation_steps, micro_batch_size, ranks_per_node, max_seq_len)
+        self._world_size = world_size
         self._shape, self.global_batch_size = shape, shape.global_batch_size
         self._check(longest)
         self._table, self._unit = cost.table(max_seq_len)
@@ -144,15 +151,15 @@ class Planner:
                     (tokens, squared, costs), (assigned.gaps, assigned.gaps**2, self._table[assigned.gaps]), strict=True
                 )
             )
-        by_rank = (self._shape.num_ranks, self._shape.num_micro_batches)
-        rank_costs = costs.reshape(by_rank).sum(axis=1) * self._unit
+        rank_costs = costs.reshape(self._shape.num_ranks, -1).sum(axis=1) * self._unit
+        real_ranks = (self._world_size, -1)
         return Plan(
             step=step,
             ids=ids[assigned.samples],
             starts=starts,
-            tokens=tokens.reshape(by_rank),
-            tokens_squared=squared.reshape(by_rank),
-            costs=rank_costs,
+            tokens=tokens.reshape(real_ranks),
+            tokens_squared=squared.reshape(real_ranks),
+            costs=rank_costs.reshape(real_ranks).sum(axis=1),
             useful=useful,
             imbalance=imbalance(rank_costs),
             layout=self._strategy.layout,

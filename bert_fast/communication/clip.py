@@ -39,6 +39,7 @@ class ClipStatistics:
         self._places = list(self._this_step.unbind())
         self._added = False
         self._count = 0
+        self.num_per_step = 1  # clips of a group in one step: one for each virtual rank, if there are any
 
     def add(self, group: int, value: torch.Tensor) -> None:
         """Note a group's clip coefficient of this step."""
@@ -46,7 +47,7 @@ class ClipStatistics:
         self._added = True
 
     def end_step(self) -> None:
-        """Count what was noted: a few operations for all groups."""
+        """Count what was noted of a step, or of a virtual rank in it: a few operations for all groups."""
         if self._added:
             self._clipped += self._this_step < 1.0
             self._coefficients += self._this_step.nan_to_num()
@@ -55,10 +56,13 @@ class ClipStatistics:
 
     def count_replay(self) -> None:
         """A captured step ran again: its device operations did, this count did not."""
-        self._count += 1
+        self._count += self.num_per_step
 
     def read(self) -> dict[str, dict[str, float]]:
-        """Share of steps in which a group was clipped, and its mean coefficient. Synchronises; resets."""
+        """Share of clips that changed a group's gradient, and the mean coefficient. Synchronises; resets.
+
+        A group is clipped once in a step, or once for each virtual rank of it.
+        """
         count = max(1, self._count)
         clipped, coefficients = (self._clipped / count).tolist(), (self._coefficients / count).tolist()
         self._clipped.zero_()

@@ -34,7 +34,8 @@ class Engine(ABC):
     """Averages gradients over ranks. Use in every step, on every rank:
 
     `zero_grad()`, then for each micro-batch `with micro_batch(last): forward and backward through module`, then `finish()`,
-    then the optimizer's update of `updated_slices()`, then `gather_weights()`.
+    then the optimizer's update of `updated_slices()`, then `gather_weights()`. With `num_virtual_ranks` above 1,
+    `end_virtual_rank()` comes after the last micro-batch of each virtual rank but the last.
 
     module:          what is called for the forward pass
     layout:          where gradients lie, in which clip groups and buckets
@@ -43,6 +44,7 @@ class Engine(ABC):
     exposed_s:       seconds for which the host waited in the last `finish`
     weight_wait_s:   seconds for which the last forward pass waited for weights
     num_warmup_steps: steps that the engine needs before a result counts
+    num_virtual_ranks: ranks whose micro-batches this rank runs in a step, one rank after the other
     """
 
     module: nn.Module
@@ -52,6 +54,7 @@ class Engine(ABC):
     exposed_s: float = 0.0
     weight_wait_s: float = 0.0
     num_warmup_steps: int = 0
+    num_virtual_ranks: int = 1
     _trace: Trace | None = None
 
     @abstractmethod
@@ -66,6 +69,23 @@ class Engine(ABC):
             last: whether it is the last of the step: only then gradients are sent.
             scale: the loss scale it runs under, 0-dim.
         """
+
+    def enable_virtual_ranks(self, count: int) -> None:
+        """From now on every step runs the micro-batches of `count` ranks, so that gradients are averaged over
+        `count` x world size. The wire format must be a cast (`WireFormat.is_cast`).
+
+        Raises:
+            NotImplementedError: this engine cannot clip between two virtual ranks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compute virtual ranks")
+
+    def end_virtual_rank(self) -> None:
+        """The micro-batches so far since the last call, or since `zero_grad`, were all of a virtual rank: keep its gradient.
+
+        Raises:
+            NotImplementedError: this engine cannot clip between two virtual ranks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compute virtual ranks")
 
     @abstractmethod
     def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:

@@ -4,6 +4,9 @@ Buckets leave in one fixed order on every rank (ready order), whatever order hoo
 of a step communicates; with clipping before the reduction, what is clipped is the rank's gradient summed over its
 micro-batches. Averaging divides before the sum, so that fp16 cannot overflow by it. On CUDA clips, casts and collectives
 have a stream of their own, so that backward goes on beside them.
+
+With virtual ranks the gradient of each but the last is clipped, divided and cast as that rank would send it, and added to a
+kept sum in the wire's dtype, in the order of ranks. The last one's buckets leave in backward with that sum added.
 """
 
 from __future__ import annotations
@@ -56,6 +59,9 @@ class BucketReducer(Engine):
         self._mode, self._max_norm, self.wire = CLIP_MODES[clip], max_norm, wire
         self._group = group
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self._share = 1.0 / self._world  # of a rank in the average, virtual ranks counted
+        self._kept: torch.Tensor | None = None  # sum over virtual ranks so far, as it would be on the wire
+        self._num_kept = 0
         self._sends = dist.is_initialized()  # a process group of one rank sends too: that tests the way on one device
         groups = layout.groups if self._mode.by_group else (layout.whole(),)
         self._threshold = group_threshold(max_norm, len(groups))
@@ -76,6 +82,7 @@ class BucketReducer(Engine):
 
     def zero_grad(self) -> None:
         self.gradients.zero()
+        self._num_kept = 0
 
     @contextmanager
     def micro_batch(self, last: bool, scale: torch.Tensor | None = None) -> Iterator[None]:
@@ -89,6 +96,26 @@ class BucketReducer(Engine):
         finally:
             self._sync_enabled = False
 
+    def enable_virtual_ranks(self, count: int) -> None:
+        assert self.wire.is_cast, "other formats cannot be added up"
+        self.num_virtual_ranks, self._share = count, 1.0 / (self._world * count)
+        buffer = self.gradients.buffer
+        self._kept = torch.zeros_like(buffer, dtype=self.wire.dtype) if count > 1 else None
+        self.clip_statistics.num_per_step = count if self._mode.before_reduce else 1
+
+    def end_virtual_rank(self) -> None:
+        assert self._kept is not None, "enable_virtual_ranks() comes first"
+        if self._mode.delays_communication:
+            self._clip_range(0, self.layout.whole())
+        for number, bucket in enumerate(self.layout.buckets):
+            values = self._clip_and_divide(number)
+            kept = self._kept[bucket.start : bucket.end]
+            wire = self.wire.encode(number, values)
+            kept.add_(wire) if self._num_kept else kept.copy_(wire)
+        self._num_kept += 1
+        self.clip_statistics.end_step()
+        self.gradients.zero()
+
     def enable_nonfinite_flag(self) -> None:
         # The flag travels in a group of its own, past the buckets that are still on the wire
         self._nonfinite = torch.zeros((), device=self.gradients.buffer.device)
@@ -96,6 +123,9 @@ class BucketReducer(Engine):
             self._flag_group = dist.new_group()
 
     def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+        assert self._num_kept == self.num_virtual_ranks - 1, (
+            "end_virtual_rank() follows every virtual rank but the last"
+        )
         start = time.perf_counter()
         with self._on_comm_stream(after_backward=True):
             if self._mode.delays_communication:
@@ -173,22 +203,18 @@ class BucketReducer(Engine):
     def _launch(self) -> None:
         """Clip the next bucket's groups and start its first collective, then the next of the buckets before it."""
         number = self._next
-        bucket = self.layout.buckets[number]
-        values = self.gradients.of(bucket)
         mine = _BucketInFlight(number, iter(()), None)
         if self._trace:
-            mine.end_span = self._trace.begin("buckets", bucket.name)
-        if self._mode.by_group:
-            for group in self._groups_of[number]:
-                self._clip_range(group, self.layout.groups[group], 1.0 / self._world)
-        elif self._world > 1:
-            values.mul_(1.0 / self._world)
+            mine.end_span = self._trace.begin("buckets", self.layout.buckets[number].name)
+        values = self._clip_and_divide(number)
         self._next += 1
         if not self._sends:
+            if self._kept is not None:  # what virtual ranks would have sent is rounded as on the wire
+                self.wire.decode(self._with_kept(number, values), values)
             self._accumulate_nonfinite(values)
             self._in_flight.append(mine)
             return
-        wire = self.wire.encode(number, values)
+        wire = self._with_kept(number, values)
         self._accumulate_nonfinite(wire)
         mine.rest = self._collectives(number, wire, values)
         self._start(mine)
@@ -197,6 +223,24 @@ class BucketReducer(Engine):
                 if pending.work is not None:
                     self._advance(pending)
         self._in_flight.append(mine)
+
+    def _clip_and_divide(self, number: int) -> torch.Tensor:
+        """A bucket's gradients as a rank's part of the average, clipped where groups are; in place."""
+        values = self.gradients.of(self.layout.buckets[number])
+        if self._mode.by_group:
+            for group in self._groups_of[number]:
+                self._clip_range(group, self.layout.groups[group], self._share)
+        elif self._share != 1.0:
+            values.mul_(self._share)
+        return values
+
+    def _with_kept(self, number: int, values: torch.Tensor) -> torch.Tensor:
+        """What leaves of a bucket: its encoded values, and the kept sum of the virtual ranks before."""
+        wire = self.wire.encode(number, values)
+        if self._kept is None:
+            return wire
+        bucket = self.layout.buckets[number]
+        return wire.add_(self._kept[bucket.start : bucket.end])
 
     def _collectives(self, number: int, wire: torch.Tensor, values: torch.Tensor) -> Iterator[Work]:
         return self.wire.all_reduce(number, wire, values, self._group)

@@ -56,6 +56,15 @@ class WireFormat:
         yield dist.all_reduce(wire, group=group, async_op=True)
         self.decode(wire, values)
 
+    @property
+    def is_cast(self) -> bool:
+        """Whether what travels of a bucket is its values in another dtype, so that several ranks' can be added up.
+
+        A scheme with an encoding or a state of its own is none: it may keep what it has not sent of one rank's gradient.
+        """
+        own = type(self)
+        return own.encode is WireFormat.encode and own.state_dict is WireFormat.state_dict
+
     def decode(self, wire: torch.Tensor, values: torch.Tensor) -> None:
         """Put what arrived into the bucket."""
         if wire is not values:

@@ -33,5 +33,10 @@ class BatchConfig(Section):
 
     @property
     def samples_per_rank(self) -> int:
-        """Samples of one rank in one optimizer step."""
+        """Samples of one rank in one optimizer step; of one virtual rank, if there are any."""
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches that a rank runs in one optimizer step, those of all its virtual ranks."""
+        return self.gradient_accumulation_steps * self.virtual_ranks

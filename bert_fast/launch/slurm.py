@@ -166,7 +166,7 @@ def fit_to_nodes(config: Config, num_available: int) -> tuple[int, list[str]]:
 
     All that the config asks for if they are there. Else, with recovery.min_nodes set, the largest number of nodes whose
     ranks divide the global batch; a rank then computes more samples, in micro-batches no larger than before (they fit in
-    memory).
+    memory). With virtual ranks each real one gets more of them, so that their number in all stays.
 
     Returns:
         The number of nodes, and overrides such as "system.world_size=8".
@@ -182,27 +182,35 @@ def fit_to_nodes(config: Config, num_available: int) -> tuple[int, list[str]]:
             f"{num_available} nodes answer and the config needs {needed}; ask for spares (recovery.spare_nodes and sbatch "
             "--nodes=MIN-MAX), or let it go on with fewer (recovery.min_nodes)"
         )
-    batch = config.batch
     for nodes in range(num_available, least - 1, -1):
         world = nodes * config.system.node_size
-        if nodes == 0 or batch.global_batch_size % world:
-            continue
-        samples_per_rank = batch.global_batch_size // world
-        micro_batch_size = max(size for size in range(1, batch.micro_batch_size + 1) if samples_per_rank % size == 0)
-        return nodes, [
-            f"system.world_size={world}",
-            f"system.ranks_per_node={config.system.node_size}",
-            f"batch.micro_batch_size={micro_batch_size}",
-            f"batch.gradient_accumulation_steps={samples_per_rank // micro_batch_size}",
-        ]
+        shares = _shares(config, world) if nodes else []
+        if shares:
+            return nodes, [f"system.world_size={world}", f"system.ranks_per_node={config.system.node_size}", *shares]
     if num_available < least:
         raise UserError(
             f"{num_available} nodes answer and recovery.min_nodes={least}; the config's full number is {needed}"
         )
     raise UserError(
-        f"batch.global_batch_size={batch.global_batch_size} cannot be shared by {least} to {num_available} nodes of "
+        f"batch.global_batch_size={config.batch.global_batch_size} cannot be shared by {least} to {num_available} nodes of "
         f"{config.system.node_size} ranks; lower recovery.min_nodes or choose a global batch with more divisors"
     )
+
+
+def _shares(config: Config, world: int) -> list[str]:
+    """Overrides by which `world` ranks share the config's global batch; none if it cannot be shared evenly."""
+    batch = config.batch
+    if batch.virtual_ranks > 1:
+        num_ranks = config.system.world_size * batch.virtual_ranks
+        return [] if num_ranks % world else [f"batch.virtual_ranks={num_ranks // world}"]
+    if batch.global_batch_size % world:
+        return []
+    samples_per_rank = batch.global_batch_size // world
+    micro_batch_size = max(size for size in range(1, batch.micro_batch_size + 1) if samples_per_rank % size == 0)
+    return [
+        f"batch.micro_batch_size={micro_batch_size}",
+        f"batch.gradient_accumulation_steps={samples_per_rank // micro_batch_size}",
+    ]
 
 
 # ---- starting ranks -----------------------------------------------------------------------------------------------------

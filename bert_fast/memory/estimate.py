@@ -84,6 +84,7 @@ def estimate(
     shards: int = 1,
     logits_rows: int | None = None,
     average_copies: int = 0,
+    kept_bytes: int = 0,
 ) -> MemoryEstimate:
     """Memory of a rank whose largest micro-batch has these sums of L, L^2 and masked positions.
 
@@ -95,6 +96,7 @@ def estimate(
             the device's kernels keep no probabilities, and dropout keeps its masks.
         logits_rows: rows of logits in memory at a time (all masked positions if unset).
         average_copies: of the weights that an average of them keeps, divided like the optimizer's state.
+        kept_bytes: of a number of the sum over virtual ranks, which lies beside the gradients; 0: there is no such sum.
     """
     parameters = num_parameters(config)
     width, table = config.hidden_size, config.vocab_size * config.hidden_size
@@ -121,7 +123,7 @@ def estimate(
         ceil_div(optimizer_bytes(config, optimizer), shards),
         ceil_div(4 * average_copies * parameters, shards),
     )
-    return MemoryEstimate(4 * parameters, 4 * parameters, state, activations, averages)
+    return MemoryEstimate(4 * parameters, (4 + kept_bytes) * parameters, state, activations, averages)
 
 
 def average_copies(config: AveragingConfig) -> int:
@@ -140,7 +142,7 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     shards = config.system.world_size if config.communication.shard_optimizer else 1
     tokens = config.batch.micro_batch_size * config.data.max_seq_len
     tokens += -tokens % config.batch.shape_multiple
-    inputs = 3 * 8 * tokens * config.batch.gradient_accumulation_steps  # tokens, types, positions of the synthetic step
+    inputs = 3 * 8 * tokens * config.batch.micro_batches_per_step  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
     state = optimizer_bytes(config.model, config.optimizer.name, unknown=0.0) // shards
     averages = 4 * average_copies(config.averaging) * num_parameters(config.model) // shards

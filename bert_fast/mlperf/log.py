@@ -136,6 +136,8 @@ class ResultLog:
             ("number_of_nodes", config.system.world_size // config.system.node_size),
         ):
             self.event(key, value)
+        if config.batch.virtual_ranks > 1:
+            self.event("virtual_ranks", config.batch.virtual_ranks)
 
     def tensors(self, names: Iterable[str], ruleset: str) -> None:
         """Log the tensors that were initialized, by TensorFlow's names, for rulesets that ask for them."""

@@ -104,6 +104,7 @@ def run_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("samples", f"{metrics.samples_to_target:,} in {metrics.steps:,} steps"),
         ("throughput", f"{metrics.samples_per_s:,.0f} samples/s, {metrics.tokens_per_s:,.0f} real tokens/s"),
         ("model-FLOPs utilisation", _mfu_text(metrics)),
+        *_virtual_rows(record.virtual_ranks),
         ("imbalance (planned)", f"{metrics.imbalance_mean:.4f} max/mean cost over ranks"),
         ("imbalance (measured)", f"{metrics.compute_imbalance:.3f} max/mean compute time over ranks"),
         ("exposed communication", f"{1e3 * metrics.exposed_communication_s:.2f} ms per step"),
@@ -120,6 +121,15 @@ def _shared_rows(shared: tuple[int, int] | None) -> list[tuple[str, str]]:
     if shared is None:
         return []
     return [("evaluated on", f"TRAINING TEXT: {shared[0]:,} of {shared[1]:,} evaluation samples that were compared")]
+
+
+def _virtual_rows(count: int) -> list[tuple[str, str]]:
+    """A row if ranks computed the shares of others."""
+    if count == 1:
+        return []
+    return [
+        ("virtual ranks", f"{count:,} on every real rank, one after the other: speed is not that of as many machines")
+    ]
 
 
 def _energy_rows(energy: EnergyRecord) -> list[tuple[str, str]]:

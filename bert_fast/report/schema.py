@@ -348,6 +348,12 @@ class RunRecord:
         """Samples per step, from its config."""
         return int(self.config["batch"]["global_batch_size"])
 
+    @property
+    def virtual_ranks(self) -> int:
+        """Ranks whose shares every real rank computed, from its config; 1 in a record from before there was the setting."""
+        count = self.config["batch"].get("virtual_ranks", 1)
+        return count if isinstance(count, int) else 1
+
     def as_json(self) -> dict[str, Any]:
         """The record as plain values."""
         return {

@@ -22,7 +22,10 @@ from bert_fast.train.loss_scale import LossScale
 
 @dataclass
 class StepInput:
-    """A rank's share of a step. Counts are those of the global batch: every rank knows them from the plan."""
+    """A rank's share of a step. Counts are those of the global batch: every rank knows them from the plan.
+
+    `micro_batches` are those of all virtual ranks in order, as many for each.
+    """
 
     micro_batches: list[BertInput]
     global_masked: int | torch.Tensor
@@ -91,6 +94,7 @@ class TrainStep:
     ) -> None:
         """
         Args:
+            engine: with its virtual ranks enabled, if there are any.
             dtype: autocast format; fp32: no autocast.
             parameters_by_bucket: what the optimizer updates of each bucket, to update each as soon as it is reduced
                 (`optimizer.step_per_bucket`); None: all at the end. With it the call is a collective.
@@ -98,7 +102,7 @@ class TrainStep:
         """
         self.engine, self.optimizer, self._objective = engine, optimizer, objective
         self._device, self._dtype = device, dtype
-        self._world, self._loss_scale = world_size, loss_scale
+        self._num_ranks, self._loss_scale = world_size * engine.num_virtual_ranks, loss_scale
         self._bucketwise: BucketwiseOptimizer | None = None
         if parameters_by_bucket is not None:
             self._bucketwise = BucketwiseOptimizer(optimizer, parameters_by_bucket)
@@ -168,7 +172,11 @@ class TrainStep:
         return norm, torch.isfinite(norm) & (flags[0] == 0)
 
     def _forward_backward(self, inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of world_size * (rank's share of the global mean loss): their average is the global gradient."""
+        """Gradients of num_ranks * (rank's share of the global mean loss): their average is the global gradient.
+
+        Virtual ranks count as ranks.
+        """
+        per_rank = len(inputs.micro_batches) // self.engine.num_virtual_ranks
         scale = self._loss_scale.value if self._loss_scale else None
         sums = []
         for index, batch in enumerate(inputs.micro_batches):
@@ -177,9 +185,11 @@ class TrainStep:
                 autocast = torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
                 with autocast, span_or_nothing(self._trace, "compute", f"forward {index}"):
                     losses = self.engine.module(batch)
-                loss = self._world * self._objective.loss(losses, inputs.global_masked, inputs.global_samples)
+                loss = self._num_ranks * self._objective.loss(losses, inputs.global_masked, inputs.global_samples)
                 with span_or_nothing(self._trace, "compute", f"backward {index}"):
                     (loss if scale is None else loss * scale).backward()
+            if not last and (index + 1) % per_rank == 0:
+                self.engine.end_virtual_rank()
             sums.append((losses.mlm_sum.detach(), losses.nsp_sum.detach()))
         if len(sums) == 1:
             return sums[0]

@@ -17,12 +17,12 @@ LENGTHS = make_lengths(1000)
 
 def make_planner(
     lengths: np.ndarray, strategy: str, *, world: int = 4, accumulation: int = 2, local: int = 3, node: int = 2,
-    seed: int = 0, num_steps: int | None = None, **settings: Any,
+    seed: int = 0, num_steps: int | None = None, virtual: int = 1, **settings: Any,
 ) -> Planner:  # fmt: skip
     config = BalanceConfig(strategy=strategy, num_strata=2, **settings)
     return Planner(
         lengths, config, COST, world_size=world, gradient_accumulation_steps=accumulation, micro_batch_size=local,
-        node_size=node, max_seq_len=MAX_LEN, seed=seed, num_steps=num_steps,
+        node_size=node, max_seq_len=MAX_LEN, seed=seed, num_steps=num_steps, virtual_ranks=virtual,
     )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from bert_fast.train.collectives import gather_floats
 from bert_fast.train.environment import Environment
 from bert_fast.train.step import StepResult
 
+_SHOWN = 64  # samples that a message names
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -68,9 +70,10 @@ class NonfiniteWatch:
         text = f"step {step}: loss or gradient is not finite, from {blame}"
         fatal = None
         if in_a_row > self._limit:
-            samples = planner.plan(step).of_rank(ranks[0] if ranks else 0)[:64].tolist()
+            samples = planner.plan(step).of_rank(ranks[0] if ranks else 0).tolist()
+            more = f" and {len(samples) - _SHOWN:,} more" if len(samples) > _SHOWN else ""
             fatal = (
                 f"{text}; {in_a_row} steps in a row were skipped (train.max_skipped_steps={self._limit}). Samples of that "
-                f"rank: {samples}. Lower optimizer.lr, lengthen schedule.warmup_steps, or look at these samples"
+                f"rank: {samples[:_SHOWN]}{more}. Lower optimizer.lr, lengthen schedule.warmup_steps, or look at these samples"
             )
         return Skipped(text, step, ranks, in_a_row, fatal)

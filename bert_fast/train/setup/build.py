@@ -167,8 +167,12 @@ def make_wire(config: Config, environment: Environment, gradient_dtype: torch.dt
 
 
 def make_engine(config: Config, environment: Environment, model: nn.Module, layout: GradientLayout) -> Engine:
-    """The communication engine of the config. One rank without a process group has nothing to shard."""
-    communication = config.communication
+    """The communication engine of the config. One rank without a process group has nothing to shard.
+
+    Raises:
+        UserError: sharding needs another backend, or virtual ranks another wire format.
+    """
+    communication, virtual_ranks = config.communication, config.batch.virtual_ranks
     table = ENGINES
     if communication.shard_optimizer and dist.is_initialized():
         if environment.device.type == "cuda" and dist.get_backend() == "gloo":
@@ -178,6 +182,14 @@ def make_engine(config: Config, environment: Environment, model: nn.Module, layo
     engine: Engine = find(table, communication.engine)(
         model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire
     )
+    if virtual_ranks > 1:
+        if not wire.is_cast:
+            raise UserError(
+                f"batch.virtual_ranks={virtual_ranks} with communication.reduce_dtype={communication.reduce_dtype}, which is "
+                "more than a cast and may keep what it did not send of one rank's gradient; set "
+                "communication.reduce_dtype=fp32 or batch.virtual_ranks=1"
+            )
+        engine.enable_virtual_ranks(virtual_ranks)
     return engine
 
 

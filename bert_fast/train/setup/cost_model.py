@@ -46,6 +46,7 @@ def make_planner(
         gradient_accumulation_steps=config.batch.gradient_accumulation_steps,
         micro_batch_size=config.batch.micro_batch_size,
         node_size=config.system.node_size,
+        virtual_ranks=config.batch.virtual_ranks,
         max_seq_len=config.data.max_seq_len,
         seed=config.train.seed,
         num_steps=config.train.max_steps,

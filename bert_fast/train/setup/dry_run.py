@@ -12,6 +12,7 @@ import torch.distributed as dist
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
+from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import Config
 from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.data.store import Store
@@ -80,7 +81,8 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
 
     meta, world = torch.device("meta"), config.system.world_size
     shape = config.model.model_copy(update={"num_layers": min(num_layers, config.model.num_layers)})
-    config = config.model_copy(update={"model": shape})
+    batch_config = config.batch.model_copy(update={"virtual_ranks": min(2, config.batch.virtual_ranks)})
+    config = config.model_copy(update={"model": shape, "batch": batch_config})
     dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
     try:
         environment = Environment(world - 1, (world - 1) % config.system.node_size, world, meta, torch.float32)
@@ -102,8 +104,12 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
         for group in optimizer.param_groups:
             group["fused"] = False  # torch's fused update knows real devices only
         engine.zero_grad()
-        with engine.micro_batch(True):
-            backward()
+        for virtual_rank in range(engine.num_virtual_ranks):
+            last = virtual_rank == engine.num_virtual_ranks - 1
+            with engine.micro_batch(last):
+                backward()
+            if not last:
+                engine.end_virtual_rank()
         engine.finish()
         if not optimizer.has_opaque_state:  # others may read numbers, which meta tensors do not have
             optimizer.step()
@@ -133,10 +139,12 @@ def _lengths(config: Config) -> tuple[np.ndarray, str]:
 
 def _batch_text(config: Config) -> str:
     batch, world = config.batch, config.system.world_size
-    nodes = world // config.system.node_size
+    nodes, ranks, virtual = world // config.system.node_size, world * batch.virtual_ranks, ""
+    if batch.virtual_ranks > 1:
+        virtual = f"{ranks:,} ranks = {world:,} real x {batch.virtual_ranks:,} virtual; "
     return (
-        f"{batch.global_batch_size:,} = {batch.micro_batch_size} x {world:,} ranks x "
-        f"{batch.gradient_accumulation_steps} micro-batches; {nodes:,} node(s) of {config.system.node_size}"
+        f"{batch.global_batch_size:,} = {batch.micro_batch_size} x {ranks:,} ranks x "
+        f"{batch.gradient_accumulation_steps} micro-batches; {virtual}{nodes:,} node(s) of {config.system.node_size}"
     )
 
 
@@ -166,8 +174,11 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
         keeps_scores=config.system.device == "cpu",
         logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
         optimizer=config.optimizer.name,
-        shards=config.system.world_size if config.communication.shard_optimizer else 1,
+        shards=shards_of(config),
         average_copies=average_copies(config.averaging),
+        kept_bytes=wire_format(config.communication.reduce_dtype, torch.float32).dtype.itemsize
+        if config.batch.virtual_ranks > 1
+        else 0,
     )
     parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages", "activations"))
     listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts if value)

@@ -20,7 +20,7 @@ def synthetic_input(config: Config, environment: Environment, seed: int) -> Step
     """Made-up batches of a rank, as long as the config allows; the same for the same seed."""
     batches = [
         synthetic_batch(config.batch.micro_batch_size, config.data.max_seq_len, config.model.vocab_size, seed + i)
-        for i in range(config.batch.gradient_accumulation_steps)
+        for i in range(config.batch.micro_batches_per_step)
     ]
     masked = sum(len(b.masked_labels) for b in batches) * environment.world_size
     inputs = [to_device(b, environment.device, config.batch.shape_multiple) for b in batches]

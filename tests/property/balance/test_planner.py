@@ -70,6 +70,26 @@ def test_a_plan_holds_every_drawn_sample_once(strategy: str, shape: dict[str, in
     assert plan.useful == pytest.approx(COST(LENGTHS[plan.ids]).sum(), rel=1e-6)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_virtual_ranks_have_the_plans_of_real_ones(strategy: str) -> None:
+    """2 ranks x 3 virtual ones on nodes of one rank: 6 ranks on nodes of 3, shared out by threes."""
+    virtual = make_planner(LENGTHS, strategy, world=2, virtual=3, node=1)
+    real = make_planner(LENGTHS, strategy, world=6, node=3)
+    for step in (0, 7):
+        ours, theirs = virtual.plan(step), real.plan(step)
+        assert ours.checksum == theirs.checksum
+        assert (ours.imbalance, ours.useful, ours.capped) == (theirs.imbalance, theirs.useful, theirs.capped)
+        assert virtual.bound(ours) == real.bound(theirs)
+        for rank in range(2):
+            shares = range(3 * rank, 3 * rank + 3)
+            assert ours.micro_batches(rank) == [part for share in shares for part in theirs.micro_batches(share)]
+            np.testing.assert_array_equal(ours.of_rank(rank), np.concatenate([theirs.of_rank(each) for each in shares]))
+        for name in ("tokens", "tokens_squared", "costs"):
+            expected = getattr(theirs, name).reshape(2, 3, -1).sum(axis=(1, 2))
+            np.testing.assert_allclose(getattr(ours, name).reshape(2, -1).sum(axis=1), expected)
+        assert ours.costs.shape == (2,)
+
+
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if find(STRATEGIES, s).has_equal_counts])
 @given(shapes(), st.integers(0, 40))
 def test_equal_counts_are_equal(strategy: str, shape: dict[str, int], step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -338,6 +339,19 @@ def test_batch_arithmetic(there: int, nodes: int, local: int, accumulation: int)
 
 def test_enough_nodes_change_nothing() -> None:
     assert fit_to_nodes(config(2, 2, 48, 12), 2) == fit_to_nodes(config(2, 2, 48, 12), 5) == (2, [])
+
+
+@pytest.mark.parametrize(("there", "nodes", "virtual"), [(7, 6, 4), (5, 4, 6), (2, 2, 12)])
+def test_fewer_nodes_compute_as_many_ranks(there: int, nodes: int, virtual: int) -> None:
+    """48 ranks of 2 samples on 8 nodes x 2 ranks: the largest number of nodes that shares them evenly."""
+    batch = {"global_batch_size": 96, "micro_batch_size": 2, "virtual_ranks": 3}
+    system = {"world_size": 16, "ranks_per_node": 2}
+    tree = tiny(batch=batch, system=system, recovery={"min_nodes": 1})
+    used, overrides = fit_to_nodes(config_from_tree(tree), there)
+    assert (used, f"batch.virtual_ranks={virtual}") == (nodes, overrides[-1])
+    for section, name, value in (re.split("[.=]", each) for each in overrides):
+        tree[section][name] = int(value)
+    config_from_tree(tree)  # accepts it: the global batch is the product
 
 
 def test_no_number_of_nodes_divides() -> None:
