@@ -20,7 +20,7 @@ env: $(STAMP) ## the virtual environment with every pinned package
 $(STAMP): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev,tuning]"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev,tuning,optimizers]"
 	@touch $(STAMP)
 
 data: $(DATA)/train/manifest.json ## the stores of the mini benchmark

@@ -30,6 +30,7 @@ class OptimizerChoice(Choice):
 
     settings:       fields of `optimizer` that this one reads and not every one does
     state_values:   fp32 numbers that it keeps for each parameter; None where they depend on its arguments
+    matrix_values:  the same for parameters in the encoder's matrices, where it is another number
     not_per_bucket: why it cannot update a bucket while later ones are on the wire; empty: it can
     not_sharded:    why ranks cannot update parts of tensors; empty: they can
     capturable:     whether a CUDA graph can hold its step
@@ -39,6 +40,7 @@ class OptimizerChoice(Choice):
 
     settings: tuple[str, ...] = ()
     state_values: float | None = 2.0
+    matrix_values: float | None = None
     not_per_bucket: str = ""
     not_sharded: str = ""
     capturable: bool = True
@@ -66,6 +68,7 @@ OPTIMIZERS = {
         "bert_fast.optim.nadamw:build",
         "torch's NAdam with decoupled weight decay",
         settings=_ADAM,
+        capturable=False,  # the host waits for the gradient's norm, as torch's NAdam does not read found_inf
         source="Dozat, ICLR 2016 workshop; arXiv 1711.05101",
     ),
     "lamb": OptimizerChoice(
@@ -78,7 +81,7 @@ OPTIMIZERS = {
         "bert_fast.optim.muon:build",
         "Muon for the encoder's matrices, AdamW for all else",
         settings=(*_ADAM, "momentum", "nesterov", "newton_schulz_steps", "newton_schulz_dtype", "adjust_lr", "muon_lr"),
-        state_values=None,
+        matrix_values=1.0,
         not_sharded="Muon orthogonalizes whole matrices, and a shard is cut without regard to them",
         source="Jordan et al. 2024 (kellerjordan.github.io/posts/muon); adjusted rate of arXiv 2502.16982",
     ),
@@ -107,9 +110,13 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class AveragingChoice(Choice):
-    """`settings`: fields of `averaging` that this method reads."""
+    """`settings`: fields of `averaging` that this method reads.
+
+    copies_setting: the one of them that says how many copies of the weights it keeps; empty: it keeps one
+    """
 
     settings: tuple[str, ...] = ()
+    copies_setting: str = ""
 
 
 # A class (parameters, AveragingConfig) -> optim.averaging.WeightAverage. `none` is no entry: nothing is averaged.
@@ -118,7 +125,10 @@ AVERAGES = {
         "bert_fast.optim.averaging:ExponentialAverage", "an exponential moving average", settings=("decay",)
     ),
     "last": AveragingChoice(
-        "bert_fast.optim.averaging:LastAverage", "the mean of the last few snapshots", settings=("keep",)
+        "bert_fast.optim.averaging:LastAverage",
+        "the mean of the last few snapshots",
+        settings=("keep",),
+        copies_setting="keep",
     ),
 }
 
@@ -136,12 +146,16 @@ DECAYS = {
     "polynomial": DecayChoice(
         "bert_fast.optim.schedule:polynomial",
         "to end_lr at total_steps by a power of what is left (MLPerf's)",
-        settings=("end_lr", "power"),
+        settings=("decay_from", "end_lr", "power"),
     ),
     "cosine": DecayChoice(
-        "bert_fast.optim.schedule:cosine", "to end_lr at total_steps by half a cosine", settings=("end_lr",)
+        "bert_fast.optim.schedule:cosine",
+        "to end_lr at total_steps by half a cosine",
+        settings=("decay_from", "end_lr"),
     ),
-    "linear_to_zero": DecayChoice("bert_fast.optim.schedule:linear_to_zero", "to 0 at total_steps in a line"),
+    "linear_to_zero": DecayChoice(
+        "bert_fast.optim.schedule:linear_to_zero", "to 0 at total_steps in a line", settings=("decay_from",)
+    ),
     "warmup_stable_decay": DecayChoice(
         "bert_fast.optim.schedule:warmup_stable_decay",
         "constant, and over the last decay_steps in a line to end_lr at total_steps",

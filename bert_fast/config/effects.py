@@ -132,9 +132,8 @@ RULES = (
     ),
     Rule(
         ("schedule.decay_from",),
-        lambda c: c.schedule.decay not in ("steps", "constant") and c.schedule.warmup_steps > 0,
-        "schedule.decay={c.schedule.decay} with schedule.warmup_steps={c.schedule.warmup_steps} begins to decay at the same "
-        "step either way",
+        lambda c: c.schedule.warmup_steps > 0,
+        "without a warm-up the decay begins at the same step either way",
         "set schedule.warmup_steps",
     ),
     Rule(

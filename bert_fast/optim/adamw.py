@@ -24,15 +24,25 @@ class AdamW(torch.optim.AdamW, RunOptimizer):
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
     """torch's AdamW, fused; apex's with `use_apex`. Raises UserError if apex is missing."""
     groups = decay_groups(named_parameters, config.weight_decay)
-    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if not config.use_apex:
-        return AdamW(groups, **settings, fused=True)
+    if config.use_apex:
+        return build_apex(groups, config, decoupled=True)
+    return AdamW(groups, **adam_settings(config), fused=True)
+
+
+def adam_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """What every optimizer of Adam's family takes beside its groups, as torch and apex name it."""
+    return {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+
+
+def build_apex(groups: list[dict[str, Any]], config: OptimizerConfig, *, decoupled: bool) -> RunOptimizer:
+    """apex's FusedAdam over the groups, with decoupled weight decay or with L2. Raises UserError if apex is missing."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError:
         raise UserError("optimizer.use_apex=true: apex is not installed; install it or set use_apex=false") from None
 
-    class ApexAdamW(FusedAdam, RunOptimizer):  # type: ignore[misc]
-        state_names = ("exp_avg", "exp_avg_sq")  # it counts updates per group
+    class ApexAdam(FusedAdam, RunOptimizer):  # type: ignore[misc]
+        state_names = ("exp_avg", "exp_avg_sq")
+        group_state_names = ("step",)  # it counts updates per group
 
-    return ApexAdamW(groups, **settings | {"adam_w_mode": True})
+    return ApexAdam(groups, **adam_settings(config) | {"adam_w_mode": decoupled})

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from bert_fast.communication.bucket_record import BucketRecord
 from bert_fast.communication.engine import Engine
 from bert_fast.model.bert import BertForPretraining
+from bert_fast.optim.averaging import WeightAverage
+from bert_fast.optim.build import RunOptimizer
 from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.rank_optimizer import RankOptimizer
 from bert_fast.train.step import Step
@@ -17,6 +23,7 @@ class TrainComponents:
     """The parts of a step of this rank, with the weights a run starts from.
 
     bucket_record: what `communication.bucket_mb: auto` measured and chose; None where the config gives the sizes
+    average:       of the weights, to be evaluated in their place; None where nothing is averaged
     """
 
     model: BertForPretraining
@@ -25,3 +32,26 @@ class TrainComponents:
     loss_scale: LossScale | None
     step: Step
     bucket_record: BucketRecord | None = None
+    average: WeightAverage | None = None
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights that are evaluated and exported; afterwards the trained ones, bit for bit.
+
+        They are an average's or the optimizer's, where either has others than the trained ones. Those are kept meanwhile, whole
+        on every rank, so that putting them back takes no collective. Entering it is one.
+        """
+        source: WeightAverage | RunOptimizer = self.average or self.optimizer.optimizer
+        if not source.evaluates_other_weights:
+            yield
+            return
+        self.engine.wait_pending()
+        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        trained = [parameter.clone() for parameter in parameters]
+        try:
+            source.write_evaluated_weights()
+            self.engine.gather_weights()
+            self.engine.wait_pending()
+            yield
+        finally:
+            torch._foreach_copy_(parameters, trained)

@@ -104,7 +104,7 @@ class CudaGraphStep:
             captured = self._captured[key] = self._first(inputs)
         copy_into(captured.inputs, inputs)
         for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr)
+            group["lr"].fill_(lr * group.get("lr_scale", 1.0))
         with self._timer or nullcontext():
             captured.graph.replay()
         self._step.engine.count_replay(captured.bytes_sent)

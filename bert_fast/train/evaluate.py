@@ -139,11 +139,12 @@ class EvaluationRunner:
             if self._evaluator is None:
                 multiple = context.config.batch.shape_multiple
                 self._evaluator = Evaluator(self._store, config, multiple, self._state.cost, context.environment)
-            result = self._evaluator(
-                self._state.components.model,
-                lambda: heartbeat.at(progress.step, EVALUATION),
-                lambda: heartbeat.at(progress.step, METRICS_SYNC),
-            )
+            with self._state.components.evaluated_weights():
+                result = self._evaluator(
+                    self._state.components.model,
+                    lambda: heartbeat.at(progress.step, EVALUATION),
+                    lambda: heartbeat.at(progress.step, METRICS_SYNC),
+                )
             context.mllog.event(constants.EVAL_ACCURACY, result.mlm_accuracy, epoch_num=samples)
         context.mllog.throughput(samples / context.clock.training, progress.step)
         while progress.next_evaluation <= samples:

@@ -112,6 +112,8 @@ class TrainingLoop:
             check_state(first, context.environment)
         context.heartbeat.at(progress.step, COMPUTE)
         result = self._compute(planned, inputs, lr)
+        if self._components.average is not None:
+            self._components.average.after_step(progress.step + 1, result.is_finite)
         self._log_trace(self._profile.after(progress.step))
         progress.count(planned, context.config.batch.global_batch_size, context.clock.elapsed)
         self._nonfinite.add(planned.plan.step, result)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +13,7 @@ from bert_fast.communication.engine import Engine, UpdatedSlice
 from bert_fast.config import OptimizerConfig
 from bert_fast.optim.build import build_optimizer
 from bert_fast.parts import declare_parts, parts_of
-from bert_fast.train.collectives import max_over_ranks
+from bert_fast.train.collectives import gather_values
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,22 @@ class RankOptimizer:
         self.optimizer = build_optimizer([(each.name, each.parameter) for each in self.slices], config)
         if parts is not None:
             self.optimizer.share_squares = lambda parameters, squares: parts.shared(engine, parameters, squares)
+            self.optimizer.share_sums = lambda group_of, sums: _shared_sums(engine, named_parameters, group_of, sums)
 
     @property
     def parameters_by_bucket(self) -> list[list[torch.Tensor]]:
         """What is updated of each bucket, for updates per bucket."""
         return self._by_bucket
 
-    def step_count(self) -> float | None:
-        """How often the optimizer has stepped, the same on all ranks; None before its first. A collective where sharded."""
-        counts = [float(entry["step"]) for entry in self.optimizer.state.values() if "step" in entry]
+    def scalars(self) -> dict[str, dict[str, float]]:
+        """`RunOptimizer.scalars` of the whole model, the same on all ranks. A collective where it is sharded."""
+        mine = self.optimizer.scalars()
         if not self._engine.is_sharded:
-            return max(counts) if counts else None
-        device = self.slices[0].parameter.device if self.slices else torch.device("cpu")
-        return float(max_over_ranks(np.array([max(counts, default=0.0)]), device)[0])
+            return mine
+        merged: dict[str, dict[str, float]] = {}
+        for theirs in gather_values(mine):  # a rank may have no slice of some kind of parameter
+            merged |= {kind: values for kind, values in theirs.items() if kind not in merged}
+        return dict(sorted(merged.items()))
 
 
 class _PartTable:
@@ -98,6 +101,21 @@ class _PartTable:
             total[:, index] = squares
         engine.share_sums(total)
         return total[:, index]
+
+
+def _shared_sums(
+    engine: Engine,
+    named_parameters: list[tuple[str, nn.Parameter]],
+    group_of: Callable[[str], str],
+    sums: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Sums over ranks: [2] of this rank's pieces, by group, to those of every group of the model. A collective."""
+    reference = named_parameters[0][1]
+    groups = list(dict.fromkeys(group_of(name) for name, _ in named_parameters))  # in one order on all ranks
+    nothing = torch.zeros(2, dtype=reference.dtype, device=reference.device)
+    total = torch.stack([sums.get(group, nothing) for group in groups])
+    engine.share_sums(total)
+    return dict(zip(groups, total.unbind(), strict=True))
 
 
 def _part_ends(parameter: torch.Tensor) -> list[int]:

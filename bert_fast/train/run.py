@@ -308,6 +308,8 @@ def _end_log(context: RunContext, summary: RunSummary) -> None:
     mllog.end(constants.RUN_STOP, status=status, resumed=progress.sessions > 1)
     mllog.close()
     context.energy.add_to(progress, last=True)
-    if context.config.checkpoint.save_final_model and context.environment.is_main:
-        model, manifest = summary.prepared.components.model, summary.data.store.manifest
-        export_model(model, context.config, manifest, context.folder / MODEL, context.log)
+    if context.config.checkpoint.save_final_model:
+        components, manifest = summary.prepared.components, summary.data.store.manifest
+        with components.evaluated_weights():  # entering it takes all ranks
+            if context.environment.is_main:
+                export_model(components.model, context.config, manifest, context.folder / MODEL, context.log)

@@ -197,7 +197,7 @@ class TrainStep:
 
     def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def _update(self, found_inf: torch.Tensor, step: Callable[[], object], once: bool = True) -> None:
         """Apply the gradient, or leave everything as it is where it is not finite."""

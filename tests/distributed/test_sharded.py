@@ -48,6 +48,17 @@ def test_same_weights_under_every_clipping(pool: Pools, tiny_store: Path, clip: 
     compare(whole, sharded)
 
 
+@pytest.mark.parametrize(
+    "optimizer", [{"name": "adam"}, {"name": "nadamw"}, {"name": "lamb", "trust": "group"}, {"name": "lamb", "trust": "global"}]
+)  # fmt: skip
+def test_same_weights_of_every_other_rule(pool: Pools, tiny_store: Path, optimizer: dict[str, Any]) -> None:
+    """Norms over several tensors are those of all ranks, which hold pieces of them."""
+    whole, sharded = (
+        pool(4).call(train, make_config(tiny_store, 4, shard, optimizer=optimizer)) for shard in (False, True)
+    )
+    compare(whole, sharded)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 @pytest.mark.parametrize("step_per_bucket", [True, False])
 def test_same_weights_on_four_ranks_and_updated_by_bucket(
@@ -97,7 +108,7 @@ def test_what_ranks_write_of_their_shards_is_the_unsharded_state(pool: Pools, ti
         for shard in (False, True)
     )
     assert [rank["counts"] for rank in sharded] == [whole[0]["counts"]] * 2
-    assert whole[0]["counts"]["step"] == STEPS
+    assert whole[0]["counts"]["scalars"] == {"exp_avg exp_avg_sq": {"step": STEPS}}
     expected, found = whole_tensors(whole), whole_tensors(sharded)
     assert found.keys() == expected.keys()
     assert {name.split(".")[1] for name in found} == {"exp_avg", "exp_avg_sq"}

@@ -32,7 +32,7 @@ def make_config(store: Path, world: int, **changes: dict[str, Any]) -> Config:
     tree["system"]["world_size"] = world
     tree["batch"] = {"global_batch_size": 16, "micro_batch_size": 16 // world}
     for section, values in changes.items():
-        tree[section] |= values
+        tree[section] = tree.get(section, {}) | values
     return config_from_tree(tree)
 
 
@@ -50,12 +50,20 @@ class TinyTraining:
     def step(self, number: int, poisoned: bool = False) -> StepResult:
         """Step `number` of the config's plan; where it is poisoned, rank 1 has a NaN in the gradient that is ready last."""
         self._poisoned = poisoned
-        return self.components.step(self._steps.input(number), lr=0.01)
+        result = self.components.step(self._steps.input(number), lr=0.01)
+        if self.components.average is not None:  # as the loop does
+            self.components.average.after_step(number + 1, result.is_finite)
+        return result
 
     def weights(self) -> np.ndarray:
         """All weights as of now, those on the wire waited for, float32 [weights]."""
         self.components.engine.wait_pending()
         return weights_of(self.components).numpy()
+
+    def evaluated(self) -> np.ndarray:
+        """The weights that are evaluated, float32 [weights]. A collective where sharded."""
+        with self.components.evaluated_weights():
+            return self.weights()
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint of what there is now. A collective."""

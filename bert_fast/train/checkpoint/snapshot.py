@@ -2,6 +2,8 @@
 
 model.NAME               weights and buffers, each once (a tied one under its first name)
 optimizer.MOMENT.NAME    the optimizer's state, element by element of the parameter NAME
+optimizer_state          all of its state as bytes, where that may be of any shape (RunOptimizer.has_opaque_state)
+average.ROW.NAME         averages of the weights, or the snapshots that they are means of
 rank.RANK                that rank's random state and what its wire format keeps, as bytes
 """
 
@@ -13,10 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 
-from bert_fast.train.checkpoint.storage import TensorSlice, read_bytes, read_metadata, read_slices
+from bert_fast.errors import UserError
+from bert_fast.optim.opaque import load_opaque_state, opaque_state
+from bert_fast.train.checkpoint.storage import TensorSlice, as_bytes, read_bytes, read_metadata, read_slices
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
+
+_OPAQUE = "optimizer_state"
 
 
 def own_slices(sizes: list[int], rank: int, world: int) -> Iterator[tuple[int, int, int]]:
@@ -38,16 +45,14 @@ def slices_to_write(components: TrainComponents, environment: Environment) -> li
     """
     components.engine.wait_pending()
     whole = [(f"model.{name}", value) for name, value in _tensors(components.model)]
-    slices = []
-    optimizer = components.optimizer.optimizer
-    state = optimizer.state
-    for held in components.optimizer.slices:
-        entry = state.get(held.parameter, {})
-        for key, value in ((name, entry[name]) for name in optimizer.state_names if name in entry):
-            if components.engine.is_sharded:
-                slices.append(TensorSlice(f"optimizer.{key}.{held.name}", held.begin, held.numel, _flat(value)))
-            else:
-                whole.append((f"optimizer.{key}.{held.name}", value))
+    held_here = [*_optimizer_slices(components), *_average_slices(components)]
+    slices: list[TensorSlice] = []
+    if components.engine.is_sharded:
+        slices += held_here
+    else:
+        whole += [(each.name, each.values) for each in held_here]
+    if components.optimizer.optimizer.has_opaque_state and environment.is_main:
+        slices.append(as_bytes(_OPAQUE, opaque_state(components.optimizer.optimizer)))
     sizes = [value.numel() for _, value in whole]
     for index, begin, end in own_slices(sizes, environment.rank, environment.world_size):
         name, value = whole[index]
@@ -55,12 +60,38 @@ def slices_to_write(components: TrainComponents, environment: Environment) -> li
     return slices
 
 
+def _optimizer_slices(components: TrainComponents) -> Iterator[TensorSlice]:
+    """The state that the optimizer has of each of this rank's slices."""
+    optimizer = components.optimizer.optimizer
+    if optimizer.has_opaque_state:
+        return
+    for held in components.optimizer.slices:
+        entry = optimizer.state.get(held.parameter, {})
+        for key in (name for name in optimizer.state_names if name in entry):
+            yield TensorSlice(f"optimizer.{key}.{held.name}", held.begin, held.numel, _flat(entry[key]))
+
+
+def _average_slices(components: TrainComponents) -> Iterator[TensorSlice]:
+    """The averages of this rank's slices, row by row; those that have begun."""
+    if components.average is None:
+        return
+    for number, row in enumerate(components.average.rows()):
+        for held, value in zip(components.optimizer.slices, row, strict=True):
+            yield TensorSlice(f"average.{number}.{held.name}", held.begin, held.numel, _flat(value))
+
+
 def optimizer_counts(components: TrainComponents) -> dict[str, Any]:
-    """How often the optimizer has stepped, as plain values. A collective where it is sharded."""
-    groups = components.optimizer.optimizer.param_groups
+    """What the optimizer counts, as plain values: for each kind of parameter, and for each group. A collective where sharded.
+
+    Empty where its state is written as bytes, which have everything.
+    """
+    optimizer = components.optimizer.optimizer
+    if optimizer.has_opaque_state:
+        return {"scalars": {}, "groups": []}
+    names = optimizer.group_state_names
     return {
-        "step": components.optimizer.step_count(),
-        "groups": [_plain(group.get("step")) for group in groups],  # apex counts per group
+        "scalars": components.optimizer.scalars(),
+        "groups": [{name: _plain(group[name]) for name in names if name in group} for group in optimizer.param_groups],
     }
 
 
@@ -78,32 +109,33 @@ def rank_name(rank: int) -> str:
 
 
 def load_tensors(
-    path: Path, components: TrainComponents, environment: Environment, counts: dict[str, Any], same_ranks: bool
+    path: Path,
+    components: TrainComponents,
+    environment: Environment,
+    counts: dict[str, Any],
+    same_ranks: bool,
+    average_count: int = 0,
 ) -> None:
     """Put a checkpoint's tensors back, on every rank by itself.
 
     Args:
         counts: of `optimizer_counts`.
         same_ranks: as many ranks as wrote it, so that each takes its own state too.
+        average_count: updates of the average of the weights.
+
+    Raises:
+        UserError: it is damaged, or of another model or optimizer.
     """
     components.engine.wait_pending()
     metadata = read_metadata(path)
     slices = [TensorSlice(f"model.{n}", 0, v.numel(), _flat(v)) for n, v in _tensors(components.model)]
-    optimizer = components.optimizer.optimizer
-    optimizer.state.clear()
-    for held in components.optimizer.slices:
-        for key in optimizer.state_names:
-            name = f"optimizer.{key}.{held.name}"
-            if name in metadata.state_dict_metadata:
-                value = torch.empty_like(held.parameter)
-                optimizer.state[held.parameter][key] = value
-                slices.append(TensorSlice(name, held.begin, held.numel, _flat(value)))
-        if counts["step"] is not None and optimizer.step_dtype is not None and optimizer.state.get(held.parameter):
-            step = torch.tensor(counts["step"], dtype=optimizer.step_dtype, device=held.parameter.device)
-            optimizer.state[held.parameter] = {"step": step, **optimizer.state[held.parameter]}
-    for group, step in zip(optimizer.param_groups, counts["groups"], strict=True):
-        if step is not None:
-            group["step"] = step
+    if components.optimizer.optimizer.has_opaque_state:
+        _load_opaque(path, metadata, components)
+    else:
+        slices += _restored_optimizer(path, metadata, components, counts)
+    if components.average is not None:
+        components.average.restore_count(average_count)
+        slices += _average_slices(components)
     with torch.no_grad():
         read_slices(path, slices)
     own = read_bytes(path, metadata, rank_name(environment.rank)) if same_ranks else None
@@ -112,6 +144,43 @@ def load_tensors(
         if environment.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], environment.device)
         components.engine.wire.load_state_dict(own["wire"])
+
+
+def _restored_optimizer(
+    path: Path, metadata: Metadata, components: TrainComponents, counts: dict[str, Any]
+) -> list[TensorSlice]:
+    """Make the optimizer's state anew, with its counts; the slices in which its tensors are to be read."""
+    optimizer, slices = components.optimizer.optimizer, []
+    optimizer.state.clear()
+    for held in components.optimizer.slices:
+        for key in optimizer.state_names:
+            name = f"optimizer.{key}.{held.name}"
+            if name in metadata.state_dict_metadata:
+                value = torch.empty_like(held.parameter)
+                optimizer.state[held.parameter][key] = value
+                slices.append(TensorSlice(name, held.begin, held.numel, _flat(value)))
+        if optimizer.state.get(held.parameter):
+            optimizer.restore_scalars(held.parameter, counts["scalars"])
+    if len(counts["groups"]) != len(optimizer.param_groups):
+        raise UserError(
+            f"checkpoint {path} is damaged (it has {len(counts['groups'])} groups of parameters and the optimizer "
+            f"{len(optimizer.param_groups)}); remove it"
+        )
+    for group, values in zip(optimizer.param_groups, counts["groups"], strict=True):
+        group.update({name: values[name] for name in optimizer.group_state_names if name in values})
+    return slices
+
+
+def _load_opaque(path: Path, metadata: Metadata, components: TrainComponents) -> None:
+    """Rank 0's bytes, on every rank: all ranks have the same state."""
+    saved = read_bytes(path, metadata, _OPAQUE)
+    try:
+        load_opaque_state(components.optimizer.optimizer, saved)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        text = str(error).partition("\n")[0][:120]
+        raise UserError(
+            f"checkpoint {path} cannot be read ({_OPAQUE}: {type(error).__name__}: {text}); remove it"
+        ) from None
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

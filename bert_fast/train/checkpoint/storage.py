@@ -57,7 +57,7 @@ from bert_fast.run_folder import (
 )
 from bert_fast.train.collectives import broadcast_json, gather_json
 
-FORMAT = "bert_fast checkpoint 4"
+FORMAT = "bert_fast checkpoint 5"
 _BEFORE_THE_RENAMING = tuple(f"bert_fast checkpoint {number}" for number in (1, 2, 3))
 _SHARE = re.compile(r"__\d+_\d+\.distcp")
 _DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)}

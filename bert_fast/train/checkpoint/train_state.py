@@ -37,8 +37,8 @@ class _LossScale(_Saved):
 
 
 class _OptimizerCounts(_Saved):
-    step: Number | None
-    groups: list[Count | None]
+    scalars: dict[str, Annotated[dict[str, Number], Field(min_length=1)]]
+    groups: list[dict[str, Count | Number]]
 
 
 class _Evaluation(_Saved):
@@ -72,6 +72,7 @@ class SavedState(_Saved):
     clock: _Clock
     loss_scale: _LossScale | None
     optimizer: _OptimizerCounts
+    average: Count
     cost: list[Number] = Field(min_length=2, max_length=2)
 
 
@@ -85,7 +86,7 @@ class Description(NamedTuple):
 
 
 class TrainState:
-    """Progress, clocks, cost model, and the components' weights, moments, random state and loss scale.
+    """Progress, clocks, cost model, and the components' weights, moments, averages, random state and loss scale.
 
     progress:    counters, evaluations and sums of the run
     clock:       the MLPerf clock and what is paused on the throughput clock
@@ -108,6 +109,7 @@ class TrainState:
             "clock": self.clock.state_dict(),
             "loss_scale": loss_scale.state_dict() if loss_scale else None,
             "optimizer": optimizer_counts(self.components),
+            "average": self.components.average.count if self.components.average else 0,
             "cost": [self.cost.linear, self.cost.quadratic],
         }
         plain: dict[str, Any] = json.loads(json.dumps(state, default=float))
@@ -148,8 +150,9 @@ class TrainState:
         same_ranks = description.world_size == self.environment.world_size
         if not same_ranks:
             seed_ranks(seed + description.state.progress.step, self.environment)
-        counts = description.state.optimizer.model_dump()
-        load_tensors(path, self.components, self.environment, counts, same_ranks)
+        saved = description.state
+        counts = saved.optimizer.model_dump()
+        load_tensors(path, self.components, self.environment, counts, same_ranks, saved.average)
         self.components.step.prepare_rates()
         self.load_state_dict(description.state)
 

@@ -30,6 +30,7 @@ from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.model.objective import Objective
+from bert_fast.optim.averaging import build_average
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.collectives import broadcast_numbers
 from bert_fast.train.components import TrainComponents
@@ -80,13 +81,14 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
         parameters_by_bucket=optimizer.parameters_by_bucket if config.optimizer.step_per_bucket else None,
         use_device_timers=not config.train.cuda_graphs,
     )
+    average = build_average([each.parameter for each in optimizer.slices], config.averaging)
     warm_up(config, environment, TrainComponents(model, engine, optimizer, loss_scale, step))
     seed_ranks(config.train.seed, environment)
     if not config.train.cuda_graphs:
-        return TrainComponents(model, engine, optimizer, loss_scale, step, record)
+        return TrainComponents(model, engine, optimizer, loss_scale, step, record, average)
     tensor_rates(optimizer.optimizer, environment.device)
     graphed = CudaGraphStep(step, config.data.max_seq_len, capture_on_cuda, DeviceTimer())
-    return TrainComponents(model, engine, optimizer, loss_scale, graphed, record)
+    return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average)
 
 
 def make_objective(config: Config) -> Objective:

@@ -14,8 +14,9 @@ from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import Config
+from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.data.store import Store
-from bert_fast.memory.estimate import estimate, num_parameters
+from bert_fast.memory.estimate import average_copies, estimate, num_parameters
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.model.loss import chunk_rows
@@ -110,7 +111,8 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
             if not last:
                 engine.end_virtual_rank()
         engine.finish()
-        optimizer.step()
+        if not optimizer.has_opaque_state:  # others may read numbers, which meta tensors do not have
+            optimizer.step()
         engine.wait_pending()
         sent = engine.counters()["gradient_bytes"] / 2**20
     finally:
@@ -175,10 +177,13 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
         kept_bytes=wire_format(config.communication.reduce_dtype, torch.float32).dtype.itemsize
         if config.batch.virtual_ranks > 1
         else 0,
+        optimizer=config.optimizer.name,
+        average_copies=average_copies(config.averaging),
     )
-    parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations"))
-    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts)
-    return f"about {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
+    parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages", "activations"))
+    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts if value)
+    bound = "at least" if OPTIMIZERS[config.optimizer.name].state_values is None else "about"
+    return f"{bound} {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
 
 
 def _plan_text(config: Config, planner: Planner) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ def warm_up(config: Config, environment: Environment, components: TrainComponent
     if not num_steps:
         return
     weights = [p.detach().clone() for p in model.parameters()]
+    groups = _settings(components.optimizer.optimizer)
     wire_state = copy.deepcopy(engine.wire.state_dict())
     scale_state = components.loss_scale.state_dict() if components.loss_scale else None
     for index in range(num_steps):
@@ -50,10 +52,26 @@ def warm_up(config: Config, environment: Environment, components: TrainComponent
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), weights, strict=True):
             parameter.copy_(value)
-    components.optimizer.optimizer.state.clear()
+    _put_back(components.optimizer.optimizer, groups)
     if components.loss_scale and scale_state:
         components.loss_scale.load_state_dict(scale_state)
     synchronize(environment.device)
     components.step.read_device_times()
     engine.wire.load_state_dict(wire_state)
     engine.reset_counters()
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the parameter groups hold beside parameters: some optimizers count in them."""
+    return [
+        copy.deepcopy({name: value for name, value in g.items() if name != "params"}) for g in optimizer.param_groups
+    ]
+
+
+def _put_back(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
+    """Forget all state; the groups get the settings that they had, and lose those that they did not have."""
+    optimizer.state.clear()
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        for name in group.keys() - before.keys() - {"params"}:
+            del group[name]
+        group.update(before)

@@ -68,7 +68,7 @@ def test_every_entry_imports_and_says_what_it_is(table: str, name: str) -> None:
 
 def test_help_lists_every_variant_with_what_it_is() -> None:
     text = describe_fields()
-    assert "  optimizer.name (adamw|lamb, default adamw)" in text
+    assert f"  optimizer.name ({'|'.join(choices.OPTIMIZERS)}, default adamw)" in text
     assert "  model.attention_backend (auto|loop|" in text
     in_configs = [table for name, table in TABLES.items() if name not in ("CORPORA", "SHARDED_ENGINES")]
     for table in (*in_configs, choices.CLIP_MODES):
@@ -77,7 +77,7 @@ def test_help_lists_every_variant_with_what_it_is() -> None:
 
 
 def test_a_name_that_is_nearly_right_is_guessed(make_config: Callable[..., Config]) -> None:
-    with pytest.raises(UserError, match=r"optimizer\.name: must be one of 'adamw', 'lamb' \(did you mean lamb\?\)"):
+    with pytest.raises(UserError, match=r"optimizer\.name: must be one of 'adamw', .* \(did you mean lamb\?\)"):
         make_config("optimizer.name=lam")
     with pytest.raises(UserError, match=r"optimizer\.name: 3 is read as a number, and a text is wanted"):
         make_config("optimizer.name=3")
@@ -116,7 +116,7 @@ def test_a_new_optimizer(add: Callable[..., None], make_config: Callable[..., Co
         def build(named_parameters, config):
             return Sign(decay_groups(named_parameters, config.weight_decay), {"lr": config.lr})
         """
-    add(choices.OPTIMIZERS, code, "build")
+    add(choices.OPTIMIZERS, code, "build", choices.OptimizerChoice)
     config = make_config("optimizer.name=dummy", "optimizer.lr=0.25")
     weight = nn.Parameter(torch.zeros(3))
     optimizer = build_optimizer([("weight", weight)], config.optimizer)

@@ -445,6 +445,65 @@ def test_updates_by_bucket_need_an_update_that_is_known(
         make_config("optimizer.step_per_bucket=true", *overrides)
 
 
+GRAPHS = ["train.cuda_graphs=true", "system.device=cuda", "model.attention_backend=torch_flash"]
+PACKAGE = ["optimizer.name=pytorch_optimizer", "optimizer.class_name=SOAP"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.name=lamb", "optimizer.trust=global", "optimizer.step_per_bucket=true"], "trust=global needs norms over"),
+        (["optimizer.name=lamb", "optimizer.trust=group", "optimizer.step_per_bucket=true"], "trust=group needs norms over"),
+        (["optimizer.name=schedule_free", "optimizer.step_per_bucket=true"], "one number for all tensors"),
+        ([*PACKAGE, "optimizer.step_per_bucket=true"], r"set optimizer\.step_per_bucket=false"),
+        (["optimizer.name=muon", "communication.shard_optimizer=true"], "whole matrices.*set communication.shard_opt.*=false"),
+        ([*PACKAGE, "communication.shard_optimizer=true"], "may need whole tensors; set communication.shard_optimizer=false"),
+        (["optimizer.name=nadamw", *GRAPHS], r"cannot hold a step of optimizer\.name=nadamw; .* or adam or lamb or muon"),
+        (["optimizer.name=schedule_free", *GRAPHS], r"cannot hold a step of optimizer\.name=schedule_free"),
+        (["optimizer.name=pytorch_optimizer"], r"needs a class; set optimizer\.class_name, to SOAP for example"),
+        (["optimizer.name=schedule_free", "averaging.method=last"], r"averages its weights itself; set averaging\.method=none"),
+    ],
+)  # fmt: skip
+def test_what_an_optimizer_cannot_do_is_refused(
+    make_config: Callable[..., Config], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        make_config(*overrides)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer.name=muon", "optimizer.step_per_bucket=true"],
+        ["optimizer.name=muon", *GRAPHS],
+        ["optimizer.name=nadamw", "optimizer.step_per_bucket=true", "communication.shard_optimizer=true"],
+        ["optimizer.name=lamb", "optimizer.trust=global", "communication.shard_optimizer=true"],
+        ["optimizer.name=schedule_free", "communication.shard_optimizer=true"],
+    ],
+)
+def test_what_an_optimizer_can_do_is_allowed(make_config: Callable[..., Config], overrides: list[str]) -> None:
+    make_config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.decay_from=warmup_end", "schedule.warmup_steps=100"], "ends the decay before it begins .*raise total"),
+        (["schedule.decay=steps"], r"needs schedule\.milestones; list the steps"),
+        (["schedule.decay=steps", "schedule.milestones=[5, 5]"], "must ascend; sort them and name each step once"),
+        (["schedule.decay=warmup_stable_decay", "schedule.decay_steps=101"], "is more than schedule.total_steps=100; lower it"),
+        (["batch.virtual_ranks=2"], "16; set batch.global_batch_size=16"),
+        (["batch.virtual_ranks=2", "batch.micro_batch_size=4", "communication.engine=ddp"], "needs communication.engine=buck"),
+    ],
+)  # fmt: skip
+def test_schedules_and_virtual_ranks_fit_together(
+    make_config: Callable[..., Config], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(*overrides)
+
+
 def numeric_fields() -> list[str]:
     """Every field of the config that takes a number."""
     found = []

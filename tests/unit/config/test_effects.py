@@ -17,6 +17,8 @@ AUTO = "communication.bucket_mb=auto"
 REFERENCE = "schedule.counting=reference"
 TWO_NODES = ("system.world_size=2", "system.ranks_per_node=1", "batch.micro_batch_size=4")
 LOGGED = "mlperf.enabled=true"
+LAMB, MUON, PACKAGE = "optimizer.name=lamb", "optimizer.name=muon", "optimizer.name=pytorch_optimizer"
+SOAP = "optimizer.class_name=SOAP"
 
 # A setting; overrides with which it has an effect; overrides with which it has none, and the reason that is given
 CASES = [
@@ -41,6 +43,31 @@ CASES = [
      ["schedule.warmup_steps=1", "schedule.start_warmup_step=-1", REFERENCE], "warm-up is over"),
     ("schedule.counting=reference", ["schedule.start_warmup_step=-1"], [], "where schedule.start_warmup_step=0"),
     ("schedule.power=2", [], ["schedule.end_lr=0.001"], "the learning rate does not decay; lower schedule.end_lr"),
+    ("schedule.power=2", [], ["schedule.decay=cosine"], "decay=cosine does not read it; set schedule.decay=polynomial"),
+    ("schedule.end_lr=0.0001", ["schedule.decay=cosine"], ["schedule.decay=linear_to_zero"], "linear_to_zero does not read it"),
+    ("schedule.decay_from=warmup_end", [], ["schedule.warmup_steps=0"], "without a warm-up .*; set schedule.warmup_steps"),
+    ("schedule.decay_from=warmup_end", ["schedule.decay=linear_to_zero"], ["schedule.decay=warmup_stable_decay"],
+     "warmup_stable_decay does not read it; set schedule.decay=polynomial or cosine or linear_to_zero"),
+    ("schedule.decay_steps=5", ["schedule.decay=warmup_stable_decay"], [], "decay=polynomial does not read it"),
+    ("schedule.milestones=[4, 5]", ["schedule.decay=steps"], [], "decay=polynomial does not read it; set schedule.decay=steps"),
+    ("schedule.gamma=0.5", ["schedule.decay=steps", "schedule.milestones=[4]"], [], "decay=polynomial does not read it"),
+    ("optimizer.beta1=0.5", [MUON], [PACKAGE, SOAP], "name=pytorch_optimizer does not read it; set optimizer.name=adamw or"),
+    ("optimizer.beta2=0.5", ["optimizer.name=nadamw"], [PACKAGE, SOAP], "name=pytorch_optimizer does not read it"),
+    ("optimizer.eps=0.5", ["optimizer.name=adam"], [PACKAGE, SOAP], "name=pytorch_optimizer does not read it"),
+    ("optimizer.use_apex=true", ["optimizer.name=adam"], [LAMB], "name=lamb does not read it; set optimizer.name=adamw or"),
+    ("optimizer.trust=global", [LAMB], [], "name=adamw does not read it; set optimizer.name=lamb"),
+    ("optimizer.momentum=0.5", [MUON], [LAMB], "name=lamb does not read it; set optimizer.name=muon"),
+    ("optimizer.nesterov=false", [MUON], [], "name=adamw does not read it"),
+    ("optimizer.newton_schulz_steps=7", [MUON], [], "name=adamw does not read it"),
+    ("optimizer.newton_schulz_dtype=fp32", [MUON], [], "name=adamw does not read it"),
+    ("optimizer.adjust_lr=original", [MUON], [], "name=adamw does not read it"),
+    ("optimizer.muon_lr=0.02", [MUON], ["optimizer.name=adam"], "name=adam does not read it"),
+    (SOAP, [PACKAGE], [], "name=adamw does not read it; set optimizer.name=pytorch_optimizer"),
+    ("optimizer.arguments={eps: 1}", [PACKAGE, SOAP], [], "name=adamw does not read it"),
+    ("averaging.decay=0.5", ["averaging.method=exponential"], ["averaging.method=last"], "method=last does not read it"),
+    ("averaging.keep=9", ["averaging.method=last"], ["averaging.method=exponential"], "method=exponential does not read it"),
+    ("averaging.every_steps=2", ["averaging.method=last"], [], "averages nothing; set averaging.method=exponential or last"),
+    ("averaging.start_step=2", ["averaging.method=exponential"], [], "averaging.method=none averages nothing"),
     ("train.loss_scale=8", ["train.precision=fp16", "system.device=cuda"], [], "train.precision=fp32 has no loss scale"),
     ("checkpoint.async_save=false", ["checkpoint.every_steps=2"], [], "always waits for it; set checkpoint.every_steps"),
     ("run.profile_after=1", ["run.profile=true"], [], "run.profile=false traces no step; set run.profile=true"),
@@ -57,15 +84,19 @@ ALWAYS = {
     # initializer_range is also written into the final model's config.json
     "model": [
         "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "type_vocab_size",
-        "hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range", "activation", "attention_backend",
+        "hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range", "activation", "next_sentence",
+        "attention_backend",
     ],
-    "data": ["train", "max_seq_len", "vocab_sha256", "dynamic_masking", "allow_shared_text", "scrub_mb_per_s"],
-    "batch": ["global_batch_size", "micro_batch_size", "gradient_accumulation_steps", "shape_multiple"],
+    "data": [
+        "train", "max_seq_len", "vocab_sha256", "mask_fraction", "dynamic_masking", "allow_shared_text", "scrub_mb_per_s",
+    ],
+    "batch": ["global_batch_size", "micro_batch_size", "gradient_accumulation_steps", "virtual_ranks", "shape_multiple"],
     "balance": ["strategy", "cost", "prefetch"],
     # At one rank some have nothing to do, but the number of ranks is no reason to refuse a config
     "communication": ["engine", "bucket_mb", "clip", "shard_optimizer", "reduce_dtype", "backend", "timeout_s"],
-    "optimizer": ["name", "lr", "beta1", "beta2", "eps", "weight_decay", "step_per_bucket", "use_apex"],
-    "schedule": ["total_steps", "end_lr"],
+    "optimizer": ["name", "lr", "weight_decay", "step_per_bucket"],
+    "schedule": ["total_steps", "decay"],
+    "averaging": ["method"],
     "train": [
         "seed", "objective", "precision", "compile", "cuda_graphs", "max_steps", "warmup_batches", "log_every_steps",
         "max_skipped_steps", "deterministic",

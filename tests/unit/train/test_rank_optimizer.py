@@ -39,13 +39,13 @@ def test_parameters_by_bucket_are_those_of_the_layout(
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_step_count(make_config: Callable[..., Config], environment: Environment, name: str) -> None:
+def test_scalars(make_config: Callable[..., Config], environment: Environment, name: str) -> None:
     config = make_config(f"optimizer.name={name}")
     components, steps = build(config, environment), PlannedSteps(config)
-    assert components.optimizer.step_count() is None, "a warm-up leaves nothing behind"
+    assert components.optimizer.scalars() == {}, "a warm-up leaves nothing behind"
     for number in range(3):
         components.step(steps.input(number), lr=0.01)
-        assert components.optimizer.step_count() == number + 1
+        assert components.optimizer.scalars() == {"exp_avg exp_avg_sq": {"step": number + 1}}
 
 
 def test_no_decay_for_norms_and_biases(make_config: Callable[..., Config], environment: Environment) -> None:
