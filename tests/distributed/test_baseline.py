@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.prepare import Recipe, prepare
 from bert_fast.data.samples import SampleParams
 from bert_fast.data.store import Store
+from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import save_pretrained
 from bert_fast.train import evaluate
@@ -115,6 +117,12 @@ def test_evaluation_is_ours(config_file: Path) -> None:
 
     assert 0.01 < theirs < 0.99, "an accuracy of nothing or everything would prove nothing"
     assert theirs == pytest.approx(ours.mlm_accuracy, abs=1e-12)
+
+
+def test_virtual_ranks_are_refused(config_file: Path) -> None:
+    overrides = ["batch.virtual_ranks=2", "batch.gradient_accumulation_steps=1"]
+    with pytest.raises(UserError, match=r"batch\.virtual_ranks=2; set it to 1"):
+        baseline.run(argparse.Namespace(config=str(config_file), overrides=overrides))
 
 
 @pytest.mark.distributed

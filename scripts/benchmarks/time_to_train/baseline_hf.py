@@ -387,6 +387,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"the baseline trains with torch's AdamW and optimizer.name={config.optimizer.name}; set it to adamw"
         )
+    if config.batch.virtual_ranks > 1:
+        raise UserError(
+            f"the baseline has no virtual ranks and batch.virtual_ranks={config.batch.virtual_ranks}; set it to 1 and "
+            "batch.gradient_accumulation_steps to as many times what it was"
+        )
     if not is_launched():
         check_inputs(config)
         if config.system.world_size > 1:
