@@ -143,7 +143,7 @@ def test_a_masked_lm_without_next_sentence_prediction_is_named(tmp_path: Path) -
     theirs(BertForMaskedLM).save_pretrained(tmp_path)
     text = refused(tmp_path)
     assert "has no bert.pooler.dense.weight and cls.seq_relationship.weight" in text
-    assert "model.next_sentence: false" in text
+    assert "set model.next_sentence=false" in text
 
 
 @pytest.mark.parametrize(
