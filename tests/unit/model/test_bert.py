@@ -378,7 +378,9 @@ def test_the_last_layer_computes_no_more_than_the_heads_read(next_sentence: bool
     rows: dict[str, list[int]] = {}
     for number, layer in enumerate(model.layers):
         for name, module in layer.named_children():
-            module.register_forward_hook(lambda *args, key=f"{number}.{name}": rows.setdefault(key, []).append(len(args[-1])))
+            module.register_forward_hook(
+                lambda *args, key=f"{number}.{name}": rows.setdefault(key, []).append(len(args[-1]))
+            )
     model(batch)
     read = len(batch.masked_positions) + (3 if next_sentence else 0)
     after = {"attention_out", "attention_norm", "up", "down", "output_norm"}
