@@ -41,3 +41,13 @@ class DataConfig(Section):
         description="MB per second that every rank reads of the training store in the background, to notice that its "
         "files have changed; 0: never",
     )
+
+    @property
+    def drawn_fraction(self) -> float | None:
+        """The share of a sample's tokens that is chosen anew in each use; None: each keeps its number of masks."""
+        return self.mask_fraction if self.dynamic_masking else None
+
+    @property
+    def mask_share(self) -> float:
+        """The share of masked tokens in estimates and made-up batches: `mask_fraction`, or BERT's 15 %."""
+        return 0.15 if self.mask_fraction is None else self.mask_fraction

@@ -42,6 +42,11 @@ class ModelConfig(Section):
         description="predict whether segment B follows segment A; false: the model has neither that head nor its pooler, and "
         "masked tokens alone are learned",
     )
+    last_layer: Literal["all", "predicted"] = Field(
+        "all",
+        description="tokens for which the last encoder layer computes what follows attention. predicted: only those that the "
+        "heads read, masked ones and [CLS]; the mathematics is the same, but dropout draws other random numbers",
+    )
     attention_backend: Annotated[
         str, one_of(ATTENTION_BACKENDS, also={"auto": "picked by what the device and the packages can; logged"})
     ] = Field("auto", description="how variable-length attention is computed")

@@ -176,6 +176,15 @@ def _attention_backend_has_the_dropout(config: Config) -> str | None:
     return f"model.attention_backend={backend} has no dropout; set model.attention_dropout=0 or use flash or padded"
 
 
+def _fp8_has_all_rows(config: Config) -> str | None:
+    if config.train.precision != "fp8" or config.model.last_layer == "all":
+        return None
+    return (
+        f"model.last_layer={config.model.last_layer} with train.precision=fp8: Transformer Engine needs numbers of rows that "
+        "are multiples of 16, and the masked and [CLS] tokens of a batch are any number; set model.last_layer=all"
+    )
+
+
 def _engine_can_step_per_bucket(config: Config) -> str | None:
     engine = config.communication.engine
     if not config.optimizer.step_per_bucket or ENGINES[engine].steps_per_bucket:
@@ -324,6 +333,7 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _packs_are_not_empty,
     _nodes_are_full,
     _attention_backend_has_the_dropout,
+    _fp8_has_all_rows,
     _engine_can_step_per_bucket,
     _clipping_can_step_per_bucket,
     _optimizer_can_step_per_bucket,

@@ -59,15 +59,16 @@ def padded(batch: Batch, multiple: int) -> Batch:
     )
 
 
-def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> Batch:
+def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int, mask_share: float = 0.15) -> Batch:
     """Lay samples, which are sorted by row, into rows of `row_length` tokens, each filled up with a dummy sequence.
 
     Args:
         rows: int64 [B], the row of every sample, ascending.
+        mask_share: share of the tokens that are masked.
 
     Returns:
-        A batch of num_rows * row_length tokens, and of masked positions a multiple of 16 % of that (masks are 15 % of
-        the tokens and rounded sample by sample), so that nearly all batches have one shape.
+        A batch of num_rows * row_length tokens, and of masked positions a multiple of one hundredth more than `mask_share`
+        of that (they are rounded sample by sample), so that nearly all batches have one shape.
     """
     lengths = np.array(batch.lengths)
     gaps = row_length - np.bincount(rows, lengths, num_rows).astype(np.int64)
@@ -75,7 +76,8 @@ def in_rows(batch: Batch, rows: np.ndarray, num_rows: int, row_length: int) -> B
     # A row's dummy comes after its samples: sort (row, is dummy).
     place = np.argsort(np.concatenate([2 * rows, 2 * filled + 1]), kind="stable")
     spread = _spread(batch, np.concatenate([lengths, gaps[filled]])[place], place < len(lengths))
-    return _more_masks(spread, -len(batch.masked_labels) % (num_rows * ceil_div(16 * row_length, 100)))
+    room = num_rows * ceil_div(round(1000 * mask_share + 10) * row_length, 1000)
+    return _more_masks(spread, -len(batch.masked_labels) % room)
 
 
 def to_longest(batch: Batch) -> Batch:

@@ -181,6 +181,19 @@ def _trim(tokens_a: Tokens, tokens_b: Tokens, budget: int, rng: random.Random) -
     tokens_b[:] = tokens_b[front_b:end_b]
 
 
+def num_to_predict(lengths: np.ndarray, fraction: float, most: int | None = None) -> np.ndarray:
+    """How many tokens of samples of these lengths (tokens, int [N]) are predicted, int64 [N]: the rule of `make_samples`.
+
+    `fraction` of each sample's tokens to the nearest whole number, at least 1, at most `most`, and never one of its three
+    special tokens.
+    """
+    lengths = np.asarray(lengths).astype(np.int64)
+    count = np.maximum(1, np.rint(lengths * fraction).astype(np.int64))
+    if most is not None:
+        count = np.minimum(count, most)
+    return np.minimum(count, np.maximum(0, lengths - 3))
+
+
 def _mask(
     tokens_a: Tokens,
     tokens_b: Tokens,

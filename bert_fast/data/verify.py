@@ -15,6 +15,7 @@ import numpy as np
 
 from bert_fast.data.batch import Batch
 from bert_fast.data.record import read_headers, sections_of
+from bert_fast.data.samples import num_to_predict
 from bert_fast.data.store import Store
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.errors import UserError
@@ -130,9 +131,7 @@ def _check_tables(store: Store, expected: Expectation) -> Iterator[Finding]:
     short = float((lengths < expected.max_seq_len // 2).mean())
     least, most = expected.short_share()
     yield Finding("share below half the longest", f"{short:.3f}", f"{least:.3f} to {most}", least <= short <= most)
-    rounded = np.rint(lengths * expected.mask_prob)
-    wanted = np.minimum(np.clip(rounded, 1, expected.max_predictions), lengths.astype(np.int64) - 3)
-    off = int((np.abs(masked - wanted) > 0).sum())
+    off = int((masked != num_to_predict(lengths, expected.mask_prob, expected.max_predictions)).sum())
     yield Finding(
         "number of masks",
         f"{off:,} samples differ",

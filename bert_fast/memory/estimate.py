@@ -31,7 +31,9 @@ def num_parameters(config: ModelConfig) -> int:
     width, inner = config.hidden_size, config.intermediate_size
     embeddings = (config.vocab_size + config.max_positions + config.type_vocab_size + 2) * width
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    heads = 2 * (width * width + width) + 2 * width + config.vocab_size + 2 * width + 2
+    heads = width * width + width + 2 * width + config.vocab_size
+    if config.next_sentence:
+        heads += width * width + width + 2 * width + 2
     return embeddings + config.num_layers * layer + heads
 
 
@@ -64,12 +66,17 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: b
     projections' outputs go into sums that are kept once: 8 widths and one inner activation, with two fp32 numbers for each
     norm.
     """
+    before = 5 * config.hidden_size * element_bytes + (0 if fused else 4 * config.num_heads)
+    return config.num_layers * (before + _bytes_after_attention(config, element_bytes, fused))
+
+
+def _bytes_after_attention(config: ModelConfig, element_bytes: int, fused: bool) -> int:
+    """The part of a layer's bytes per token that is of what follows attention."""
     width, inner = config.hidden_size, config.intermediate_size
     if fused:
-        return config.num_layers * ((8 * width + inner) * element_bytes + 16)
-    kept = (6 * width + 2 * inner) * element_bytes + 2 * width * 4
+        return (3 * width + inner) * element_bytes + 16
     masks = 2 * width if config.hidden_dropout else 0
-    return config.num_layers * (kept + masks + 16 + 4 * config.num_heads)
+    return (width + 2 * inner) * element_bytes + 2 * width * 4 + masks + 16
 
 
 def estimate(
@@ -101,6 +108,8 @@ def estimate(
     parameters = num_parameters(config)
     width, table = config.hidden_size, config.vocab_size * config.hidden_size
     activations = tokens * activation_bytes_per_token(config, element_bytes, fused=keeps_scores)
+    if config.last_layer == "predicted":  # the few [CLS] tokens aside
+        activations -= (tokens - masked) * _bytes_after_attention(config, element_bytes, fused=keeps_scores)
     rows = masked if logits_rows is None else min(masked, logits_rows)
     if keeps_scores:
         activations += config.num_layers * config.num_heads * tokens_squared * element_bytes

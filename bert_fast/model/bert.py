@@ -1,8 +1,8 @@
 """BERT for pretraining on unpadded tokens (Devlin et al., arXiv 1810.04805; post-LayerNorm).
 
 Shapes: T tokens of the batch end to end, D hidden width, F feed-forward width, H heads, K head width, V vocabulary,
-M masked positions of the batch, B samples. Only masked positions reach the vocabulary projection and only [CLS] rows
-the next-sentence head.
+M masked positions of the batch, B samples, R tokens whose final states are read. Only masked positions reach the
+vocabulary projection and only [CLS] rows the next-sentence head.
 """
 
 from __future__ import annotations
@@ -97,9 +97,14 @@ class EncoderLayer(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Attention) -> torch.Tensor:
+    def forward(
+        self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Attention, rows_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, D]; with `rows_R` (int64 [R]) the output of these tokens alone, [R, D]."""
         qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
         context_TD = attend(qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
+        if rows_R is not None:  # what follows works on each token by itself
+            context_TD, hidden_TD = context_TD.index_select(0, rows_R), hidden_TD.index_select(0, rows_R)
         dropout = self.hidden_dropout if self.training else 0.0
         hidden_TD = self.attention_norm(self.attention_out(context_TD), hidden_TD, dropout)
         output_TD = self.down(self.up(hidden_TD), self.gelu_form)
@@ -107,7 +112,7 @@ class EncoderLayer(nn.Module):
 
 
 class PretrainingHeads(nn.Module):
-    """Masked-LM head (its decoder is the word embedding) and next-sentence head."""
+    """Masked-LM head (its decoder is the word embedding) and, with `model.next_sentence`, next-sentence head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -115,14 +120,17 @@ class PretrainingHeads(nn.Module):
         self.transform = nn.Linear(width, width)
         self.transform_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.pooler = nn.Linear(width, width)
-        self.next_sentence = nn.Linear(width, 2)
+        if config.next_sentence:
+            self.pooler = nn.Linear(width, width)
+            self.next_sentence = nn.Linear(width, 2)
         self.gelu_form = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, masked_MD: torch.Tensor, first_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input of the vocabulary projection [M, D], and next-sentence logits [B, 2]."""
-        masked_MD = F.gelu(self.transform(masked_MD), approximate=self.gelu_form)
-        return self.transform_norm(masked_MD), self.next_sentence(torch.tanh(self.pooler(first_BD)))
+    def forward(
+        self, masked_MD: torch.Tensor, first_BD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The input of the vocabulary projection [M, D], and next-sentence logits [B, 2], None without that head."""
+        masked_MD = self.transform_norm(F.gelu(self.transform(masked_MD), approximate=self.gelu_form))
+        return masked_MD, None if first_BD is None else self.next_sentence(torch.tanh(self.pooler(first_BD)))
 
 
 class BertForPretraining(nn.Module):
@@ -152,28 +160,40 @@ class BertForPretraining(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def encode(self, batch: BertInput) -> torch.Tensor:
-        """Final hidden states, [T, D]. Under autocast the residual stream has the autocast dtype."""
+    def encode(self, batch: BertInput, rows_R: torch.Tensor | None = None) -> torch.Tensor:
+        """Final hidden states, [T, D]. Under autocast the residual stream has the autocast dtype.
+
+        Args:
+            rows_R: int64 [R], the tokens whose final states are wanted; the outcome is then [R, D].
+        """
         hidden_TD = self.embeddings(batch)
         device = hidden_TD.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
         with fp8_context(self.fp8):
-            for layer in self.layers:
-                hidden_TD = layer(hidden_TD, batch.layout, self._attend)
+            for number, layer in enumerate(self.layers, start=1):
+                rows = rows_R if number == len(self.layers) else None
+                hidden_TD = layer(hidden_TD, batch.layout, self._attend, rows)
         return hidden_TD
 
-    def _head_inputs(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
+    def _head_inputs(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor | None]:
+        starts_B = self._starts(batch) if self.config.next_sentence else None
+        if self.config.last_layer == "predicted":
+            rows_R = batch.masked_positions if starts_B is None else torch.cat([batch.masked_positions, starts_B])
+            hidden_RD, num_masked = self.encode(batch, rows_R), len(batch.masked_positions)
+            return self.heads(hidden_RD[:num_masked], None if starts_B is None else hidden_RD[num_masked:])
         hidden_TD = self.encode(batch)
         masked_MD = hidden_TD.index_select(0, batch.masked_positions)
-        num_samples = len(batch.next_sentence_labels)
-        starts_B = batch.layout.cu_seqlens[:num_samples].long()
-        # Empty sequences after the last (train/cuda_graphs.py) begin where the tokens end; they have no label
-        first_BD = hidden_TD.index_select(0, starts_B.clamp_max(len(hidden_TD) - 1))
-        return self.heads(masked_MD, first_BD)
+        return self.heads(masked_MD, None if starts_B is None else hidden_TD.index_select(0, starts_B))
 
-    def logits(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masked-LM logits [M, V] of the masked positions and next-sentence logits [B, 2]."""
+    def _starts(self, batch: BertInput) -> torch.Tensor:
+        """Where each sample's [CLS] lies, int64 [B]."""
+        starts_B = batch.layout.cu_seqlens[: len(batch.next_sentence_labels)].long()
+        # Empty sequences after the last (train/cuda_graphs.py) begin where the tokens end; they have no label
+        return starts_B.clamp_max(len(batch.input_ids) - 1)
+
+    def logits(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked-LM logits [M, V] of the masked positions and next-sentence logits [B, 2], None without that head."""
         masked_MD, nsp_logits_B2 = self._head_inputs(batch)
         return F.linear(masked_MD, self.embeddings.word.weight, self.heads.decoder_bias), nsp_logits_B2
 

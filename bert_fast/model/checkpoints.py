@@ -38,13 +38,17 @@ def _pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
             yield f"{ours}.output_norm.{kind}", [f"{theirs}.output.LayerNorm.{kind}"]
         yield f"heads.transform.{kind}", [f"cls.predictions.transform.dense.{kind}"]
         yield f"heads.transform_norm.{kind}", [f"cls.predictions.transform.LayerNorm.{kind}"]
-        yield f"heads.pooler.{kind}", [f"bert.pooler.dense.{kind}"]
-        yield f"heads.next_sentence.{kind}", [f"cls.seq_relationship.{kind}"]
+        if config.next_sentence:
+            yield f"heads.pooler.{kind}", [f"bert.pooler.dense.{kind}"]
+            yield f"heads.next_sentence.{kind}", [f"cls.seq_relationship.{kind}"]
     yield "heads.decoder_bias", ["cls.predictions.bias"]
 
 
 def to_huggingface(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our state dict under the names of transformers' BertForPreTraining, without the tied decoder."""
+    """Our state dict under the names of transformers' BertForPreTraining, without the tied decoder.
+
+    Without next-sentence prediction these are the names of its BertForMaskedLM.
+    """
     renamed: dict[str, torch.Tensor] = {}
     for ours, theirs in _pairs(config):
         for name, tensor in zip(theirs, state[ours].chunk(len(theirs)), strict=True):
@@ -109,23 +113,28 @@ def from_huggingface(
 def _missing(name: str, weights: Mapping[str, Stored], where: str) -> str:
     """The message for a checkpoint without a tensor."""
     heads = "bert.pooler.dense.weight", "cls.seq_relationship.weight"
-    if (
-        name.startswith(("bert.pooler.", "cls.seq_relationship."))
-        and "cls.predictions.transform.dense.weight" in weights
-    ):
+    if _is_of_next_sentence(name) and "cls.predictions.transform.dense.weight" in weights:
         lacks = " and ".join(head for head in heads if head not in weights) or name
         return (
             f"checkpoint {where} has no {lacks}: it was trained without next-sentence prediction (a BertForMaskedLM, as "
-            "run_mlm writes it). It fits a model with model.next_sentence: false, which this version does not have yet; "
-            "start from a BertForPreTraining"
+            "run_mlm writes it); set model.next_sentence=false or start from a BertForPreTraining"
         )
     return f"checkpoint {where} has no tensor {name}; it is no BertForPreTraining"
 
 
+def _is_of_next_sentence(name: str) -> bool:
+    """Whether a tensor, by Hugging Face's name, is the pooler's or the next-sentence head's."""
+    return name.startswith(("bert.pooler.", "cls.seq_relationship."))
+
+
 def _check_extra(weights: Mapping[str, Stored], config: ModelConfig, where: str) -> None:
-    """Refuse tensors that this model has no place for, and a decoder that is not the word embedding."""
+    """Refuse tensors that this model has no place for, and a decoder that is not the word embedding.
+
+    Those of next-sentence prediction are passed over where the model does not have it: masked tokens do not need them.
+    """
     known = {name for _, theirs in _pairs(config) for name in theirs}
-    extra = sorted(set(weights) - known - _BUFFERS)
+    unknown = set(weights) - known - _BUFFERS
+    extra = sorted(name for name in unknown if config.next_sentence or not _is_of_next_sentence(name))
     for name, tied in _TIED.items():
         if name in weights and tied in weights:
             extra.remove(name)
@@ -155,15 +164,18 @@ _TIED = {
 def from_tensorflow(bundle: TensorBundle, num_layers: int) -> dict[str, Stored]:
     """A checkpoint of Google's BERT under Hugging Face's names, without optimizer slots (adam_m, lamb_v, ...).
 
-    Kernels are [in, out] there and [out, in] here. Variables of the model that BERT does not have keep their names.
+    Kernels are [in, out] there and [out, in] here. Variables of the model that BERT does not have keep their names. The
+    tensors of next-sentence prediction may be absent.
 
     Raises:
-        UserError: a tensor, which is named, is missing.
+        UserError: any other tensor, which is named, is missing.
     """
     renamed: dict[str, Stored] = {}
     known: set[str] = set()
     for theirs, google in google_variables(num_layers):
         if google not in bundle:
+            if _is_of_next_sentence(theirs):
+                continue
             raise UserError(f"checkpoint {bundle.prefix} has no tensor {google}")
         entry, turned = bundle.entries[google], google.endswith("/kernel")
         renamed[theirs] = Stored(
@@ -183,8 +195,8 @@ def _read_google(bundle: TensorBundle, name: str, turned: bool) -> torch.Tensor:
     return values.t().contiguous() if turned else values
 
 
-def google_variables(num_layers: int) -> Iterator[tuple[str, str]]:
-    """(Hugging Face's name, TensorFlow's variable) of every tensor of BERT."""
+def google_variables(num_layers: int, next_sentence: bool = True) -> Iterator[tuple[str, str]]:
+    """(Hugging Face's name, TensorFlow's variable) of every tensor of BERT, with or without next-sentence prediction."""
 
     def norm(theirs: str, google: str) -> Iterator[tuple[str, str]]:
         yield f"{theirs}.LayerNorm.weight", f"{google}/LayerNorm/gamma"
@@ -206,19 +218,24 @@ def google_variables(num_layers: int) -> Iterator[tuple[str, str]]:
         yield from dense(f"{theirs}.intermediate.dense", f"{google}/intermediate/dense")
         yield from dense(f"{theirs}.output.dense", f"{google}/output/dense")
         yield from norm(f"{theirs}.output", f"{google}/output")
-    yield from dense("bert.pooler.dense", "bert/pooler/dense")
+    if next_sentence:
+        yield from dense("bert.pooler.dense", "bert/pooler/dense")
     yield from dense("cls.predictions.transform.dense", "cls/predictions/transform/dense")
     yield from norm("cls.predictions.transform", "cls/predictions/transform")
     yield "cls.predictions.bias", "cls/predictions/output_bias"
-    yield "cls.seq_relationship.weight", "cls/seq_relationship/output_weights"
-    yield "cls.seq_relationship.bias", "cls/seq_relationship/output_bias"
+    if next_sentence:
+        yield "cls.seq_relationship.weight", "cls/seq_relationship/output_weights"
+        yield "cls.seq_relationship.bias", "cls/seq_relationship/output_bias"
 
 
 def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` for `BertForPreTraining.from_pretrained`. Raises UserError (disk)."""
+    """Write `config.json` and `model.safetensors` for `BertForPreTraining.from_pretrained`. Raises UserError (disk).
+
+    A model without next-sentence prediction is for `BertForMaskedLM.from_pretrained`.
+    """
     folder = Path(folder)
     description: dict[str, Any] = {
-        "architectures": ["BertForPreTraining"],
+        "architectures": ["BertForPreTraining" if config.next_sentence else "BertForMaskedLM"],
         "model_type": "bert",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -12,12 +12,18 @@ class LossSums(NamedTuple):
     """Sums of losses and counts of right predictions of a batch.
 
     mlm_sum, nsp_sum: scalars, at least fp32. mlm_correct, nsp_correct: int64 scalars, None unless accuracy was asked for.
+    Those of next sentences are None for a model that does not predict them.
     """
 
     mlm_sum: torch.Tensor
-    nsp_sum: torch.Tensor
+    nsp_sum: torch.Tensor | None
     mlm_correct: torch.Tensor | None = None
     nsp_correct: torch.Tensor | None = None
+
+    @property
+    def total(self) -> torch.Tensor:
+        """All losses in one sum, 0-dim."""
+        return self.mlm_sum if self.nsp_sum is None else self.mlm_sum + self.nsp_sum
 
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of fp32 logits in memory at a time
@@ -81,7 +87,7 @@ def loss_sums(
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor,
     labels_M: torch.Tensor,
-    nsp_logits_B2: torch.Tensor,
+    nsp_logits_B2: torch.Tensor | None,
     nsp_labels_B: torch.Tensor,
     with_accuracy: bool = False,
 ) -> LossSums:
@@ -89,7 +95,7 @@ def loss_sums(
 
     Args:
         masked_MD: what the masked-LM head projects; weight_VD, bias_V: the decoder's; labels_M: int64.
-        nsp_logits_B2, nsp_labels_B: of the next-sentence head, int64 labels.
+        nsp_logits_B2, nsp_labels_B: of the next-sentence head, int64 labels; no logits: it is not there.
         with_accuracy: also count right predictions.
     """
     device = masked_MD.device.type
@@ -99,10 +105,12 @@ def loss_sums(
         masked_MD = masked_MD.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False) if narrow else nullcontext():
         mlm_sum, correct = ProjectedCrossEntropy.apply(masked_MD, weight_VD, bias_V, labels_M, rows, with_accuracy)
+    mlm_correct = correct if with_accuracy else None
+    if nsp_logits_B2 is None:
+        return LossSums(mlm_sum, None, mlm_correct)
     nsp_sum = SummedCrossEntropy.apply(nsp_logits_B2, nsp_labels_B)
-    if not with_accuracy:
-        return LossSums(mlm_sum, nsp_sum)
-    return LossSums(mlm_sum, nsp_sum, correct, (nsp_logits_B2.argmax(-1) == nsp_labels_B).sum())
+    nsp_correct = (nsp_logits_B2.argmax(-1) == nsp_labels_B).sum() if with_accuracy else None
+    return LossSums(mlm_sum, nsp_sum, mlm_correct, nsp_correct)
 
 
 class SummedCrossEntropy(torch.autograd.Function):

@@ -16,7 +16,8 @@ class Objective(Protocol):
     def build_model(self, config: ModelConfig, attention_backend: str) -> BertForPretraining:
         """The model (a subclass may have other heads), on the current default device.
 
-        Its output must have `mlm_sum` and `nsp_sum`, 0-dim sums over a micro-batch.
+        Its output must have `mlm_sum`, `nsp_sum` and `total`, 0-dim sums over a micro-batch, as `LossSums` has them. `nsp_sum`
+        is None where next sentences are not predicted.
         """
 
     def loss(self, output: Any, global_masked: int | torch.Tensor, global_samples: int | torch.Tensor) -> torch.Tensor:
@@ -29,11 +30,14 @@ class Objective(Protocol):
 
 
 class MlmNsp:
-    """BERT's objective: masked-token prediction per masked token plus next-sentence prediction per sample."""
+    """BERT's objective: masked-token prediction per masked token plus next-sentence prediction per sample.
+
+    A model without next-sentence prediction (`model.next_sentence: false`) has the first alone.
+    """
 
     def build_model(self, config: ModelConfig, attention_backend: str) -> BertForPretraining:
         return BertForPretraining(config, attention_backend)
 
     def loss(self, output: Any, global_masked: int | torch.Tensor, global_samples: int | torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = output.mlm_sum / global_masked + output.nsp_sum / global_samples
-        return loss
+        loss: torch.Tensor = output.mlm_sum / global_masked
+        return loss if output.nsp_sum is None else loss + output.nsp_sum / global_samples

@@ -60,7 +60,11 @@ def evaluation_table(evaluations: list[EvaluationLine]) -> str:
 
 def _evaluation_cells(line: EvaluationLine) -> list[str]:
     values = (line.accuracy, line.mlm_loss, line.nsp_accuracy, line.nsp_loss)
-    return [f"{line.step:,}", f"{line.samples:,}", f"{line.time_s:,.1f}", *(f"{value:.4f}" for value in values)]
+    return [f"{line.step:,}", f"{line.samples:,}", f"{line.time_s:,.1f}", *map(_decimal, values)]
+
+
+def _decimal(value: float | None) -> str:
+    return NO_VALUE if value is None else f"{value:.4f}"
 
 
 def clip_table(steps: list[StepLine]) -> str:

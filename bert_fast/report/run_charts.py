@@ -77,12 +77,14 @@ def _accuracy_caption(evaluations: list[EvaluationLine], target: float | None) -
 
 
 def _loss_chart(record: RunRecord, steps: list[StepLine], scale: float, time_label: str) -> str:
-    held_out = [(line.time_s * scale, line.mlm_loss + line.nsp_loss) for line in record.evaluations]
+    held_out = [(line.time_s * scale, line.loss) for line in record.evaluations]
     series = [
         Series("training", [(line.time_s * scale, line.loss) for line in steps], COMPUTE),
         Series("evaluation", held_out, COMMUNICATION),
     ]
-    chart = charts.line_chart(series, time_label, "loss (nats, masked LM + next sentence)")
+    has_next_sentence = record.config["model"].get("next_sentence", True)  # older runs had no such setting
+    what = "masked LM + next sentence" if has_next_sentence else "masked LM"
+    chart = charts.line_chart(series, time_label, f"loss (nats, {what})")
     return _figure("Loss", chart, "Training: mean over each log interval, dropout included.")
 
 

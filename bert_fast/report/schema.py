@@ -58,7 +58,7 @@ class StepLine:
     time_s: float
     loss: float  # mlm_loss + nsp_loss
     mlm_loss: float  # mean over the interval's masked tokens
-    nsp_loss: float  # mean over the interval's samples
+    nsp_loss: float | None  # mean over the interval's samples; None: next sentences are not predicted
     lr: float  # of the interval's last step
     grad_norm: float  # L2 norm before clipping, of the interval's last step
     samples_per_s: float  # without evaluations and checkpoints
@@ -93,8 +93,13 @@ class EvaluationLine:
     time_s: float  # when the evaluation was done
     accuracy: float  # of masked tokens, a share
     mlm_loss: float
-    nsp_accuracy: float  # a share
-    nsp_loss: float
+    nsp_accuracy: float | None  # a share; None: next sentences are not predicted
+    nsp_loss: float | None
+
+    @property
+    def loss(self) -> float:
+        """The whole loss, as a step's line has it."""
+        return self.mlm_loss + (self.nsp_loss or 0.0)
 
     def as_json(self) -> dict[str, Any]:
         """The line as plain values."""

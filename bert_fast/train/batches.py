@@ -12,6 +12,7 @@ from bert_fast.balance.planner import Plan
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch, in_rows, padded, to_longest
 from bert_fast.data.loader import Prefetcher
+from bert_fast.data.samples import num_to_predict
 from bert_fast.data.store import Store
 from bert_fast.integers import segment_positions
 from bert_fast.model.attention import SequenceLayout
@@ -39,10 +40,11 @@ def plan_step(
 ) -> PlannedStep:
     """Read a rank's batches of a plan from the store; `change` is made to the samples before they are laid out."""
     _ = plan.checksum  # is kept in the plan: where this runs in the background, no step waits for it
-    batches = planned_batches(store, plan, rank, config.data.max_seq_len, change)
+    batches = planned_batches(store, plan, rank, config.data.max_seq_len, change, config.data.mask_share)
     lengths = store.lengths[plan.ids].astype(np.int64)
-    num_masked = int(store.num_masked[plan.ids].sum(dtype=np.int64))
-    return PlannedStep(plan, batches, num_masked, int(lengths.sum()), int((lengths**2).sum()))
+    fraction = config.data.drawn_fraction
+    num_masked = store.num_masked[plan.ids] if fraction is None else num_to_predict(lengths, fraction)
+    return PlannedStep(plan, batches, int(num_masked.sum(dtype=np.int64)), int(lengths.sum()), int((lengths**2).sum()))
 
 
 def step_input(planned: PlannedStep, config: Config, device: torch.device) -> StepInput:
@@ -77,20 +79,25 @@ class StepLoader:
 
 
 def planned_batches(
-    store: Store, plan: Plan, rank: int, max_seq_len: int, change: Callable[[Batch], Batch] | None = None
+    store: Store,
+    plan: Plan,
+    rank: int,
+    max_seq_len: int,
+    change: Callable[[Batch], Batch] | None = None,
+    mask_share: float = 0.15,
 ) -> list[Batch]:
     """The micro-batches of a rank in a step, laid out as the plan has it. `change` is made to the samples before."""
     batches = []
     for part in plan.micro_batches(rank):
         batch = store.batch(plan.ids[part], keep_order=plan.rows is not None)
-        batches.append(lay_out(change(batch) if change else batch, plan, part, max_seq_len))
+        batches.append(lay_out(change(batch) if change else batch, plan, part, max_seq_len, mask_share))
     return batches
 
 
-def lay_out(batch: Batch, plan: Plan, part: slice, max_seq_len: int) -> Batch:
+def lay_out(batch: Batch, plan: Plan, part: slice, max_seq_len: int, mask_share: float = 0.15) -> Batch:
     """The micro-batch `part` of a plan with the padding of the plan's layout; most have none."""
     if plan.rows is not None:
-        return in_rows(batch, plan.rows[part], plan.num_rows, max_seq_len)
+        return in_rows(batch, plan.rows[part], plan.num_rows, max_seq_len, mask_share)
     return to_longest(batch) if plan.layout == "longest" else batch
 
 

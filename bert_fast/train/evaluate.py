@@ -26,12 +26,12 @@ from bert_fast.train.step import do_nothing
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over the whole held-out set."""
+    """Over the whole held-out set. None of next sentences: the model does not predict them."""
 
     mlm_accuracy: float
     mlm_loss: float
-    nsp_accuracy: float
-    nsp_loss: float
+    nsp_accuracy: float | None
+    nsp_loss: float | None
 
 
 class Evaluator:
@@ -75,13 +75,14 @@ class Evaluator:
         """
         environment = self._environment
         sums = torch.zeros(4, dtype=torch.float64, device=environment.device)
+        nothing = torch.zeros((), device=environment.device)
         was_training = model.training
         model.eval()
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
             for batch in self.batches:
                 on_batch()
                 losses = model(batch, with_accuracy=True)
-                sums += torch.stack([x.double() for x in losses])
+                sums += torch.stack([(nothing if x is None else x).double() for x in losses])
         model.train(was_training)
         on_sync()
         if dist.is_initialized():
@@ -90,8 +91,8 @@ class Evaluator:
         return Evaluation(
             mlm_correct / self._num_masked,
             mlm_loss / self._num_masked,
-            nsp_correct / self._num_samples,
-            nsp_loss / self._num_samples,
+            nsp_correct / self._num_samples if model.config.next_sentence else None,
+            nsp_loss / self._num_samples if model.config.next_sentence else None,
         )
 
 
@@ -170,7 +171,7 @@ class EvaluationRunner:
         context.metrics.write(line)
         context.log(
             f"evaluation at {progress.samples:,} samples, {context.clock.elapsed:.1f} s: masked-LM accuracy "
-            f"{result.mlm_accuracy:.4f}, loss {result.mlm_loss + result.nsp_loss:.4f}"
+            f"{result.mlm_accuracy:.4f}, loss {line.loss:.4f}"
         )
 
 

@@ -17,9 +17,10 @@ from mlperf_logging.mllog import constants
 
 from bert_fast.balance.cost import CostModel, cost_record
 from bert_fast.balance.planner import Planner
+from bert_fast.config import Config
 from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.batch import Batch
-from bert_fast.data.masking import mask_id_of, redraw
+from bert_fast.data.masking import check_fraction, mask_id_of, redraw
 from bert_fast.data.overlap import Shared
 from bert_fast.data.scrub import Scrubber
 from bert_fast.data.store import Store
@@ -144,7 +145,8 @@ def prepare(context: RunContext, process_start: float) -> Prepared:
     vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.checkpoint.init_from)
     components = build(config, environment, _planned_buckets(context))
     if not context.resume:
-        mllog.tensors((name for _, name in google_variables(config.model.num_layers)), config.mlperf.ruleset)
+        variables = google_variables(config.model.num_layers, config.model.next_sentence)
+        mllog.tensors((name for _, name in variables), config.mlperf.ruleset)
     group = saving_group(environment, config.checkpoint.timeout_s)
     writer = AsyncCheckpointWriter(context.folder / CHECKPOINTS, environment, config.checkpoint.keep_last, group)
     context.heartbeat.watch_writes(writer.own_work.seconds, config.checkpoint.timeout_s)
@@ -200,6 +202,7 @@ def open_data(context: RunContext, prepared: Prepared) -> OpenData:
             vocab_sha256=vocab,
             sha256=sha256,
         )
+    check_fraction(store.manifest, config.data.train, config.data)
     if config.evaluation.sha256 and environment.is_main:
         eval_store.check_bytes(config.evaluation.sha256)
     shared = find_shared_text(store, eval_store, config, environment)
@@ -208,15 +211,23 @@ def open_data(context: RunContext, prepared: Prepared) -> OpenData:
     scrubber = Scrubber(store, environment.local_rank, config.system.node_size, config.data.scrub_mb_per_s)
     scrubber.start()
     check_evaluation_set(len(eval_store), config)
-    change = None
-    if config.data.dynamic_masking:
-        mask_id, size = mask_id_of(store.manifest, config.data.train), store.manifest["vocab_size"]
-        change = functools.partial(redraw, seed=config.train.seed, mask_id=mask_id, vocab_size=size)
+    change = _redraw_of(config, store) if config.data.dynamic_masking else None
     key = resume_key(config, store.manifest["sha256"], eval_store.manifest["sha256"])
     data = OpenData(store, eval_store, shared, scrubber, change, key)
     if not context.resume:
         _log_data(context, data)
     return data
+
+
+def _redraw_of(config: Config, store: Store) -> Callable[..., Batch]:
+    """What draws the masks of the training store's samples anew."""
+    return functools.partial(
+        redraw,
+        seed=config.train.seed,
+        mask_id=mask_id_of(store.manifest, config.data.train),
+        vocab_size=store.manifest["vocab_size"],
+        fraction=config.data.drawn_fraction,
+    )
 
 
 def _log_data(context: RunContext, data: OpenData) -> None:

@@ -34,10 +34,13 @@ class StepInput:
 
 @dataclass
 class StepResult:
-    """0-dim device tensors of this rank and host timings in seconds (on CUDA `read_device_times` has the device's)."""
+    """0-dim device tensors of this rank and host timings in seconds (on CUDA `read_device_times` has the device's).
+
+    nsp_sum is None where the model does not predict next sentences.
+    """
 
     mlm_sum: torch.Tensor
-    nsp_sum: torch.Tensor
+    nsp_sum: torch.Tensor | None
     grad_norm: torch.Tensor
     is_finite: torch.Tensor
     local_is_finite: torch.Tensor
@@ -152,7 +155,7 @@ class TrainStep:
             nsp_sum,
             norm,
             is_finite,
-            local_is_finite=torch.isfinite(mlm_sum + nsp_sum),
+            local_is_finite=torch.isfinite(mlm_sum if nsp_sum is None else mlm_sum + nsp_sum),
             compute_s=backward_end - start - waited_s,
             exposed_s=exposed_s + waited_s,
             optimizer_s=time.perf_counter() - backward_end - exposed_s,
@@ -171,7 +174,7 @@ class TrainStep:
             norm = self.engine.finish(update)
         return norm, torch.isfinite(norm) & (flags[0] == 0)
 
-    def _forward_backward(self, inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_backward(self, inputs: StepInput) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients of num_ranks * (rank's share of the global mean loss): their average is the global gradient.
 
         Virtual ranks count as ranks.
@@ -190,10 +193,11 @@ class TrainStep:
                     (loss if scale is None else loss * scale).backward()
             if not last and (index + 1) % per_rank == 0:
                 self.engine.end_virtual_rank()
-            sums.append((losses.mlm_sum.detach(), losses.nsp_sum.detach()))
+            sums.append((losses.mlm_sum.detach(), None if losses.nsp_sum is None else losses.nsp_sum.detach()))
         if len(sums) == 1:
             return sums[0]
-        return torch.stack([a for a, _ in sums]).sum(), torch.stack([b for _, b in sums]).sum()
+        nsp_sums = [nsp for _, nsp in sums if nsp is not None]
+        return torch.stack([mlm for mlm, _ in sums]).sum(), torch.stack(nsp_sums).sum() if nsp_sums else None
 
     def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

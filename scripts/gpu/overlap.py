@@ -107,7 +107,7 @@ def _profile_backward(config: Config, environment: Environment) -> tuple[list[in
         inputs = synthetic_input(config, environment, _SEED)
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
             sums = model(inputs.micro_batches[0])
-        return sums.mlm_sum + sums.nsp_sum
+        return sums.total
 
     order = measure_ready_order(parameters, lambda: loss().backward())
     return order, measure_ready_times(parameters, loss, environment), 4 * sum(p.numel() for p in parameters)

@@ -47,8 +47,8 @@ class _Evaluation(_Saved):
     time_s: Number
     accuracy: Number
     mlm_loss: float  # not finite where the run has diverged
-    nsp_accuracy: Number
-    nsp_loss: float
+    nsp_accuracy: Number | None
+    nsp_loss: float | None
 
 
 class _Progress(_Saved):

@@ -31,7 +31,7 @@ def make_cost(config: Config) -> tuple[CostModel, str]:
         return CostModel(balance.cost.linear, balance.cost.quadratic), "config"
     if balance.cost_path is not None:
         return read_cost(balance.cost_path), f"file {balance.cost_path}"
-    return CostModel(*cost_coefficients(config.model)), "FLOPs of the model"
+    return CostModel(*cost_coefficients(config.model, config.data.mask_share)), "FLOPs of the model"
 
 
 def make_planner(
@@ -72,7 +72,7 @@ def time_forward_backward(components: TrainComponents, batch: BertInput, environ
     with components.engine.micro_batch(last=False):
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
             losses = components.engine.module(batch)
-        (losses.mlm_sum + losses.nsp_sum).backward()
+        losses.total.backward()
     synchronize(environment.device)
     return time.perf_counter() - start
 
@@ -95,10 +95,8 @@ def fit_cost_model(
     """
     rng = np.random.default_rng(0)
     probes = probe_lengths(config.batch.micro_batch_size, config.data.max_seq_len)
-    inputs = [
-        to_device(batch_of_lengths(p, config.model.vocab_size, rng), environment.device, config.batch.shape_multiple)
-        for p in probes
-    ]
+    batches = [batch_of_lengths(p, config.model.vocab_size, rng, config.data.mask_share) for p in probes]
+    inputs = [to_device(batch, environment.device, config.batch.shape_multiple) for batch in batches]
     times = []
     for round_number in range(_ROUNDS + 1):
         for batch in inputs:

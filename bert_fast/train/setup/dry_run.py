@@ -15,6 +15,7 @@ from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, meas
 from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import Config
 from bert_fast.config.choices import OPTIMIZERS
+from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
 from bert_fast.memory.estimate import average_copies, estimate, num_parameters
 from bert_fast.model.attention import choose_backend
@@ -88,12 +89,13 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
         environment = Environment(world - 1, (world - 1) % config.system.node_size, world, meta, torch.float32)
         with meta:
             model = BertForPretraining(shape, "loop")
-        batch = synthetic_batch(min(4, config.batch.micro_batch_size), config.data.max_seq_len, shape.vocab_size, 0)
+        count, longest = min(4, config.batch.micro_batch_size), config.data.max_seq_len
+        batch = synthetic_batch(count, longest, shape.vocab_size, 0, config.data.mask_share)
         inputs = to_device(batch, meta, config.batch.shape_multiple)
 
         def backward() -> None:
             losses = model(inputs)
-            (losses.mlm_sum + losses.nsp_sum).backward()
+            losses.total.backward()
 
         order = measure_ready_order(list(model.parameters()), backward)
         model.zero_grad(set_to_none=True)
@@ -124,6 +126,7 @@ def _lengths(config: Config) -> tuple[np.ndarray, str]:
     folder = Path(config.data.train)
     if (folder / "manifest.json").is_file():
         store = Store(folder)
+        check_fraction(store.manifest, config.data.train, config.data)
         mean = store.manifest["mean_length"]
         return (
             store.lengths,
@@ -169,7 +172,7 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
         config.model,
         tokens=tokens,
         tokens_squared=squared,
-        masked=int(0.15 * tokens),
+        masked=int(config.data.mask_share * tokens),
         element_bytes=4 if dtype == torch.float32 else 2,
         keeps_scores=config.system.device == "cpu",
         logits_rows=chunk_rows(config.model.vocab_size, config.system.device),

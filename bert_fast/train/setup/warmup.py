@@ -18,8 +18,9 @@ from bert_fast.train.telemetry.hardware import synchronize
 
 def synthetic_input(config: Config, environment: Environment, seed: int) -> StepInput:
     """Made-up batches of a rank, as long as the config allows; the same for the same seed."""
+    count, vocab_size, share = config.batch.micro_batch_size, config.model.vocab_size, config.data.mask_share
     batches = [
-        synthetic_batch(config.batch.micro_batch_size, config.data.max_seq_len, config.model.vocab_size, seed + i)
+        synthetic_batch(count, config.data.max_seq_len, vocab_size, seed + i, share)
         for i in range(config.batch.micro_batches_per_step)
     ]
     masked = sum(len(b.masked_labels) for b in batches) * environment.world_size
@@ -32,7 +33,7 @@ def synthetic_loss(config: Config, environment: Environment, model: BertForPretr
     inputs = synthetic_input(config, environment, seed=0)
     with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
         losses = model(inputs.micro_batches[0])
-    total: torch.Tensor = losses.mlm_sum + losses.nsp_sum
+    total: torch.Tensor = losses.total
     return total
 
 

@@ -85,7 +85,9 @@ class IntervalMetrics:
 
     def add(self, plan: Plan, result: StepResult, masked: int, data_s: float, lr: float) -> None:
         """Add a step without asking the device. `masked` tokens of all ranks; this rank waited `data_s` for its batch."""
-        self._losses += torch.stack([result.mlm_sum, result.nsp_sum])
+        self._predicts_next = result.nsp_sum is not None
+        nsp_sum = torch.zeros_like(result.mlm_sum) if result.nsp_sum is None else result.nsp_sum
+        self._losses += torch.stack([result.mlm_sum, nsp_sum])
         self._norm, self._lr = result.grad_norm, lr
         self._plans.append(plan)
         self._checksum = zlib.crc32(f"{plan.checksum} {masked}".encode(), self._checksum)
@@ -146,7 +148,7 @@ class IntervalMetrics:
             time_s=self._clock.elapsed,
             loss=mlm + nsp,
             mlm_loss=mlm,
-            nsp_loss=nsp,
+            nsp_loss=nsp if self._predicts_next else None,
             lr=self._lr,
             grad_norm=float(self._norm),
             samples_per_s=steps * self._global_batch / seconds,

@@ -75,7 +75,7 @@ class Bench:
         start = time.perf_counter()
         with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
             losses = self.model(batch)
-        (losses.mlm_sum + losses.nsp_sum).backward()
+        losses.total.backward()
         return time.perf_counter() - start
 
     def interleaved(self, batches: dict[str, BertInput], repeats: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 from transformers.utils import logging as transformers_logging
 
 from bert_fast.config import ModelConfig
@@ -23,7 +23,8 @@ from bert_fast.model import flops
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.model.checkpoints import load_pretrained, read_config, save_pretrained, to_huggingface
-from bert_fast.model.loss import ProjectedCrossEntropy, SummedCrossEntropy, chunk_rows, loss_sums
+from bert_fast.model.loss import LossSums, ProjectedCrossEntropy, SummedCrossEntropy, chunk_rows, loss_sums
+from bert_fast.model.objective import MlmNsp
 from bert_fast.train.batches import to_device
 
 CPU_BACKENDS = ("loop", "grouped", "matmul", "padded")
@@ -310,6 +311,105 @@ def test_autocast_keeps_the_residual_stream_in_its_format_and_stays_near() -> No
     assert model.encode(batch).dtype == torch.float32
 
 
+# ---- without next-sentence prediction -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last_layer", ["all", "predicted"])
+def test_without_next_sentence_the_masked_loss_and_its_gradients_are_the_same(last_layer: str) -> None:
+    """The plain version is the whole model, of whose losses the one of masked tokens is taken."""
+    whole, alone = random_model(small()), random_model(small(next_sentence=False, last_layer=last_layer))
+    missing = whole.load_state_dict(alone.state_dict(), strict=False).missing_keys
+    assert missing == [f"heads.{name}.{kind}" for name in ("pooler", "next_sentence") for kind in ("weight", "bias")]
+    batch = random_input(small(), [32, 20, 7])
+    expected, found = whole(batch, with_accuracy=True), alone(batch, with_accuracy=True)
+    expected.mlm_sum.backward()
+    found.total.backward()
+    assert_close(found.mlm_sum, expected.mlm_sum, rtol=1e-12)
+    assert found.mlm_correct == expected.mlm_correct
+    assert found.nsp_sum is found.nsp_correct is alone.logits(batch)[1] is None
+    theirs = dict(whole.named_parameters())
+    floor = 1e-3 * max(p.grad.abs().max().item() for p in alone.parameters())
+    for name, parameter in alone.named_parameters():
+        assert_close(parameter.grad, theirs[name].grad, name, rtol=1e-12, floor=floor)
+
+
+def test_the_whole_loss_is_the_sum_of_what_is_there() -> None:
+    mlm, nsp = torch.tensor(3.0), torch.tensor(0.5)
+    assert LossSums(mlm, nsp).total == 3.5
+    assert LossSums(mlm, None).total == 3.0
+    objective = MlmNsp()
+    assert objective.loss(LossSums(mlm, nsp), 6, 2) == 0.75
+    assert objective.loss(LossSums(mlm, None), 6, 2) == 0.5
+
+
+# ---- the last layer for predicted tokens alone ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(
+    ("shape", "lengths", "multiple"),
+    [(EVEN, [32, 20, 20, 7, 5], 1), (EVEN, [3, 31, 1, 8], 64), (ODD, [23, 22, 9, 1], 4), (ONE, [1], 1)],
+    ids=["even", "dummy sequence and masks", "odd", "one token"],
+)
+def test_the_last_layer_of_predicted_tokens_is_that_of_all(
+    backend: str, shape: dict[str, int], lengths: list[int], multiple: int
+) -> None:
+    """The plain version computes all tokens: same losses, counts and gradients to rounding."""
+    batch = to_device(as_batch(random_input(small(**shape), lengths)), torch.device("cpu"), multiple)
+    results = []
+    for last_layer in ("all", "predicted"):
+        model = random_model(small(last_layer=last_layer, **shape), backend)
+        sums = model(batch, with_accuracy=True)
+        sums.total.backward()
+        logits = model.logits(batch)
+        results.append(([*sums, *logits], {name: p.grad for name, p in model.named_parameters()}))
+    (expected, gradients), (found, found_gradients) = results
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a.double(), b.double(), rtol=1e-12)
+    floor = 1e-3 * max(gradient.abs().max().item() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert_close(found_gradients[name], gradient, name, rtol=1e-12, floor=floor)
+
+
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_the_last_layer_computes_no_more_than_the_heads_read(next_sentence: bool) -> None:
+    config = small(last_layer="predicted", next_sentence=next_sentence)
+    model, batch = random_model(config), random_input(config, [20, 12, 7])
+    rows: dict[str, list[int]] = {}
+    for number, layer in enumerate(model.layers):
+        for name, module in layer.named_children():
+            module.register_forward_hook(
+                lambda *args, key=f"{number}.{name}": rows.setdefault(key, []).append(len(args[-1]))
+            )
+    model(batch)
+    read = len(batch.masked_positions) + (3 if next_sentence else 0)
+    after = {"attention_out", "attention_norm", "up", "down", "output_norm"}
+    assert rows == {
+        **{f"0.{name}": [39] for name in {"qkv", *after}}, "1.qkv": [39], **{f"1.{name}": [read] for name in after},
+    }  # fmt: skip
+
+
+def test_the_last_layer_of_predicted_tokens_has_dropout_in_training_alone() -> None:
+    batch = random_input(small(), [20, 10])
+    reference = random_model(small(), "loop")(batch).total.item()
+    model = random_model(small(last_layer="predicted", hidden_dropout=0.3, attention_dropout=0.3), "matmul")
+    assert model.eval()(batch).total.item() == pytest.approx(reference, rel=1e-10)
+    values = [model.train()(batch).total.item() for _ in range(2)]
+    assert values[0] != values[1]
+
+
+def test_the_last_layer_of_predicted_tokens_under_autocast() -> None:
+    batch = random_input(small(), [30, 30, 11])
+    losses = []
+    for last_layer in ("all", "predicted"):
+        model = random_model(small(last_layer=last_layer), "matmul", torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = model(batch)
+        sums.total.backward()
+        losses.append(sums.total.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
@@ -459,9 +559,10 @@ def test_seed_decides_the_weights() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("next_sentence", [True, False])
 @pytest.mark.parametrize("shape", [EVEN, ODD, ONE])
-def test_number_of_parameters(shape: dict[str, int]) -> None:
-    config = small(**shape)
+def test_number_of_parameters(shape: dict[str, int], next_sentence: bool) -> None:
+    config = small(next_sentence=next_sentence, **shape)
     with torch.device("meta"):
         assert num_parameters(config) == sum(p.numel() for p in BertForPretraining(config).parameters())
 
@@ -502,6 +603,23 @@ def test_cost_coefficients_are_the_flops_of_a_sample() -> None:
     assert linear * 20 + quadratic * 400 == pytest.approx(flops.train_flops(config, 20, 400, 5))
 
 
+@pytest.mark.parametrize("shape", [EVEN, ODD])
+def test_flops_of_the_last_layer_of_predicted_tokens(shape: dict[str, int]) -> None:
+    """What torch counts less than for all tokens is what the cost of a sample leaves out; model FLOPs stay as they are."""
+    counts = {}
+    for last_layer in ("all", "predicted"):
+        config = small(last_layer=last_layer, next_sentence=False, **shape)
+        model, batch = random_model(config, "matmul", torch.float32), random_input(config, [16])
+        with FlopCounterMode(display=False) as counter:
+            model(batch).total.backward()
+        counts[last_layer] = counter.get_total_flops()
+    left_out = 16 - len(batch.masked_labels)
+    assert counts["all"] - counts["predicted"] == 3 * left_out * flops.forward_flops_saved_per_token(config)
+    assert counts["all"] == flops.train_flops(config, 16, 16**2, len(batch.masked_labels))
+    linear, quadratic = flops.cost_coefficients(config, mask_share=len(batch.masked_labels) / 16)
+    assert linear * 16 + quadratic * 16**2 == pytest.approx(counts["predicted"])
+
+
 # ---- weights in and out ---------------------------------------------------------------------------------------------
 
 
@@ -519,6 +637,22 @@ def test_round_trip_through_transformers(tmp_path: Path) -> None:
     load_pretrained(back, config, tmp_path / "theirs")
     for (name, a), b in zip(model.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_model_without_next_sentence_is_transformers_masked_lm(tmp_path: Path) -> None:
+    config = small(next_sentence=False)
+    model, batch = random_model(config, "loop", torch.float32), random_input(config, [20, 7])
+    save_pretrained(model, config, tmp_path / "ours")
+    assert read_config(tmp_path / "ours")["architectures"] == ["BertForMaskedLM"]
+    other, said = BertForMaskedLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(said[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = {name: value for name, value in padded(batch).items() if name != "next_sentence_label"}
+    loss = other.eval()(**inputs).loss
+    assert loss.item() == pytest.approx(model(batch).mlm_sum.item() / len(batch.masked_labels), rel=1e-5)
+    other.save_pretrained(tmp_path / "theirs")
+    back = BertForPretraining(config)
+    load_pretrained(back, config, tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
 
 
 def test_save_and_load_keep_every_bit(tmp_path: Path) -> None:

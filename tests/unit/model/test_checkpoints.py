@@ -19,13 +19,14 @@ from transformers.activations import ACT2FN
 from bert_fast.config import ModelConfig
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining
-from bert_fast.model.checkpoints import load_pretrained, save_pretrained
+from bert_fast.model.checkpoints import google_variables, load_pretrained, save_pretrained
 from bert_fast.model.tensorflow_bundle import TensorBundle
 
 SHAPE = ModelConfig(
     vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_positions=24, activation="gelu"
 )
 PREFIX = ROOT / "tests/golden/tensorflow/model.ckpt-7"
+MASKED_ALONE = SHAPE.model_copy(update={"next_sentence": False})
 GOOGLE = SHAPE.model_copy(update={"activation": "gelu_tanh"})
 
 
@@ -136,6 +137,47 @@ def test_position_ids_of_older_versions_are_left(tmp_path: Path) -> None:
     loaded(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [BertForPreTraining, BertForMaskedLM])
+def test_without_next_sentence_its_tensors_may_be_there_or_not(tmp_path: Path, kind: type) -> None:
+    model = theirs(kind)
+    model.save_pretrained(tmp_path)
+    ours = loaded(tmp_path, MASKED_ALONE)
+    assert torch.equal(ours.heads.transform.weight, model.cls.predictions.transform.dense.weight)
+    assert torch.equal(ours.layers[1].down.bias, model.bert.encoder.layer[1].output.dense.bias)
+
+
+def test_without_next_sentence_a_tensorflow_checkpoint_is_taken() -> None:
+    shape = GOOGLE.model_copy(update={"next_sentence": False})
+    ours, whole = loaded(PREFIX, shape), loaded(PREFIX, GOOGLE)
+    theirs = dict(whole.named_parameters())
+    assert len(theirs) == len(list(ours.parameters())) + 4
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in ours.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [GOOGLE, GOOGLE.model_copy(update={"next_sentence": False})], ids=["with", "without"])
+def test_a_tensorflow_checkpoint_without_next_sentence(monkeypatch: pytest.MonkeyPatch, shape: ModelConfig) -> None:
+    def read(self: TensorBundle, prefix: str | Path) -> None:
+        whole(self, prefix)
+        for name in [name for name in self.entries if "pooler" in name or "seq_relationship" in name]:
+            del self.entries[name]
+
+    whole = TensorBundle.__init__
+    monkeypatch.setattr(TensorBundle, "__init__", read)
+    if shape.next_sentence:
+        assert "has no bert.pooler.dense.weight and cls.seq_relationship.weight" in refused(PREFIX, shape)
+    else:
+        loaded(PREFIX, shape)
+
+
+def test_google_variables_without_next_sentence() -> None:
+    with_, without = (list(google_variables(2, flag)) for flag in (True, False))
+    gone = [google for _, google in with_ if (_, google) not in without]
+    assert gone == [
+        "bert/pooler/dense/kernel", "bert/pooler/dense/bias", "cls/seq_relationship/output_weights",
+        "cls/seq_relationship/output_bias",
+    ]  # fmt: skip
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +185,7 @@ def test_a_masked_lm_without_next_sentence_prediction_is_named(tmp_path: Path) -
     theirs(BertForMaskedLM).save_pretrained(tmp_path)
     text = refused(tmp_path)
     assert "has no bert.pooler.dense.weight and cls.seq_relationship.weight" in text
-    assert "model.next_sentence: false" in text
+    assert "set model.next_sentence=false" in text
 
 
 @pytest.mark.parametrize(
