@@ -199,7 +199,8 @@ class RankProcesses:
         for text, ranks in causes_of(reports).items():
             who = "" if len(ranks) == len(codes) else f"rank {format_ranks(ranks)}: "
             print(f"error: {who}{text}", file=sys.stderr)
-        if not reports:  # a rank that could not write its report any more
+        stopped = {of_signal(number) for number in FORWARDED}  # after a checkpoint: no failure, so no report
+        if not reports and not stopped.intersection(codes):  # a rank that could not write its report any more
             print(
                 f"error: rank {format_ranks(culprits)} ended with exit code {codes[culprits[0]]} and left no report; "
                 "the lines above may say why. Start again, or --resume from the last checkpoint",

@@ -120,3 +120,21 @@ def test_pages_named_in_the_program_exist() -> None:
     named = {name for file in files for name in re.findall(r"docs/\w+\.md", file.read_text(encoding="utf-8"))}
     assert named
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_a_rank_that_left_no_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = started(tmp_path, Rank(ExitCode.OK), Rank(ExitCode.BUG))
+    with ranks.signals_forwarded():
+        assert ranks.watch() == ExitCode.BUG
+    assert capsys.readouterr().err.startswith("error: rank 1 ended with exit code 70 and left no report;")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_that_saved_and_stopped_have_nothing_to_report(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = 128 + number
+    ranks = started(tmp_path, Rank(code), Rank(code))
+    with ranks.signals_forwarded():
+        assert ranks.watch() == code
+    assert not capsys.readouterr().err
