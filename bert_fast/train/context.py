@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert_fast.config import Config
+from bert_fast.data.store import Store
 from bert_fast.mlperf.log import ResultLog
 from bert_fast.report.console import ProgressLine
 from bert_fast.report.metrics import MetricsWriter
+from bert_fast.report.schema import EvaluationLine
 from bert_fast.run_folder import RESULT_LOG, run_folder
 from bert_fast.train.clock import Clock
 from bert_fast.train.environment import Environment
@@ -29,6 +31,9 @@ class RunContext:
     heartbeat: says where this rank is, and which rank is lost
     stop:      set by a signal
     energy:    this rank's share of the nodes' meters
+    store_of:  the data store in a folder; a program of many runs gives one that keeps the stores it has opened
+    on_evaluation: told of every evaluation; True ends the run there ("stopped early"). Rank 0's answer counts, and all
+               ranks have one or none has
     """
 
     config: Config
@@ -42,6 +47,8 @@ class RunContext:
     heartbeat: Heartbeat
     stop: StopFlag
     energy: EnergyTally
+    store_of: Callable[[str], Store] = Store
+    on_evaluation: Callable[[EvaluationLine], bool] | None = None
 
     def log(self, text: str) -> None:
         """A line on rank 0's terminal that stays."""
@@ -54,12 +61,19 @@ class RunContext:
 
 
 def open_context(
-    config: Config, environment: Environment, resume: bool, on_lost: Callable[[Verdict], None]
+    config: Config,
+    environment: Environment,
+    resume: bool,
+    on_lost: Callable[[Verdict], None],
+    *,
+    store_of: Callable[[str], Store] = Store,
+    on_evaluation: Callable[[EvaluationLine], bool] | None = None,
 ) -> RunContext:
     """Open the run's logs; nothing is started yet.
 
     Args:
         on_lost: called from another thread, with the verdict, when a rank is lost and this one may wait for it for ever.
+        store_of, on_evaluation: as `RunContext` has them.
     """
     is_main, folder = environment.is_main, run_folder(config)
     stop = StopFlag()
@@ -77,4 +91,6 @@ def open_context(
         ),
         stop=stop,
         energy=EnergyTally(environment),
+        store_of=store_of,
+        on_evaluation=on_evaluation,
     )

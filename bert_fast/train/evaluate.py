@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.report.schema import EvaluationLine
 from bert_fast.train.batches import to_device
 from bert_fast.train.checkpoint.train_state import TrainState
+from bert_fast.train.collectives import broadcast_value
 from bert_fast.train.context import RunContext
 from bert_fast.train.environment import Environment
 from bert_fast.train.health.phases import EVALUATION, METRICS_SYNC
@@ -96,8 +98,16 @@ class Evaluator:
         )
 
 
+class Decision(Enum):
+    """What follows from an evaluation."""
+
+    GO_ON = "go on"
+    REACHED = "the target is reached"
+    STOP = "whoever follows the run wants no more of it"
+
+
 class EvaluationRunner:
-    """Evaluates on the clock when it is time, logs it, and says whether the target is reached."""
+    """Evaluates on the clock when it is time, logs it, and says what follows."""
 
     def __init__(self, context: RunContext, state: TrainState, store: Store) -> None:
         self._context, self._state, self._store = context, state, store
@@ -127,8 +137,8 @@ class EvaluationRunner:
             epoch_count=progress.next_evaluation - progress.samples,
         )
 
-    def run(self) -> bool:
-        """Evaluate. Returns whether the target is reached. A collective."""
+    def run(self) -> Decision:
+        """Evaluate. A collective."""
         context, progress, config = self._context, self._state.progress, self._config
         samples, heartbeat = progress.samples, context.heartbeat
         heartbeat.at(progress.step, EVALUATION)
@@ -150,13 +160,16 @@ class EvaluationRunner:
         context.mllog.throughput(samples / context.clock.training, progress.step)
         while progress.next_evaluation <= samples:
             progress.next_evaluation += config.every_samples
-        self._record(result)
-        reached = config.target_accuracy is not None and result.mlm_accuracy >= config.target_accuracy
-        if not reached and progress.step < context.config.train.max_steps:
+        line = self._record(result)
+        if config.target_accuracy is not None and result.mlm_accuracy >= config.target_accuracy:
+            return Decision.REACHED
+        if context.on_evaluation is not None and broadcast_value(context.on_evaluation(line)):
+            return Decision.STOP
+        if progress.step < context.config.train.max_steps:
             self.begin_block()
-        return reached
+        return Decision.GO_ON
 
-    def _record(self, result: Evaluation) -> None:
+    def _record(self, result: Evaluation) -> EvaluationLine:
         context, progress = self._context, self._state.progress
         line = EvaluationLine(
             step=progress.step,
@@ -173,6 +186,7 @@ class EvaluationRunner:
             f"evaluation at {progress.samples:,} samples, {context.clock.elapsed:.1f} s: masked-LM accuracy "
             f"{result.mlm_accuracy:.4f}, loss {line.loss:.4f}"
         )
+        return line
 
 
 def shard_samples(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:

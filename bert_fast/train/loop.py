@@ -22,7 +22,7 @@ from bert_fast.train.checkpoint.checkpointer import Checkpointer
 from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.collectives import broadcast_value
 from bert_fast.train.context import RunContext
-from bert_fast.train.evaluate import EvaluationRunner
+from bert_fast.train.evaluate import EvaluationRunner, Decision
 from bert_fast.train.health.nonfinite import NonfiniteWatch
 from bert_fast.train.health.phases import COMPUTE, DATA, GRADIENT_SYNC, LOGGING, METRICS_SYNC
 from bert_fast.train.health.step_errors import explain
@@ -36,7 +36,7 @@ from bert_fast.train.telemetry.step_metrics import IntervalMetrics
 class Outcome:
     """How a run ended."""
 
-    status: str  # success | aborted (max_steps reached) | stopped (by a signal)
+    status: str  # success | aborted (max_steps reached) | stopped early (by on_evaluation) | stopped (by a signal)
     reached: bool
     signal_name: str | None = None
 
@@ -78,16 +78,16 @@ class TrainingLoop:
     def _run(self) -> Outcome:
         config, progress = self._context.config, self._progress
         self._evaluation.begin_block()
-        if self._evaluation.is_due_at_start and self._evaluation.run():
-            return Outcome("success", True)
+        if self._evaluation.is_due_at_start and (outcome := self._evaluate()):
+            return outcome
         while progress.step < config.train.max_steps:
             self._train_step()
             last = progress.step == config.train.max_steps
             evaluate, checkpoint = self._evaluation.is_due(last), self._checkpointer.is_due(last)
             boundary = progress.step % config.train.log_every_steps == 0 or evaluate or checkpoint or last
             stop = self._log_interval() if boundary else 0
-            if evaluate and self._evaluation.run():
-                return Outcome("success", True)
+            if evaluate and (outcome := self._evaluate()):
+                return outcome
             if stop:
                 self._checkpointer.save(wait=True)
                 name = signal.Signals(stop).name
@@ -96,6 +96,13 @@ class TrainingLoop:
             if checkpoint:
                 self._checkpointer.save()
         return Outcome("aborted" if config.evaluation.target_accuracy is not None else "success", False)
+
+    def _evaluate(self) -> Outcome | None:
+        """Evaluate; how the run ends by it, None if it goes on. A collective."""
+        decision = self._evaluation.run()
+        if decision is Decision.REACHED:
+            return Outcome("success", True)
+        return Outcome("stopped early", False) if decision is Decision.STOP else None
 
     def _train_step(self) -> None:
         """Fetch, train, count. On a GPU nothing here waits for the device."""

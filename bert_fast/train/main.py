@@ -187,7 +187,7 @@ def _exit_code(context: RunContext, summary: RunSummary) -> int:
     """Exit code of a run that ended by itself or was stopped."""
     outcome = summary.outcome
     if outcome.status != "stopped":
-        return ExitCode.TARGET_MISSED if outcome.status == "aborted" else ExitCode.OK
+        return ExitCode.OK if outcome.status == "success" else ExitCode.TARGET_MISSED
     step, name = summary.state.progress.step, outcome.signal_name
     write_json(context.folder / STOPPED, {"step": step, "signal": name})
     print(f"stopped by {name} at step {step}; go on with --resume", flush=True)

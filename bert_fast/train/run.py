@@ -193,7 +193,7 @@ def _record_buckets(context: RunContext, components: TrainComponents) -> None:
 def open_data(context: RunContext, prepared: Prepared) -> OpenData:
     """Open and check both stores, start to scrub the training store. On the clock."""
     config, environment = context.config, context.environment
-    store, eval_store = open_stores(config, prepared.vocab_sha256, environment)
+    store, eval_store = open_stores(config, prepared.vocab_sha256, environment, context.store_of)
     vocab = prepared.vocab_sha256 or store.manifest["vocab_sha256"]
     for each, sha256 in ((store, None), (eval_store, config.evaluation.sha256)):
         each.check(

@@ -47,7 +47,7 @@ def finish(context: RunContext, summary: RunSummary) -> None:
 def make_record(context: RunContext, summary: RunSummary, memory: PeakMemory) -> RunRecord:
     """The record of a run that is done, not yet checked for compliance."""
     config, state, prepared, data = context.config, summary.state, summary.prepared, summary.data
-    reached = summary.outcome.reached or config.evaluation.target_accuracy is None
+    reached = summary.outcome.status == "success"  # or there was no target, and the run came to its last step
     evaluations = state.progress.evaluations
     eval_entry = _store_record(data.eval_store.manifest, samples_of_training_text=_shared_text(summary))
     return RunRecord(

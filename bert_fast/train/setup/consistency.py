@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,11 +76,17 @@ def check_layout(layout: GradientLayout, model: nn.Module, environment: Environm
     _check(found, environment, "another model", "start all ranks with the same code and starting checkpoint")
 
 
-def open_stores(config: Config, vocab_sha256: str | None, environment: Environment) -> tuple[Store, Store]:
+def open_stores(
+    config: Config,
+    vocab_sha256: str | None,
+    environment: Environment,
+    store_of: Callable[[str], Store] = Store,
+) -> tuple[Store, Store]:
     """The training store and the evaluation store, the same on all ranks by their manifests. A collective.
 
     Args:
         vocab_sha256: of the vocabulary that this rank found beside its starting checkpoint, None if it found none.
+        store_of: opens the store in a folder.
 
     Raises:
         UserError: on every rank, naming the first rank whose stores are not rank 0's and the field of the manifest.
@@ -88,7 +95,7 @@ def open_stores(config: Config, vocab_sha256: str | None, environment: Environme
     found: dict[str, Any] = {"the vocabulary beside checkpoint.init_from": vocab_sha256}
     for name, folder in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
         try:
-            store = Store(folder)
+            store = store_of(folder)
         except UserError as error:
             failed = failed or error
             found[name] = f"unreadable: {error}"

@@ -1,0 +1,295 @@
+"""The study file: a base config, the contestants with their spaces, the budget; read, and checked before anything starts.
+
+A setting is named by its path in the config, `optimizer.lr`; where a field holds a mapping or a list the path goes on into it,
+`optimizer.arguments.betas.1`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from bert_fast.config import Config, sections
+from bert_fast.config.load import config_from_tree
+from bert_fast.config.yaml_files import read_yaml, validate
+from bert_fast.errors import UserError
+
+EXAMPLE = "configs/tune/mini.yaml"
+SINGLE = "all"  # the variant of a study that lists none
+
+Value = bool | int | float | str | None
+Settings = dict[str, Any]  # values of a config by path
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]
+TrialCount = Annotated[int, Field(gt=0, le=100_000)]
+RunSeed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dimension(_Part):
+    """One searched setting: a range from `low` to `high`, both included, or a list of `choices`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    whole: bool = Field(False, alias="int")
+    choices: list[Value] | None = None
+
+    @model_validator(mode="after")
+    def _is_a_range_or_a_list(self) -> Dimension:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log or self.whole:
+                raise ValueError("choices stand alone; remove low, high, log and int")
+            if not self.choices:
+                raise ValueError("choices are empty; list at least one value")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("a dimension needs low and high, or choices; add them")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low={self.low} is not below high={self.high}; swap or change them")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log=true needs a low above 0, not {self.low}; raise it")
+        if self.whole and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError(f"int=true needs whole bounds, not {self.low} and {self.high}; round them")
+        return self
+
+    def ends(self) -> list[Value]:
+        """The outermost values: both bounds, or all choices."""
+        if self.choices is not None:
+            return list(self.choices)
+        assert self.low is not None and self.high is not None
+        return [int(each) if self.whole else each for each in (self.low, self.high)]
+
+
+class Sampler(_Part):
+    """How points are chosen: `startup` at random, the others by a tree-structured Parzen estimator (tpe)."""
+
+    kind: Literal["tpe", "random"] = "tpe"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    startup: Annotated[int, Field(ge=1, le=10_000)] = 6
+
+
+class Pruner(_Part):
+    """Which trials end before the target or the cap. Counts are of evaluations; trials are those of the same study.
+
+    median:  one whose best accuracy is below the median of the others at the same evaluation
+    halving: one that is not among the best 1/`reduction_factor` at evaluation `min_evaluations`, and at each
+             `reduction_factor`-fold of it
+    """
+
+    kind: Literal["none", "median", "halving"] = "none"
+    startup: Annotated[int, Field(ge=0, le=10_000)] = 4
+    min_evaluations: Annotated[int, Field(ge=1, le=10_000)] = 4
+    reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
+
+
+class Contestant(_Part):
+    """Settings of an optimizer, and the space in which its own are searched."""
+
+    settings: Settings = Field(default_factory=dict, alias="set")
+    space: Annotated[dict[str, Dimension], Field(min_length=1)]
+
+
+class Variant(_Part):
+    """Settings under which every contestant is searched once more."""
+
+    settings: Settings = Field(default_factory=dict, alias="set")
+
+
+class Batch(_Part):
+    """Settings of a global batch, and the trials of each contestant there (the study's if unset)."""
+
+    settings: Settings = Field(default_factory=dict, alias="set")
+    trials: TrialCount | None = None
+
+
+class Final(_Part):
+    """The last round: fresh seeds, at these global batches (the first of the study if unset)."""
+
+    seeds: Annotated[list[RunSeed], Field(min_length=1, max_length=1000)]
+    batches: list[int] | None = None
+
+
+class StudyFile(_Part):
+    """What is searched, and with which budget; the same for every contestant."""
+
+    name: Name
+    base: str
+    settings: Settings = Field(default_factory=dict, alias="set")
+    target: Fraction
+    cap_samples: Annotated[int, Field(gt=0, le=10**12)]
+    objective: Literal["samples", "seconds"] = "samples"
+    trials: TrialCount
+    sampler: Sampler = Field(default_factory=Sampler)
+    pruner: Pruner = Field(default_factory=Pruner)
+    trial_seeds: Annotated[list[RunSeed], Field(min_length=1, max_length=1000)] = [0]
+    contestants: Annotated[dict[Name, Contestant], Field(min_length=1)]
+    variants: Annotated[dict[Name, Variant], Field(min_length=1)] = {SINGLE: Variant(set={})}
+    batches: Annotated[dict[Annotated[int, Field(gt=0, le=2**18)], Batch], Field(min_length=1)]
+    final: Final | None = None
+    ablations: dict[Name, Variant] = Field(default_factory=dict)
+    execution: Literal["in_process", "run"] = "in_process"
+
+    @model_validator(mode="after")
+    def _final_batches_are_searched(self) -> StudyFile:
+        unknown = [each for each in (self.final.batches or [] if self.final else []) if each not in self.batches]
+        if unknown:
+            raise ValueError(f"final.batches names {unknown[0]}, which is not in batches; add it there or remove it")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One study of the search: a contestant under a variant at a global batch.
+
+    tree:   settings of all its trials, as a config file has them; a trial adds its point and its seed
+    trials: its budget
+    """
+
+    contestant: str
+    variant: str
+    batch: int
+    tree: dict[str, Any]
+    space: Mapping[str, Dimension]
+    trials: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.contestant}/{self.variant}/{self.batch}"
+
+    def config(self, point: Mapping[str, Any], seed: int, more: Mapping[str, Any] | None = None) -> Config:
+        """The config of a point. Raises UserError where the settings do not fit together.
+
+        Args:
+            more: settings over those of the cell and the point, as an ablation has them.
+        """
+        tree = with_settings(self.tree, {**point, **(more or {}), "train.seed": seed})
+        return config_from_tree(tree, self.name)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file that has been read: its text, and its cells in the order of the file."""
+
+    path: Path
+    file: StudyFile
+    cells: tuple[Cell, ...]
+
+
+def read_study(path: str | Path, contestants: list[str] | None = None, trials: int | None = None) -> Study:
+    """Read and check a study file.
+
+    Args:
+        contestants: only these; all if None.
+        trials: per cell, in place of the file's numbers.
+
+    Raises:
+        UserError: one line with the file, what is wrong in it, and how to fix it.
+    """
+    file = validate(StudyFile, read_yaml(path, "study file", "a study", EXAMPLE), str(path))
+    unknown = [each for each in contestants or [] if each not in file.contestants]
+    if unknown:
+        raise UserError(f"{path} has no contestant {unknown[0]}; it has {', '.join(file.contestants)}")
+    base = read_yaml(file.base, "base config", f"sections ({', '.join(sections())})", "configs/mini_cpu.yaml")
+    cells = [
+        _cell(file, base, contestant, variant, batch, trials)
+        for batch in file.batches
+        for variant in file.variants
+        for contestant in file.contestants
+        if contestants is None or contestant in contestants
+    ]
+    for cell in cells:
+        _check_space(cell, str(path), file)
+    return Study(Path(path), file, tuple(cells))
+
+
+def _cell(
+    file: StudyFile, base: dict[str, Any], contestant: str, variant: str, batch: int, trials: int | None
+) -> Cell:
+    chosen = file.contestants[contestant]
+    layers = (
+        file.settings,
+        {"batch.global_batch_size": batch},
+        file.batches[batch].settings,
+        file.variants[variant].settings,
+        chosen.settings,
+        {
+            "evaluation.target_accuracy": file.target,
+            "train.max_steps": math.ceil(file.cap_samples / batch),
+        },
+    )
+    tree = base
+    for layer in layers:
+        tree = with_settings(tree, layer)
+    return Cell(contestant, variant, batch, tree, chosen.space, trials or file.batches[batch].trials or file.trials)
+
+
+def with_settings(tree: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config's tree with values put at their paths. Raises UserError for a path that leads nowhere."""
+    made = copy.deepcopy(tree)
+    for path, value in settings.items():
+        *parents, last = path.split(".")
+        node: Any = made
+        for key in parents:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else _entry(node, key, path)
+        if isinstance(node, dict):
+            node[last] = copy.deepcopy(value)
+        else:
+            _entry(node, last, path)
+            node[int(last)] = copy.deepcopy(value)
+    return made
+
+
+def _entry(node: Any, key: str, path: str) -> Any:
+    if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+        return node[int(key)]
+    what = f"a list of {len(node)} entries, counted from 0" if isinstance(node, list) else "a single value"
+    raise UserError(f"{path}: there is no {key} in {what}; set the whole value first, or correct the path")
+
+
+def _check_space(cell: Cell, path: str, file: StudyFile) -> None:
+    """Build the config at both ends of every dimension, the others at their first value. Raises UserError."""
+    first = {name: dimension.ends()[0] for name, dimension in cell.space.items()}
+    for name, dimension in cell.space.items():
+        for value in dimension.ends():
+            try:
+                config = cell.config({**first, name: value}, file.trial_seeds[0])
+            except UserError as error:
+                reason = str(error).removeprefix(f"{cell.name}: ")
+                raise UserError(f"{path}: {cell.name} with {name}={value}: {reason}") from None
+            if file.execution == "in_process" and config.system.world_size != 1:
+                raise UserError(
+                    f"{path}: execution=in_process runs one rank and {cell.name} has system.world_size="
+                    f"{config.system.world_size}; set system.world_size: 1 (batch.virtual_ranks computes the shares of "
+                    "several), or execution: run"
+                )
+
+
+def meaning_of(study: Study, cell: Cell) -> dict[str, str]:
+    """Hashes of what the trials of a cell depend on, by the part of the study file. Budgets are no part of it."""
+    file = study.file
+    parts: dict[str, Any] = {
+        "base and set": {name: values for name, values in cell.tree.items()},
+        "space": {name: dimension.model_dump() for name, dimension in cell.space.items()},
+        "target, cap_samples and objective": [file.target, file.cap_samples, file.objective],
+        "sampler": file.sampler.model_dump(),
+        "pruner": file.pruner.model_dump(),
+        "trial_seeds": file.trial_seeds,
+    }
+    return {name: digest(value) for name, value in parts.items()}
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
