@@ -35,7 +35,9 @@ def main_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("study", help=f"the study file, such as {EXAMPLE}")
-        command.add_argument("--out", required=True, type=Path, help="folder of the journal, the records and the report")
+        command.add_argument(
+            "--out", required=True, type=Path, help="folder of the journal, the records and the report"
+        )
         command.add_argument("--contestants", help="only these, separated by commas (default: all)")
         command.add_argument("--trials", type=whole(1, 100_000), help="trials per contestant, variant and batch")
         if name in ("run", "final"):

@@ -22,7 +22,7 @@ from bert_fast.train.checkpoint.checkpointer import Checkpointer
 from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.collectives import broadcast_value
 from bert_fast.train.context import RunContext
-from bert_fast.train.evaluate import EvaluationRunner, Decision
+from bert_fast.train.evaluate import Decision, EvaluationRunner
 from bert_fast.train.health.nonfinite import NonfiniteWatch
 from bert_fast.train.health.phases import COMPUTE, DATA, GRADIENT_SYNC, LOGGING, METRICS_SYNC
 from bert_fast.train.health.step_errors import explain

@@ -1,8 +1,9 @@
 """The trials of a search, on a file that many workers on many nodes append to: which comes next, and how each has ended.
 
-Optuna's journal (JournalStorage) holds one Optuna study for each cell. Two rules make it fair and repeatable: the next
-trial goes to the cell that is farthest behind its budget, so that all contestants advance together; and trial number n
-draws its point with a seed made of the sampler's and n alone, and trains with `trial_seeds[n]`, whoever computes it.
+Optuna's journal (JournalStorage) holds one Optuna study for each cell. Two rules make it fair and repeatable: batch by batch
+in the order of the file, the next trial goes to the cell that is farthest behind its budget, so that all contestants advance
+together; and trial number n draws its point with a seed made of the sampler's and n alone, and trains with `trial_seeds[n]`,
+whoever computes it.
 """
 
 from __future__ import annotations
@@ -102,14 +103,15 @@ class Search:
         """Begin the next trial; None if all cells have their number of trials begun."""
         with self._only_one():
             self._give_up_lost_trials()
+            batches = list(self._file.batches)
             behind = [
-                (counted / cell.trials, index, cell)
+                (batches.index(cell.batch), counted / cell.trials, index, cell)
                 for index, cell in enumerate(self._cells.values())
                 if (counted := self.num_counted(cell)) < cell.trials
             ]
             if not behind:
                 return None
-            cell = min(behind, key=lambda each: each[:2])[2]
+            cell = min(behind, key=lambda each: each[:3])[3]
             trial = self._studies[cell.name].ask()
             trial.set_user_attr(WORKER, self.worker)
         number = trial.number
@@ -141,7 +143,9 @@ class Search:
         """How far the search is, in one line."""
         counts = [(self.num_counted(cell), cell.trials) for cell in self._cells.values()]
         done, wanted = (sum(each) for each in zip(*counts, strict=True))
-        return f"{done} of {wanted} trials in {len(counts)} studies (contestant, variant, batch); {self.folder / JOURNAL}"
+        return (
+            f"{done} of {wanted} trials in {len(counts)} studies (contestant, variant, batch); {self.folder / JOURNAL}"
+        )
 
     def _give_up_lost_trials(self) -> None:
         """Fail the running trials of workers that are gone; each is tried once more, at the same point, with its seed."""

@@ -108,9 +108,13 @@ class Variant(_Part):
 
 
 class Batch(_Part):
-    """Settings of a global batch, and the trials of each contestant there (the study's if unset)."""
+    """Settings of a global batch, and the trials of each contestant there (the study's if unset).
+
+    space: dimensions in place of those of the same name, for the contestants that have one
+    """
 
     settings: Settings = Field(default_factory=dict, alias="set")
+    space: dict[str, Dimension] = Field(default_factory=dict)
     trials: TrialCount | None = None
 
 
@@ -146,6 +150,10 @@ class StudyFile(_Part):
         unknown = [each for each in (self.final.batches or [] if self.final else []) if each not in self.batches]
         if unknown:
             raise ValueError(f"final.batches names {unknown[0]}, which is not in batches; add it there or remove it")
+        searched = {name for contestant in self.contestants.values() for name in contestant.space}
+        idle = [name for batch in self.batches.values() for name in batch.space if name not in searched]
+        if idle:
+            raise ValueError(f"batches have a space for {idle[0]}, which no contestant searches; remove it")
         return self
 
 
@@ -214,9 +222,7 @@ def read_study(path: str | Path, contestants: list[str] | None = None, trials: i
     return Study(Path(path), file, tuple(cells))
 
 
-def _cell(
-    file: StudyFile, base: dict[str, Any], contestant: str, variant: str, batch: int, trials: int | None
-) -> Cell:
+def _cell(file: StudyFile, base: dict[str, Any], contestant: str, variant: str, batch: int, trials: int | None) -> Cell:
     chosen = file.contestants[contestant]
     layers = (
         file.settings,
@@ -232,7 +238,8 @@ def _cell(
     tree = base
     for layer in layers:
         tree = with_settings(tree, layer)
-    return Cell(contestant, variant, batch, tree, chosen.space, trials or file.batches[batch].trials or file.trials)
+    space = {name: file.batches[batch].space.get(name, dimension) for name, dimension in chosen.space.items()}
+    return Cell(contestant, variant, batch, tree, space, trials or file.batches[batch].trials or file.trials)
 
 
 def with_settings(tree: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
