@@ -68,7 +68,8 @@ class Dimension(_Part):
         """The outermost values: both bounds, or all choices."""
         if self.choices is not None:
             return list(self.choices)
-        assert self.low is not None and self.high is not None
+        assert self.low is not None
+        assert self.high is not None
         return [int(each) if self.whole else each for each in (self.low, self.high)]
 
 
@@ -287,7 +288,7 @@ def meaning_of(study: Study, cell: Cell) -> dict[str, str]:
     """Hashes of what the trials of a cell depend on, by the part of the study file. Budgets are no part of it."""
     file = study.file
     parts: dict[str, Any] = {
-        "base and set": {name: values for name, values in cell.tree.items()},
+        "base and set": cell.tree,
         "space": {name: dimension.model_dump() for name, dimension in cell.space.items()},
         "target, cap_samples and objective": [file.target, file.cap_samples, file.objective],
         "sampler": file.sampler.model_dump(),
