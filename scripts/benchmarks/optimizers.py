@@ -3,6 +3,7 @@
 
     python -m scripts.benchmarks.optimizers --json results/optimizers/steps.json
     python -m scripts.benchmarks.optimizers --layers 2                     # a short model, to see it work
+    python -m scripts.benchmarks.optimizers --optimizers soap muon         # these alone: SOAP's decompositions take minutes
 
 Weights in the shapes of BERT (our layout, with query, key and value in one tensor), random gradients, no model. Each optimizer
 steps in turn with AdamW, in rounds that begin with the one and the other by turns, so that both see the same machine; medians
@@ -100,11 +101,13 @@ def compare(settings: dict[str, Any], parameters: dict[str, nn.Parameter], repea
     return found
 
 
-def measure(parameters: dict[str, nn.Parameter], repeats: int) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
-    """Name, measurement and reason of every contestant; None where it cannot be built here, with the reason."""
-    for name, settings in CONTESTANTS.items():
+def measure(
+    names: list[str], parameters: dict[str, nn.Parameter], repeats: int
+) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+    """Name, measurement and reason of every one of these contestants; None where it cannot be built here, with the reason."""
+    for name in names:
         try:
-            yield name, compare(settings, parameters, repeats), ""
+            yield name, compare(CONTESTANTS[name], parameters, repeats), ""
         except (UserError, ModuleNotFoundError) as error:
             yield name, None, str(error)
 
@@ -150,6 +153,10 @@ def main() -> int:
     parser.add_argument("--config", choices=shapes, default="bert-large", help="shape (default %(default)s)")
     parser.add_argument("--layers", type=whole(1, 1024), help="number of encoder layers (default: the shape's)")
     parser.add_argument("--repeats", type=whole(1, 10**6), default=10, help="steps of each (default %(default)s)")
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME",
+        help=f"those to measure beside AdamW, of {', '.join(CONTESTANTS)} (default: all)",
+    )  # fmt: skip
     add_arguments(parser)
     args = parser.parse_args()
     if args.quick:
@@ -164,7 +171,7 @@ def main() -> int:
     print(f"{args.config} with {shape.num_layers} layers: {len(parameters)} tensors, {count:,} parameters", flush=True)
     print(f"{machine['cpu']}, {torch.get_num_threads()} threads", flush=True)
     found = {}
-    for name, measured, reason in measure(parameters, args.repeats):
+    for name, measured, reason in measure(args.optimizers, parameters, args.repeats):
         if measured is None:
             print(f"{name} is left out: {reason}", flush=True)
             continue
@@ -176,7 +183,7 @@ def main() -> int:
     print("\n" + table(metrics, list(found)))
     if args.json:
         config = {"shape": args.config, "layers": shape.num_layers, "repeats": args.repeats,
-                  "threads": torch.get_num_threads(), "settings": CONTESTANTS}  # fmt: skip
+                  "threads": torch.get_num_threads(), "settings": {name: CONTESTANTS[name] for name in found}}  # fmt: skip
         samples = {name: each["seconds"] for name, each in found.items()}
         write_result(args.json, metrics, config, machine, samples)
     return 0

@@ -15,6 +15,7 @@ from bert_fast.config import ModelConfig, OptimizerConfig
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.optim.bucketwise import BucketwiseOptimizer
 from bert_fast.optim.build import build_optimizer
+from bert_fast.parts import declare_parts, parts_of
 from bert_fast.train.cuda_graphs import tensor_rates
 
 from .machine import bandwidth
@@ -23,7 +24,8 @@ from .timing import median_seconds
 
 # Bytes that an update in fp32 moves for each parameter at least. AdamW reads weight, gradient and two moments and writes all
 # but the gradient. LAMB needs the norm of the update before it can apply it: it reads the weight and the moments once more.
-_BYTES = {"adamw": 28, "lamb": 40}
+# Muon has one moment of a matrix; its time is in its products.
+_BYTES = {"adamw": 28, "adam": 28, "nadamw": 28, "lamb": 40, "muon": 20}
 _BUCKET_MIB = 25.0
 
 
@@ -42,7 +44,10 @@ def run(context: Context) -> None:
     buckets = [[tensors[i] for i in bucket.parameters] for bucket in layout.buckets]
     variants: dict[str, tuple[str, Callable[[torch.optim.Optimizer], Callable[[], object]]]] = {
         "adamw_fused": ("adamw", lambda optimizer: optimizer.step),
+        "adam_fused": ("adam", lambda optimizer: optimizer.step),
+        "nadamw_foreach": ("nadamw", lambda optimizer: optimizer.step),
         "lamb_foreach": ("lamb", lambda optimizer: optimizer.step),
+        "muon": ("muon", lambda optimizer: optimizer.step),
         "adamw_by_bucket": ("adamw", lambda optimizer: _by_bucket(optimizer, buckets)),
         "lamb_by_bucket": ("lamb", lambda optimizer: _by_bucket(optimizer, buckets)),
         "lamb_compiled": ("lamb", lambda optimizer: _compiled(optimizer, context)),
@@ -62,6 +67,8 @@ def _parameters(shape: ModelConfig, device: str) -> tuple[list[str], list[nn.Par
     for _, parameter in named:
         tensor = nn.Parameter(torch.randn(parameter.shape, device=device) * 0.02)
         tensor.grad = torch.randn_like(tensor) * 1e-3
+        # Each part is a matrix of Muon's, and has a trust ratio of LAMB's
+        declare_parts(tensor, parts_of(parameter))
         tensors.append(tensor)
     return [name for name, _ in named], tensors, expected_ready_order(model)
 

@@ -97,3 +97,20 @@ def test_the_determinism_switch_gives_bit_identical_steps(make_config: Callable[
         assert torch.equal(*ends)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("step_per_bucket", ["true", "false"])
+def test_a_groups_rate_is_a_multiple_of_the_schedules(
+    make_config: Callable[..., Config], environment: Environment, step_per_bucket: str
+) -> None:
+    """Muon's matrices follow the schedule from a rate of their own; a rate of 0 in a warm-up is 0 for all."""
+    muon = ["optimizer.name=muon", "optimizer.lr=0.01", "optimizer.muon_lr=0.04", "communication.bucket_mb=0.001"]
+    config = make_config(*muon, f"optimizer.step_per_bucket={step_per_bucket}", "communication.clip=none")
+    components, steps = build(config, environment), PlannedSteps(config)
+    before = weights_of(components)
+    components.step(steps.input(0), lr=0.0)
+    assert torch.equal(before, weights_of(components))
+    components.step(steps.input(1), lr=0.005)
+    rates = [(group["orthogonalize"], group["lr"]) for group in components.optimizer.optimizer.param_groups]
+    assert rates == [(True, 0.02), (False, 0.005), (False, 0.005)]
+    assert not torch.equal(before, weights_of(components))
