@@ -98,7 +98,16 @@ def _amount_text(value: Any) -> str:
 
 def number_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose columns but the first are numbers; it scrolls where it is long."""
+    return _headed_table(head, rows, ' class="numbers"')
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts, which are wrapped; it scrolls where it is long."""
+    return _headed_table(head, rows, "")
+
+
+def _headed_table(head: Sequence[str], rows: Iterable[Sequence[str]], attribute: str) -> str:
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    made = f'<table class="numbers"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    made = f"<table{attribute}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{made}</div>'
