@@ -13,7 +13,8 @@ from .summary import REFERENCE, Spread, runs_of, spread
 
 TEST = (
     f"p is two-sided, of an exact sign-flip permutation test on the differences of the same seeds (of Student's paired t-test "
-    f"with more than {MAX_EXACT} seeds); with n seeds it cannot be below 2^(1-n). It is not corrected for the number of comparisons."
+    f"with more than {MAX_EXACT} seeds); with n seeds it cannot be below 2^(1-n). It is not corrected for the number of "
+    "comparisons."
 )
 
 
@@ -25,8 +26,8 @@ def mark(value: float, censored: bool) -> str:
 def censored_note(file: StudyFile) -> str:
     """What a star says."""
     return (
-        f"* A run that has not come to the accuracy is censored: it counts as cap x (1 + (accuracy - best) / accuracy) with the "
-        f"cap of {file.cap_samples:,} samples, in means as well."
+        f"* A run that has not come to the accuracy is censored: it counts as cap x (1 + (accuracy - best) / accuracy) with "
+        f"the cap of {file.cap_samples:,} samples, in means as well."
     )
 
 
@@ -36,8 +37,8 @@ def missing(target: float, outcomes: Sequence[tuple[str, Outcome]]) -> str:
         return f"No trial reached the target {target:g}: none has a result yet."
     name, nearest = max(outcomes, key=lambda each: each[1].best)
     return (
-        f"No trial reached the target {target:g}: the best accuracy is {nearest.best:.4f}, of {name}. All samples to the target "
-        "are censored; raise cap_samples or lower the target to tell the contestants apart."
+        f"No trial reached the target {target:g}: the best accuracy is {nearest.best:.4f}, of {name}. All samples to the "
+        "target are censored; raise cap_samples or lower the target to tell the contestants apart."
     )
 
 

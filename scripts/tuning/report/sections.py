@@ -75,8 +75,8 @@ def _fairness(records: Records) -> Section:
         + (f"pruner {kind}" if kind == "none" else f"pruner {kind} ({_listed(pruner)})")
         + f", cap {file.cap_samples:,} samples, target {file.target:g}, objective {file.objective}, base config {file.base}, "
         f"trial seeds {', '.join(map(str, file.trial_seeds))}.",
-        "A trial counts towards the budget however it ended. Lost ones, of a worker that is gone, do not: they were tried again. "
-        "Complete trials that did not come to the target are censored. Wall time is summed over the trials.",
+        "A trial counts towards the budget however it ended. Lost ones, of a worker that is gone, do not: they were tried "
+        "again. Complete trials that did not come to the target are censored. Wall time is summed over the trials.",
     ]
     machines = sorted({trial.processor for each in records.cells for trial in each.trials if trial.processor})
     sentences.append(f"Processors: {', '.join(machines) or 'not recorded'}.")
@@ -220,7 +220,8 @@ def _importance(records: Records) -> Section:
     ]
     if skipped:
         sentences.append(
-            f"Left out, with fewer than {MIN_TRIALS} complete trials or without a difference between them: {', '.join(skipped)}."
+            f"Left out, with fewer than {MIN_TRIALS} complete trials or without a difference between them: "
+            f"{', '.join(skipped)}."
         )
     headers = ("setting", "mean", *(f"{variant}/{batch}" for variant, batch in _columns(records)))
     return Section("Importance of the settings", sentences, tables=[Table(headers, rows)] if rows else [])
@@ -279,7 +280,8 @@ def _costs(records: Records) -> Section:
                 share = f"{update / step:.1%}" if step > 0 else NO_VALUE
                 rows.append([f"{contestant}, batch {batch}", f"{step:.2f}", f"{update:.2f}", share, str(len(outcomes))])
     sentences = [
-        "Medians over the trials. Trials that ran side by side on one machine slow each other down: compare within a search only."
+        "Medians over the trials. Trials that ran side by side on one machine slow each other down: compare within a search "
+        "only."
     ]
     headers = ("contestant", "step (ms)", "of that the optimizer (ms)", "share", "trials")
     return Section("Cost of a step", sentences, tables=[Table(headers, rows)] if rows else [])

@@ -128,11 +128,13 @@ def _budget(cell: CellTrials) -> tuple[int, list[int]]:
 class Standing:
     """Samples to the target of a contestant at the study's first batch, in its best variant.
 
-    source: where the numbers come from, in words
+    is_final: of the last round; if not, of the best trial of the search
+    source:   where the numbers come from, in words
     """
 
     contestant: str
     spread: Spread
+    is_final: bool
     source: str
 
 
@@ -153,7 +155,7 @@ def standings(records: Records) -> list[Standing]:
 
 def _final_standing(records: Records, cell: CellTrials) -> Standing | None:
     made = spread(runs_of(records, cell.cell.name), records.study.file.target, records.study)
-    return None if made is None else Standing(cell.cell.contestant, made, f"final round of {cell.cell.name}")
+    return None if made is None else Standing(cell.cell.contestant, made, True, f"final round of {cell.cell.name}")
 
 
 def _search_standing(records: Records, cell: CellTrials) -> Standing | None:
@@ -162,7 +164,7 @@ def _search_standing(records: Records, cell: CellTrials) -> Standing | None:
         return None
     value, censored = best.outcome.value(file.target, file.cap_samples)
     source = f"best trial of the search, {cell.cell.name} trial {best.number}: one run, chosen as the best of its cell"
-    return Standing(cell.cell.contestant, Spread({best.seed or 0: value}, int(not censored)), source)
+    return Standing(cell.cell.contestant, Spread({best.seed or 0: value}, int(not censored)), False, source)
 
 
 def record(records: Records) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def record(records: Records) -> dict[str, Any]:
         cells = [each for each in records.cells if each.cell.contestant == contestant]
         metrics[f"trials/{contestant}"] = sum(each.count(*COUNTED) for each in cells)
     table = standings(records)
-    reference = next((each.spread.mean for each in table if each.contestant == REFERENCE), None)
+    reference = next((each for each in table if each.contestant == REFERENCE), None)
     for each in table:
         name = f"samples_to_target/{each.contestant}"
         metrics |= {
@@ -181,8 +183,8 @@ def record(records: Records) -> dict[str, Any]:
             f"{name}/n": each.spread.n,
             f"{name}/reached": each.spread.reached,
         }
-        if reference:
-            metrics[f"ratio_to_{REFERENCE}/{each.contestant}"] = each.spread.mean / reference
+        if reference and reference.is_final == each.is_final:  # a chosen run is no match for fresh ones
+            metrics[f"ratio_to_{REFERENCE}/{each.contestant}"] = each.spread.mean / reference.spread.mean
     config = {
         "study": file.model_dump(mode="json", by_alias=True),
         "sources": {each.contestant: each.source for each in table},
