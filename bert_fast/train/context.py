@@ -61,12 +61,19 @@ class RunContext:
 
 
 def open_context(
-    config: Config, environment: Environment, resume: bool, on_lost: Callable[[Verdict], None]
+    config: Config,
+    environment: Environment,
+    resume: bool,
+    on_lost: Callable[[Verdict], None],
+    *,
+    store_of: Callable[[str], Store] = Store,
+    on_evaluation: Callable[[EvaluationLine], bool] | None = None,
 ) -> RunContext:
     """Open the run's logs; nothing is started yet.
 
     Args:
         on_lost: called from another thread, with the verdict, when a rank is lost and this one may wait for it for ever.
+        store_of, on_evaluation: as `RunContext` has them.
     """
     is_main, folder = environment.is_main, run_folder(config)
     stop = StopFlag()
@@ -84,4 +91,6 @@ def open_context(
         ),
         stop=stop,
         energy=EnergyTally(environment),
+        store_of=store_of,
+        on_evaluation=on_evaluation,
     )

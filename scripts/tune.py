@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Search hyper-parameters of several contestants fairly: the same number of trials, sampler, seeds and pruner for each.
+
+    python scripts/tune.py run configs/tune/mini.yaml --out runs/tune --workers 2   # goes on where it stopped
+    python scripts/tune.py final configs/tune/mini.yaml --out runs/tune             # the best points on fresh seeds
+    python scripts/tune.py report configs/tune/mini.yaml --out runs/tune
+
+`worker` is one worker of `run`, for clusters: slurm/tune.sbatch. What a study file holds: docs/optimizers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import guard  # noqa: F401
+
+from bert_fast.command import guarded, whole
+from tuning.study_file import EXAMPLE, Study, read_study
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], epilog="docs/optimizers.md tells how a search is done.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("run", "search with workers on this machine until every contestant has its trials"),
+        ("worker", "compute trials in this process until none is left (for a Slurm array)"),
+        ("final", "run the best point of each contestant on fresh seeds, then ablations of the winner"),
+        ("report", "write tune.json, report.md and report.html from what is there"),
+    ):
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("study", help=f"the study file, such as {EXAMPLE}")
+        command.add_argument("--out", required=True, type=Path, help="folder of the journal, the records and the report")
+        command.add_argument("--contestants", help="only these, separated by commas (default: all)")
+        command.add_argument("--trials", type=whole(1, 100_000), help="trials per contestant, variant and batch")
+        if name in ("run", "final"):
+            command.add_argument("--workers", type=whole(1, 1024), default=1, help="processes (default 1)")
+    return parser
+
+
+@guarded
+def main() -> int:
+    """Read the study, check all of it, do what the command says."""
+    args = main_parser().parse_args()
+    names = args.contestants.split(",") if args.contestants else None
+    study = read_study(args.study, names, args.trials)
+    options = [args.study, "--out", str(args.out)]
+    options += ["--contestants", args.contestants] if args.contestants else []
+    options += ["--trials", str(args.trials)] if args.trials else []
+    return _do(args, study, options)
+
+
+def _do(args: argparse.Namespace, study: Study, options: list[str]) -> int:
+    if args.command == "run":
+        from tuning.search import Search
+        from tuning.workers import run_workers
+
+        search = Search(study, args.out)  # refuses a journal of another study before anything starts
+        code = run_workers(["worker", *options], args.workers)
+        print(search.progress(), flush=True)
+        return code
+    from tuning.workers import work
+
+    return work(study, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""The trials of a search, on a file that many workers on many nodes append to: which comes next, and how each has ended.
+
+Optuna's journal (JournalStorage) holds one Optuna study for each cell. Two rules make it fair and repeatable: the next
+trial goes to the cell that is farthest behind its budget, so that all contestants advance together; and trial number n
+draws its point with a seed made of the sampler's and n alone, and trains with `trial_seeds[n]`, whoever computes it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, TrialState
+
+from bert_fast.errors import UserError
+from bert_fast.hardware import cpu_name
+from tuning.outcome import CurvePoint, Outcome
+from tuning.study_file import Cell, Dimension, Pruner, Sampler, Study, meaning_of
+
+JOURNAL = "journal.log"
+WORKERS = "workers"  # a file for each worker, touched while it lives
+TOUCH_EVERY_S = 5.0
+SILENT_S = 60.0  # without a touch, a worker is taken to be gone
+
+# Attributes of a trial
+SEED, OUTCOME, ERROR, PROCESSOR, WORKER, LOST = "seed", "outcome", "error", "processor", "worker", "lost"
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trial to compute: its cell, number, point and seed, and the trial to tell the result to."""
+
+    cell: Cell
+    trial: optuna.Trial
+    point: dict[str, Any]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name} trial {self.trial.number}"
+
+
+class Search:
+    """All cells of a study file in one folder."""
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        """Open the folder's journal, or begin it.
+
+        Raises:
+            UserError: the journal is damaged, or of another study: which part of it differs.
+        """
+        self._file, self.folder = study.file, folder
+        (folder / WORKERS).mkdir(parents=True, exist_ok=True)
+        self._storage = open_storage(folder)
+        self._lock = JournalFileSymlinkLock(str(folder / "choice"), grace_period=int(SILENT_S))
+        self.worker = f"{socket.gethostname()}-{os.getpid()}"
+        self._cells = {cell.name: cell for cell in study.cells}
+        with self._only_one():
+            self._studies = {cell.name: self._open(study, cell) for cell in study.cells}
+
+    def _open(self, study: Study, cell: Cell) -> optuna.Study:
+        opened = optuna.create_study(
+            storage=self._storage, study_name=cell.name, direction="minimize", pruner=_pruner(self._file.pruner),
+            load_if_exists=True,
+        )  # fmt: skip
+        meaning = {"study": study.file.name, **meaning_of(study, cell)}
+        found = opened.user_attrs.get("meaning")
+        if found is None:
+            opened.set_user_attr("meaning", meaning)
+            opened.set_user_attr("cell", [cell.contestant, cell.variant, cell.batch])
+        elif found != meaning:
+            other = next(name for name in meaning if found.get(name) != meaning[name])
+            raise UserError(
+                f"{self.folder / JOURNAL} is of another study: {cell.name} was searched with another {other}; give --out "
+                f"another folder, or bring back the {other} that {study.path} had"
+            )
+        return opened
+
+    @contextmanager
+    def _only_one(self) -> Iterator[None]:
+        """One worker at a time, on a network file system too; the lock of one that died is broken after a minute."""
+        self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    # ---- what comes next ------------------------------------------------------------------------------------------------
+
+    def next_task(self) -> Task | None:
+        """Begin the next trial; None if all cells have their number of trials begun."""
+        with self._only_one():
+            self._give_up_lost_trials()
+            behind = [
+                (counted / cell.trials, index, cell)
+                for index, cell in enumerate(self._cells.values())
+                if (counted := self.num_counted(cell)) < cell.trials
+            ]
+            if not behind:
+                return None
+            cell = min(behind, key=lambda each: each[:2])[2]
+            trial = self._studies[cell.name].ask()
+            trial.set_user_attr(WORKER, self.worker)
+        number = trial.number
+        seeds = self._file.trial_seeds
+        seed = trial.user_attrs.get(SEED, seeds[number % len(seeds)])
+        trial.set_user_attr(SEED, seed)
+        trial.set_user_attr(PROCESSOR, cpu_name())
+        trial.study.sampler = _sampler(self._file.sampler, number)
+        point = {name: _suggest(trial, name, dimension) for name, dimension in cell.space.items()}
+        return Task(cell, trial, point, seed)
+
+    def num_counted(self, cell: Cell) -> int:
+        """The trials of a cell that count towards its budget: all but those that a dead worker has left."""
+        return sum(LOST not in each.user_attrs for each in self.trials(cell))
+
+    def trials(self, cell: Cell) -> list[FrozenTrial]:
+        """The trials of a cell, by number."""
+        return self._studies[cell.name].get_trials(deepcopy=False)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every cell has its number of trials, all of them ended."""
+        return all(
+            self.num_counted(cell) >= cell.trials and all(each.state.is_finished() for each in self.trials(cell))
+            for cell in self._cells.values()
+        )
+
+    def progress(self) -> str:
+        """How far the search is, in one line."""
+        counts = [(self.num_counted(cell), cell.trials) for cell in self._cells.values()]
+        done, wanted = (sum(each) for each in zip(*counts, strict=True))
+        return f"{done} of {wanted} trials in {len(counts)} studies (contestant, variant, batch); {self.folder / JOURNAL}"
+
+    def _give_up_lost_trials(self) -> None:
+        """Fail the running trials of workers that are gone; each is tried once more, at the same point, with its seed."""
+        for name, study in self._studies.items():
+            for each in self.trials(self._cells[name]):
+                worker = each.user_attrs.get(WORKER)
+                if each.state is TrialState.RUNNING and worker != self.worker and not self._is_alive(worker):
+                    self._lose(study, each, f"its worker {worker} is gone")
+
+    def _lose(self, study: optuna.Study, trial: FrozenTrial, why: str) -> None:
+        self._storage.set_trial_user_attr(trial._trial_id, ERROR, why)
+        self._storage.set_trial_user_attr(trial._trial_id, LOST, True)
+        study.tell(trial.number, state=TrialState.FAIL)
+        if trial.params:
+            study.enqueue_trial(trial.params, user_attrs={SEED: trial.user_attrs[SEED]})
+
+    def _is_alive(self, worker: str | None) -> bool:
+        """By the age of its file, on the file server's clock."""
+        try:
+            own, other = ((self.folder / WORKERS / each).stat().st_mtime for each in (self.worker, worker or "?"))
+        except FileNotFoundError:
+            return False
+        return own - other < SILENT_S
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """While this is open, other workers see that this one lives."""
+        path, done = self.folder / WORKERS / self.worker, threading.Event()
+        path.touch()
+
+        def touch() -> None:
+            while not done.wait(TOUCH_EVERY_S):
+                path.touch()
+
+        thread = threading.Thread(target=touch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            path.unlink(missing_ok=True)
+
+    # ---- how a trial has ended ------------------------------------------------------------------------------------------
+
+    def watcher(self, task: Task) -> Callable[[CurvePoint], bool]:
+        """What is told of each evaluation of a trial, and says whether to prune the trial there."""
+        count, best = 0, 0.0
+
+        def evaluated(point: CurvePoint) -> bool:
+            nonlocal count, best
+            count, best = count + 1, max(best, point.accuracy)
+            # The studies minimise, so pruners and the sampler are given what is missing to an accuracy of 1
+            task.trial.report(1.0 - best, count)
+            return self._file.pruner.kind != "none" and task.trial.should_prune()
+
+        return evaluated
+
+    def finish(self, task: Task, outcome: Outcome, diverged: str | None) -> None:
+        """Record a trial that was computed.
+
+        Args:
+            diverged: how its run diverged, None if it did not. Such a point is a result, the worst, and not a failure.
+        """
+        record = outcome.record(self._file.target, self._file.cap_samples, self._file.objective)
+        task.trial.set_user_attr(OUTCOME, record)
+        if diverged is not None:
+            task.trial.set_user_attr(ERROR, diverged)
+        if outcome.pruned:
+            task.trial.study.tell(task.trial, state=TrialState.PRUNED)
+        else:
+            task.trial.study.tell(task.trial, record["value"])
+
+    def fail(self, task: Task, why: str) -> None:
+        """Record a trial that could not be computed. It costs its cell one trial."""
+        task.trial.set_user_attr(ERROR, why)
+        task.trial.study.tell(task.trial, state=TrialState.FAIL)
+
+    def abandon(self, task: Task) -> None:
+        """Give back a trial that was interrupted: it is computed again later."""
+        with self._only_one():
+            frozen = self._studies[task.cell.name].get_trials()[task.trial.number]
+            self._lose(self._studies[task.cell.name], frozen, "interrupted")
+
+
+def open_storage(folder: Path) -> optuna.storages.JournalStorage:
+    """The journal of a folder, made if absent. Raises UserError if it is damaged."""
+    path = folder / JOURNAL
+    try:
+        return optuna.storages.JournalStorage(
+            JournalFileBackend(str(path), JournalFileSymlinkLock(str(path), grace_period=int(SILENT_S)))
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is no journal of a search ({error}); give --out another folder") from None
+
+
+def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The complete trial with the least value, None without one."""
+    complete = [each for each in trials if each.state is TrialState.COMPLETE and ERROR not in each.user_attrs]
+    return min(complete, key=lambda each: each.value or 0.0, default=None)
+
+
+def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> Any:
+    return trial._suggest(name, _distribution(dimension))
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if dimension.choices is not None:
+        return CategoricalDistribution(dimension.choices)
+    assert dimension.low is not None and dimension.high is not None
+    if dimension.whole:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def _sampler(sampler: Sampler, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of one trial, with a seed of the trial's own, so that workers do not draw the same points."""
+    seed = (sampler.seed * 1_000_003 + number) % 2**32
+    if sampler.kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(n_startup_trials=sampler.startup, seed=seed, constant_liar=True)
+
+
+def _pruner(pruner: Pruner) -> optuna.pruners.BasePruner:
+    if pruner.kind == "none":
+        return optuna.pruners.NopPruner()
+    if pruner.kind == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=pruner.startup, n_warmup_steps=pruner.min_evaluations)
+    return optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=pruner.min_evaluations, reduction_factor=pruner.reduction_factor
+    )
