@@ -216,7 +216,7 @@ def _importance(records: Records) -> Section:
             rows.append([f"{contestant}: {name}", f"{means[name]:.2f}", *columns])
     sentences = [
         f"PED-ANOVA: how far the settings of the best {TOP_SHARE:.0%} of the trials differ from those of all; the shares of a "
-        "study sum to 1. With a few dozen trials these are coarse estimates."
+        "study sum to 1. With a few dozen trials these are coarse: a setting without any effect gets a share above 0 as well."
     ]
     if skipped:
         sentences.append(
