@@ -31,6 +31,7 @@ body { margin:0 auto; padding:1.5rem; max-width:1240px; background:var(--ground)
 h1 { margin:0; font-size:1.7rem; overflow-wrap:anywhere; }
 h2 { margin:2rem 0 .6rem; font-size:1.15rem; break-after:avoid; }
 h3 { margin:0 0 .3rem; font-size:.95rem; }
+section > div + h3, section > p + h3 { margin-top:1rem; }
 .under { margin:.2rem 0 .8rem; color:var(--soft); overflow-wrap:anywhere; }
 .badge { display:inline-block; margin:0 .5rem .4rem 0; padding:.1rem .7rem; border:1.5px solid; border-radius:1rem;
   font-weight:600; }

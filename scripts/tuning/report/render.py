@@ -49,6 +49,6 @@ def _blocks(part: Section) -> list[str]:
 def _plain(text: str) -> str:
     """Text on one line in which nothing is markup."""
     shown = " ".join(text.split()).replace("\\", "\\\\").replace("<", "&lt;")
-    for mark in "|*_`[":
+    for mark in "|*`[":
         shown = shown.replace(mark, f"\\{mark}")
     return shown

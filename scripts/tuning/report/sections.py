@@ -71,7 +71,8 @@ def _fairness(records: Records) -> Section:
     kind = pruner.pop("kind")
     sentences = [
         budget_text(records),
-        f"Sampler {file.sampler.kind} (seed {file.sampler.seed}, {file.sampler.startup} trials at random first), "
+        f"Sampler {file.sampler.kind} (seed {file.sampler.seed}"
+        + (f", {file.sampler.startup} trials at random first), " if file.sampler.kind == "tpe" else "), ")
         + (f"pruner {kind}" if kind == "none" else f"pruner {kind} ({_listed(pruner)})")
         + f", cap {file.cap_samples:,} samples, target {file.target:g}, objective {file.objective}, base config {file.base}, "
         f"trial seeds {', '.join(map(str, file.trial_seeds))}.",
@@ -150,7 +151,12 @@ def _progress(records: Records) -> Section:
         chart = charts.line_chart(series, "trials ended", label, robust=True)
         drawn.append(Chart(f"Batch {batch}", chart, "One line per contestant (colour) and variant (dash)."))
         tables.append(_progress_table(batch, curves))
-    return Section("Best value over trials", ["Each line begins with its first complete trial."], drawn, tables)
+    sentences = ["Each line begins with its first complete trial."]
+    if records.study.file.objective == "samples":
+        sentences.append(
+            f"Values above the cap of {records.study.file.cap_samples:,} are of runs that did not come to the target."
+        )
+    return Section("Best value over trials", sentences, drawn, tables)
 
 
 def _progress_table(batch: int, curves: dict[str, list[tuple[float, float]]]) -> Table:
@@ -216,7 +222,7 @@ def _importance(records: Records) -> Section:
             rows.append([f"{contestant}: {name}", f"{means[name]:.2f}", *columns])
     sentences = [
         f"PED-ANOVA: how far the settings of the best {TOP_SHARE:.0%} of the trials differ from those of all; the shares of a "
-        "study sum to 1. With a few dozen trials these are coarse: a setting without any effect gets a share above 0 as well."
+        "study sum to 1. With a few dozen trials these are coarse: of k settings without any effect, each gets about 1/k."
     ]
     if skipped:
         sentences.append(
