@@ -319,13 +319,26 @@ def test_importance_is_of_the_setting_that_matters(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for number in range(12):
         journal.add("adamw/before/64", "COMPLETE", outcome(10_000 + 1000 * number), lr=1e-4 * (number + 1))
-    journal.add("lamb/before/64", "COMPLETE", outcome(10_000))
+    for number in range(7):
+        journal.add("lamb/before/64", "COMPLETE", outcome(10_000 + 1000 * number), lr=1e-4 * (number + 1))
     importance = part(written(study, tmp_path)[1], "Importance of the settings")
     shares = re.findall(r"^\| adamw: (\S+) \| (\S+) \| \2 \|$", importance, re.MULTILINE)
     assert [name for name, _ in shares] == ["optimizer.lr", "optimizer.weight_decay"]
     assert float(shares[0][1]) > 0.6
     assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=0.02)
     assert "lamb/before/64" in importance.split("Left out")[1]
+
+
+def test_what_the_report_does_not_cover_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for cell in ("adamw/before/64", "muon/before/64", "<i>soap/before/64"):
+        journal.add(cell, "COMPLETE", outcome(20_000))
+    study_of(tmp_path)
+    study = read_study(tmp_path / "study.yaml", contestants=["adamw"])
+    record, markdown, page = written(study, tmp_path)
+    assert "trials/lamb" not in record["metrics"]
+    assert "Left out of this report: lamb." in markdown
+    assert "journal.log also has trials of <i>soap/before/64, muon/before/64" in page, "shown, not taken as markup"
 
 
 @pytest.mark.parametrize(
