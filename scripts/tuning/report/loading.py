@@ -132,7 +132,9 @@ def _open_journal(path: Path) -> tuple[set[str], Callable[[Cell], CellTrials]]:
     """The names of the journal's studies, and what reads one of them."""
     optuna = import_optuna()
     if not path.is_file():
-        raise UserError(f"{path} does not exist: nothing was searched there; run `tune.py run` first, or correct --out")
+        raise UserError(
+            f"{path} does not exist: nothing was searched there; run `scripts/tune.py run` first, or correct --out"
+        )
     try:
         backend = optuna.storages.journal.JournalFileBackend(str(path))
         storage = optuna.storages.JournalStorage(backend)
@@ -209,7 +211,7 @@ def _read_finals(path: Path) -> tuple[list[FinalRun], list[str]]:
         except json.JSONDecodeError:
             if number < len(lines):
                 raise UserError(
-                    f"{path} line {number} is no JSON; remove the line, and run `tune.py final` again"
+                    f"{path} line {number} is no JSON; remove the line, and run `scripts/tune.py final` again"
                 ) from None
             notes.append(f"The last line of {FINAL} is cut off and left out.")
             break
@@ -235,7 +237,7 @@ def _final_run(row: Any, where: str) -> FinalRun:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{where} is of another form ({error!r}); remove the line, and run `tune.py final` again"
+            f"{where} is of another form ({error!r}); remove the line, and run `scripts/tune.py final` again"
         ) from None
 
 

@@ -46,7 +46,7 @@ def final_round(records: Records) -> Section:
     """The best points on fresh seeds, a table per accuracy."""
     title = "Final round: the best points on fresh seeds"
     if not records.has_finals:
-        return Section(title, ["There was no final round; run `tune.py final`."])
+        return Section(title, ["There was no final round; run scripts/tune.py final."])
     file = records.study.file
     goals = [(f"Samples to {goal:.4g}", goal, "samples") for goal in reversed(levels(file.target))]
     if file.objective == "seconds":
