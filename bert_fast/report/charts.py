@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from statistics import fmean
@@ -35,6 +35,7 @@ svg .grid { stroke:var(--rule); stroke-width:1; }
 svg .reference { stroke:var(--text); stroke-width:1.2; stroke-dasharray:6 4; }
 svg .strong { fill:var(--text); }
 svg .line { fill:none; stroke:var(--c); stroke-width:1.7; stroke-linejoin:round; }
+svg .d1 { stroke-dasharray:7 4; } svg .d2 { stroke-dasharray:2 3; } svg .d3 { stroke-dasharray:9 3 2 3; }
 svg .area { fill:var(--c); }
 svg .share { fill:var(--c); stroke:var(--ground); stroke-width:1.5; }
 svg .dot { fill:var(--c); }
@@ -46,6 +47,11 @@ svg .column:hover { fill:var(--text); fill-opacity:.15; }
   font-size:.8rem; }
 .legend i { display:inline-block; width:.8em; height:.8em; margin-right:.4em; border-radius:2px; background:var(--c);
   print-color-adjust:exact; -webkit-print-color-adjust:exact; }
+.legend i:is(.d1, .d2, .d3) { width:1.7em; height:.25em; vertical-align:middle; }
+.legend .d1 { background:repeating-linear-gradient(90deg, var(--c) 0 .5em, transparent .5em .7em); }
+.legend .d2 { background:repeating-linear-gradient(90deg, var(--c) 0 .2em, transparent .2em .4em); }
+.legend .d3 { background:repeating-linear-gradient(90deg, var(--c) 0 .5em,
+  transparent .5em .7em, var(--c) .7em .9em, transparent .9em 1.1em); }
 """
 
 Point = tuple[float, ...]
@@ -53,11 +59,17 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: (x, y) points in the order of x, and a colour 0 to 7."""
+    """One line of a chart: (x, y) points in the order of x, a colour 0 to 7, and a dash 0 (a whole line) to 3."""
 
     name: str
     points: Sequence[Point]
     colour: int
+    dash: int = 0
+
+    @property
+    def style(self) -> str:
+        """Its classes in the page's style."""
+        return f"c{self.colour} d{self.dash}" if self.dash else f"c{self.colour}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ def line_chart(
         from_zero: the y axis starts at 0 instead of the lowest value.
         robust: a few values far above all others are drawn at the upper edge and noted: the rest stays readable.
     """
-    drawn = [Series(s.name, thin([p for p in s.points if all(map(math.isfinite, p))]), s.colour) for s in series]
+    drawn = [replace(s, points=thin([p for p in s.points if all(map(math.isfinite, p))])) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return _empty()
@@ -135,7 +147,7 @@ def line_chart(
         body += f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
         label_y = y + 14 if y < TOP + 16 else y - 5  # below a line at the upper edge: the axis label stands there
         body += f'<text class="strong" x="{LEFT + 5}" y="{label_y:.1f}">{escape(reference[0])}</text>'
-    return frame.svg(body, x_label, y_label, note) + _legend([(s.name, s.colour) for s in drawn])
+    return frame.svg(body, x_label, y_label, note) + _legend([(s.name, s.style) for s in drawn])
 
 
 def stacked_bars(
@@ -171,7 +183,7 @@ def stacked_bars(
                 f'<rect class="column" x="{left}" y="{TOP}" width="{frame.x(row[0]) - left:.1f}" '
                 f'height="{HEIGHT - TOP - BOTTOM}"><title>{title}</title></rect>'
             )
-    return frame.svg(body, x_label, y_label, note) + _legend(layers)
+    return frame.svg(body, x_label, y_label, note) + _legend([(name, f"c{colour}") for name, colour in layers])
 
 
 def shares_bar(shares: Sequence[Share], unit: str) -> str:
@@ -189,8 +201,13 @@ def shares_bar(shares: Sequence[Share], unit: str) -> str:
             f"<title>{escape(text)}</title></rect>"
         )
         left += part
-        entries.append((text, share.colour))
+        entries.append((text, f"c{share.colour}"))
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="shares">{body}</svg>{_legend(entries)}'
+
+
+def figure(title: str, chart: str, caption: str) -> str:
+    """A chart with its title above and its caption below."""
+    return f"<figure><h3>{escape(title)}</h3>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 class _Frame:
@@ -236,7 +253,7 @@ class _Frame:
 
 def _line(series: Series, frame: _Frame, x_label: str) -> str:
     places = [(frame.x(x), frame.y(y)) for x, y in series.points]
-    drawn = f'<path class="line c{series.colour}" d="M{"L".join(f"{x} {y}" for x, y in places)}"/>'
+    drawn = f'<path class="line {series.style}" d="M{"L".join(f"{x} {y}" for x, y in places)}"/>'
     if len(places) >= MAX_HOVER:
         return drawn
     kind, radius = ("dot", 2.6) if len(places) <= MAX_DOTS else ("spot", 4)
@@ -257,8 +274,8 @@ def _top(heights: list[float], robust: bool) -> tuple[float, str]:
     return limit, f"{sum(h > limit for h in heights)} above the axis, up to {number(highest)}"
 
 
-def _legend(entries: Sequence[tuple[str, int]]) -> str:
-    items = "".join(f'<li><i class="c{colour}"></i>{escape(name)}</li>' for name, colour in entries)
+def _legend(entries: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f'<li><i class="{style}"></i>{escape(name)}</li>' for name, style in entries)
     return f'<ul class="legend">{items}</ul>'
 
 

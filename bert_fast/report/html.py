@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ body { margin:0 auto; padding:1.5rem; max-width:1240px; background:var(--ground)
 h1 { margin:0; font-size:1.7rem; overflow-wrap:anywhere; }
 h2 { margin:2rem 0 .6rem; font-size:1.15rem; break-after:avoid; }
 h3 { margin:0 0 .3rem; font-size:.95rem; }
+section > div + h3, section > p + h3 { margin-top:1rem; }
 .under { margin:.2rem 0 .8rem; color:var(--soft); overflow-wrap:anywhere; }
 .badge { display:inline-block; margin:0 .5rem .4rem 0; padding:.1rem .7rem; border:1.5px solid; border-radius:1rem;
   font-weight:600; }
@@ -76,20 +78,25 @@ def _page(record: RunRecord, lines: list[Line]) -> str:
     skipped = [line for line in lines if isinstance(line, SkippedLine)]
     sections = [
         _header(record),
-        _section("Summary", table([*run_rows(record), *skipped_rows(skipped)])),
-        _section("Where the time went", f"<figure>{time_split_chart(record.time_split_s)}</figure>"),
-        _section("Curves", f'<div class="grid">{"".join(curve_charts(record, steps))}</div>'),
-        _section("Evaluations", evaluation_table(record.evaluations)),
-        _section("Gradient clipping", clip_table(steps)),
-        _section("Environment", table((name, text_of(value)) for name, value in record.environment.items())),
-        _section("Data", data_table(record.data)),
-        _section("MLPerf compliance", _compliance(record.compliance)),
-        _section("Configuration", _config(record.config)),
+        section("Summary", table([*run_rows(record), *skipped_rows(skipped)])),
+        section("Where the time went", f"<figure>{time_split_chart(record.time_split_s)}</figure>"),
+        section("Curves", f'<div class="grid">{"".join(curve_charts(record, steps))}</div>'),
+        section("Evaluations", evaluation_table(record.evaluations)),
+        section("Gradient clipping", clip_table(steps)),
+        section("Environment", table((name, text_of(value)) for name, value in record.environment.items())),
+        section("Data", data_table(record.data)),
+        section("MLPerf compliance", _compliance(record.compliance)),
+        section("Configuration", _config(record.config)),
     ]
+    return document(f"{record.name}, seed {record.seed}", sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole page of sections, with the style of all reports and nothing to load."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(record.name)}, seed {record.seed}</title><style>{charts.STYLE}{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{charts.STYLE}{STYLE}</style></head>\n"
         f"<body>\n{chr(10).join(sections)}\n</body></html>\n"
     )
 
@@ -112,7 +119,8 @@ def _header(record: RunRecord) -> str:
     return f'<header><h1>{escape(record.name)}</h1><p class="under">{escape(under)}</p>{badges}</header>'
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A part of a page under its heading; `content` is HTML."""
     return f"<section><h2>{title}</h2>{content}</section>"
 
 

@@ -52,7 +52,7 @@ def evaluation_table(evaluations: list[EvaluationLine]) -> str:
     )
     every = math.ceil(len(evaluations) / MAX_EVALUATION_ROWS)
     shown = [line for i, line in enumerate(evaluations) if i % every == 0 or i == len(evaluations) - 1]
-    made = _number_table(head, map(_evaluation_cells, shown))
+    made = number_table(head, map(_evaluation_cells, shown))
     if len(shown) < len(evaluations):
         made += f'<p class="note">{len(shown)} of {len(evaluations):,} evaluations; {RECORD} holds all.</p>'
     return made
@@ -80,7 +80,7 @@ def clip_table(steps: list[StepLine]) -> str:
         rows.append((group, f"{clipped:.1f} %", f"{fmean(coefficients):.4f}", number(min(coefficients))))
     head = ("clip group", "steps clipped", "mean coefficient", "lowest interval's coefficient")
     note = "Means over log intervals. A gradient is multiplied by its coefficient; 1 leaves it as it is."
-    return f'{_number_table(head, rows)}<p class="note">{note}</p>'
+    return f'{number_table(head, rows)}<p class="note">{note}</p>'
 
 
 def data_table(data: DataRecord) -> str:
@@ -100,8 +100,18 @@ def _amount_text(value: Any) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else text_of(value)
 
 
-def _number_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def number_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose columns but the first are numbers; it scrolls where it is long."""
+    return _headed_table(head, rows, ' class="numbers"')
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts, which are wrapped; it scrolls where it is long."""
+    return _headed_table(head, rows, "")
+
+
+def _headed_table(head: Sequence[str], rows: Iterable[Sequence[str]], attribute: str) -> str:
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    made = f'<table class="numbers"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    made = f"<table{attribute}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{made}</div>'

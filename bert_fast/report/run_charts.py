@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from statistics import fmean
 
 from bert_fast.report import charts
@@ -65,7 +64,7 @@ def _accuracy_chart(record: RunRecord, scale: float, time_label: str) -> str:
         reference=None if target is None else (f"target {target:.4f}", target),
         from_zero=True,
     )
-    return _figure("Held-out masked-LM accuracy", chart, _accuracy_caption(record.evaluations, target))
+    return charts.figure("Held-out masked-LM accuracy", chart, _accuracy_caption(record.evaluations, target))
 
 
 def _accuracy_caption(evaluations: list[EvaluationLine], target: float | None) -> str:
@@ -85,7 +84,7 @@ def _loss_chart(record: RunRecord, steps: list[StepLine], scale: float, time_lab
     has_next_sentence = record.config["model"].get("next_sentence", True)  # older runs had no such setting
     what = "masked LM + next sentence" if has_next_sentence else "masked LM"
     chart = charts.line_chart(series, time_label, f"loss (nats, {what})")
-    return _figure("Loss", chart, "Training: mean over each log interval, dropout included.")
+    return charts.figure("Loss", chart, "Training: mean over each log interval, dropout included.")
 
 
 def _imbalance_chart(steps: list[StepLine]) -> str:
@@ -96,7 +95,7 @@ def _imbalance_chart(steps: list[StepLine]) -> str:
     ]
     measured = [(line.step, fmean(line.compute_imbalance)) for line in steps if line.compute_imbalance]
     series = [Series("measured compute time", measured, COMMUNICATION), Series("planned cost", planned, COMPUTE)]
-    return _figure(
+    return charts.figure(
         "Load imbalance between ranks",
         charts.line_chart(series, "step", "max / mean over ranks (1 is even)"),
         f"Planned, per step: {_mean_and_worst(planned)}. "
@@ -128,13 +127,13 @@ def _step_time_chart(steps: list[StepLine], global_batch_size: int) -> str:
         means = [fmean(column) for column in list(zip(*rows, strict=True))[1:]]
         listed = ", ".join(f"{name} {mean:.2f}" for (name, _), mean in zip(layers, means, strict=True))
         caption += f" Mean over log intervals, in ms: {listed}."
-    return _figure("Step time", charts.stacked_bars(rows, layers, "step", "ms per step"), caption)
+    return charts.figure("Step time", charts.stacked_bars(rows, layers, "step", "ms per step"), caption)
 
 
 def _last_step_chart(title: str, label: str, series: Series, robust: bool = False) -> str:
     """A value that was logged of each interval's last step."""
     chart = charts.line_chart([series], "step", label, from_zero=True, robust=robust)
-    return _figure(title, chart, "Of each log interval's last step.")
+    return charts.figure(title, chart, "Of each log interval's last step.")
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
@@ -142,7 +141,3 @@ def _time_unit(seconds: float) -> tuple[float, str]:
     if seconds > 3 * 3600:
         return 1 / 3600, "h"
     return (1 / 60, "min") if seconds > 300 else (1.0, "s")
-
-
-def _figure(title: str, chart: str, caption: str) -> str:
-    return f"<figure><h3>{escape(title)}</h3>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
