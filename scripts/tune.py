@@ -17,6 +17,8 @@ from pathlib import Path
 import guard  # noqa: F401
 
 from bert_fast.command import guarded, whole
+from bert_fast.errors import UserError
+from bert_fast.exit_codes import ExitCode
 from tuning.study_file import EXAMPLE, Study, read_study
 
 
@@ -42,6 +44,10 @@ def main_parser() -> argparse.ArgumentParser:
         command.add_argument("--trials", type=whole(1, 100_000), help="trials per contestant, variant and batch")
         if name in ("run", "final"):
             command.add_argument("--workers", type=whole(1, 1024), default=1, help="processes (default 1)")
+        if name == "final":
+            command.add_argument(
+                "--part", type=_part, metavar="I/N", help="in this process, the I-th of N parts of the runs"
+            )
     return parser
 
 
@@ -58,17 +64,44 @@ def main() -> int:
 
 
 def _do(args: argparse.Namespace, study: Study, options: list[str]) -> int:
-    if args.command == "run":
-        from tuning.search import Search
-        from tuning.workers import run_workers
+    if args.command == "report":
+        from tuning.report import write_report
 
-        search = Search(study, args.out)  # refuses a journal of another study before anything starts
-        code = run_workers(["worker", *options], args.workers)
+        write_report(study, args.out)
+        print(f"wrote tune.json, report.md and report.html in {args.out}")
+        return ExitCode.OK
+    from tuning.search import Search
+    from tuning.workers import run_workers, work
+
+    if args.command == "worker":
+        return work(study, args.out)
+    search = Search(study, args.out)  # refuses a journal of another study before anything starts
+    if args.command == "run":
+        code = run_workers(args.workers * [["worker", *options]])
         print(search.progress(), flush=True)
         return code
-    from tuning.workers import work
+    return _final(args, study, options)
 
-    return work(study, args.out)
+
+def _final(args: argparse.Namespace, study: Study, options: list[str]) -> int:
+    """The last round: in this process with --part, in workers without."""
+    from tuning.final import run_part
+    from tuning.workers import run_workers
+
+    if args.part is None:
+        parts = [["final", *options, "--part", f"{index}/{args.workers}"] for index in range(args.workers)]
+        return run_workers(parts) or run_workers(parts)  # the second time ablations, of a winner that is known by then
+    missing = run_part(study, args.out, *args.part)
+    if missing and args.part == (0, 1):
+        raise UserError(f"{len(missing)} runs of the last round are missing: {', '.join(missing[:3])}")
+    return ExitCode.OK
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count) <= 1024):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)
 
 
 if __name__ == "__main__":

@@ -58,12 +58,13 @@ class Outcome:
         """What is minimised, and whether it is censored.
 
         A run that has not come to the target counts as the cap, and more the farther it stayed away:
-        cap * (1 + (target - best) / target). In seconds, the cap is what the run took to its end.
+        cap * (1 + (target - best) / target), where the cap is not less than what the run has trained on. In seconds, the cap
+        is what the run took to its end.
         """
         reached = self.to(target, unit)
         if reached is not None:
             return reached, False
-        cap = cap_samples if unit == "samples" else self.seconds
+        cap = max(cap_samples, self.samples) if unit == "samples" else self.seconds
         return cap * (1 + (target - self.best) / target), True
 
     def record(self, target: float, cap_samples: int, unit: str = "samples") -> dict[str, Any]:

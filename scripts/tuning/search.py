@@ -208,9 +208,12 @@ class Search:
         """Record a trial that was computed.
 
         Args:
-            diverged: how its run diverged, None if it did not. Such a point is a result, the worst, and not a failure.
+            diverged: how its run diverged, None if it did not. Such a point is a result, not a failure: as a run that has an
+                accuracy of 0 at the cap.
         """
         record = outcome.record(self._file.target, self._file.cap_samples, self._file.objective)
+        if diverged is not None:
+            record |= {"value": 2 * max(self._file.cap_samples, outcome.samples), "censored": True}
         task.trial.set_user_attr(OUTCOME, record)
         if diverged is not None:
             task.trial.set_user_attr(ERROR, diverged)

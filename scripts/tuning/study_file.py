@@ -120,10 +120,14 @@ class Batch(_Part):
 
 
 class Final(_Part):
-    """The last round: fresh seeds, at these global batches (the first of the study if unset)."""
+    """The last round: fresh seeds, at these global batches (the first of the study if unset).
+
+    stretch: of the schedule and the cap of a best point that has not come to the target in the search
+    """
 
     seeds: Annotated[list[RunSeed], Field(min_length=1, max_length=1000)]
     batches: list[int] | None = None
+    stretch: Annotated[float, Field(ge=1, le=100)] = 1.0
 
 
 class StudyFile(_Part):

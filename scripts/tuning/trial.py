@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from bert_fast.claims import release
 from bert_fast.config import Config, as_plain
@@ -26,6 +26,7 @@ from bert_fast.report.schema import EvaluationLine, StepLine, parse_line
 from bert_fast.report.tail import Tail
 from bert_fast.run_folder import METRICS_LINES, create_folder
 from tuning.outcome import CurvePoint, Outcome
+from tuning.study_file import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 Watch = Callable[[CurvePoint], bool]  # told of each evaluation; True ends the run there
@@ -39,6 +40,24 @@ class DivergedError(Exception):
     def __init__(self, text: str, outcome: Outcome) -> None:
         super().__init__(text)
         self.outcome = outcome
+
+
+class Run(Protocol):
+    """How runs of a search are computed."""
+
+    def __call__(self, config: Config, watch: Watch) -> Outcome:
+        """Train to the target, to `train.max_steps`, or until `watch` is true.
+
+        Raises:
+            DivergedError: the loss or the gradients were not finite.
+            Exception: the run failed.
+            KeyboardInterrupt: a signal came.
+        """
+
+
+def runner(study: Study, log: TextIO) -> Run:
+    """What computes the runs of a study; `log` gets what they print."""
+    return InProcess(log) if study.file.execution == "in_process" else AsProgram(log)
 
 
 class StoreCache:
@@ -59,20 +78,14 @@ def point_of(line: EvaluationLine) -> CurvePoint:
 
 
 class InProcess:
-    """Runs of one rank in this process, one after another."""
+    """Runs of one rank in this process, one after another: stores are opened once, torch is imported once."""
 
     def __init__(self, log: TextIO) -> None:
         """`log` gets what the runs print."""
         self._log, self._stores = log, StoreCache()
 
     def __call__(self, config: Config, watch: Watch) -> Outcome:
-        """Train to the target, to `train.max_steps`, or until `watch` is true.
-
-        Raises:
-            DivergedError: the loss or the gradients were not finite.
-            UserError, MemoryError, RuntimeError: the run failed.
-            KeyboardInterrupt: a signal came.
-        """
+        """See `Run`."""
         with tempfile.TemporaryDirectory(prefix="bert_fast-trial-") as folder, redirect_stdout(self._log):
             return self._run(_quiet(config, Path(folder) / "run"), watch)
 
@@ -119,7 +132,7 @@ class AsProgram:
         self._log = log
 
     def __call__(self, config: Config, watch: Watch) -> Outcome:
-        """As `InProcess`, with any number of ranks."""
+        """See `Run`."""
         base = Path(config.run.results_dir) if os.environ.get("SLURM_JOB_ID") else None  # where all nodes can read it
         if base is not None:
             base.mkdir(parents=True, exist_ok=True)
@@ -174,7 +187,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _result(code: int, lines: list[str], folder: Path, config: Config, pruned: bool) -> Outcome:
-    """The outcome of a program by its exit code and what it printed. Raises what `InProcess` raises."""
+    """The outcome of a program by its exit code and what it printed. Raises what a `Run` raises."""
     if pruned or code in (ExitCode.OK, ExitCode.TARGET_MISSED):
         return outcome_of(folder, config, pruned)
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -196,14 +209,14 @@ def _quiet(config: Config, folder: Path) -> Config:
 def outcome_of(folder: Path, config: Config, pruned: bool) -> Outcome:
     """What the metrics of a run come to."""
     lines = read_metrics(folder) if (folder / METRICS_LINES).is_file() else []
-    steps = of_kind(lines, StepLine)
+    steps, evaluations = of_kind(lines, StepLine), of_kind(lines, EvaluationLine)
     last = max((line.step for line in lines), default=0)
     times = [config.batch.global_batch_size / line.samples_per_s for line in steps if line.samples_per_s > 0]
     return Outcome(
-        curve=[point_of(line) for line in of_kind(lines, EvaluationLine)],
+        curve=[point_of(line) for line in evaluations],
         steps=last,
         samples=last * config.batch.global_batch_size,
-        seconds=max((line.time_s for line in [*steps, *of_kind(lines, EvaluationLine)]), default=0.0),
+        seconds=max((line.time_s for line in (*steps, *evaluations)), default=0.0),
         step_ms=1e3 * _median(times),
         optimizer_ms=_median([line.optimizer_ms for line in steps]),
         pruned=pruned,

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 from bert_fast.command import one_line
 from bert_fast.exit_codes import ExitCode, of_signal
 from tuning.search import WORKERS, Search, Task
 from tuning.study_file import Study
-from tuning.trial import AsProgram, DivergedError, InProcess
+from tuning.trial import DivergedError, Run, runner
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -44,7 +43,7 @@ def work(study: Study, folder: Path) -> int:
                 _compute(search, task, run)
             except KeyboardInterrupt as stop:
                 search.abandon(task)
-                number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+                number = stop.number if isinstance(stop, Stopped) else int(signal.SIGINT)
                 print(f"{search.worker}: stopped; the same command goes on", flush=True)
                 return of_signal(number)
     return ExitCode.OK
@@ -54,12 +53,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
-def runner(study: Study, log: TextIO) -> InProcess | AsProgram:
-    """What runs the trials of a study."""
-    return InProcess(log) if study.file.execution == "in_process" else AsProgram(log)
-
-
-def _compute(search: Search, task: Task, run: InProcess | AsProgram) -> None:
+def _compute(search: Search, task: Task, run: Run) -> None:
     """Run a trial and record how it ended. Whatever is wrong with it costs this trial alone."""
     try:
         config = task.cell.config(task.point, task.seed)
@@ -83,17 +77,17 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run_workers(command: Sequence[str], num_workers: int) -> int:
+def run_workers(commands: Sequence[Sequence[str]]) -> int:
     """Start workers on this machine and wait for them. Returns the exit code.
 
     Args:
-        command: arguments of scripts/tune.py for one worker.
+        commands: for each worker its arguments of scripts/tune.py.
     """
     script = Path(__file__).resolve().parents[1] / "tune.py"
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     workers = [
         subprocess.Popen([sys.executable, str(script), *command], env=environment, start_new_session=True)
-        for _ in range(num_workers)
+        for command in commands
     ]
     stopped = 0
 

@@ -1,0 +1,210 @@
+"""The last round: the best point of every cell on fresh seeds, then the winner with one factor changed at a time.
+
+Each run is one line of final.jsonl, whichever worker computes it; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from optuna.storages.journal import JournalFileSymlinkLock
+
+from bert_fast.command import one_line
+from bert_fast.config import Config
+from bert_fast.errors import UserError
+from bert_fast.files import cut_last_line
+from bert_fast.hardware import cpu_name
+from tuning.outcome import Outcome
+from tuning.search import WORKERS, Search, best_trial
+from tuning.study_file import Cell, Final, Study
+from tuning.trial import DivergedError, Run, runner
+
+FINAL = "final.jsonl"
+
+
+@dataclass(frozen=True)
+class FinalRun:
+    """One run: a cell's best point with a seed, changed by an ablation or not.
+
+    stretch: schedule and cap are as many times as long as in the search
+    """
+
+    cell: Cell
+    trial: int
+    point: Mapping[str, Any]
+    seed: int
+    stretch: float = 1.0
+    ablation: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str | None, int]:
+        """What makes it another run than the others of its study."""
+        return self.cell.name, self.ablation, self.seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}{f' with {self.ablation}' if self.ablation else ''}, seed {self.seed}"
+
+    def config(self) -> Config:
+        """Raises UserError where an ablation does not fit the winner."""
+        config = self.cell.config(self.point, self.seed, self.changes)
+        if self.stretch == 1:
+            return config
+        longer = {
+            "schedule.total_steps": round(self.stretch * config.schedule.total_steps),
+            "train.max_steps": math.ceil(self.stretch * config.train.max_steps),
+        }
+        return self.cell.config(self.point, self.seed, {**self.changes, **longer})
+
+
+def final_runs(study: Study, search: Search) -> list[FinalRun]:
+    """The best point of every cell at the batches of the last round, on its seeds.
+
+    Raises:
+        UserError: the study has no last round, or no trial of it is complete.
+    """
+    final = _final(study)
+    batches = final.batches or [next(iter(study.file.batches))]
+    runs = []
+    for cell in study.cells:
+        best = best_trial(search.trials(cell)) if cell.batch in batches else None
+        if best is None:
+            continue
+        stretch = final.stretch if best.user_attrs["outcome"]["censored"] else 1.0
+        runs += [FinalRun(cell, best.number, best.params, seed, stretch) for seed in final.seeds]
+    if not runs:
+        raise UserError(f"{search.folder} has no complete trial yet; run `scripts/tune.py run` first")
+    return sorted(runs, key=lambda run: final.seeds.index(run.seed))  # all cells have their first seed early
+
+
+def ablation_runs(study: Study, search: Search, rows: list[dict[str, Any]]) -> list[FinalRun]:
+    """The winner of the last round with the settings of each ablation, on the same seeds."""
+    runs = final_runs(study, search)
+    batch = (_final(study).batches or [next(iter(study.file.batches))])[0]
+    values = {(run.key): math.inf for run in runs if run.cell.batch == batch}
+    for row in rows:
+        key = _key(row)
+        if key in values and row["outcome"] is not None:
+            values[key] = row["outcome"]["value"]
+    means = {
+        cell: statistics.fmean(value for key, value in values.items() if key[0] == cell)
+        for cell in {key[0] for key in values}
+    }
+    winner = min(means, key=lambda cell: (means[cell], cell))
+    return [
+        FinalRun(run.cell, run.trial, run.point, run.seed, run.stretch, name, ablation.settings)
+        for name, ablation in study.file.ablations.items()
+        for run in runs
+        if run.cell.name == winner
+    ]
+
+
+def _final(study: Study) -> Final:
+    if study.file.final is None:
+        raise UserError(f"{study.path} has no final round; add final: {{seeds: [...]}}")
+    return study.file.final
+
+
+def run_part(study: Study, folder: Path, part: int, num_parts: int) -> list[str]:
+    """Compute every `num_parts`-th of the runs that are missing, from number `part` on: first finals, then ablations.
+
+    Returns:
+        The names of finals that are still missing, so that the winner is not known and ablations have to wait.
+    """
+    search = Search(study, folder)
+    finals = final_runs(study, search)
+    with search.alive(), (folder / WORKERS / f"{search.worker}.log").open("a", encoding="utf-8") as log:
+        _compute(study, folder, finals[part::num_parts], log)
+        missing = _missing(finals, read_rows(folder))
+        if not missing:
+            _compute(study, folder, ablation_runs(study, search, read_rows(folder))[part::num_parts], log)
+    return [run.name for run in missing]
+
+
+def _missing(runs: Iterable[FinalRun], rows: list[dict[str, Any]]) -> list[FinalRun]:
+    done = {_key(row) for row in rows}
+    return [run for run in runs if run.key not in done]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str | None, int]:
+    return f"{row['contestant']}/{row['variant']}/{row['batch']}", row["ablation"], row["seed"]
+
+
+def _compute(study: Study, folder: Path, runs: list[FinalRun], log: TextIO) -> None:
+    run_one = runner(study, log)
+    for run in _missing(runs, read_rows(folder)):
+        row = _row(study, run, run_one)
+        _append(folder, row)
+        outcome = row["outcome"]
+        text = (
+            row["error"] or f"accuracy {outcome['best_accuracy']:.4f}, {outcome['value']:,.0f} ({study.file.objective})"
+        )
+        print(f"{run.name}: {text}", flush=True)
+
+
+def _row(study: Study, run: FinalRun, run_one: Run) -> dict[str, Any]:
+    """Compute a run: its line of final.jsonl."""
+    outcome: Outcome | None = None
+    error = None
+    try:
+        outcome = run_one(run.config(), lambda _: False)
+    except DivergedError as diverged:
+        error = str(diverged)
+    except Exception as failed:
+        error = one_line(f"{type(failed).__name__}: {failed}", 500)
+    cap = round(run.stretch * study.file.cap_samples)
+    return {
+        "round": "ablation" if run.ablation else "final",
+        "contestant": run.cell.contestant,
+        "variant": run.cell.variant,
+        "batch": run.cell.batch,
+        "ablation": run.ablation,
+        "seed": run.seed,
+        "trial": run.trial,
+        "point": dict(run.point),
+        "settings": dict(run.changes),
+        "stretch": run.stretch,
+        "processor": cpu_name(),
+        "outcome": None if outcome is None else outcome.record(study.file.target, cap, study.file.objective),
+        "error": error,
+    }
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    lock = JournalFileSymlinkLock(str(folder / FINAL))
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The runs that are there, by line. A line that was cut off is removed. Raises UserError for another that is no JSON."""
+    path = folder / FINAL
+    if not path.is_file():
+        return []
+    with _only_one(folder):
+        cut_last_line(path)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} has a line that is no JSON ({error}); remove the line") from None
+
+
+def _append(folder: Path, row: Mapping[str, Any]) -> None:
+    with _only_one(folder), (folder / FINAL).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
