@@ -199,8 +199,9 @@ class RankProcesses:
         for text, ranks in causes_of(reports).items():
             who = "" if len(ranks) == len(codes) else f"rank {format_ranks(ranks)}: "
             print(f"error: {who}{text}", file=sys.stderr)
-        stopped = {of_signal(number) for number in FORWARDED}  # after a checkpoint: no failure, so no report
-        if not reports and not stopped.intersection(codes):  # a rank that could not write its report any more
+        # A missed target is no failure, and neither is a run that a signal has stopped after it saved: no reports of them
+        answers = {ExitCode.TARGET_MISSED, *(of_signal(number) for number in FORWARDED)}
+        if not reports and not answers.intersection(codes):  # a rank that could not write its report any more
             print(
                 f"error: rank {format_ranks(culprits)} ended with exit code {codes[culprits[0]]} and left no report; "
                 "the lines above may say why. Start again, or --resume from the last checkpoint",

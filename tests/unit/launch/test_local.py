@@ -129,11 +129,10 @@ def test_a_rank_that_left_no_report_is_named(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.startswith("error: rank 1 ended with exit code 70 and left no report;")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_ranks_that_saved_and_stopped_have_nothing_to_report(
-    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("code", [128 + signal.SIGTERM, 128 + signal.SIGINT, ExitCode.TARGET_MISSED])
+def test_ranks_that_saved_or_missed_the_target_have_nothing_to_report(
+    code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = 128 + number
     ranks = started(tmp_path, Rank(code), Rank(code))
     with ranks.signals_forwarded():
         assert ranks.watch() == code
