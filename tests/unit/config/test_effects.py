@@ -58,8 +58,11 @@ ALWAYS = {
     "model": [
         "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "type_vocab_size",
         "hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range", "activation", "attention_backend",
+        "next_sentence", "last_layer",
     ],
-    "data": ["train", "max_seq_len", "vocab_sha256", "dynamic_masking", "allow_shared_text", "scrub_mb_per_s"],
+    "data": [
+        "train", "max_seq_len", "vocab_sha256", "mask_fraction", "dynamic_masking", "allow_shared_text", "scrub_mb_per_s",
+    ],
     "batch": ["global_batch_size", "micro_batch_size", "gradient_accumulation_steps", "shape_multiple"],
     "balance": ["strategy", "cost", "prefetch"],
     # At one rank some have nothing to do, but the number of ranks is no reason to refuse a config
