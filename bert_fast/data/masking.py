@@ -1,8 +1,8 @@
 """Dynamic masking (open division): each use of a sample predicts other tokens of it (RoBERTa, arXiv 1907.11692).
 
-A sample keeps its number of masks, or has that which `data.mask_fraction` makes of its length, so that every rank knows the
-number of masks of a global batch from its plan. The draw is a hash of seed, step, sample and
-position: it does not depend on which rank has the sample, nor on what else is in its batch.
+A sample keeps its number of masks, or has the number that follows from its length and `data.mask_fraction`: every rank knows
+the number of masks of a global batch from the plan. The draw is a hash of seed, step, sample and position: it does not depend
+on which rank has the sample, nor on what else is in its batch.
 """
 
 from __future__ import annotations

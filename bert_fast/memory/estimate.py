@@ -66,15 +66,18 @@ def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: b
     projections' outputs go into sums that are kept once: 8 widths and one inner activation, with two fp32 numbers for each
     norm.
     """
-    before = 5 * config.hidden_size * element_bytes + (0 if fused else 4 * config.num_heads)
+    before = (4 if fused else 5) * config.hidden_size * element_bytes + (0 if fused else 4 * config.num_heads)
     return config.num_layers * (before + _bytes_after_attention(config, element_bytes, fused))
 
 
 def _bytes_after_attention(config: ModelConfig, element_bytes: int, fused: bool) -> int:
-    """The part of a layer's bytes per token that is of what follows attention."""
+    """The part of a layer's bytes per token that is of what follows attention.
+
+    Attention's output belongs to it where fused pieces are used; a device's kernel keeps that itself.
+    """
     width, inner = config.hidden_size, config.intermediate_size
     if fused:
-        return (3 * width + inner) * element_bytes + 16
+        return (4 * width + inner) * element_bytes + 16
     masks = 2 * width if config.hidden_dropout else 0
     return (width + 2 * inner) * element_bytes + 2 * width * 4 + masks + 16
 

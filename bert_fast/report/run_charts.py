@@ -81,7 +81,7 @@ def _loss_chart(record: RunRecord, steps: list[StepLine], scale: float, time_lab
         Series("training", [(line.time_s * scale, line.loss) for line in steps], COMPUTE),
         Series("evaluation", held_out, COMMUNICATION),
     ]
-    has_next_sentence = record.config["model"].get("next_sentence", True)  # older runs had no such setting
+    has_next_sentence = record.config.get("model", {}).get("next_sentence", True)  # older runs had no such setting
     what = "masked LM + next sentence" if has_next_sentence else "masked LM"
     chart = charts.line_chart(series, time_label, f"loss (nats, {what})")
     return charts.figure("Loss", chart, "Training: mean over each log interval, dropout included.")

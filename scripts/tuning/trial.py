@@ -216,7 +216,7 @@ def outcome_of(folder: Path, config: Config, pruned: bool) -> Outcome:
         curve=[point_of(line) for line in evaluations],
         steps=last,
         samples=last * config.batch.global_batch_size,
-        seconds=max((line.time_s for line in (*steps, *evaluations)), default=0.0),
+        seconds=max([line.time_s for line in steps] + [line.time_s for line in evaluations], default=0.0),
         step_ms=1e3 * _median(times),
         optimizer_ms=_median([line.optimizer_ms for line in steps]),
         pruned=pruned,

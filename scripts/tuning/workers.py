@@ -33,8 +33,8 @@ def work(study: Study, folder: Path) -> int:
     A signal ends it; the trial that it was computing is computed again by another, or later.
     """
     search = Search(study, folder)
-    for number in _STOP_SIGNALS:
-        signal.signal(number, _stop)
+    for stop_signal in _STOP_SIGNALS:
+        signal.signal(stop_signal, _stop)
     log_path = folder / WORKERS / f"{search.worker}.log"
     with search.alive(), log_path.open("a", encoding="utf-8") as log:
         run = runner(study, log)

@@ -76,6 +76,17 @@ def test_same_weights_on_four_ranks_and_updated_by_bucket(
     assert whole[0]["bytes"] <= sharded[0]["bytes"] < 1.2 * whole[0]["bytes"], "only padding comes on top"
 
 
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_same_weights_where_the_last_layer_computes_predicted_tokens(
+    pool: Pools, tiny_store: Path, next_sentence: bool
+) -> None:
+    """Modules that are called with fewer rows wait for their weights too."""
+    model = {"last_layer": "predicted", "next_sentence": next_sentence, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    whole = pool(2).call(train, make_config(tiny_store, 2, False, model={**model, "last_layer": "all"}))
+    for shard in (False, True):
+        compare(whole, pool(2).call(train, make_config(tiny_store, 2, shard, model=model)))
+
+
 def optimizer_state(rank: int, world: int, config: Config) -> dict[str, Any]:
     """What this rank would write of the optimizer's state after some steps: slices by tensor, and its counts."""
     task = TinyTraining(rank, world, config)

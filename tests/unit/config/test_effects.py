@@ -84,8 +84,8 @@ ALWAYS = {
     # initializer_range is also written into the final model's config.json
     "model": [
         "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "type_vocab_size",
-        "hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range", "activation", "next_sentence",
-        "attention_backend",
+        "hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range", "activation", "attention_backend",
+        "next_sentence", "last_layer",
     ],
     "data": [
         "train", "max_seq_len", "vocab_sha256", "mask_fraction", "dynamic_masking", "allow_shared_text", "scrub_mb_per_s",

@@ -59,6 +59,15 @@ def test_rows_hold_their_samples(batch: Batch) -> None:
     np.testing.assert_array_equal(rows.sample_ids, batch.sample_ids)
 
 
+@pytest.mark.parametrize(("mask_share", "room"), [(0.15, 82), (0.4, 210), (0.155, 85)])
+def test_masks_of_rows_come_in_the_multiple_that_their_share_needs(mask_share: float, room: int) -> None:
+    """Of rows of 512: a hundredth more than the share, in whole tokens."""
+    batch = batch_of_lengths(np.full(4, 256), 50, np.random.default_rng(0), mask_share)
+    rows = in_rows(batch, np.array([0, 0, 1, 1]), 2, 512, mask_share)
+    assert len(rows.masked_labels) == 2 * room
+    assert (rows.masked_labels >= 0).sum() == len(batch.masked_labels)
+
+
 def test_to_longest_has_the_tokens_of_a_padded_batch() -> None:
     batch = batch_of_lengths(np.array([16, 10, 9, 3]), 50, np.random.default_rng(0))
     longest = to_longest(batch)

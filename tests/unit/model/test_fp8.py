@@ -66,6 +66,9 @@ def test_what_it_needs_is_said(make_config: Callable[..., Config], entered: list
     check_fp8(torch.device("cuda"), 64)
     with pytest.raises(UserError, match="train.precision=fp8 needs CUDA; on CPU set"):
         make_config("train.precision=fp8")
+    make_config("train.precision=fp8", "system.device=cuda")
+    with pytest.raises(UserError, match=r"model\.last_layer=predicted with .*fp8.* set model\.last_layer=all"):
+        make_config("train.precision=fp8", "system.device=cuda", "model.last_layer=predicted")
 
 
 def test_a_missing_package_says_how_to_get_it() -> None:

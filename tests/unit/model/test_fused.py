@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bert_fast.config.load import config_from_tree
-from bert_fast.memory.estimate import activation_bytes_per_token
+from bert_fast.memory.estimate import activation_bytes_per_token, estimate
 from bert_fast.model import fused
 from bert_fast.model.attention import SequenceLayout, find_backend
 from bert_fast.model.bert import BertForPretraining, BertInput
@@ -269,6 +269,21 @@ def test_what_the_plain_pieces_keep_is_what_the_estimate_says() -> None:
             out = layer(out, layout, find_backend("padded").compute)
     expected = sum(layout.lengths) * activation_bytes_per_token(model.config, 4)
     assert sum(storages.values()) == pytest.approx(expected, rel=0.03)
+
+
+def test_a_last_layer_of_predicted_tokens_keeps_what_the_estimate_says() -> None:
+    """The difference to all tokens, in fp32: within 3 %."""
+    kept, estimates = [], []
+    for last_layer in ("all", "predicted"):
+        model, batch = make_model(0.0)
+        model.config = model.config.model_copy(update={"last_layer": last_layer})
+        tokens, masked = len(batch.input_ids), len(batch.masked_positions)
+        assert masked < tokens / 2
+        kept.append(kept_bytes(model, batch))
+        sums = {"tokens": tokens, "tokens_squared": 16 * tokens, "masked": masked}
+        estimates.append(estimate(model.config, element_bytes=4, keeps_scores=True, **sums).activations)
+    cls = len(batch.next_sentence_labels) * (estimates[0] - estimates[1]) / (tokens - masked)
+    assert kept[0] - kept[1] == pytest.approx(estimates[0] - estimates[1] - cls, rel=0.03)
 
 
 def test_compiled_layers_use_the_plain_twins() -> None:

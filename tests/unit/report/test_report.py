@@ -132,6 +132,17 @@ def test_missing_values_do_not_break_it(tmp_path: Path) -> None:
     assert "nan" not in page.text.lower()
 
 
+def test_what_next_sentences_would_have_is_a_dash(tmp_path: Path) -> None:
+    evaluations = [replace(evaluation_line(100, 0.2125), nsp_accuracy=None, nsp_loss=None)]
+    whole = run_record(evaluations)
+    record = replace(whole, config={**whole.config, "model": {"next_sentence": False}})
+    page = Page(report(tmp_path, record, [step_line(100, nsp_loss=None), *evaluations]))
+    cells = page.text
+    assert "0.21254.5000––" in cells
+    assert "loss (nats, masked LM)" in cells
+    assert "None" not in cells
+
+
 def test_a_run_without_lines(tmp_path: Path) -> None:
     page = Page(report(tmp_path, run_record(), []))
     assert "No values were logged." in page.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,10 @@ SPLIT_KEYS = [
     "forward and backward", "exposed communication", "waiting for the slowest rank", "optimizer", "data wait", "evaluation",
     "checkpoint", "other",
 ]  # fmt: skip
-LINES: list[Line] = [step_line(10), evaluation_line(20, 0.25), SkippedLine(step=30, bad_step=28, ranks=[0, 3])]
+LINES: list[Line] = [
+    step_line(10), evaluation_line(20, 0.25), SkippedLine(step=30, bad_step=28, ranks=[0, 3]),
+    step_line(10, nsp_loss=None), replace(evaluation_line(20, 0.25), nsp_accuracy=None, nsp_loss=None),
+]  # fmt: skip
 
 
 def text_of(tree: Any) -> bytes:
@@ -49,6 +52,12 @@ def text_of(tree: Any) -> bytes:
 def test_a_line_is_read_as_it_was_written(line: Line) -> None:
     assert list(line.as_json()) == LINE_KEYS[line.kind].split()
     assert parse_line(text_of(line.as_json()), "a line") == line
+
+
+def test_the_loss_of_an_evaluation_is_the_sum_of_what_is_there() -> None:
+    line = evaluation_line(20, 0.25)
+    assert line.loss == line.mlm_loss + 0.65
+    assert replace(line, nsp_accuracy=None, nsp_loss=None).loss == line.mlm_loss
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

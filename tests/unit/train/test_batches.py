@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -11,9 +12,10 @@ import torch
 from support.steps import CPU, PlannedSteps
 
 from bert_fast.config import Config
+from bert_fast.data.masking import redraw
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
-from bert_fast.train.batches import PlannedStep, StepLoader
+from bert_fast.train.batches import PlannedStep, StepLoader, plan_step
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -42,6 +44,24 @@ def test_counts_are_those_of_the_global_batch(make_config: Callable[..., Config]
         assert planned.num_tokens_squared == (lengths**2).sum()
         assert planned.num_masked == store.num_masked[planned.plan.ids].sum()
         assert sum(planned.micro_batch_tokens()) < planned.num_tokens, "the rest is the other rank's"
+
+
+@pytest.mark.parametrize("fraction", [None, 0.3])
+def test_the_global_count_of_masks_is_what_all_ranks_draw(
+    make_config: Callable[..., Config], fraction: float | None
+) -> None:
+    config = make_config(
+        "system.world_size=2", "batch.micro_batch_size=4", "data.dynamic_masking=true",
+        f"data.mask_fraction={'null' if fraction is None else fraction}",
+    )  # fmt: skip
+    store = Store(config.data.train)
+    change = functools.partial(redraw, seed=0, step=1, mask_id=4, vocab_size=64, fraction=config.data.drawn_fraction)
+    plan = PlannedSteps(config).plan(1)
+    planned = [plan_step(store, plan, rank, config, change) for rank in (0, 1)]
+    drawn = sum(len(batch.masked_labels) for each in planned for batch in each.batches)
+    assert [each.num_masked for each in planned] == [drawn, drawn]
+    own = store.num_masked[plan.ids].sum()
+    assert drawn == own if fraction is None else drawn > 1.5 * own
 
 
 def test_an_error_of_reading_comes_in_its_turn_and_close_stops_the_thread(make_config: Callable[..., Config]) -> None:

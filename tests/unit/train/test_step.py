@@ -9,6 +9,7 @@ import torch
 from support.steps import CPU, PlannedSteps, weights_of
 
 from bert_fast.config import Config
+from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.objective import MlmNsp
 from bert_fast.train.environment import Environment, join
 from bert_fast.train.loss_scale import LossScale
@@ -60,6 +61,29 @@ def test_accumulation_and_loss_scale_give_the_same_step(
     for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6 * gradients[0].abs().max().item())
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_without_next_sentence_a_step_is_of_masked_tokens(
+    make_config: Callable[..., Config], environment: Environment, accumulation: int
+) -> None:
+    """The plain version: the mean over the masked tokens of the whole batch, in one piece."""
+    config = make_config(
+        "model.next_sentence=false", f"batch.micro_batch_size={8 // accumulation}",
+        f"batch.gradient_accumulation_steps={accumulation}", "communication.clip=none",
+    )  # fmt: skip
+    components, plain = build(config, environment), BertForPretraining(config.model, "loop")
+    plain.load_state_dict(components.model.state_dict())
+    result = components.step(PlannedSteps(config).input(0), lr=0.0)
+    inputs = PlannedSteps(make_config("model.next_sentence=false")).input(0)
+    expected = plain(inputs.micro_batches[0]).mlm_sum
+    (expected / inputs.global_masked).backward()
+    assert result.nsp_sum is None
+    assert result.is_finite
+    assert result.local_is_finite
+    torch.testing.assert_close(result.mlm_sum, expected.detach())
+    for (name, one), other in zip(plain.named_parameters(), components.model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_before_update_comes_between_backward_and_the_update(

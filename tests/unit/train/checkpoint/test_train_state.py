@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_a_state_comes_back(make_config: Callable[..., Config], description: dic
     assert again["loss_scale"] is None
     assert again["clock"]["paused"] == expected["clock"]["paused"]
     assert again["clock"]["elapsed"] >= expected["clock"]["elapsed"] > 0
+
+
+def test_an_evaluation_without_next_sentence_comes_back(
+    make_config: Callable[..., Config], description: dict[str, Any]
+) -> None:
+    description["state"]["progress"]["evaluations"][0] |= {"nsp_accuracy": None, "nsp_loss": None}
+    other = state_of(make_config())
+    other.load_state_dict(parse_description(PATH, description).state)
+    assert other.progress.evaluations == [replace(EVALUATION, nsp_accuracy=None, nsp_loss=None)]
 
 
 def test_the_same_cost_keeps_its_source(make_config: Callable[..., Config], description: dict[str, Any]) -> None:
