@@ -94,8 +94,8 @@ class _labelled:  # noqa: N801 (used as a function)
 def _wrap_attention() -> Any:
     before = bert.EncoderLayer.forward
 
-    def forward(layer: Any, hidden_TD: torch.Tensor, layout: Any, attend: Any) -> torch.Tensor:
-        return before(layer, hidden_TD, layout, _recorded(attend, "part:attention"))
+    def forward(layer: Any, hidden_TD: torch.Tensor, layout: Any, attend: Any, rows_R: Any = None) -> torch.Tensor:
+        return before(layer, hidden_TD, layout, _recorded(attend, "part:attention"), rows_R)
 
     bert.EncoderLayer.forward = forward  # type: ignore[assignment, method-assign]  # until it is undone
     return lambda: setattr(bert.EncoderLayer, "forward", before)
