@@ -47,7 +47,7 @@ def test_a_record_is_measured_by_its_yardstick() -> None:
     assert found["num_ratios"] == 2
     assert found["throughput_ratio_record_over_mini"] == 2
     assert (found["evaluation_share"], found["evaluation_share/mini"]) == (0.04, 0.2)
-    assert "| none" in table(samples, found, RECORD)
+    assert " none |" in table(samples, found, RECORD)
 
 
 def test_no_ratio_where_every_pair_missed_the_target() -> None:
