@@ -380,6 +380,22 @@ def be_a_rank(config: Config, args: argparse.Namespace) -> int:
     return ExitCode.OK if target is None or metrics["target_reached"] else ExitCode.TARGET_MISSED
 
 
+def _refuse_recipe(config: Config) -> None:
+    """Refuse what the baseline does not do, so that both sides have the same task. Raises UserError."""
+    if config.batch.virtual_ranks > 1:
+        raise UserError(
+            f"the baseline has no virtual ranks and batch.virtual_ranks={config.batch.virtual_ranks}; set it to 1 and "
+            "batch.gradient_accumulation_steps to as many times what it was"
+        )
+    for name, differs, its in (
+        ("model.next_sentence", not config.model.next_sentence, "true"),
+        ("data.dynamic_masking", config.data.dynamic_masking, "false"),
+        ("averaging.method", config.averaging.method != "none", "none"),
+    ):
+        if differs:
+            raise UserError(f"the baseline knows only {name}={its}, and the config has another; set it to that")
+
+
 def run(args: argparse.Namespace) -> int:
     """Start the ranks here, or be one."""
     config = load_config(args.config, args.overrides)
@@ -387,11 +403,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"the baseline trains with torch's AdamW and optimizer.name={config.optimizer.name}; set it to adamw"
         )
-    if config.batch.virtual_ranks > 1:
-        raise UserError(
-            f"the baseline has no virtual ranks and batch.virtual_ranks={config.batch.virtual_ranks}; set it to 1 and "
-            "batch.gradient_accumulation_steps to as many times what it was"
-        )
+    _refuse_recipe(config)
     if not is_launched():
         check_inputs(config)
         if config.system.world_size > 1:
