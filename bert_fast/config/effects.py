@@ -125,6 +125,12 @@ RULES = (
         "set schedule.start_warmup_step",
     ),
     Rule(
+        ("averaging.method",),
+        lambda c: c.averaging.start_step + c.averaging.every_steps <= c.train.max_steps,
+        "the run ends at train.max_steps={c.train.max_steps}, before the first update of the average",
+        "lower averaging.start_step or averaging.every_steps",
+    ),
+    Rule(
         ("averaging.every_steps", "averaging.start_step"),
         lambda c: c.averaging.method != "none",
         "averaging.method=none averages nothing",

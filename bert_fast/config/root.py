@@ -12,7 +12,7 @@ from bert_fast.config.averaging import AveragingConfig
 from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
-from bert_fast.config.choices import ATTENTION_BACKENDS, CLIP_MODES, ENGINES, OPTIMIZERS, SHARDED_ENGINES
+from bert_fast.config.choices import ATTENTION_BACKENDS, CLIP_MODES, DECAYS, ENGINES, OPTIMIZERS, SHARDED_ENGINES
 from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.effects import idle_settings
@@ -286,15 +286,23 @@ def _virtual_ranks_have_an_engine(config: Config) -> str | None:
 
 def _decay_ends_after_it_begins(config: Config) -> str | None:
     schedule = config.schedule
-    if schedule.decay_from == "warmup_end" and schedule.warmup_steps >= schedule.total_steps:
+    if schedule.decay_from == "warmup_end" and schedule.full_rate_until >= schedule.total_steps:
         return (
-            f"schedule.total_steps={schedule.total_steps} ends the decay before it begins at schedule.warmup_steps="
-            f"{schedule.warmup_steps} (schedule.decay_from=warmup_end); raise total_steps"
+            f"schedule.total_steps={schedule.total_steps} ends the decay before it begins at step "
+            f"{schedule.full_rate_until}, the end of the warm-up (schedule.decay_from=warmup_end); raise total_steps"
         )
     if schedule.decay == "steps" and not schedule.milestones:
         return "schedule.decay=steps needs schedule.milestones; list the steps at which the rate falls"
     if schedule.decay_steps is not None and schedule.decay_steps > schedule.total_steps:
         return f"schedule.decay_steps={schedule.decay_steps} is more than schedule.total_steps={schedule.total_steps}; lower it"
+    warmup_end = schedule.warmup_steps + schedule.start_warmup_step
+    if schedule.decay == "warmup_stable_decay" and warmup_end + schedule.last_decay_steps > schedule.total_steps:
+        return (
+            f"the last {schedule.last_decay_steps} steps before schedule.total_steps={schedule.total_steps} begin within the "
+            f"warm-up, which ends at step {warmup_end}; lower schedule.decay_steps or raise total_steps"
+        )
+    if "end_lr" in DECAYS[schedule.decay].settings and schedule.end_lr > config.optimizer.lr:
+        return f"schedule.end_lr={schedule.end_lr} is above optimizer.lr={config.optimizer.lr}: the rate would rise; lower it"
     return None
 
 

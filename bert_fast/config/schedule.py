@@ -53,3 +53,13 @@ class ScheduleConfig(Section):
         if any(a >= b for a, b in itertools.pairwise(steps)):
             raise ValueError("schedule.milestones must ascend; sort them and name each step once")
         return steps
+
+    @property
+    def full_rate_until(self) -> int:
+        """The count of updates from which `decay_from: warmup_end` decays: an offset above 0 makes the warm-up end later."""
+        return self.warmup_steps + max(0, self.start_warmup_step)
+
+    @property
+    def last_decay_steps(self) -> int:
+        """The length of the decay of `warmup_stable_decay`."""
+        return self.decay_steps or max(1, self.total_steps // 10)

@@ -13,6 +13,7 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from bert_fast.config import Config
+from bert_fast.config.choices import DECAYS, OPTIMIZERS
 from bert_fast.files import cut_last_line, write_atomically
 from bert_fast.mlperf.rules import open_because, wants_short_status, wants_tensors
 
@@ -109,26 +110,29 @@ class ResultLog:
             self.event("open_because", open_because(config))
 
     def hyperparameters(self, config: Config) -> None:
-        """Log every hyperparameter of the closed rules under MLPerf's keys, the same for LAMB and Adam."""
+        """Log every hyperparameter of the closed rules under MLPerf's keys, the same for LAMB and Adam.
+
+        What the optimizer or the decay does not read is left out. In the open division, what they read follows by our names.
+        """
         optimizer, schedule = config.optimizer, config.schedule
+        reads = {*OPTIMIZERS[optimizer.name].settings, *DECAYS[schedule.decay].settings}
         for key, value in (
             (constants.SEED, config.train.seed),
             (constants.GLOBAL_BATCH_SIZE, config.batch.global_batch_size),
             (constants.GRADIENT_ACCUMULATION_STEPS, config.batch.gradient_accumulation_steps),
             ("max_sequence_length", config.data.max_seq_len),
-            (constants.OPT_NAME, optimizer.name),
+            (constants.OPT_NAME, optimizer.class_name or optimizer.name),
             (constants.OPT_BASE_LR, optimizer.lr),
-            ("opt_end_learning_rate", schedule.end_lr),
-            ("opt_epsilon", optimizer.eps),
-            (constants.OPT_LAMB_EPSILON, optimizer.eps),
-            (constants.OPT_LAMB_BETA_1, optimizer.beta1),
-            (constants.OPT_LAMB_BETA_2, optimizer.beta2),
+            *_if("end_lr" in reads, ("opt_end_learning_rate", schedule.end_lr)),
+            *_if("eps" in reads, ("opt_epsilon", optimizer.eps), (constants.OPT_LAMB_EPSILON, optimizer.eps)),
+            *_if("beta1" in reads, (constants.OPT_LAMB_BETA_1, optimizer.beta1)),
+            *_if("beta2" in reads, (constants.OPT_LAMB_BETA_2, optimizer.beta2)),
             (constants.OPT_LAMB_WEIGHT_DECAY, optimizer.weight_decay),
             (constants.OPT_LR_WARMUP_STEPS, schedule.warmup_steps),
             (constants.NUM_WARMUP_STEPS, schedule.warmup_steps),
             (constants.START_WARMUP_STEP, schedule.start_warmup_step),
             (constants.OPT_LR_TRAINING_STEPS, schedule.total_steps),
-            ("opt_lamb_learning_rate_decay_poly_power", schedule.power),
+            *_if("power" in reads, ("opt_lamb_learning_rate_decay_poly_power", schedule.power)),
             ("opt_gradient_clip_norm", config.communication.max_norm),
             ("opt_gradient_clip_mode", config.communication.clip),
             ("target_accuracy", config.evaluation.target_accuracy),
@@ -138,6 +142,13 @@ class ResultLog:
             self.event(key, value)
         if config.batch.virtual_ranks > 1:
             self.event("virtual_ranks", config.batch.virtual_ranks)
+        if config.mlperf.division == "open":
+            names = ("name", "lr", "weight_decay", *OPTIMIZERS[optimizer.name].settings)
+            self.event("optimizer", {name: getattr(optimizer, name) for name in names})
+            names = ("warmup_steps", "total_steps", "decay", *DECAYS[schedule.decay].settings)
+            self.event("schedule", {name: getattr(schedule, name) for name in names})
+            if config.averaging.method != "none":
+                self.event("averaging", config.averaging.model_dump(mode="json"))
 
     def tensors(self, names: Iterable[str], ruleset: str) -> None:
         """Log the tensors that were initialized, by TensorFlow's names, for rulesets that ask for them."""
@@ -153,3 +164,7 @@ class ResultLog:
         """Close the file."""
         if self._logger:
             self._handler.close()
+
+
+def _if(condition: bool, *events: tuple[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return events if condition else ()

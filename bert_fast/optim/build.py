@@ -13,6 +13,7 @@ from torch import nn
 
 from bert_fast.config import OptimizerConfig
 from bert_fast.config.choices import OPTIMIZERS, find
+from bert_fast.errors import UserError
 
 
 class RunOptimizer(torch.optim.Optimizer):
@@ -112,3 +113,12 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
     """
     optimizer: RunOptimizer = find(OPTIMIZERS, config.name)(named_parameters, config)
     return optimizer
+
+
+def missing_package(name: str) -> UserError:
+    """The error of an optimizer whose package is not installed, with the command that installs it."""
+    package = OPTIMIZERS[name].package
+    return UserError(
+        f"optimizer.name={name} needs the package {package}, which is not installed; "
+        f"python -m pip install -c constraints.txt {package}"
+    )

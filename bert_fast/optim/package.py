@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bert_fast.command import one_line
 from bert_fast.config import OptimizerConfig
 from bert_fast.errors import UserError
-from bert_fast.optim.build import RunOptimizer, decay_groups
+from bert_fast.optim.build import RunOptimizer, decay_groups, missing_package
 from bert_fast.optim.opaque import load_opaque_state, opaque_state
 
 _OURS = ("lr", "weight_decay")
@@ -62,17 +63,14 @@ def _class_named(name: str) -> type:
     try:
         from pytorch_optimizer import get_supported_optimizers, load_optimizer
     except ImportError:
-        raise UserError(
-            "optimizer.name=pytorch_optimizer needs the package pytorch_optimizer, which is not installed; "
-            "pip install pytorch_optimizer"
-        ) from None
+        raise missing_package("pytorch_optimizer") from None
     names: list[str] = get_supported_optimizers()
     if name.lower() in names:
         kind: type = load_optimizer(name.lower())
         return kind
     near = [load_optimizer(each).__name__ for each in difflib.get_close_matches(name.lower()[:100], names, n=3)]
     guess = f"did you mean {' or '.join(near)}?" if near else "its documentation lists them"
-    raise UserError(f"optimizer.class_name={name}: pytorch_optimizer has no class of this name; {guess}")
+    raise UserError(f"optimizer.class_name={one_line(name, 80)}: pytorch_optimizer has no class of this name; {guess}")
 
 
 def _check_signature(kind: type, config: OptimizerConfig) -> list[str]:
@@ -121,6 +119,8 @@ def _why_not(make: Callable[[Iterable[tuple[str, nn.Parameter]]], RunOptimizer],
         except pickle.UnpicklingError:
             return "its state has objects that a checkpoint does not hold"
         except Exception as error:
+            if "does not require grad" in str(error):
+                return "it wants a second backward pass through the gradients, which training here does not make"
             return f"a step on plain gradients fails ({_text(error)})"
         finally:
             random.setstate(python_state)
@@ -153,7 +153,7 @@ def _rehearse(
     if not all(torch.isfinite(w).all() for w in weights):
         return f"{2 * _STEPS} steps on random gradients end in weights that are not finite"
     if all(torch.equal(w, s) for w, s in zip(weights, start, strict=True)):
-        return f"{2 * _STEPS} steps change no weight"
+        return f"{2 * _STEPS} steps at optimizer.lr={lr:g} change no weight (a class that finds its own step size wants 1.0)"
     buffer.seek(0)
     second, resumed = _optimizer_over(make, halfway)
     load_opaque_state(second, torch.load(buffer, weights_only=True))

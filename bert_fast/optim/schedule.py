@@ -16,14 +16,14 @@ def learning_rate(step: int, base_lr: float, schedule: ScheduleConfig) -> float:
     from 1 where start_warmup_step is not 0, one update ahead of the reference, as NVIDIA's submissions. With t = count -
     start_warmup_step below warmup_steps the rate is base_lr * t / warmup_steps. From then on the decay has it, whose progress
     goes from 0 to 1 between its first step and total_steps: from count 0 with `decay_from: start`, as MLPerf has it, or from
-    count warmup_steps. An offset ends the warm-up earlier than that; until then the rate is base_lr.
+    the count `schedule.full_rate_until`. An offset below 0 ends the warm-up earlier than that; until then the rate is base_lr.
     """
     is_ahead = schedule.counting == "nvidia" and schedule.start_warmup_step != 0
     count = step + 1 if is_ahead else step
     since_start = count - schedule.start_warmup_step
     if since_start < schedule.warmup_steps:
         return base_lr * max(0, since_start) / max(1, schedule.warmup_steps)
-    first = schedule.warmup_steps if schedule.decay_from == "warmup_end" else 0
+    first = schedule.full_rate_until if schedule.decay_from == "warmup_end" else 0
     progress = min(1.0, max(0, count - first) / (schedule.total_steps - first))
     return float(find(DECAYS, schedule.decay)(progress, count, schedule, base_lr))
 
@@ -48,8 +48,7 @@ def linear_to_zero(progress: float, count: int, schedule: ScheduleConfig, base_l
 
 def warmup_stable_decay(progress: float, count: int, schedule: ScheduleConfig, base_lr: float) -> float:
     """base_lr, and a line to end_lr over the last `decay_steps` before total_steps (Hu et al., arXiv 2404.06395, section 4)."""
-    length = schedule.decay_steps or max(1, schedule.total_steps // 10)
-    left = min(1.0, max(0, schedule.total_steps - count) / length)
+    left = min(1.0, max(0, schedule.total_steps - count) / schedule.last_decay_steps)
     return (base_lr - schedule.end_lr) * left + schedule.end_lr
 
 

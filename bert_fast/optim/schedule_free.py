@@ -13,7 +13,7 @@ from torch import nn
 
 from bert_fast.config import OptimizerConfig
 from bert_fast.errors import UserError
-from bert_fast.optim.build import RunOptimizer, decay_groups
+from bert_fast.optim.build import RunOptimizer, decay_groups, missing_package
 
 
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
@@ -30,9 +30,7 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError:
-        raise UserError(
-            "optimizer.name=schedule_free needs the package schedulefree, which is not installed; pip install schedulefree"
-        ) from None
+        raise missing_package("schedule_free") from None
 
     class ScheduleFree(AdamWScheduleFree, RunOptimizer):  # type: ignore[misc]
         state_names = ("z", "exp_avg_sq")

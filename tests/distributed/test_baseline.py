@@ -125,7 +125,9 @@ def test_virtual_ranks_are_refused(config_file: Path) -> None:
         baseline.run(argparse.Namespace(config=str(config_file), overrides=overrides))
 
 
-@pytest.mark.parametrize("override", ["model.next_sentence=false", "data.dynamic_masking=true", "averaging.method=last"])
+@pytest.mark.parametrize(
+    "override", ["model.next_sentence=false", "data.dynamic_masking=true", "averaging.method=last"]
+)
 def test_a_recipe_that_it_does_not_have_is_refused(override: str, config_file: Path) -> None:
     name = override.partition("=")[0]
     with pytest.raises(UserError, match=rf"the baseline knows only {name}="):

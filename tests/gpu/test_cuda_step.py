@@ -137,7 +137,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("clip", ["none", "global_before_reduce", "bucket_before_reduce", "global_after_reduce"])
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "lamb", "muon"])
 @pytest.mark.parametrize("backend", ["loop", "varlen", "grouped", "matmul", "padded"])
 def test_no_host_synchronisation_in_a_step(no_synchronisation: None, backend: str, optimizer: str, clip: str) -> None:
     if backend not in available(cuda(), torch.bfloat16):
@@ -202,7 +202,7 @@ def test_attention_backends_agree_with_the_loop(lengths: list[int], dtype: torch
             )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "lamb", "muon"])
 def test_captured_steps_are_the_launched_ones(optimizer: str) -> None:
     """Two shapes in turn, weights and losses over six steps; the second replay of a shape waits for nothing on the host."""
     backends = [name for name in ("flash", "varlen") if name in available(cuda(), torch.bfloat16)]

@@ -67,6 +67,7 @@ CASES = [
     ("averaging.decay=0.5", ["averaging.method=exponential"], ["averaging.method=last"], "method=last does not read it"),
     ("averaging.keep=9", ["averaging.method=last"], ["averaging.method=exponential"], "method=exponential does not read it"),
     ("averaging.every_steps=2", ["averaging.method=last"], [], "averages nothing; set averaging.method=exponential or last"),
+    ("averaging.method=last", [], ["averaging.start_step=10000"], "before the first update of the average"),
     ("averaging.start_step=2", ["averaging.method=exponential"], [], "averaging.method=none averages nothing"),
     ("train.loss_scale=8", ["train.precision=fp16", "system.device=cuda"], [], "train.precision=fp32 has no loss scale"),
     ("checkpoint.async_save=false", ["checkpoint.every_steps=2"], [], "always waits for it; set checkpoint.every_steps"),
@@ -96,7 +97,6 @@ ALWAYS = {
     "communication": ["engine", "bucket_mb", "clip", "shard_optimizer", "reduce_dtype", "backend", "timeout_s"],
     "optimizer": ["name", "lr", "weight_decay", "step_per_bucket"],
     "schedule": ["total_steps", "decay"],
-    "averaging": ["method"],
     "train": [
         "seed", "objective", "precision", "compile", "cuda_graphs", "max_steps", "warmup_batches", "log_every_steps",
         "max_skipped_steps", "deterministic",

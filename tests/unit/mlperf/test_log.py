@@ -163,6 +163,22 @@ def test_every_closed_hyperparameter_is_logged_once_with_the_configs_value(
         assert [entry["value"] for entry in logged if entry["key"] == key] == [value], key
 
 
+def test_an_open_log_has_what_the_optimizer_and_the_decay_read(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    config = make_config(
+        "optimizer={name: pytorch_optimizer, class_name: SOAP, arguments: {betas: [0.8, 0.95]}}", "schedule.decay=cosine",
+        "mlperf.division=open", "averaging.method=last",
+    )  # fmt: skip
+    logged = {entry["key"]: entry["value"] for entry in entries(write_log(tmp_path / "log", config))}
+    assert logged["opt_name"] == "SOAP"
+    assert logged["optimizer"]["arguments"] == {"betas": [0.8, 0.95]}
+    assert logged["schedule"]["decay"] == "cosine"
+    assert logged["averaging"]["method"] == "last"
+    unread = {"opt_epsilon", "opt_lamb_beta_1", "opt_lamb_beta_2", "opt_lamb_learning_rate_decay_poly_power"}
+    assert not unread & set(logged)
+
+
 def test_lines_carry_time_file_and_metadata(tmp_path: Path, config_of: Callable[[str], Config]) -> None:
     logged = entries(write_log(tmp_path / "log", config_of("open")))
     times = [entry["time_ms"] for entry in logged]

@@ -77,8 +77,8 @@ def test_its_steps_are_those_of_the_bare_class_and_it_resumes(name: str, argumen
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("SophiaH", r"a step on plain gradients fails \(RuntimeError: element 0 of tensors does not require grad"),
-        ("AdaHessian", r"a step on plain gradients fails \(RuntimeError: element 0"),
+        ("SophiaH", r"it wants a second backward pass"),
+        ("AdaHessian", r"it wants a second backward pass"),
         ("Muon", r"it cannot be made \(ValueError: `use_muon` must be set"),
         ("LOMO", "takes model and not parameters alone"),
         ("ScheduleFreeAdamW", r"evaluates other weights than it trains, which optimizer\.name=schedule_free"),
@@ -122,7 +122,7 @@ def test_arguments_that_it_does_not_take(arguments: dict[str, Any], reason: str)
 
 def test_without_its_package_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(UserError, match=r"not installed; pip install pytorch_optimizer$"):
+    with pytest.raises(UserError, match=r"not installed; python -m pip install -c constraints.txt pytorch_optimizer$"):
         build_optimizer(start().items(), config("Lion"))
 
 
@@ -172,7 +172,7 @@ def build_made_up(monkeypatch: pytest.MonkeyPatch, kind: type) -> RunOptimizer:
     [
         (RaisesNan, "end in weights that are not finite"),
         (PythonRandom, "draws Python's random numbers"),
-        (Still, "24 steps change no weight"),
+        (Still, "24 steps at optimizer.lr="),
     ],
 )
 def test_a_rehearsal_finds(monkeypatch: pytest.MonkeyPatch, kind: type, reason: str) -> None:

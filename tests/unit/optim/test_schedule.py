@@ -176,3 +176,12 @@ def test_the_published_adam_points_decay_from_the_end_of_the_warm_up(name: str) 
     }
     found = {count: learning_rate(count - 1, config.optimizer.lr, config.schedule) for count in by_count}
     assert found == pytest.approx(by_count, rel=1e-12)
+
+
+def test_a_later_warm_up_is_not_cut_by_the_decay() -> None:
+    """An offset above 0 makes the warm-up end later, and `decay_from: warmup_end` begins there."""
+    schedule = ScheduleConfig(
+        warmup_steps=4, start_warmup_step=4, total_steps=12, decay_from="warmup_end", counting="reference"
+    )
+    rates = [learning_rate(step, 1.0, schedule) for step in range(13)]
+    assert rates == [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0]

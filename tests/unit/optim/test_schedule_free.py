@@ -85,7 +85,10 @@ def test_before_the_first_step_the_weights_are_evaluated_as_they_are() -> None:
 
 def test_without_its_package_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "schedulefree", None)
-    with pytest.raises(UserError, match=r"needs the package schedulefree, .* not installed; pip install schedulefree$"):
+    with pytest.raises(
+        UserError,
+        match=r"needs the package schedulefree, .* not installed; python -m pip install -c constraints.txt schedulefree$",
+    ):
         build_optimizer([("weight", nn.Parameter(torch.ones(3)))], config())
 
 
