@@ -167,8 +167,8 @@ def test_an_open_log_has_what_the_optimizer_and_the_decay_read(
     tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:
     config = make_config(
-        "optimizer={name: pytorch_optimizer, class_name: SOAP, arguments: {betas: [0.8, 0.95]}}", "schedule.decay=cosine",
-        "mlperf.division=open", "averaging.method=last",
+        "optimizer.name=pytorch_optimizer", "optimizer.class_name=SOAP", "optimizer.arguments={betas: [0.8, 0.95]}",
+        "schedule.decay=cosine", "mlperf.division=open", "averaging.method=last",
     )  # fmt: skip
     logged = {entry["key"]: entry["value"] for entry in entries(write_log(tmp_path / "log", config))}
     assert logged["opt_name"] == "SOAP"
