@@ -289,7 +289,7 @@ def open_storage(folder: Path) -> optuna.storages.JournalStorage:
         return optuna.storages.JournalStorage(
             JournalFileBackend(str(path), JournalFileSymlinkLock(str(path), grace_period=int(SILENT_S)))
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:  # of replaying its lines
         raise UserError(f"{path} is no journal of a search ({error}); give --out another folder") from None
 
 
