@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Search:
             for cell in study.cells:  # all of them before the first is begun
                 if cell.name in there:
                     self._check_meaning(study, cell)
-            self._studies = {cell.name: self._open(study, cell) for cell in study.cells}
+            self._studies = {cell.name: self._open(study, cell, cell.name in there) for cell in study.cells}
 
     def _check_meaning(self, study: Study, cell: Cell) -> None:
         meaning = _meaning(study, cell)
@@ -87,11 +88,9 @@ class Search:
                 f"another folder, or bring back the {other} that {study.path} had"
             )
 
-    def _open(self, study: Study, cell: Cell) -> optuna.Study:
-        opened = optuna.create_study(
-            storage=self._storage, study_name=cell.name, direction="minimize", pruner=_pruner(self._file.pruner),
-            load_if_exists=True,
-        )  # fmt: skip
+    def _open(self, study: Study, cell: Cell, is_there: bool) -> optuna.Study:
+        open_study = optuna.load_study if is_there else partial(optuna.create_study, direction="minimize")
+        opened = open_study(study_name=cell.name, storage=self._storage, pruner=_pruner(self._file.pruner))
         if "meaning" not in opened.user_attrs:
             opened.set_user_attr("meaning", _meaning(study, cell))
             opened.set_user_attr("cell", [cell.contestant, cell.variant, cell.batch])

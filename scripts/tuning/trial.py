@@ -161,9 +161,13 @@ class InProcess:
 class AsProgram:
     """Runs as programs of their own: run_pretraining.py here, the supervisor of a Slurm job in an allocation."""
 
-    def __init__(self, log: TextIO) -> None:
-        """`log` gets what the runs print."""
-        self._log = log
+    def __init__(self, log: TextIO, command_of: Callable[[Path], list[str]] | None = None) -> None:
+        """
+        Args:
+            log: gets what the runs print.
+            command_of: the program that trains a config file, of the project if None.
+        """
+        self._log, self._command_of = log, command_of or program_of
 
     def __call__(self, config: Config, watch: Watch) -> Outcome:
         """See `Run`."""
@@ -175,7 +179,7 @@ class AsProgram:
             path.write_text(to_yaml(as_plain(_quiet(config, folder))), encoding="utf-8")
             with printed.open("wb") as output:
                 process = subprocess.Popen(
-                    _command(path), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+                    self._command_of(path), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
                 )
                 try:
                     pruned = _follow(process, folder, watch)
@@ -191,7 +195,7 @@ def _is_in_allocation() -> bool:
     return bool(os.environ.get("SLURM_JOB_ID")) and not is_launched()
 
 
-def _command(config: Path) -> list[str]:
+def program_of(config: Path) -> list[str]:
     """The program that trains a config, in the allocation of a Slurm job where this is one."""
     if _is_in_allocation():
         return [sys.executable, "-m", "bert_fast.launch.supervise", "--no-requeue", "--config", str(config)]
