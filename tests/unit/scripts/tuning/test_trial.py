@@ -18,6 +18,7 @@ from support.paths import ROOT
 from support.run_files import evaluation_line
 from support.tuning import make_study
 
+from bert_fast import claims
 from bert_fast.config import Config, as_plain
 from bert_fast.data import store as store_module
 from bert_fast.errors import UserError
@@ -108,6 +109,7 @@ def test_many_runs_leave_nothing_behind(make_config: MakeConfig, monkeypatch: py
         opened.append(folder)
         return real(folder)
 
+    monkeypatch.setattr(claims, "TOUCH_EVERY_S", 0.01)  # after which a released claim's thread ends
     monkeypatch.setattr(trial, "Store", counted)
     monkeypatch.setattr(store_module, "Store", counted)
     run, config = InProcess(io.StringIO()), make_config()
@@ -115,6 +117,9 @@ def test_many_runs_leave_nothing_behind(make_config: MakeConfig, monkeypatch: py
     run(config, go_on)
 
     def state() -> tuple[int, int, set[str], Any]:
+        for thread in threading.enumerate():
+            if thread.name == "claim":
+                thread.join(5)
         files = len(list(Path("/proc/self/fd").iterdir()))
         return threading.active_count(), files, folders_left(), [signal.getsignal(number) for number in STOP_SIGNALS]
 
@@ -122,7 +127,7 @@ def test_many_runs_leave_nothing_behind(make_config: MakeConfig, monkeypatch: py
     assert first[3] == handlers
     for ends in (go_on, lambda _: True, go_on):
         run(config, ends)
-    assert state() == first
+    assert state() == first, [each.name for each in threading.enumerate()]
     with pytest.raises(DivergedError):
         run(make_config("optimizer.lr=1e30"), go_on)
     assert state() == first, [each.name for each in threading.enumerate()]
