@@ -38,8 +38,12 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def note(self, number: int) -> None:
+        """A signal has come; the first counts."""
         self.number = self.number or number
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.note(number)
         if self._breaks:
             self._breaks = False
             raise KeyboardInterrupt
@@ -74,7 +78,9 @@ def work(study: Study, folder: Path, requeues: bool = False) -> int:
                 num_ended += 1
             except KeyboardInterrupt:
                 search.abandon(task)
-                stop.number = stop.number or signal.SIGTERM  # a signal to the run alone, such as Slurm's to its tasks
+                stop.note(
+                    signal.SIGTERM
+                )  # unless it was another: a signal to the run alone, such as Slurm's to its tasks
     if stop.number:
         print(f"{search.worker}: stopped; the same command goes on", flush=True)
         if requeues:

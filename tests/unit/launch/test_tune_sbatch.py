@@ -28,7 +28,12 @@ def start(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, in
     )  # fmt: skip
     errors = process.communicate(timeout=30)[1]
     call = folder / "call"
-    return process.returncode, errors, process.pid, call.read_text(encoding="utf-8").splitlines() if call.exists() else []
+    return (
+        process.returncode,
+        errors,
+        process.pid,
+        call.read_text(encoding="utf-8").splitlines() if call.exists() else [],
+    )
 
 
 def test_a_task_is_a_worker_which_gets_the_signals_of_slurm(tmp_path: Path) -> None:
@@ -47,7 +52,12 @@ def test_the_last_round_is_shared_by_the_tasks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "variables"),
-    [((), {}), (("study.yaml",), {}), (("study.yaml", "out"), {"ROUND": "last"}), (("study.yaml", "out"), {"ROUND": "final"})],
+    [
+        ((), {}),
+        (("study.yaml",), {}),
+        (("study.yaml", "out"), {"ROUND": "last"}),
+        (("study.yaml", "out"), {"ROUND": "final"}),
+    ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: tuple[str, ...], variables: dict[str, str]) -> None:
     code, errors, _, call = start(tmp_path, *arguments, **variables)

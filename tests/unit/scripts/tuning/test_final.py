@@ -94,7 +94,11 @@ def test_a_better_point_that_is_found_later_is_run_on_all_seeds(tmp_path: Path, 
     last = {row["contestant"]: row["trial"] for row in read_rows(tmp_path)}
     assert first != last
     changed = [name for name in last if first[name] != last[name]]
-    seeds = {(r["contestant"], r["seed"]) for r in read_rows(tmp_path) if not r["ablation"] and r["trial"] == last[r["contestant"]]}
+    seeds = {
+        (r["contestant"], r["seed"])
+        for r in read_rows(tmp_path)
+        if not r["ablation"] and r["trial"] == last[r["contestant"]]
+    }
     assert seeds == {(name, seed) for name in ("adamw", "lamb") for seed in SEEDS}
     assert changed
 
@@ -113,7 +117,9 @@ def test_a_best_point_that_missed_the_target_gets_a_longer_run(tmp_path: Path, r
     row = read_rows(tmp_path)[1]
     best = max(accuracies_of(longer)) * 0.95
     assert row["stretch"] == 2.5
-    assert row["outcome"]["value"] == pytest.approx(2.5 * CAP * (1 + (0.3 - best) / 0.3)) or not row["outcome"]["censored"]
+    assert (
+        row["outcome"]["value"] == pytest.approx(2.5 * CAP * (1 + (0.3 - best) / 0.3)) or not row["outcome"]["censored"]
+    )
 
 
 def test_diverged_and_failed_runs_are_rows_and_do_not_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +148,8 @@ def test_a_winner_has_all_its_seeds(tmp_path: Path) -> None:
     study = searched(tmp_path)
     search = Search(study, tmp_path)
     rows = [
-        {"contestant": run.cell.contestant, "variant": "all", "batch": 64, "ablation": None, "seed": run.seed, "trial": run.trial,
-         "stretch": run.stretch, "outcome": {"value": 10.0 if run.cell.contestant == "adamw" else 20.0}}
+        {"contestant": run.cell.contestant, "variant": "all", "batch": 64, "ablation": None, "seed": run.seed,
+         "trial": run.trial, "stretch": run.stretch, "outcome": {"value": 10.0 if run.cell.contestant == "adamw" else 20.0}}
         for run in final_runs(study, search)
     ]  # fmt: skip
     assert {run.cell.contestant for run in ablation_runs(study, search, rows)} == {"adamw"}

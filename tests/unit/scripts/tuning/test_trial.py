@@ -208,7 +208,9 @@ sys.exit(code)
 """
 
 
-def program(folder: Path, code: int | str = 0, accuracies: tuple[float, ...] = (0.1, 0.2), deaf: bool = False) -> AsProgram:
+def program(
+    folder: Path, code: int | str = 0, accuracies: tuple[float, ...] = (0.1, 0.2), deaf: bool = False
+) -> AsProgram:
     lines = [json.dumps(evaluation_line(25 * n, accuracy).as_json()) for n, accuracy in enumerate(accuracies, 1)]
     text = FAKE.replace("CODE", repr(code)).replace("LINES", repr(lines)).replace("DEAF", repr(deaf))
     (folder / "fake.py").write_text(text, encoding="utf-8")
@@ -371,7 +373,7 @@ def tune(*arguments: str) -> int:
     [
         (["run"], package("Lionn"), "did you mean Lion"),
         (["worker"], package("Lion", momentun=0.5), "momentun"),
-        (["run"], {"contestants": {"one": {"set": {"optimizer.name": "adamww"}, "space": {"optimizer.lr": LR}}}}, "did you mean"),
+        (["run"], {"set": {"optimizer.name": "adamww"}}, "did you mean"),
         (["run", "--contestants", "adamw,soap"], {}, "no contestant soap"),
         (["run", "--trials", "0"], {}, "--trials"),
         (["run", "--workers", "many"], {}, "--workers"),

@@ -163,14 +163,18 @@ def test_a_second_signal_does_not_disturb_the_first() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt), stop.breaking():
-            try:
-                signal.raise_signal(signal.SIGUSR1)
-            finally:
-                signal.raise_signal(signal.SIGTERM)  # while the run ends
+            stopped_twice()
         assert stop.number == signal.SIGUSR1
         with pytest.raises(KeyboardInterrupt), stop.breaking():
             pytest.fail("a run began after a signal")
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def stopped_twice() -> None:
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.raise_signal(signal.SIGTERM)  # while the run ends
 
 
 def test_handlers_are_as_before(tmp_path: Path, runs: Runs) -> None:
