@@ -300,6 +300,7 @@ GOOD = [[0.10, 0.20, 0.30, 0.31], [0.11, 0.21, 0.29, 0.32], [0.12, 0.22, 0.28, 0
         ({"kind": "median", "startup": 3, "min_evaluations": 2}, [0.05, 0.31, 0.1, 0.1], 4),
         ({"kind": "halving", "min_evaluations": 2, "reduction_factor": 2}, [0.05, 0.05, 0.05, 0.05], 2),
         ({"kind": "halving", "min_evaluations": 2, "reduction_factor": 2}, [0.05, 0.23, 0.31, 0.34], None),
+        ({"kind": "halving", "min_evaluations": 2, "reduction_factor": 2}, [0.30, 0.05, 0.31, 0.34], None),
     ],
 )
 def test_pruning(tmp_path: Path, pruner: dict[str, Any], curve: list[float], expected: int | None) -> None:

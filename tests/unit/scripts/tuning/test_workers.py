@@ -160,21 +160,23 @@ def test_a_signal_between_runs_is_noted_and_nothing_is_left_open(
 
 
 def test_a_second_signal_does_not_disturb_the_first() -> None:
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    before, ended = [signal.getsignal(number) for number in STOP_SIGNALS], list[bool]()
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt), stop.breaking():
-            stopped_twice()
+            stopped_twice(ended)
+        assert ended
         assert stop.number == signal.SIGUSR1
         with pytest.raises(KeyboardInterrupt), stop.breaking():
             pytest.fail("a run began after a signal")
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def stopped_twice() -> None:
+def stopped_twice(ended: list[bool]) -> None:
     try:
         signal.raise_signal(signal.SIGUSR1)
     finally:
         signal.raise_signal(signal.SIGTERM)  # while the run ends
+        ended.append(True)
 
 
 def test_handlers_are_as_before(tmp_path: Path, runs: Runs) -> None:
