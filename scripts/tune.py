@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import guard  # noqa: F401
 
@@ -20,6 +21,9 @@ from bert_fast.command import guarded, whole
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from tuning.study_file import EXAMPLE, Study, read_study
+
+if TYPE_CHECKING:
+    from tuning.search import Search
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -44,6 +48,10 @@ def main_parser() -> argparse.ArgumentParser:
         command.add_argument("--trials", type=whole(1, 100_000), help="trials per contestant, variant and batch")
         if name in ("run", "final"):
             command.add_argument("--workers", type=whole(1, 1024), default=1, help="processes (default 1)")
+        if name == "worker":
+            command.add_argument(
+                "--requeue", action="store_true", help="have Slurm start the job again after it has stopped it"
+            )
         if name == "final":
             command.add_argument(
                 "--part", type=_part, metavar="I/N", help="in this process, the I-th of N parts of the runs"
@@ -70,27 +78,35 @@ def _do(args: argparse.Namespace, study: Study, options: list[str]) -> int:
         write_report(study, args.out)
         print(f"wrote tune.json, report.md and report.html in {args.out}")
         return ExitCode.OK
-    from tuning.search import Search
+    from tuning.search import JOURNAL, Search
+    from tuning.trial import check_runs
     from tuning.workers import run_workers, work
 
+    if args.command == "final" and not (args.out / JOURNAL).is_file():
+        raise UserError(
+            f"{args.out / JOURNAL} is not there: nothing was searched; run `tune.py run` first, or correct --out"
+        )
+    check_runs(study)
     if args.command == "worker":
-        return work(study, args.out)
+        return work(study, args.out, args.requeue)
     search = Search(study, args.out)  # refuses a journal of another study before anything starts
     if args.command == "run":
-        code = run_workers(args.workers * [["worker", *options]])
+        code = run_workers(args.workers * [["worker", *options]], args.out)
         print(search.progress(), flush=True)
         return code
-    return _final(args, study, options)
+    return _final(args, study, search, options)
 
 
-def _final(args: argparse.Namespace, study: Study, options: list[str]) -> int:
+def _final(args: argparse.Namespace, study: Study, search: Search, options: list[str]) -> int:
     """The last round: in this process with --part, in workers without."""
-    from tuning.final import run_part
+    from tuning.final import final_runs, run_part
     from tuning.workers import run_workers
 
     if args.part is None:
+        final_runs(study, search)  # refuses a search without a complete trial before anything starts
         parts = [["final", *options, "--part", f"{index}/{args.workers}"] for index in range(args.workers)]
-        return run_workers(parts) or run_workers(parts)  # the second time ablations, of a winner that is known by then
+        # the second time ablations, of a winner that is known by then
+        return run_workers(parts, args.out) or run_workers(parts, args.out)
     missing = run_part(study, args.out, *args.part)
     if missing and args.part == (0, 1):
         raise UserError(f"{len(missing)} runs of the last round are missing: {', '.join(missing[:3])}")

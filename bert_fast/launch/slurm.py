@@ -55,6 +55,12 @@ class Job:
     id: int
     node_list: str  # as Slurm abbreviates it: node[1-4]
     num_restarts: int  # how often Slurm has requeued it
+    array_task: str | None = None  # ARRAY_TASK, if it is a task of an array
+
+    @property
+    def name(self) -> str:
+        """What scontrol calls it. The id of an array's last task is the array's own, and would mean all of its tasks."""
+        return self.array_task or str(self.id)
 
 
 def read_job(variables: Mapping[str, str]) -> Job:
@@ -67,7 +73,9 @@ def read_job(variables: Mapping[str, str]) -> Job:
         )
     try:
         num_restarts = int(variables.get("SLURM_RESTART_COUNT") or 0)
-        return Job(int(variables["SLURM_JOB_ID"]), variables["SLURM_JOB_NODELIST"], num_restarts)
+        array, task = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
+        array_task = f"{array}_{task}" if array and task else None
+        return Job(int(variables["SLURM_JOB_ID"]), variables["SLURM_JOB_NODELIST"], num_restarts, array_task)
     except ValueError as error:
         raise UserError(f"a variable of Slurm's is not a number: {error}") from None
 
@@ -272,18 +280,27 @@ def srun_command(
     return [*prefix, "bash", "-c", line]
 
 
-def job_fields(job_id: int) -> dict[str, str]:
+def requeue(job: Job) -> str | None:
+    """Have Slurm start the job again. Returns what scontrol says against it, None if it does it."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job.name], capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    return (done.stderr.strip() or f"scontrol ended with {done.returncode}") if done.returncode else None
+
+
+def job_fields(name: int | str) -> dict[str, str]:
     """What `scontrol show job` says of a job; empty if it does not answer."""
     try:
         done = subprocess.run(
-            ["scontrol", "show", "job", str(job_id), "--oneliner"], capture_output=True, text=True, timeout=30
+            ["scontrol", "show", "job", str(name), "--oneliner"], capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return {name: value for name, _, value in (word.partition("=") for word in done.stdout.split())}
 
 
-def is_being_preempted(job_id: int) -> bool:
+def is_being_preempted(job: Job) -> bool:
     """Whether the job runs in the grace time of a preemption: if it ended now, Slurm would not start it again."""
-    fields = job_fields(job_id)
+    fields = job_fields(job.name)
     return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") not in ("None", "Unknown", "")

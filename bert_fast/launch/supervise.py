@@ -112,7 +112,13 @@ class Supervisor:
     """All runs of one start of a job."""
 
     def __init__(
-        self, config_path: str, overrides: list[str], style: slurm.Style, num_runs: int, variables: Mapping[str, str]
+        self,
+        config_path: str,
+        overrides: list[str],
+        style: slurm.Style,
+        num_runs: int,
+        variables: Mapping[str, str],
+        requeues: bool = True,
     ) -> None:
         """
         Args:
@@ -120,6 +126,7 @@ class Supervisor:
             style: what starts ranks on the nodes.
             num_runs: runs to bring to their end, one after another.
             variables: the environment of the batch script.
+            requeues: whether a job that Slurm stops is to be requeued; False where the job has more to do than these runs.
 
         Raises:
             UserError: this is no job of Slurm's, or the config or a variable is wrong.
@@ -129,6 +136,7 @@ class Supervisor:
         self._job = slurm.read_job(variables)
         self._config = load_config(config_path, overrides)
         self._config_path, self._overrides, self._style = config_path, overrides, style
+        self._requeues = requeues
         self._base, self._runs = plan_runs(self._config, num_runs)
         slurm.master_port(self._job.id, variables.get("MASTER_PORT"))  # refuse a wrong one now
         self._nodes = slurm.host_names(self._job.node_list)
@@ -215,6 +223,8 @@ class Supervisor:
     def _after_stop(self, run: PlannedRun) -> int:
         """Requeue the job if Slurm means to go on with it. Returns the exit code of the batch script."""
         number = self._stop_signal(run)
+        if not self._requeues:
+            return of_signal(number)
         why = self._why_requeue(number)
         if why is None:
             log(
@@ -228,11 +238,11 @@ class Supervisor:
                 "is too short for start-up and a checkpoint, or checkpoint.every_steps too long"
             )
             return of_signal(number)
-        done = subprocess.run(["scontrol", "requeue", str(self._job.id)], capture_output=True, text=True)
-        if done.returncode:
-            log(f"job {self._job.id} could not be requeued: {done.stderr.strip()}; submit it again to go on")
+        refusal = slurm.requeue(self._job)
+        if refusal:
+            log(f"job {self._job.name} could not be requeued: {refusal}; submit it again to go on")
             return of_signal(number)
-        log(f"job {self._job.id} requeued: {why}")
+        log(f"job {self._job.name} requeued: {why}")
         return ExitCode.OK
 
     def _stop_signal(self, run: PlannedRun) -> int:
@@ -248,7 +258,7 @@ class Supervisor:
         """Why the job has to ask Slurm for another start after a signal; None if it must not."""
         if number == signal.SIGUSR1:
             return "SIGUSR1 says that the time limit or a preemption is near"
-        return "Slurm is preempting it" if slurm.is_being_preempted(self._job.id) else None
+        return "Slurm is preempting it" if slurm.is_being_preempted(self._job) else None
 
     def _is_stuck(self, run: PlannedRun) -> bool:
         """Whether this start of the job, and those before it, ended where the one before had."""
@@ -442,11 +452,17 @@ def main() -> int:
         default=1,
         help="runs in this allocation, seeds counting up (default %(default)s)",
     )
+    parser.add_argument(
+        "--no-requeue",
+        action="store_true",
+        help="never requeue the job: whoever started this decides (slurm/tune.sbatch)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     args = parser.parse_intermixed_args()
     if args.runs < 1:  # without argparse's usage, as the other checks of a submission
         raise UserError(f"--runs {args.runs} must be at least 1")
-    return Supervisor(args.config, args.overrides, args.style, args.runs, dict(os.environ)).run()
+    variables, requeues = dict(os.environ), not args.no_requeue
+    return Supervisor(args.config, args.overrides, args.style, args.runs, variables, requeues).run()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from tuning.outcome import Outcome
 from tuning.search import WORKERS, Search, best_trial
 from tuning.study_file import Cell, Final, Study
 from tuning.trial import DivergedError, Run, runner
+from tuning.workers import StopRequest
 
 FINAL = "final.jsonl"
+Key = tuple[str, str | None, int, int, float]  # cell, ablation, seed, trial, stretch
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class FinalRun:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str | None, int]:
+    def key(self) -> Key:
         """What makes it another run than the others of its study."""
-        return self.cell.name, self.ablation, self.seed
+        return self.cell.name, self.ablation, self.seed, self.trial, self.stretch
 
     @property
     def name(self) -> str:
@@ -122,11 +124,12 @@ def run_part(study: Study, folder: Path, part: int, num_parts: int) -> list[str]
     """
     search = Search(study, folder)
     finals = final_runs(study, search)
-    with search.alive(), (folder / WORKERS / f"{search.worker}.log").open("a", encoding="utf-8") as log:
-        _compute(study, folder, finals[part::num_parts], log)
+    log_path = folder / WORKERS / f"{search.worker}.log"
+    with StopRequest() as stop, search.alive(), log_path.open("a", encoding="utf-8") as log:
+        _compute(study, folder, finals[part::num_parts], log, stop)
         missing = _missing(finals, read_rows(folder))
         if not missing:
-            _compute(study, folder, ablation_runs(study, search, read_rows(folder))[part::num_parts], log)
+            _compute(study, folder, ablation_runs(study, search, read_rows(folder))[part::num_parts], log, stop)
     return [run.name for run in missing]
 
 
@@ -135,14 +138,15 @@ def _missing(runs: Iterable[FinalRun], rows: list[dict[str, Any]]) -> list[Final
     return [run for run in runs if run.key not in done]
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, str | None, int]:
-    return f"{row['contestant']}/{row['variant']}/{row['batch']}", row["ablation"], row["seed"]
+def _key(row: Mapping[str, Any]) -> Key:
+    cell = f"{row['contestant']}/{row['variant']}/{row['batch']}"
+    return cell, row["ablation"], row["seed"], row["trial"], float(row["stretch"])
 
 
-def _compute(study: Study, folder: Path, runs: list[FinalRun], log: TextIO) -> None:
+def _compute(study: Study, folder: Path, runs: list[FinalRun], log: TextIO, stop: StopRequest) -> None:
     run_one = runner(study, log)
     for run in _missing(runs, read_rows(folder)):
-        row = _row(study, run, run_one)
+        row = _row(study, run, run_one, stop)
         _append(folder, row)
         outcome = row["outcome"]
         text = (
@@ -151,12 +155,14 @@ def _compute(study: Study, folder: Path, runs: list[FinalRun], log: TextIO) -> N
         print(f"{run.name}: {text}", flush=True)
 
 
-def _row(study: Study, run: FinalRun, run_one: Run) -> dict[str, Any]:
+def _row(study: Study, run: FinalRun, run_one: Run, stop: StopRequest) -> dict[str, Any]:
     """Compute a run: its line of final.jsonl."""
     outcome: Outcome | None = None
     error = None
     try:
-        outcome = run_one(run.config(), lambda _: False)
+        config = run.config()
+        with stop.breaking():
+            outcome = run_one(config, lambda _: False)
     except DivergedError as diverged:
         error = str(diverged)
     except Exception as failed:

@@ -2,8 +2,8 @@
 
 Optuna's journal (JournalStorage) holds one Optuna study for each cell. Two rules make it fair and repeatable: batch by batch
 in the order of the file, the next trial goes to the cell that is farthest behind its budget, so that all contestants advance
-together; and trial number n draws its point with a seed made of the sampler's and n alone, and trains with `trial_seeds[n]`,
-whoever computes it.
+together; and the n-th point of a cell is drawn with a seed made of the sampler's and n alone, and trained with
+`trial_seeds[n]`, whoever computes it. A trial that was lost is tried again as the n-th point, under a number of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
@@ -34,6 +36,8 @@ SILENT_S = 60.0  # without a touch, a worker is taken to be gone
 
 # Attributes of a trial
 SEED, OUTCOME, ERROR, PROCESSOR, WORKER, LOST = "seed", "outcome", "error", "processor", "worker", "lost"
+PLACE = "place"  # of a trial that is tried again: the n of the one that was lost
+_FIXED = "fixed_params"  # Optuna's mark of a trial that was enqueued
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -65,27 +69,31 @@ class Search:
         (folder / WORKERS).mkdir(parents=True, exist_ok=True)
         self._storage = open_storage(folder)
         self._lock = JournalFileSymlinkLock(str(folder / "choice"), grace_period=int(SILENT_S))
-        self.worker = f"{socket.gethostname()}-{os.getpid()}"
+        self.worker = worker_name(os.getpid())
         self._cells = {cell.name: cell for cell in study.cells}
         with self._only_one():
-            self._studies = {cell.name: self._open(study, cell) for cell in study.cells}
+            there = set(optuna.get_all_study_names(self._storage))
+            for cell in study.cells:  # all of them before the first is begun
+                if cell.name in there:
+                    self._check_meaning(study, cell)
+            self._studies = {cell.name: self._open(study, cell, cell.name in there) for cell in study.cells}
 
-    def _open(self, study: Study, cell: Cell) -> optuna.Study:
-        opened = optuna.create_study(
-            storage=self._storage, study_name=cell.name, direction="minimize", pruner=_pruner(self._file.pruner),
-            load_if_exists=True,
-        )  # fmt: skip
-        meaning = {"study": study.file.name, **meaning_of(study, cell)}
-        found = opened.user_attrs.get("meaning")
-        if found is None:
-            opened.set_user_attr("meaning", meaning)
-            opened.set_user_attr("cell", [cell.contestant, cell.variant, cell.batch])
-        elif found != meaning:
+    def _check_meaning(self, study: Study, cell: Cell) -> None:
+        meaning = _meaning(study, cell)
+        found = optuna.load_study(study_name=cell.name, storage=self._storage).user_attrs.get("meaning", meaning)
+        if found != meaning:
             other = next(name for name in meaning if found.get(name) != meaning[name])
             raise UserError(
                 f"{self.folder / JOURNAL} is of another study: {cell.name} was searched with another {other}; give --out "
                 f"another folder, or bring back the {other} that {study.path} had"
             )
+
+    def _open(self, study: Study, cell: Cell, is_there: bool) -> optuna.Study:
+        open_study = optuna.load_study if is_there else partial(optuna.create_study, direction="minimize")
+        opened = open_study(study_name=cell.name, storage=self._storage, pruner=_pruner(self._file.pruner))
+        if "meaning" not in opened.user_attrs:
+            opened.set_user_attr("meaning", _meaning(study, cell))
+            opened.set_user_attr("cell", [cell.contestant, cell.variant, cell.batch])
         return opened
 
     @contextmanager
@@ -114,18 +122,27 @@ class Search:
             cell = min(behind, key=lambda each: each[:3])[3]
             trial = self._studies[cell.name].ask()
             trial.set_user_attr(WORKER, self.worker)
-        number = trial.number
-        seeds = self._file.trial_seeds
-        seed = trial.user_attrs.get(SEED, seeds[number % len(seeds)])
+        place = self._place(cell, trial)
+        seed = trial.user_attrs.get(SEED, self._seed(place))
         trial.set_user_attr(SEED, seed)
         trial.set_user_attr(PROCESSOR, cpu_name())
-        trial.study.sampler = _sampler(self._file.sampler, number)
+        trial.study.sampler = _sampler(self._file.sampler, place)
         point = {name: _suggest(trial, name, dimension) for name, dimension in cell.space.items()}
         return Task(cell, trial, point, seed)
 
+    def _place(self, cell: Cell, trial: optuna.Trial | FrozenTrial) -> int:
+        """The n of a trial: its number among those that are not tried again."""
+        again = trial.user_attrs.get(PLACE)
+        if again is not None:
+            return int(again)
+        return sum(each.number < trial.number and _FIXED not in each.system_attrs for each in self.trials(cell))
+
+    def _seed(self, place: int) -> int:
+        return self._file.trial_seeds[place % len(self._file.trial_seeds)]
+
     def num_counted(self, cell: Cell) -> int:
-        """The trials of a cell that count towards its budget: all but those that a dead worker has left."""
-        return sum(LOST not in each.user_attrs for each in self.trials(cell))
+        """The trials of a cell that count towards its budget: not those that were lost or wait to be tried again."""
+        return sum(LOST not in each.user_attrs and each.state is not TrialState.WAITING for each in self.trials(cell))
 
     def trials(self, cell: Cell) -> list[FrozenTrial]:
         """The trials of a cell, by number."""
@@ -142,33 +159,42 @@ class Search:
     def progress(self) -> str:
         """How far the search is, in one line."""
         counts = [(self.num_counted(cell), cell.trials) for cell in self._cells.values()]
-        done, wanted = (sum(each) for each in zip(*counts, strict=True))
+        begun, wanted = (sum(each) for each in zip(*counts, strict=True))
+        running = sum(each.state is TrialState.RUNNING for cell in self._cells.values() for each in self.trials(cell))
+        others = (
+            f" ({running} not ended; if their worker is gone, the same command tries them again after {SILENT_S:.0f} s)"
+        )
         return (
-            f"{done} of {wanted} trials in {len(counts)} studies (contestant, variant, batch); {self.folder / JOURNAL}"
+            f"{begun} of {wanted} trials in {len(counts)} studies (contestant, variant, batch)"
+            f"{others if running else ''}; {self.folder / JOURNAL}"
         )
 
     def _give_up_lost_trials(self) -> None:
         """Fail the running trials of workers that are gone; each is tried once more, at the same point, with its seed."""
-        for name, study in self._studies.items():
-            for each in self.trials(self._cells[name]):
+        for cell in self._cells.values():
+            for each in self.trials(cell):
                 worker = each.user_attrs.get(WORKER)
-                if each.state is TrialState.RUNNING and worker != self.worker and not self._is_alive(worker):
-                    self._lose(study, each, f"its worker {worker} is gone")
+                if each.state is TrialState.RUNNING and not self._is_alive(worker):
+                    self._lose(cell, each, f"its worker {worker} is gone")
 
-    def _lose(self, study: optuna.Study, trial: FrozenTrial, why: str) -> None:
+    def _lose(self, cell: Cell, trial: FrozenTrial, why: str) -> None:
+        study, place = self._studies[cell.name], self._place(cell, trial)
         self._storage.set_trial_user_attr(trial._trial_id, ERROR, why)
         self._storage.set_trial_user_attr(trial._trial_id, LOST, True)
         study.tell(trial.number, state=TrialState.FAIL)
-        if trial.params:
-            study.enqueue_trial(trial.params, user_attrs={SEED: trial.user_attrs[SEED]})
+        point = trial.params if trial.params.keys() == cell.space.keys() else {}  # half a point is drawn anew
+        study.enqueue_trial(point, user_attrs={SEED: trial.user_attrs.get(SEED, self._seed(place)), PLACE: place})
 
     def _is_alive(self, worker: str | None) -> bool:
-        """By the age of its file, on the file server's clock."""
+        """By the age of its file, on the file server's clock. This worker has no trial while it looks for the next."""
+        if worker is None or worker == self.worker:
+            return False
+        now = self.folder / WORKERS / self.worker
+        now.touch()
         try:
-            own, other = ((self.folder / WORKERS / each).stat().st_mtime for each in (self.worker, worker or "?"))
+            return now.stat().st_mtime - (self.folder / WORKERS / worker).stat().st_mtime < SILENT_S
         except FileNotFoundError:
             return False
-        return own - other < SILENT_S
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -198,14 +224,17 @@ class Search:
         def evaluated(point: CurvePoint) -> bool:
             nonlocal count, best
             count, best = count + 1, max(best, point.accuracy)
-            # The studies minimise, so pruners and the sampler are given what is missing to an accuracy of 1
-            task.trial.report(1.0 - best, count)
+            try:
+                # The studies minimise, so pruners and the sampler are given what is missing to an accuracy of 1
+                task.trial.report(1.0 - best, count)
+            except UpdateFinishedTrialError:  # this worker was silent, and another has the trial
+                return True
             return self._file.pruner.kind != "none" and task.trial.should_prune()
 
         return evaluated
 
-    def finish(self, task: Task, outcome: Outcome, diverged: str | None) -> None:
-        """Record a trial that was computed.
+    def finish(self, task: Task, outcome: Outcome, diverged: str | None) -> bool:
+        """Record a trial that was computed. Returns whether it was this worker's to record.
 
         Args:
             diverged: how its run diverged, None if it did not. Such a point is a result, not a failure: as a run that has an
@@ -214,24 +243,42 @@ class Search:
         record = outcome.record(self._file.target, self._file.cap_samples, self._file.objective)
         if diverged is not None:
             record |= {"value": 2 * max(self._file.cap_samples, outcome.samples), "censored": True}
-        task.trial.set_user_attr(OUTCOME, record)
-        if diverged is not None:
-            task.trial.set_user_attr(ERROR, diverged)
-        if outcome.pruned:
-            task.trial.study.tell(task.trial, state=TrialState.PRUNED)
-        else:
-            task.trial.study.tell(task.trial, record["value"])
+        with self._only_one():
+            if self._running(task) is None:
+                return False
+            task.trial.set_user_attr(OUTCOME, record)
+            if diverged is not None:
+                task.trial.set_user_attr(ERROR, diverged)
+            if outcome.pruned:
+                task.trial.study.tell(task.trial, state=TrialState.PRUNED)
+            else:
+                task.trial.study.tell(task.trial, record["value"])
+        return True
 
-    def fail(self, task: Task, why: str) -> None:
-        """Record a trial that could not be computed. It costs its cell one trial."""
-        task.trial.set_user_attr(ERROR, why)
-        task.trial.study.tell(task.trial, state=TrialState.FAIL)
+    def fail(self, task: Task, why: str) -> bool:
+        """Record a trial that could not be computed. It costs its cell one trial. Returns as `finish` does."""
+        with self._only_one():
+            if self._running(task) is None:
+                return False
+            task.trial.set_user_attr(ERROR, why)
+            task.trial.study.tell(task.trial, state=TrialState.FAIL)
+        return True
 
     def abandon(self, task: Task) -> None:
         """Give back a trial that was interrupted: it is computed again later."""
         with self._only_one():
-            frozen = self._studies[task.cell.name].get_trials()[task.trial.number]
-            self._lose(self._studies[task.cell.name], frozen, "interrupted")
+            if (trial := self._running(task)) is not None:
+                self._lose(task.cell, trial, "interrupted")
+
+    def _running(self, task: Task) -> FrozenTrial | None:
+        """The trial as it is in the journal; None if another worker has given it up, taking this one to be gone."""
+        trial = self.trials(task.cell)[task.trial.number]
+        return trial if trial.state is TrialState.RUNNING else None
+
+
+def worker_name(process: int) -> str:
+    """What a worker's file and its trials call it."""
+    return f"{socket.gethostname()}-{process}"
 
 
 def open_storage(folder: Path) -> optuna.storages.JournalStorage:
@@ -241,8 +288,12 @@ def open_storage(folder: Path) -> optuna.storages.JournalStorage:
         return optuna.storages.JournalStorage(
             JournalFileBackend(str(path), JournalFileSymlinkLock(str(path), grace_period=int(SILENT_S)))
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:  # of replaying its lines
         raise UserError(f"{path} is no journal of a search ({error}); give --out another folder") from None
+
+
+def _meaning(study: Study, cell: Cell) -> dict[str, str]:
+    return {"study": study.file.name, **meaning_of(study, cell)}
 
 
 def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
@@ -265,9 +316,9 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
-def _sampler(sampler: Sampler, number: int) -> optuna.samplers.BaseSampler:
+def _sampler(sampler: Sampler, place: int) -> optuna.samplers.BaseSampler:
     """The sampler of one trial, with a seed of the trial's own, so that workers do not draw the same points."""
-    seed = (sampler.seed * 1_000_003 + number) % 2**32
+    seed = (sampler.seed * 1_000_003 + place) % 2**32
     if sampler.kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(n_startup_trials=sampler.startup, seed=seed, constant_liar=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from bert_fast.config.load import config_from_tree
 from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
-from bert_fast.exit_codes import ExitCode
+from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.launch.slurm import is_launched
 from bert_fast.report.metrics import of_kind, read_metrics
 from bert_fast.report.schema import EvaluationLine, StepLine, parse_line
@@ -32,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 Watch = Callable[[CurvePoint], bool]  # told of each evaluation; True ends the run there
 POLL_S = 0.5
 STOP_S = 60.0  # for a program to end once it is asked to
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STOPPED = {code for number in STOP_SIGNALS for code in (of_signal(number), -number)}  # exit codes of a stopped program
 
 
 class DivergedError(Exception):
@@ -53,6 +56,35 @@ class Run(Protocol):
             Exception: the run failed.
             KeyboardInterrupt: a signal came.
         """
+
+
+def check_runs(study: Study) -> None:
+    """Find what every trial of a contestant would fail on: data that is missing, an optimizer that cannot be built.
+
+    Where Slurm starts the runs, both are a matter of the nodes, and perhaps of a container; nothing is checked here then.
+
+    Raises:
+        UserError: one line with the contestant and how to fix it.
+    """
+    if study.file.execution == "run" and _is_in_allocation():
+        return
+    from bert_fast.model.bert import BertForPretraining
+    from bert_fast.optim.build import build_optimizer
+    from bert_fast.train.setup.inputs import check_inputs
+
+    checked = []
+    for cell in study.cells:
+        config = cell.config({name: dimension.ends()[0] for name, dimension in cell.space.items()}, 0)
+        if (config.optimizer, config.data, config.evaluation, config.checkpoint) in checked:
+            continue
+        checked.append((config.optimizer, config.data, config.evaluation, config.checkpoint))
+        tiny = {"vocab_size": 16, "hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 16}
+        try:
+            model = BertForPretraining(config.model.model_copy(update=tiny))
+            build_optimizer(model.named_parameters(), config.optimizer)
+            check_inputs(config)
+        except UserError as error:
+            raise UserError(f"{study.path}: {cell.name}: {error}") from None
 
 
 def runner(study: Study, log: TextIO) -> Run:
@@ -119,6 +151,8 @@ class InProcess:
             release(folder)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            if context.stop.number:  # whoever handles it now hears of it
+                signal.raise_signal(context.stop.number)
         if summary.outcome.status == "stopped":
             raise KeyboardInterrupt
         return outcome_of(folder, config, pruned=summary.outcome.status == "stopped early")
@@ -127,9 +161,13 @@ class InProcess:
 class AsProgram:
     """Runs as programs of their own: run_pretraining.py here, the supervisor of a Slurm job in an allocation."""
 
-    def __init__(self, log: TextIO) -> None:
-        """`log` gets what the runs print."""
-        self._log = log
+    def __init__(self, log: TextIO, command_of: Callable[[Path], list[str]] | None = None) -> None:
+        """
+        Args:
+            log: gets what the runs print.
+            command_of: the program that trains a config file, of the project if None.
+        """
+        self._log, self._command_of = log, command_of or program_of
 
     def __call__(self, config: Config, watch: Watch) -> Outcome:
         """See `Run`."""
@@ -141,7 +179,7 @@ class AsProgram:
             path.write_text(to_yaml(as_plain(_quiet(config, folder))), encoding="utf-8")
             with printed.open("wb") as output:
                 process = subprocess.Popen(
-                    _command(path), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+                    self._command_of(path), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
                 )
                 try:
                     pruned = _follow(process, folder, watch)
@@ -153,10 +191,14 @@ class AsProgram:
             return _result(process.returncode, lines, folder, config, pruned)
 
 
-def _command(config: Path) -> list[str]:
+def _is_in_allocation() -> bool:
+    return bool(os.environ.get("SLURM_JOB_ID")) and not is_launched()
+
+
+def program_of(config: Path) -> list[str]:
     """The program that trains a config, in the allocation of a Slurm job where this is one."""
-    if os.environ.get("SLURM_JOB_ID") and not is_launched():
-        return [sys.executable, "-m", "bert_fast.launch.supervise", "--config", str(config)]
+    if _is_in_allocation():
+        return [sys.executable, "-m", "bert_fast.launch.supervise", "--no-requeue", "--config", str(config)]
     return [sys.executable, str(ROOT / "run_pretraining.py"), "--config", str(config)]
 
 
@@ -180,10 +222,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         return
     process.terminate()
     try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+    finally:  # also if a signal breaks off the wait
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _result(code: int, lines: list[str], folder: Path, config: Config, pruned: bool) -> Outcome:
@@ -194,6 +238,8 @@ def _result(code: int, lines: list[str], folder: Path, config: Config, pruned: b
     text = errors[-1] if errors else f"the run ended with exit code {code}; its output is in the worker's log"
     if code == ExitCode.TRAINING_ERROR:
         raise DivergedError(text, outcome_of(folder, config, pruned=False))
+    if code in _STOPPED:  # not by us: Slurm ends a job's tasks by themselves
+        raise KeyboardInterrupt
     raise UserError(text)
 
 

@@ -642,3 +642,26 @@ def test_the_container_script_wraps_the_ranks_alone(desk: Desk) -> None:
     here = desk.folder
     assert f"--container-image=image.sqsh --container-name=bert_fast_31234 --container-mounts={here}:{here}" in line
     assert f"--container-workdir={here} --mpi=pmix python " in line
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "31234", "SLURM_ARRAY_TASK_ID": "15"}
+
+
+def test_a_task_of_an_array_is_requeued_by_its_own_name(desk: Desk) -> None:
+    """The id of an array's last task is the array's: requeueing that would start all of its tasks again."""
+    assert read_job({**VARIABLES, **ARRAY}).name == "31234_15"
+    assert read_job(VARIABLES).name == "31234"
+    desk.put(plan="wait 0")
+    code, output = desk.signalled(signal.SIGUSR1, **ARRAY)
+    assert code == ExitCode.OK, output
+    assert (desk.folder / "requeued").read_text(encoding="utf-8") == "31234_15"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_of_a_search_never_requeues_its_job(desk: Desk, number: signal.Signals) -> None:
+    """Not even while Slurm preempts the job: the search has asked it to end, or decides itself."""
+    desk.put(plan="wait 0", job="JobState=RUNNING PreemptTime=2026-11-27T08:00:00")
+    code, output = desk.signalled(number, "--no-requeue", **ARRAY)
+    assert code == of_signal(number), output
+    assert not desk.requeued
+    assert (desk.out / "stopped.json").exists()
