@@ -92,7 +92,7 @@ def _do(args: argparse.Namespace, study: Study, options: list[str]) -> int:
     search = Search(study, args.out)  # refuses a journal of another study before anything starts
     if args.command == "run":
         code = run_workers(args.workers * [["worker", *options]], args.out)
-        print(search.progress(), flush=True)
+        print(search.progress() + ("; next: tune.py final" if search.is_complete else ""), flush=True)
         return code
     return _final(args, study, search, options)
 

@@ -15,21 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from optuna.storages.journal import JournalFileSymlinkLock
-
 from bert_fast.command import one_line
 from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.files import cut_last_line
 from bert_fast.hardware import cpu_name
+from tuning.final_rows import FINAL, FinalRow, Key, key_of, parse_rows
 from tuning.outcome import Outcome
-from tuning.search import WORKERS, Search, best_trial
+from tuning.search import WORKERS, Search, best_trial, lock_of
 from tuning.study_file import Cell, Final, Study
 from tuning.trial import DivergedError, Run, runner
 from tuning.workers import StopRequest
-
-FINAL = "final.jsonl"
-Key = tuple[str, str | None, int, int, float]  # cell, ablation, seed, trial, stretch
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class FinalRun:
     @property
     def key(self) -> Key:
         """What makes it another run than the others of its study."""
-        return self.cell.name, self.ablation, self.seed, self.trial, self.stretch
+        return key_of(self.cell.name, self.ablation, self.changes, self.seed, self.trial, self.stretch)
 
     @property
     def name(self) -> str:
@@ -81,22 +77,24 @@ def final_runs(study: Study, search: Search) -> list[FinalRun]:
         best = best_trial(search.trials(cell)) if cell.batch in batches else None
         if best is None:
             continue
-        stretch = final.stretch if best.user_attrs["outcome"]["censored"] else 1.0
-        runs += [FinalRun(cell, best.number, best.params, seed, stretch) for seed in final.seeds]
+        runs += [FinalRun(cell, best.number, best.params, seed, final.stretch) for seed in final.seeds]
     if not runs:
         raise UserError(f"{search.folder} has no complete trial yet; run `scripts/tune.py run` first")
     return sorted(runs, key=lambda run: final.seeds.index(run.seed))  # all cells have their first seed early
 
 
-def ablation_runs(study: Study, search: Search, rows: list[dict[str, Any]]) -> list[FinalRun]:
-    """The winner of the last round with the settings of each ablation, on the same seeds."""
+def ablation_runs(study: Study, search: Search, rows: list[FinalRow]) -> list[FinalRun]:
+    """The winner of the last round with the settings of each ablation, on the same seeds.
+
+    The winner has the least mean value; a run that could not be computed rules its cell out.
+    """
     runs = final_runs(study, search)
     batch = (_final(study).batches or [next(iter(study.file.batches))])[0]
     values = {(run.key): math.inf for run in runs if run.cell.batch == batch}
     for row in rows:
-        key = _key(row)
-        if key in values and row["outcome"] is not None:
-            values[key] = row["outcome"]["value"]
+        if row.key in values and row.outcome is not None:
+            cap = row.stretch * study.file.cap
+            values[row.key] = row.outcome.value(study.file.target, cap, study.file.objective)[0]
     means = {
         cell: statistics.fmean(value for key, value in values.items() if key[0] == cell)
         for cell in {key[0] for key in values}
@@ -133,14 +131,10 @@ def run_part(study: Study, folder: Path, part: int, num_parts: int) -> list[str]
     return [run.name for run in missing]
 
 
-def _missing(runs: Iterable[FinalRun], rows: list[dict[str, Any]]) -> list[FinalRun]:
-    done = {_key(row) for row in rows}
+def _missing(runs: Iterable[FinalRun], rows: list[FinalRow]) -> list[FinalRun]:
+    """Those without a row, and those that could not be computed, which may have been the machine's fault."""
+    done = {row.key for row in rows if row.outcome is not None}
     return [run for run in runs if run.key not in done]
-
-
-def _key(row: Mapping[str, Any]) -> Key:
-    cell = f"{row['contestant']}/{row['variant']}/{row['batch']}"
-    return cell, row["ablation"], row["seed"], row["trial"], float(row["stretch"])
 
 
 def _compute(study: Study, folder: Path, runs: list[FinalRun], log: TextIO, stop: StopRequest) -> None:
@@ -163,11 +157,11 @@ def _row(study: Study, run: FinalRun, run_one: Run, stop: StopRequest) -> dict[s
         config = run.config()
         with stop.breaking():
             outcome = run_one(config, lambda _: False)
-    except DivergedError as diverged:
-        error = str(diverged)
+    except DivergedError as diverged:  # a result, the worst
+        outcome, error = diverged.outcome, str(diverged)
     except Exception as failed:
         error = one_line(f"{type(failed).__name__}: {failed}", 500)
-    cap = round(run.stretch * study.file.cap_samples)
+    cap = run.stretch * study.file.cap
     return {
         "round": "ablation" if run.ablation else "final",
         "contestant": run.cell.contestant,
@@ -187,7 +181,7 @@ def _row(study: Study, run: FinalRun, run_one: Run, stop: StopRequest) -> dict[s
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    lock = JournalFileSymlinkLock(str(folder / FINAL))
+    lock = lock_of(folder / FINAL)
     lock.acquire()
     try:
         yield
@@ -195,18 +189,15 @@ def _only_one(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The runs that are there, by line. A line that was cut off is removed. Raises UserError for another that is no JSON."""
+def read_rows(folder: Path) -> list[FinalRow]:
+    """The runs that are there, by line. A line that was cut off is removed. Raises UserError for a damaged one."""
     path = folder / FINAL
     if not path.is_file():
         return []
     with _only_one(folder):
         cut_last_line(path)
-        lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path} has a line that is no JSON ({error}); remove the line") from None
+        text = path.read_text(encoding="utf-8", errors="replace")
+    return parse_rows(text, path)[0]
 
 
 def _append(folder: Path, row: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ class Outcome:
     step_ms:      per step, without evaluations
     optimizer_ms: of that, the optimizer's update
     pruned:       ended before the target and the cap
+    diverged:     ended because a loss or a gradient was not finite
     """
 
     curve: list[CurvePoint]
@@ -40,6 +41,7 @@ class Outcome:
     step_ms: float
     optimizer_ms: float
     pruned: bool = False
+    diverged: bool = False
     best: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,25 +56,28 @@ class Outcome:
         """
         return crossing([(getattr(point, unit), point.accuracy) for point in self.curve], accuracy)
 
-    def value(self, target: float, cap_samples: int, unit: str = "samples") -> tuple[float, bool]:
+    def value(self, target: float, cap: float, unit: str = "samples") -> tuple[float, bool]:
         """What is minimised, and whether it is censored.
 
         A run that has not come to the target counts as the cap, and more the farther it stayed away:
-        cap * (1 + (target - best) / target), where the cap is not less than what the run has trained on. In seconds, the cap
-        is what the run took to its end.
+        cap * (1 + (target - best) / target). One that diverged counts as if its best were 0.
+
+        Args:
+            cap: in the unit; what the run has come to counts in its place if it is more.
         """
-        reached = self.to(target, unit)
+        reached = None if self.diverged else self.to(target, unit)
         if reached is not None:
             return reached, False
-        cap = max(cap_samples, self.samples) if unit == "samples" else self.seconds
-        return cap * (1 + (target - self.best) / target), True
+        cap = max(cap, self.samples if unit == "samples" else self.seconds)
+        return cap * (2.0 if self.diverged else 1 + (target - self.best) / target), True
 
-    def record(self, target: float, cap_samples: int, unit: str = "samples") -> dict[str, Any]:
-        """All of it as plain values."""
-        value, censored = self.value(target, cap_samples, unit)
+    def record(self, target: float, cap: float, unit: str = "samples") -> dict[str, Any]:
+        """All of it as plain values; arguments as for `value`."""
+        value, censored = self.value(target, cap, unit)
         return {
             "value": value,
             "censored": censored,
+            "diverged": self.diverged,
             "best_accuracy": self.best,
             "samples_to": {f"{level:.4g}": self.to(level) for level in levels(target)},
             "samples": self.samples,

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,13 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from bert_fast.errors import UserError
+from bert_fast.files import cut_last_line
 from bert_fast.hardware import cpu_name
 from tuning.outcome import CurvePoint, Outcome
 from tuning.study_file import Cell, Dimension, Pruner, Sampler, Study, meaning_of
 
 JOURNAL = "journal.log"
+CHOICE = "choice"  # locked while a worker chooses its next trial
 WORKERS = "workers"  # a file for each worker, touched while it lives
 TOUCH_EVERY_S = 5.0
 SILENT_S = 60.0  # without a touch, a worker is taken to be gone
@@ -68,11 +70,15 @@ class Search:
         self._file, self.folder = study.file, folder
         (folder / WORKERS).mkdir(parents=True, exist_ok=True)
         self._storage = open_storage(folder)
-        self._lock = JournalFileSymlinkLock(str(folder / "choice"), grace_period=int(SILENT_S))
+        self._lock = lock_of(folder / CHOICE)
         self.worker = worker_name(os.getpid())
         self._cells = {cell.name: cell for cell in study.cells}
         with self._only_one():
             there = set(optuna.get_all_study_names(self._storage))
+            for name in sorted(there):
+                other = optuna.load_study(study_name=name, storage=self._storage).user_attrs.get("meaning", {})
+                if other.get("study", study.file.name) != study.file.name:
+                    raise UserError(f"{folder / JOURNAL} is of the study {other['study']}; give --out another folder")
             for cell in study.cells:  # all of them before the first is begun
                 if cell.name in there:
                     self._check_meaning(study, cell)
@@ -204,7 +210,8 @@ class Search:
 
         def touch() -> None:
             while not done.wait(TOUCH_EVERY_S):
-                path.touch()
+                with suppress(OSError):  # a file server that does not answer now may do so later
+                    path.touch()
 
         thread = threading.Thread(target=touch, daemon=True)
         thread.start()
@@ -229,7 +236,8 @@ class Search:
                 task.trial.report(1.0 - best, count)
             except UpdateFinishedTrialError:  # this worker was silent, and another has the trial
                 return True
-            return self._file.pruner.kind != "none" and task.trial.should_prune()
+            is_over = point.samples >= self._file.cap_samples  # a trial that has used its budget is a result
+            return self._file.pruner.kind != "none" and not is_over and task.trial.should_prune()
 
         return evaluated
 
@@ -240,9 +248,7 @@ class Search:
             diverged: how its run diverged, None if it did not. Such a point is a result, not a failure: as a run that has an
                 accuracy of 0 at the cap.
         """
-        record = outcome.record(self._file.target, self._file.cap_samples, self._file.objective)
-        if diverged is not None:
-            record |= {"value": 2 * max(self._file.cap_samples, outcome.samples), "censored": True}
+        record = outcome.record(self._file.target, self._file.cap, self._file.objective)
         with self._only_one():
             if self._running(task) is None:
                 return False
@@ -281,13 +287,27 @@ def worker_name(process: int) -> str:
     return f"{socket.gethostname()}-{process}"
 
 
+def lock_of(path: Path) -> JournalFileSymlinkLock:
+    """A lock of a file, which is made if absent, across processes and nodes; that of a dead process is broken after a while.
+
+    Optuna tells the age of a lock by the file that it links to, so that this must be there, and its path absolute.
+    """
+    path = path.absolute()
+    path.touch()
+    return JournalFileSymlinkLock(str(path), grace_period=int(SILENT_S))
+
+
 def open_storage(folder: Path) -> optuna.storages.JournalStorage:
     """The journal of a folder, made if absent. Raises UserError if it is damaged."""
     path = folder / JOURNAL
+    lock = lock_of(path)
+    lock.acquire()
     try:
-        return optuna.storages.JournalStorage(
-            JournalFileBackend(str(path), JournalFileSymlinkLock(str(path), grace_period=int(SILENT_S)))
-        )
+        cut_last_line(path)  # which a full disk or a kill has left, and the next one would be joined to
+    finally:
+        lock.release()
+    try:
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:  # of replaying its lines
         raise UserError(f"{path} is no journal of a search ({error}); give --out another folder") from None
 

@@ -33,6 +33,19 @@ RunSeed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 
+_OWNED = {  # settings that a study decides, and by what
+    "train.seed": "trial_seeds and final.seeds set",
+    "train.max_steps": "cap_samples sets",
+    "evaluation.target_accuracy": "target sets",
+    "batch.global_batch_size": "batches set",
+    "run.folder": "the search chooses for each run",
+    "run.tensorboard": "the search switches off",
+    "run.measure_peak_flops": "the search switches off",
+    "mlperf.enabled": "the search switches off",
+    "checkpoint.save_final_model": "the search switches off",
+}
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,6 +66,8 @@ class Dimension(_Part):
                 raise ValueError("choices stand alone; remove low, high, log and int")
             if not self.choices:
                 raise ValueError("choices are empty; list at least one value")
+            if len({(type(each), each) for each in self.choices}) < len(self.choices):
+                raise ValueError("choices have a value twice; list each once")
             return self
         if self.low is None or self.high is None:
             raise ValueError("a dimension needs low and high, or choices; add them")
@@ -122,12 +137,18 @@ class Batch(_Part):
 class Final(_Part):
     """The last round: fresh seeds, at these global batches (the first of the study if unset).
 
-    stretch: of the schedule and the cap of a best point that has not come to the target in the search
+    stretch: of the schedule and the cap of all points: as many times as long as in the search
     """
 
     seeds: Annotated[list[RunSeed], Field(min_length=1, max_length=1000)]
-    batches: list[int] | None = None
+    batches: Annotated[list[int], Field(min_length=1)] | None = None
     stretch: Annotated[float, Field(ge=1, le=100)] = 1.0
+
+    @model_validator(mode="after")
+    def _seeds_are_different(self) -> Final:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("final.seeds has a seed twice; name each once")
+        return self
 
 
 class StudyFile(_Part):
@@ -138,6 +159,7 @@ class StudyFile(_Part):
     settings: Settings = Field(default_factory=dict, alias="set")
     target: Fraction
     cap_samples: Annotated[int, Field(gt=0, le=10**12)]
+    cap_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     objective: Literal["samples", "seconds"] = "samples"
     trials: TrialCount
     sampler: Sampler = Field(default_factory=Sampler)
@@ -149,6 +171,46 @@ class StudyFile(_Part):
     final: Final | None = None
     ablations: dict[Name, Variant] = Field(default_factory=dict)
     execution: Literal["in_process", "run"] = "in_process"
+
+    @property
+    def cap(self) -> float:
+        """What a run counts as that has not come to the target, in the unit of the objective."""
+        return float(self.cap_samples if self.cap_seconds is None else self.cap_seconds)
+
+    @model_validator(mode="after")
+    def _seconds_have_a_cap(self) -> StudyFile:
+        if (self.objective == "seconds") != (self.cap_seconds is not None):
+            raise ValueError(
+                "cap_seconds is what a run that misses the target counts as with objective: seconds, and belongs to it alone; "
+                f"{'remove it' if self.objective == 'samples' else 'set it to more than the slowest run to the target takes'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_the_study_sets_is_set_nowhere_else(self) -> StudyFile:
+        parts = {
+            "set": self.settings,
+            **{f"contestants.{name}.set": each.settings for name, each in self.contestants.items()},
+            **{f"contestants.{name}.space": each.space for name, each in self.contestants.items()},
+            **{f"variants.{name}.set": each.settings for name, each in self.variants.items()},
+            **{f"batches.{name}.set": each.settings for name, each in self.batches.items()},
+            **{f"ablations.{name}.set": each.settings for name, each in self.ablations.items()},
+        }
+        for where, settings in parts.items():
+            for path, value in settings.items():
+                inner = [f"{path}.{key}" for key in value] if isinstance(value, dict) else []
+                for owned in (each for each in (path, *inner) if each in _OWNED):
+                    raise ValueError(f"{where} has {owned}, which {_OWNED[owned]}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _final_seeds_are_fresh(self) -> StudyFile:
+        old = sorted(set(self.final.seeds) & set(self.trial_seeds)) if self.final else []
+        if old:
+            raise ValueError(
+                f"final.seeds has {old[0]}, which trial_seeds has too; take seeds that were not searched with"
+            )
+        return self
 
     @model_validator(mode="after")
     def _final_batches_are_searched(self) -> StudyFile:
@@ -213,7 +275,9 @@ def read_study(path: str | Path, contestants: list[str] | None = None, trials: i
     file = validate(StudyFile, read_yaml(path, "study file", "a study", EXAMPLE), str(path))
     unknown = [each for each in contestants or [] if each not in file.contestants]
     if unknown:
-        raise UserError(f"{path} has no contestant {unknown[0]}; it has {', '.join(file.contestants)}")
+        raise UserError(
+            f"{path} has no contestant {unknown[0] or '(empty name)'}; it has {', '.join(file.contestants)}"
+        )
     base = read_yaml(file.base, "base config", f"sections ({', '.join(sections())})", "configs/mini_cpu.yaml")
     cells = [
         _cell(file, base, contestant, variant, batch, trials)
@@ -224,6 +288,7 @@ def read_study(path: str | Path, contestants: list[str] | None = None, trials: i
     ]
     for cell in cells:
         _check_space(cell, str(path), file)
+    _check_ablations(cells, str(path), file)
     return Study(Path(path), file, tuple(cells))
 
 
@@ -288,13 +353,32 @@ def _check_space(cell: Cell, path: str, file: StudyFile) -> None:
                 )
 
 
+def _check_ablations(cells: list[Cell], path: str, file: StudyFile) -> None:
+    """Refuse an ablation that fits no cell of the last round. Raises UserError."""
+    batches = file.final.batches if file.final and file.final.batches else [next(iter(file.batches))]
+    for name, ablation in file.ablations.items():
+        reason = None
+        for cell in (each for each in cells if each.batch in batches):
+            try:
+                cell.config({path: each.ends()[0] for path, each in cell.space.items()}, 0, ablation.settings)
+                break
+            except UserError as error:
+                reason = reason or str(error).removeprefix(f"{cell.name}: ")
+        else:
+            if reason:
+                raise UserError(f"{path}: ablations.{name} fits no contestant: {reason}")
+
+
 def meaning_of(study: Study, cell: Cell) -> dict[str, str]:
     """Hashes of what the trials of a cell depend on, by the part of the study file. Budgets are no part of it."""
     file = study.file
     parts: dict[str, Any] = {
         "base and set": cell.tree,
         "space": {name: dimension.model_dump() for name, dimension in cell.space.items()},
-        "target, cap_samples and objective": [file.target, file.cap_samples, file.objective],
+        "target, cap_samples and objective": [
+            *(file.target, file.cap_samples, file.objective),
+            *([] if file.cap_seconds is None else [file.cap_seconds]),
+        ],
         "sampler": file.sampler.model_dump(),
         "pruner": file.pruner.model_dump(),
         "trial_seeds": file.trial_seeds,

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -42,7 +43,7 @@ class DivergedError(Exception):
 
     def __init__(self, text: str, outcome: Outcome) -> None:
         super().__init__(text)
-        self.outcome = outcome
+        self.outcome = replace(outcome, diverged=True)
 
 
 class Run(Protocol):

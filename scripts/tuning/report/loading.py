@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any
 
 from bert_fast.errors import UserError
 
-from ..outcome import CurvePoint, Outcome
+from ..final_rows import FINAL, FinalRow, outcome_from, parse_rows
+from ..outcome import Outcome
 from ..study_file import Cell, Study
 
 JOURNAL = "journal.log"
-FINAL = "final.jsonl"
 
 COMPLETE, PRUNED, FAILED, DIVERGED, LOST, OPEN = "complete", "pruned", "failed", "diverged", "lost", "open"
 COUNTED = (COMPLETE, DIVERGED, PRUNED, FAILED)  # states that have used up a trial of the budget
@@ -63,33 +62,12 @@ class CellTrials:
 
 
 @dataclass(frozen=True)
-class FinalRun:
-    """One run of the last round: of a cell's best point, or of that point with the settings of an ablation."""
-
-    contestant: str
-    variant: str
-    batch: int
-    ablation: str | None
-    seed: int
-    trial: int | None
-    point: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    processor: str
-    outcome: Outcome | None
-    error: str
-
-    @property
-    def cell_name(self) -> str:
-        return f"{self.contestant}/{self.variant}/{self.batch}"
-
-
-@dataclass(frozen=True)
 class Records:
     """All that the report is made of; `notes` are about the files."""
 
     study: Study
     cells: tuple[CellTrials, ...]
-    finals: tuple[FinalRun, ...]
+    finals: tuple[FinalRow, ...]
     has_finals: bool
     notes: tuple[str, ...]
 
@@ -108,10 +86,8 @@ def read_records(study: Study, folder: Path) -> Records:
     notes = []
     if strange:
         notes.append(f"{JOURNAL} also has trials of {', '.join(strange)}, which this report does not cover.")
-    finals, more = _read_finals(folder / FINAL)
-    chosen = {cell.name for cell in study.cells}
-    kept = tuple(run for run in finals if run.cell_name in chosen)
-    return Records(study, cells, kept, bool(kept), (*notes, *more))
+    kept, more = _read_finals(folder, cells, study.file.final.stretch if study.file.final else 1.0)
+    return Records(study, cells, tuple(kept), bool(kept), (*notes, *more))
 
 
 def import_optuna() -> Any:
@@ -139,7 +115,7 @@ def _open_journal(path: Path) -> tuple[set[str], Callable[[Cell], CellTrials]]:
         backend = optuna.storages.journal.JournalFileBackend(str(path))
         storage = optuna.storages.JournalStorage(backend)
         names = set(optuna.get_all_study_names(storage))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as the journal of a search ({error}); restore it, or correct --out"
         ) from None
@@ -180,65 +156,30 @@ def _outcome(record: Any, where: str, pruned: bool = False) -> Outcome | None:
     if record is None:
         return None
     try:
-        return Outcome(
-            curve=[
-                CurvePoint(int(samples), float(seconds), math.nan if accuracy is None else float(accuracy))
-                for samples, seconds, accuracy in record["curve"]
-            ],
-            steps=int(record["steps"]),
-            samples=int(record["samples"]),
-            seconds=float(record["seconds"]),
-            step_ms=float(record["step_ms"]),
-            optimizer_ms=float(record["optimizer_ms"]),
-            pruned=pruned,
-        )
+        return outcome_from(record, pruned)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: its outcome is of another form ({error!r}); make the report with the version that searched"
         ) from None
 
 
-def _read_finals(path: Path) -> tuple[list[FinalRun], list[str]]:
-    """The runs of the last round; of one that is there twice, the last counts."""
+def _read_finals(folder: Path, cells: tuple[CellTrials, ...], stretch: float) -> tuple[list[FinalRow], list[str]]:
+    """The runs of the last round of the cells' best points as they are now; of one that is there twice, the last counts."""
+    path, notes = folder / FINAL, list[str]()
     if not path.is_file():
-        return [], []
-    runs: dict[tuple[Any, ...], FinalRun] = {}
-    notes = []
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(
-                    f"{path} line {number} is no JSON; remove the line, and run `scripts/tune.py final` again"
-                ) from None
-            notes.append(f"The last line of {FINAL} is cut off and left out.")
-            break
-        run = _final_run(row, f"{path} line {number}")
-        runs[run.cell_name, run.ablation, run.seed] = run
-    return list(runs.values()), notes
-
-
-def _final_run(row: Any, where: str) -> FinalRun:
-    try:
-        return FinalRun(
-            contestant=row["contestant"],
-            variant=row["variant"],
-            batch=int(row["batch"]),
-            ablation=row["ablation"],
-            seed=int(row["seed"]),
-            trial=row.get("trial"),
-            point=row.get("point") or {},
-            settings=row.get("settings") or {},
-            processor=row.get("processor") or "",
-            outcome=_outcome(row["outcome"], where),
-            error=row.get("error") or "",
+        return [], notes
+    rows, is_cut = parse_rows(path.read_text(encoding="utf-8", errors="replace"), path)
+    if is_cut:
+        notes.append(f"The last line of {FINAL} is cut off and left out.")
+    runs = {row.key: row for row in rows}
+    best = {each.cell.name: each.best.number for each in cells if each.best is not None}
+    kept = [run for run in runs.values() if best.get(run.cell_name) == run.trial and run.stretch == stretch]
+    if len(kept) < len(runs):
+        notes.append(
+            f"{len(runs) - len(kept)} runs of {FINAL} are left out: of cells that this report does not cover, of points that "
+            "are no longer the best of their cell, or of another stretch."
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where} is of another form ({error!r}); remove the line, and run `scripts/tune.py final` again"
-        ) from None
+    return kept, notes
 
 
 def _value(trial: Trial) -> float:

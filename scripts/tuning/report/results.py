@@ -26,8 +26,9 @@ def mark(value: float, censored: bool) -> str:
 def censored_note(file: StudyFile) -> str:
     """What a star says."""
     return (
-        f"* A run that has not come to the accuracy is censored: it counts as cap x (1 + (accuracy - best) / accuracy) with "
-        f"the cap of {file.cap_samples:,} samples, in means as well."
+        "* A run that has not come to the accuracy is censored: it counts as cap x (1 + (accuracy - best) / accuracy), one "
+        f"that diverged as 2 x cap, in means and in ratios as well; the cap is {file.cap_samples:,} samples in the search and "
+        f"{file.final.stretch if file.final else 1:g} times that in the last round."
     )
 
 
@@ -70,7 +71,8 @@ def _final_table(records: Records, title: str, goal: float, unit: str) -> Table 
     for name, (cell, made) in spreads.items():
         reference = spreads.get(f"{REFERENCE}/{cell.variant}/{cell.batch}")
         compared = compare(made.by_seed, reference[1].by_seed) if reference and cell.contestant != REFERENCE else None
-        rows.append([name, *_spread_cells(made), *_comparison_cells(compared)])
+        censored = any(each is not None and each.reached < each.n for each in (made, reference and reference[1]))
+        rows.append([name, *_spread_cells(made), *_comparison_cells(compared, censored)])
     headers = ("study", "mean", "stdev", "runs", "reached", f"ratio to {REFERENCE}", "common seeds", "p")
     return Table(headers, rows, title) if rows else None
 
@@ -80,11 +82,11 @@ def _spread_cells(made: Spread) -> list[str]:
     return [mark(made.mean, made.reached < made.n), deviation, str(made.n), str(made.reached)]
 
 
-def _comparison_cells(compared: Comparison | None) -> list[str]:
+def _comparison_cells(compared: Comparison | None, censored: bool = False) -> list[str]:
     if compared is None:
         return [NO_VALUE] * 3
     p = NO_VALUE if compared.p is None else f"{compared.p:.3g}"
-    return [f"{compared.ratio:.3f}", str(compared.n), p]
+    return [f"{compared.ratio:.3f}{'*' if censored else ''}", str(compared.n), p]
 
 
 def _warnings(records: Records) -> list[str]:
@@ -92,8 +94,6 @@ def _warnings(records: Records) -> list[str]:
     found = []
     for each in records.cells:
         runs = runs_of(records, each.cell.name)
-        if len({repr(sorted(run.point.items())) for run in runs}) > 1:
-            found.append(f"The runs of {each.cell.name} are of several points: its best trial changed between them.")
         failed = sum(run.outcome is None for run in runs)
         if failed:
             found.append(f"{failed} of {len(runs)} runs of {each.cell.name} failed and are left out of its mean.")
@@ -119,7 +119,8 @@ def ablations(records: Records) -> Section:
                 rows.append([f"{name} {factor}", changed, *[NO_VALUE] * 7])
                 continue
             compared = compare(made.by_seed, winner.by_seed) if winner else None
-            rows.append([f"{name} {factor}", changed, *_spread_cells(made), *_comparison_cells(compared)])
+            censored = made.reached < made.n or (winner is not None and winner.reached < winner.n)
+            rows.append([f"{name} {factor}", changed, *_spread_cells(made), *_comparison_cells(compared, censored)])
     if not rows:
         return Section(title, ["There are no ablations."])
     headers = ("ablation", "changes", "mean", "stdev", "runs", "reached", "ratio to the winner", "common seeds", "p")

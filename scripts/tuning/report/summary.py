@@ -10,9 +10,10 @@ from typing import Any
 
 from bert_fast.report.bench import environment
 
+from ..final_rows import FinalRow
 from ..outcome import Outcome
 from ..study_file import Study
-from .loading import COMPLETE, COUNTED, CellTrials, FinalRun, Records
+from .loading import COMPLETE, COUNTED, CellTrials, Records
 
 REFERENCE = "adamw"  # the contestant that the others are measured against
 
@@ -37,11 +38,11 @@ class Spread:
         return stdev(self.by_seed.values()) if self.n > 1 else 0.0
 
 
-def spread(runs: Iterable[FinalRun], level: float, study: Study, unit: str = "samples") -> Spread | None:
+def spread(runs: Iterable[FinalRow], level: float, study: Study, unit: str = "samples") -> Spread | None:
     """Samples or seconds to an accuracy over the runs that have an outcome; None if there is none."""
-    values = {
-        run.seed: run.outcome.value(level, study.file.cap_samples, unit) for run in runs if run.outcome is not None
-    }
+    file = study.file
+    cap = float(file.cap_samples) if unit == "samples" else file.cap
+    values = {run.seed: run.outcome.value(level, run.stretch * cap, unit) for run in runs if run.outcome is not None}
     if not values:
         return None
     return Spread(
@@ -49,7 +50,7 @@ def spread(runs: Iterable[FinalRun], level: float, study: Study, unit: str = "sa
     )
 
 
-def runs_of(records: Records, cell: str, ablation: str | None = None) -> list[FinalRun]:
+def runs_of(records: Records, cell: str, ablation: str | None = None) -> list[FinalRow]:
     """The runs of the last round of a cell: of its best point, or of one of its ablations."""
     return [run for run in records.finals if run.cell_name == cell and run.ablation == ablation]
 

@@ -11,8 +11,9 @@ import pytest
 from support.tuning import CAP, SPACE, compute, diverges, made_up, make_study, next_task, outcome_of
 
 from bert_fast.errors import UserError
+from tuning import search as search_module
 from tuning.outcome import CurvePoint
-from tuning.search import JOURNAL, WORKERS, Search, best_trial
+from tuning.search import CHOICE, JOURNAL, WORKERS, Search, best_trial
 from tuning.study_file import Study
 from tuning.trial import DivergedError
 
@@ -297,14 +298,14 @@ GOOD = [[0.10, 0.20, 0.30, 0.31], [0.11, 0.21, 0.29, 0.32], [0.12, 0.22, 0.28, 0
         ({"kind": "median", "startup": 4, "min_evaluations": 2}, [0.05, 0.05, 0.05, 0.05], None),
         ({"kind": "median", "startup": 3, "min_evaluations": 2}, [0.05, 0.215, 0.295, 0.325], None),
         ({"kind": "median", "startup": 3, "min_evaluations": 2}, [0.05, 0.23, 0.1, 0.1], 3),
-        ({"kind": "median", "startup": 3, "min_evaluations": 2}, [0.05, 0.31, 0.1, 0.1], 4),
+        ({"kind": "median", "startup": 3, "min_evaluations": 2}, [0.05, 0.31, 0.1, 0.1], None),
         ({"kind": "halving", "min_evaluations": 2, "reduction_factor": 2}, [0.05, 0.05, 0.05, 0.05], 2),
         ({"kind": "halving", "min_evaluations": 2, "reduction_factor": 2}, [0.05, 0.23, 0.31, 0.34], None),
         ({"kind": "halving", "min_evaluations": 2, "reduction_factor": 2}, [0.30, 0.05, 0.31, 0.34], None),
     ],
 )
 def test_pruning(tmp_path: Path, pruner: dict[str, Any], curve: list[float], expected: int | None) -> None:
-    """By the best accuracy so far, which is what the search ranks."""
+    """By the best accuracy so far, which is what the search ranks; at the cap, a trial is over and is not pruned."""
     study = make_study(tmp_path, trials=9, pruner=pruner, contestants={"adamw": ADAMW})
     assert prune_point(study, tmp_path, GOOD, curve) == expected
 
@@ -357,7 +358,8 @@ def test_a_journal_of_another_study(tmp_path: Path, part: str, changes: dict[str
     contestants = {name: {"set": {"optimizer.name": name}, "space": SPACE} for name in ("nadamw", "adamw")}
     with pytest.raises(UserError) as error:
         Search(make_study(tmp_path, contestants=contestants, **changes), tmp_path / "out")
-    assert f"is of another study: adamw/all/64 was searched with another {part}" in str(error.value)
+    other = "study" if part == "study" else f"another study: adamw/all/64 was searched with another {part}"
+    assert f"is of {'the study small' if part == 'study' else other}" in str(error.value)
     assert "\n" not in str(error.value)
     assert files_in(tmp_path / "out") == before
 
@@ -385,3 +387,38 @@ def test_a_journal_with_a_line_destroyed(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(b"".join([*lines[:5], b"\x00" * 40 + b"\n", *lines[6:]]))
     with pytest.raises(UserError, match=JOURNAL):
         Search(study, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
+def test_the_locks_of_a_dead_worker_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under a relative path, from which Optuna could not tell the age of a lock."""
+    monkeypatch.setattr(search_module, "SILENT_S", 1)
+    monkeypatch.chdir(tmp_path)
+    study = make_study(tmp_path, trials=1)
+    compute(Search(study, Path("out")))
+    for name in (CHOICE, JOURNAL):
+        (tmp_path / "out" / f"{name}.lock").symlink_to(tmp_path / "out" / name)
+    assert Search(study, Path("out")).is_complete
+
+
+def test_a_line_of_the_journal_that_was_cut_off_costs_that_line_alone(tmp_path: Path) -> None:
+    study = make_study(tmp_path, trials=2)
+    compute(Search(study, tmp_path))
+    path = tmp_path / JOURNAL
+    path.write_bytes(path.read_bytes()[:-20])
+    again = make_study(tmp_path, trials=4)
+    search = Search(again, tmp_path)
+    compute(search)
+    assert Search(again, tmp_path).num_counted(again.cells[0]) == 4
+
+
+def test_a_run_that_misses_in_little_time_is_not_the_best(tmp_path: Path) -> None:
+    """With seconds for samples, a miss counts as cap_seconds and more."""
+    study = make_study(tmp_path, trials=2, objective="seconds", cap_seconds=100.0, contestants={"adamw": ADAMW})
+    search = Search(study, tmp_path)
+    ends = iter([[0.1], [0.2, 0.25, 0.31]])
+    compute(search, lambda config, watch: outcome_of(next(ends)))
+    values = [each.value for each in search.trials(study.cells[0])]
+    assert values[0] == pytest.approx(100 * (1 + 0.2 / 0.3))
+    assert values[1] is not None
+    assert values[1] < 3

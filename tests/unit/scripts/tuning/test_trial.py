@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,9 @@ def test_it_ends_at_the_target(make_config: MakeConfig) -> None:
     assert outcome.value(0.0001, 96)[1] is False
 
 
-def test_many_runs_leave_nothing_behind(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_runs_leave_nothing_behind(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Threads, files, handlers, claims: as after the first. Each store is opened once."""
     opened = []
     real = trial.Store
@@ -109,6 +112,7 @@ def test_many_runs_leave_nothing_behind(make_config: MakeConfig, monkeypatch: py
         opened.append(folder)
         return real(folder)
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where no other search has its folders
     monkeypatch.setattr(claims, "TOUCH_EVERY_S", 0.01)  # after which a released claim's thread ends
     monkeypatch.setattr(trial, "Store", counted)
     monkeypatch.setattr(store_module, "Store", counted)
@@ -352,7 +356,7 @@ def test_a_package_that_is_not_installed(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(UserError, match="one/all/8: .*pip install pytorch_optimizer"):
+    with pytest.raises(UserError, match="one/all/8: .*pip install -c constraints.txt pytorch_optimizer"):
         check_runs(tiny_study(tmp_path, make_config(), **package("SOAP")))
 
 
