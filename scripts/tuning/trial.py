@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -120,7 +121,10 @@ class InProcess:
     def __call__(self, config: Config, watch: Watch) -> Outcome:
         """See `Run`."""
         with tempfile.TemporaryDirectory(prefix="bert_fast-trial-") as folder, redirect_stdout(self._log):
-            return self._run(_quiet(config, Path(folder) / "run"), watch)
+            try:
+                return self._run(_quiet(config, Path(folder) / "run"), watch)
+            finally:
+                gc.collect()  # a run's hooks and tensors refer to each other: without this, several runs' lie in memory
 
     def _run(self, config: Config, watch: Watch) -> Outcome:
         from bert_fast.train.context import open_context
