@@ -10,7 +10,7 @@ from support.paths import ROOT
 from support.tuning import CAP, SPACE, TARGET, make_study
 
 from bert_fast.errors import UserError
-from tuning.study_file import meaning_of, read_study
+from tuning.study_file import SINGLE, meaning_of, read_study
 
 
 def contestants(**space: Any) -> dict[str, Any]:
@@ -154,12 +154,13 @@ def test_the_shipped_studies_are_read(path: Path, monkeypatch: pytest.MonkeyPatc
     study = read_study(path)
     file = study.file
     assert len(study.cells) == len(file.contestants) * len(file.variants) * len(file.batches)
-    assert set(file.variants) == {"bucket_before_reduce", "global_after_reduce"}
-    assert {"adamw", "lamb_tensor", "lamb_global", "muon", "soap", "schedule_free"} == set(file.contestants)
+    if path.stem != "mini_record":  # which goes on with the best contestant of the others
+        assert set(file.variants) == {"bucket_before_reduce", "global_after_reduce"}
+        assert {"adamw", "lamb_tensor", "lamb_global", "muon", "soap", "schedule_free"} == set(file.contestants)
     for cell in study.cells:
         first = {name: dimension.ends()[0] for name, dimension in cell.space.items()}
         config = cell.config(first, file.trial_seeds[0])
-        assert config.communication.clip == cell.variant
+        assert cell.variant in (config.communication.clip, SINGLE)
         assert config.batch.global_batch_size == cell.batch
     assert file.final is not None
     for ablation in file.ablations.values():
