@@ -49,9 +49,8 @@ class WeightAverage(ABC):
         """
         since_start = number - self._config.start_step
         if since_start > 0 and since_start % self._config.every_steps == 0:
-            self._count = self._count.to(
-                is_finite.device
-            )  # elsewhere only before the first update of a rank without slices
+            # It is elsewhere only before the first update of a rank without slices
+            self._count = self._count.to(is_finite.device)
             if self._parameters:
                 self._update(is_finite)
             self._count += is_finite

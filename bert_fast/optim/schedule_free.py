@@ -7,12 +7,12 @@ evaluated and exported. y = (1 - beta1) z + beta1 x, so that a checkpoint of y a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from bert_fast.config import OptimizerConfig
 from bert_fast.errors import UserError
+from bert_fast.optim.adamw import adam_settings
 from bert_fast.optim.build import RunOptimizer, decay_groups, missing_package
 
 
@@ -42,8 +42,7 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
             _stay_in_training(self)  # whoever called this puts y back, without a rounding
 
     groups = decay_groups(named_parameters, config.weight_decay)
-    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    optimizer = ScheduleFree(groups, **settings)
+    optimizer = ScheduleFree(groups, **adam_settings(config))
     _stay_in_training(optimizer)
     return optimizer
 
