@@ -78,7 +78,8 @@ def _do(args: argparse.Namespace, study: Study, options: list[str]) -> int:
         write_report(study, args.out)
         print(f"wrote tune.json, report.md and report.html in {args.out}")
         return ExitCode.OK
-    from tuning.search import JOURNAL, Search
+    from tuning.journal import JOURNAL
+    from tuning.search import Search
     from tuning.trial import check_runs
     from tuning.workers import run_workers, work
 

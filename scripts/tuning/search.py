@@ -27,18 +27,15 @@ from optuna.trial import FrozenTrial, TrialState
 from bert_fast.errors import UserError
 from bert_fast.files import cut_last_line
 from bert_fast.hardware import cpu_name
+from tuning.journal import ERROR, JOURNAL, LOST, OUTCOME, PLACE, PROCESSOR, SEED, WORKER
 from tuning.outcome import CurvePoint, Outcome
 from tuning.study_file import Cell, Dimension, Pruner, Sampler, Study, meaning_of
 
-JOURNAL = "journal.log"
 CHOICE = "choice"  # locked while a worker chooses its next trial
 WORKERS = "workers"  # a file for each worker, touched while it lives
 TOUCH_EVERY_S = 5.0
 SILENT_S = 60.0  # without a touch, a worker is taken to be gone
 
-# Attributes of a trial
-SEED, OUTCOME, ERROR, PROCESSOR, WORKER, LOST = "seed", "outcome", "error", "processor", "worker", "lost"
-PLACE = "place"  # of a trial that is tried again: the n of the one that was lost
 _FIXED = "fixed_params"  # Optuna's mark of a trial that was enqueued
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

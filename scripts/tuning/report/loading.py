@@ -11,10 +11,10 @@ from typing import Any
 from bert_fast.errors import UserError
 
 from ..final_rows import FINAL, FinalRow, outcome_from, parse_rows
+from ..journal import ERROR, JOURNAL, OUTCOME, PROCESSOR, SEED
+from ..journal import LOST as LOST_MARK
 from ..outcome import Outcome
 from ..study_file import Cell, Study
-
-JOURNAL = "journal.log"
 
 COMPLETE, PRUNED, FAILED, DIVERGED, LOST, OPEN = "complete", "pruned", "failed", "diverged", "lost", "open"
 COUNTED = (COMPLETE, DIVERGED, PRUNED, FAILED)  # states that have used up a trial of the budget
@@ -130,9 +130,9 @@ def _open_journal(path: Path) -> tuple[set[str], Callable[[Cell], CellTrials]]:
 
 def _trial(frozen: Any, where: str) -> Trial:
     attributes = frozen.user_attrs
-    error = str(attributes.get("error") or "")
+    error = str(attributes.get(ERROR) or "")
     state = {"COMPLETE": COMPLETE, "PRUNED": PRUNED, "FAIL": FAILED}.get(frozen.state.name, OPEN)
-    if state == FAILED and attributes.get("lost"):
+    if state == FAILED and attributes.get(LOST_MARK):
         state = LOST
     elif state == COMPLETE and error:
         state = DIVERGED
@@ -144,10 +144,10 @@ def _trial(frozen: Any, where: str) -> Trial:
         state=state,
         value=float(frozen.value) if state in (COMPLETE, DIVERGED) else None,
         point=dict(frozen.params),
-        seed=attributes.get("seed"),
-        outcome=_outcome(attributes.get("outcome"), f"{where} trial {frozen.number}", state == PRUNED),
+        seed=attributes.get(SEED),
+        outcome=_outcome(attributes.get(OUTCOME), f"{where} trial {frozen.number}", state == PRUNED),
         error=error,
-        processor=str(attributes.get("processor") or ""),
+        processor=str(attributes.get(PROCESSOR) or ""),
         seconds=took.total_seconds() if took else 0.0,
     )
 

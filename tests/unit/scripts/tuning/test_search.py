@@ -12,8 +12,9 @@ from support.tuning import CAP, SPACE, compute, diverges, made_up, make_study, n
 
 from bert_fast.errors import UserError
 from tuning import search as search_module
+from tuning.journal import JOURNAL
 from tuning.outcome import CurvePoint
-from tuning.search import CHOICE, JOURNAL, WORKERS, Search, best_trial
+from tuning.search import CHOICE, WORKERS, Search, best_trial
 from tuning.study_file import Study
 from tuning.trial import DivergedError
 

@@ -25,8 +25,8 @@ from bert_fast.data import store as store_module
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode, of_signal
 from tuning import trial
+from tuning.journal import JOURNAL
 from tuning.outcome import CurvePoint
-from tuning.search import JOURNAL
 from tuning.study_file import Study
 from tuning.trial import STOP_SIGNALS, AsProgram, DivergedError, InProcess, check_runs, program_of
 from tuning.workers import StopRequest, work
