@@ -1,0 +1,232 @@
+"""The window of the last m compressed gradients, with all their scalar products.
+
+A full-matrix preconditioner over a window G [m, numel] needs G only for its Gram matrix G G^T, of which one row changes a step,
+and for linear combinations of its rows (arXiv 2306.06098, sections 3 and 4). Three windows with one interface: dense (the
+oracle), block-sparse (Top-K), and of low rank.
+
+The Gram matrix is kept in fp64: it is m x m, and what is made of it divides by small numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from bert_fast.compression.quantize import in_blocks
+from bert_fast.compression.topk import TopK
+
+_STRETCH = 2**17  # numbers whose products and sums are made at a time
+
+
+class Window(ABC):
+    """A ring buffer of m rows of `numel` numbers.
+
+    gram: fp64 [m, m], scalar products of the rows as they are stored; zeros where there is no row yet
+    head: where the next row goes
+    """
+
+    def __init__(self, m: int, numel: int, device: torch.device | str = "cpu") -> None:
+        self.m, self.numel, self.head, self.count = m, numel, 0, 0
+        self.gram = torch.zeros(m, m, dtype=torch.float64, device=device)
+
+    @property
+    def newest(self) -> int:
+        """The place of the row that was pushed last."""
+        return (self.head - 1) % self.m
+
+    def _pushed(self, products: torch.Tensor) -> None:
+        """Put the new row's scalar products [m] into the Gram matrix, and go on to the next place."""
+        self.gram[self.head] = products
+        self.gram[:, self.head] = products
+        self.head, self.count = (self.head + 1) % self.m, min(self.count + 1, self.m)
+
+    @abstractmethod
+    def products(self, values: torch.Tensor) -> torch.Tensor:
+        """fp64 [m]: scalar products of the rows with fp32 `values` [numel]."""
+
+    @abstractmethod
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """fp32 [numel]: the sum of the rows, each times its coefficient [m]."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the rows are stored in."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows and of the Gram matrix."""
+        return sum(t.numel() * t.element_size() for t in (*self.tensors().values(), self.gram))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows, their products and the place in the ring, as copies."""
+        held = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        return {"rows": held, "gram": self.gram.clone(), "head": self.head, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave. Raises ValueError where it is of another window."""
+        mine = self.tensors()
+        shapes = {name: (t.shape, t.dtype) for name, t in state["rows"].items()}
+        if shapes != {name: (t.shape, t.dtype) for name, t in mine.items()} or state["gram"].shape != self.gram.shape:
+            raise ValueError("a window of gradients of another size or format")
+        for name, tensor in mine.items():
+            tensor.copy_(state["rows"][name])
+        self.gram.copy_(state["gram"])
+        self.head, self.count = state["head"], state["count"]
+
+
+class DenseWindow(Window):
+    """Whole rows in fp32, or in fp64 for tests."""
+
+    def __init__(
+        self, m: int, numel: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(m, numel, device)
+        self._rows = torch.zeros(m, numel, dtype=dtype, device=device)
+
+    def push(self, values: torch.Tensor) -> None:
+        """Put `values` [numel] in the place of the oldest row."""
+        self._rows[self.head] = values
+        self._pushed(self.products(values))
+
+    def products(self, values: torch.Tensor) -> torch.Tensor:
+        # Partial sums in fp32 over stretches that are short enough not to lose digits, added up in fp64
+        stretches = self.numel // 4096
+        whole = stretches * 4096
+        rows, wide = self._rows, values.to(self._rows.dtype)
+        total = rows[:, whole:].double() @ wide[whole:].double()
+        if stretches:
+            parts = torch.einsum("mbk,bk->mb", rows[:, :whole].unflatten(1, (stretches, 4096)), wide[:whole].view(-1, 4096))
+            total += parts.double().sum(dim=1)
+        return total
+
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        return coefficients.to(self._rows.dtype) @ self._rows
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"values": self._rows}
+
+
+class SparseWindow(Window):
+    """Rows of block Top-K: 16-bit places and values, stored block by block, so that a block's numbers stay in a core's cache."""
+
+    def __init__(self, m: int, numel: int, top_k: TopK, device: torch.device | str = "cpu") -> None:
+        super().__init__(m, numel, device)
+        self._top_k = top_k
+        self._blocks, self._selected = top_k.shape(numel)
+        self._block = min(top_k.block, numel)
+        shape = self._blocks, m, self._selected
+        self._places = torch.zeros(shape, dtype=torch.int16, device=device)
+        self._values = torch.zeros(shape, dtype=top_k.dtype, device=device)
+
+    def push(self, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Put a row that `TopK.select` gave, both [blocks, selected], in the place of the oldest; returns it, fp32 [numel]."""
+        self._places[:, self.head], self._values[:, self.head] = places, values
+        row = self._top_k.scatter(places[None], values[None], self.numel)[0]
+        self._pushed(self.products(row))
+        return row
+
+    def products(self, values: torch.Tensor) -> torch.Tensor:
+        whole = in_blocks(values[None], self._block)[0]
+        total = torch.zeros(self.m, dtype=torch.float64, device=values.device)
+        for low, high in self._stretches():
+            index, stored = self._flat_places(low, high), self._values[low:high]
+            found = torch.take(whole[low:high].reshape(-1), index.view(stored.shape))
+            total += torch.sum(found * stored, dim=2).sum(dim=0, dtype=torch.float64)
+        return total
+
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        weights = coefficients.to(torch.float32)[None, :, None]
+        sums = []
+        for low, high in self._stretches():
+            index, stored = self._flat_places(low, high), self._values[low:high]
+            sums.append(_sums_at(index, (stored * weights).view(-1), (high - low) * self._block))
+        return torch.cat(sums)[: self.numel]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"places": self._places, "values": self._values}
+
+    def _stretches(self) -> Iterator[tuple[int, int]]:
+        """Blocks a few at a time: what is made of them for a moment stays small, and on a CPU in the cache."""
+        together = max(1, _STRETCH // self._block)
+        for low in range(0, self._blocks, together):
+            yield low, min(low + together, self._blocks)
+
+    def _flat_places(self, low: int, high: int) -> torch.Tensor:
+        """int64 [(high - low) * m * selected]: places in the numbers of blocks [low, high)."""
+        first = torch.arange(high - low, device=self._places.device)[:, None, None] * self._block
+        return (self._places[low:high].to(torch.int64) + first).view(-1)
+
+
+def _sums_at(places: torch.Tensor, values: torch.Tensor, length: int) -> torch.Tensor:
+    """fp32 [length]: the sum of the values at each place."""
+    if values.device.type == "cpu":  # where scatter_add_ takes ten times as long
+        return torch.bincount(places, values, minlength=length)
+    return torch.zeros(length, device=values.device).scatter_add_(0, places, values)
+
+
+class LowRankWindow(Window):
+    """Rows made of matrices P Q^T [rows, columns], each pair [rows, r] and [columns, r], and of numbers that stay whole.
+
+    The scalar product of two of them is the sum of the elements of (P^T P') o (Q^T Q').
+    """
+
+    def __init__(
+        self,
+        m: int,
+        shapes: Sequence[tuple[int, int]],
+        rank: int,
+        num_whole: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            shapes: rows and columns of the matrices.
+            num_whole: numbers that are no part of a matrix; they come last in a row.
+        """
+        super().__init__(m, sum(rows * columns for rows, columns in shapes) + num_whole, device)
+        self._shapes = list(shapes)
+        ranks = [min(rank, *shape) for shape in shapes]
+        sizes = zip(self._shapes, ranks, strict=True)
+        pairs = [(torch.zeros(m, n, r, device=device), torch.zeros(m, k, r, device=device)) for (n, k), r in sizes]
+        self._left, self._right = [left for left, _ in pairs], [right for _, right in pairs]
+        self._whole = torch.zeros(m, num_whole, device=device)
+
+    def push(self, factors: Sequence[tuple[torch.Tensor, torch.Tensor]], whole: torch.Tensor) -> None:
+        """Put a row in the place of the oldest."""
+        for number, (left, right) in enumerate(factors):
+            self._left[number][self.head], self._right[number][self.head] = left, right
+        self._whole[self.head] = whole
+        products = (self._whole @ whole).double()
+        for number, (left, right) in enumerate(factors):
+            lefts = torch.einsum("mnr,ns->mrs", self._left[number], left)
+            rights = torch.einsum("mkr,ks->mrs", self._right[number], right)
+            products += (lefts.double() * rights.double()).sum(dim=(1, 2))
+        self._pushed(products)
+
+    def products(self, values: torch.Tensor) -> torch.Tensor:
+        *matrices, whole = self._split(values)
+        total = (self._whole @ whole).double()
+        for left, right, matrix in zip(self._left, self._right, matrices, strict=True):
+            total += torch.einsum("mnr,mnr->m", left, torch.einsum("nk,mkr->mnr", matrix, right)).double()
+        return total
+
+    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        weights = coefficients.to(torch.float32)
+        parts = [
+            ((left * weights[:, None, None]).transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).T).view(-1)
+            for left, right in zip(self._left, self._right, strict=True)
+        ]
+        return torch.cat([*parts, weights @ self._whole])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        pairs = enumerate(zip(self._left, self._right, strict=True))
+        named = {f"{side}{number}": t for number, pair in pairs for side, t in zip(("left", "right"), pair, strict=True)}
+        return {**named, "whole": self._whole}
+
+    def _split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        sizes = [rows * columns for rows, columns in self._shapes]
+        *matrices, whole = values.split([*sizes, self._whole.shape[1]])
+        return [*(m.view(shape) for m, shape in zip(matrices, self._shapes, strict=True)), whole]
