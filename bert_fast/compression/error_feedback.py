@@ -11,6 +11,8 @@ brings it back, without waiting for the device.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,7 +115,29 @@ class ErrorFeedback:
 _Parts = tuple[torch.Tensor, ...]
 
 
-class _Float:
+class _Storage(ABC):
+    """How `numel` numbers are kept, as one or more tensors."""
+
+    @abstractmethod
+    def zeros(self) -> _Parts:
+        """Tensors that stand for zeros."""
+
+    @abstractmethod
+    def decode(self, parts: _Parts) -> torch.Tensor:
+        """fp32 [numel], a copy."""
+
+    @abstractmethod
+    def encode(
+        self, corrected: torch.Tensor, sent: torch.Tensor, out: _Parts, generator: torch.Generator | None
+    ) -> None:
+        """Put `corrected - sent` into `out`, rounded by chance where there is a generator."""
+
+    def add_to(self, values: torch.Tensor, parts: _Parts) -> torch.Tensor:
+        """Add the numbers to `values`, in place."""
+        return values.add_(self.decode(parts))
+
+
+class _Float(_Storage):
     """The residual as floating-point numbers."""
 
     def __init__(self, numel: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -139,7 +163,7 @@ class _Float:
             out[0].copy_(_stochastic_bf16(corrected - sent, generator))
 
 
-class _Int4:
+class _Int4(_Storage):
     """The residual as 16 levels, of which the first and the last are the least and the largest of a block, in bf16."""
 
     def __init__(self, numel: int, device: torch.device) -> None:
@@ -154,9 +178,6 @@ class _Int4:
         low, step = _levels(ends)
         pairs = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
         return torch.addcmul(low, pairs.to(torch.float32), step).view(-1)[: self._numel]
-
-    def add_to(self, values: torch.Tensor, parts: _Parts) -> torch.Tensor:
-        return values.add_(self.decode(parts))
 
     def encode(
         self, corrected: torch.Tensor, sent: torch.Tensor, out: _Parts, generator: torch.Generator | None
@@ -192,7 +213,7 @@ def _stochastic_bf16(values: torch.Tensor, generator: torch.Generator) -> torch.
     return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
 
 
-_FORMATS = {
+_FORMATS: dict[str, Callable[[int, torch.device], _Storage]] = {
     "fp32": lambda numel, device: _Float(numel, device, torch.float32),
     "bf16": lambda numel, device: _Float(numel, device, torch.bfloat16),
     "int4": _Int4,

@@ -1,4 +1,4 @@
-"""Low rank: a matrix as P Q^T, found by one power iteration a step from the last step's Q (PowerSGD, arXiv 1905.13727, algorithm 1).
+"""Low rank: a matrix as P Q^T, by one power iteration a step from the last step's Q (PowerSGD, arXiv 1905.13727, algorithm 1).
 
     P = M Q;  P = orthogonalize(P);  Q = M^T P;  M is sent as P Q^T
 
@@ -7,7 +7,7 @@ The two products are linear in M until P is orthogonalized, so that ranks can av
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class PowerIteration:
             rank: clamped to the smaller side of a matrix.
             seed: of the first Q; must be the same on all ranks.
         """
-        self.shapes = list(shapes)
+        self.shapes, self._device = list(shapes), device
         self.ranks = [min(rank, *shape) for shape in self.shapes]
         by_shape: dict[tuple[int, int], list[int]] = {}
         for number, shape in enumerate(self.shapes):
@@ -54,14 +54,13 @@ class PowerIteration:
     def left(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
         """P of each matrix before it is orthogonalized, flat [num_left], by batches."""
         stacked = self._stacked(matrices)
-        return torch.cat([torch.bmm(m, q).view(-1) for m, q in zip(stacked, self._right, strict=True)])
+        return self._flat(torch.bmm(m, q) for m, q in zip(stacked, self._right, strict=True))
 
     def right(self, matrices: Sequence[torch.Tensor], left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(P, Q): P of `left` [num_left] orthogonalized, and Q of each matrix with it, flat [num_right]."""
         bases = [orthogonalize(p) for p in self._unflat(left, side=0)]
         stacked = self._stacked(matrices)
-        products = [torch.bmm(m.mT, p).view(-1) for m, p in zip(stacked, bases, strict=True)]
-        return torch.cat([p.reshape(-1) for p in bases]), torch.cat(products)
+        return self._flat(bases), self._flat(torch.bmm(m.mT, p) for m, p in zip(stacked, bases, strict=True))
 
     def product(self, left: torch.Tensor, right: torch.Tensor) -> list[torch.Tensor]:
         """P Q^T of each matrix, in the order of the shapes."""
@@ -90,6 +89,10 @@ class PowerIteration:
             raise ValueError("the bases of a power iteration over other matrices, or of another rank")
         for mine, saved in zip(self._right, state["right"], strict=True):
             mine.copy_(saved)
+
+    def _flat(self, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        parts = [batch.reshape(-1) for batch in batches]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self._device)
 
     def _stacked(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.stack([matrices[number] for number in batch]) for batch in self._batches]

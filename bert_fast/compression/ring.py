@@ -10,7 +10,7 @@ The Gram matrix is kept in fp64: it is m x m, and what is made of it divides by 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,9 @@ class DenseWindow(Window):
         rows, wide = self._rows, values.to(self._rows.dtype)
         total = rows[:, whole:].double() @ wide[whole:].double()
         if stretches:
-            parts = torch.einsum("mbk,bk->mb", rows[:, :whole].unflatten(1, (stretches, 4096)), wide[:whole].view(-1, 4096))
+            parts = torch.einsum(
+                "mbk,bk->mb", rows[:, :whole].unflatten(1, (stretches, 4096)), wide[:whole].view(-1, 4096)
+            )
             total += parts.double().sum(dim=1)
         return total
 
@@ -110,7 +112,7 @@ class DenseWindow(Window):
 
 
 class SparseWindow(Window):
-    """Rows of block Top-K: 16-bit places and values, stored block by block, so that a block's numbers stay in a core's cache."""
+    """Rows of block Top-K: 16-bit places and values, stored by blocks, so that a block's numbers stay in a core's cache."""
 
     def __init__(self, m: int, numel: int, top_k: TopK, device: torch.device | str = "cpu") -> None:
         super().__init__(m, numel, device)
@@ -138,10 +140,17 @@ class SparseWindow(Window):
         return total
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
+        return self._combine(coefficients, lambda stored: stored)
+
+    def combine_squares(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """fp32 [numel]: the sum of the rows' squares, element by element, each row's times its coefficient [m]."""
+        return self._combine(coefficients, lambda stored: stored.to(torch.float32).square())
+
+    def _combine(self, coefficients: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         weights = coefficients.to(torch.float32)[None, :, None]
         sums = []
         for low, high in self._stretches():
-            index, stored = self._flat_places(low, high), self._values[low:high]
+            index, stored = self._flat_places(low, high), of(self._values[low:high])
             sums.append(_sums_at(index, (stored * weights).view(-1), (high - low) * self._block))
         return torch.cat(sums)[: self.numel]
 
@@ -207,7 +216,7 @@ class LowRankWindow(Window):
         self._pushed(products)
 
     def products(self, values: torch.Tensor) -> torch.Tensor:
-        *matrices, whole = self._split(values)
+        *matrices, whole = self.split(values)
         total = (self._whole @ whole).double()
         for left, right, matrix in zip(self._left, self._right, matrices, strict=True):
             total += torch.einsum("mnr,mnr->m", left, torch.einsum("nk,mkr->mnr", matrix, right)).double()
@@ -223,10 +232,13 @@ class LowRankWindow(Window):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         pairs = enumerate(zip(self._left, self._right, strict=True))
-        named = {f"{side}{number}": t for number, pair in pairs for side, t in zip(("left", "right"), pair, strict=True)}
+        named = {
+            f"{side}{number}": t for number, pair in pairs for side, t in zip(("left", "right"), pair, strict=True)
+        }
         return {**named, "whole": self._whole}
 
-    def _split(self, values: torch.Tensor) -> list[torch.Tensor]:
+    def split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The matrices, and the numbers that stay whole, as views of `values` [numel]."""
         sizes = [rows * columns for rows, columns in self._shapes]
         *matrices, whole = values.split([*sizes, self._whole.shape[1]])
         return [*(m.view(shape) for m, shape in zip(matrices, self._shapes, strict=True)), whole]

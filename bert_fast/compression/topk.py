@@ -73,9 +73,7 @@ class TopK(Codec):
         end = blocks * selected * self.dtype.itemsize
         values = message[:, :end].contiguous().view(self.dtype)
         places = message[:, end : end + blocks * selected * 2].contiguous().view(torch.int16)
-        return self.scatter(
-            places.view(rows, blocks, selected), values.view(rows, blocks, selected), length
-        )
+        return self.scatter(places.view(rows, blocks, selected), values.view(rows, blocks, selected), length)
 
     def _block(self, length: int) -> int:
         return min(self.block, length)

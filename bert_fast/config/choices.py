@@ -49,6 +49,10 @@ class OptimizerChoice(Choice):
 
 
 _ADAM = ("beta1", "beta2", "eps")
+_FEEDBACK = ("error_feedback", "residual_dtype")
+_SPARSE = ("density", "block", *_FEEDBACK)
+_MFAC, _GGT = ("damping",), ("beta2", "eps")
+_MFAC_SOURCE, _EFCP = "Frantar et al., arXiv 2107.03356", "Modoranu et al., arXiv 2306.06098"
 
 # A function (named parameters, OptimizerConfig) -> optim.build.RunOptimizer, as bert_fast/optim/adamw.py has it.
 OPTIMIZERS = {
@@ -93,6 +97,40 @@ OPTIMIZERS = {
         capturable=False,
         package="schedulefree",
         source="Defazio et al., arXiv 2405.15682",
+    ),
+    **{
+        name: OptimizerChoice(
+            f"bert_fast.optim.preconditioned:build_{name}",
+            what,
+            settings=("window", "precondition", "momentum", *settings),
+            state_values=None,
+            not_per_bucket="its window is of whole layers, and moves on once a step",
+            not_sharded="its window is of whole gradients, whose scalar products every rank makes for itself",
+            capturable=False,
+            source=source,
+        )
+        for name, what, settings, source in (
+            (
+                "mfac",
+                "M-FAC: natural gradient over a window of gradients; 4 x window bytes a parameter",
+                _MFAC,
+                _MFAC_SOURCE,
+            ),
+            ("mfac_sparse", "M-FAC over the largest entries of each gradient (EFCP)", (*_MFAC, *_SPARSE), _EFCP),
+            ("mfac_lowrank", "M-FAC over gradients of low rank (EFCP)", (*_MFAC, "rank", *_FEEDBACK), _EFCP),
+            ("ggt", "GGT: full-matrix Adagrad over a window of gradients", _GGT, "Agarwal et al., arXiv 1806.02958"),
+            ("ggt_sparse", "GGT over the largest entries of each gradient (EFCP)", (*_GGT, *_SPARSE), _EFCP),
+        )
+    },
+    "micro_adam": OptimizerChoice(
+        "bert_fast.optim.preconditioned:build_micro_adam",
+        "Adam with moments made of the largest entries of the last gradients",
+        settings=(*_ADAM, "window", "precondition", *_SPARSE),
+        state_values=None,
+        not_per_bucket="its window is of whole layers, and moves on once a step",
+        not_sharded="its window is of whole gradients",
+        capturable=False,
+        source="Modoranu et al., arXiv 2405.15593",
     ),
     "pytorch_optimizer": OptimizerChoice(
         "bert_fast.optim.package:build",

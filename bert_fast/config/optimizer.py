@@ -36,7 +36,11 @@ class OptimizerConfig(Section):
         description="lamb: what has one trust ratio. tensor: each tensor of MLPerf's reference; group: all of an encoder "
         "layer, of the embeddings or of the heads; global: the whole model",
     )
-    momentum: Probability = Field(0.95, description="muon: decay of the momentum of its matrices per step")
+    momentum: Probability | None = Field(
+        None,
+        description="muon: decay of the momentum of its matrices per step, 0.95 if unset; mfac, ggt: decay of the average of "
+        "their updates, none if unset",
+    )
     nesterov: bool = Field(True, description="muon: look one step of the momentum ahead")
     newton_schulz_steps: Annotated[int, Field(ge=1, le=100)] = Field(
         5, description="muon: iterations that orthogonalize a matrix's update"
@@ -58,4 +62,32 @@ class OptimizerConfig(Section):
     arguments: dict[str, Any] = Field(
         {},
         description="pytorch_optimizer: arguments of the class beside lr and weight_decay, such as {betas: [0.9, 0.95]}",
+    )
+    window: Annotated[int, Field(ge=1, le=2**16)] | None = Field(
+        None,
+        description="mfac, ggt, micro_adam: how many of the last gradients they keep; unset: 128, and 10 for micro_adam",
+    )
+    density: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="mfac_sparse, ggt_sparse, micro_adam: share of a block of gradients that is kept, the largest"
+    )
+    block: Annotated[int, Field(ge=2, le=2**15)] = Field(
+        4096,
+        description="mfac_sparse, ggt_sparse, micro_adam: numbers of a block; at most 32,768, as places have 16 bits",
+    )
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(
+        4, description="mfac_lowrank: rank that a gradient matrix is cut to; at most its smaller side"
+    )
+    damping: PositiveFloat = Field(1e-6, description="mfac: what is added to the diagonal of the Fisher matrix")
+    precondition: Literal["layer", "model"] = Field(
+        "layer",
+        description="mfac, ggt, micro_adam: what has a window of its own. layer: an encoder layer, the embeddings, the heads; "
+        "model: all of it",
+    )
+    error_feedback: bool = Field(
+        True,
+        description="mfac_sparse, mfac_lowrank, ggt_sparse, micro_adam: keep what is left out of a gradient, and add it to "
+        "the next",
+    )
+    residual_dtype: Literal["fp32", "bf16", "int4"] | None = Field(
+        None, description="format of what error feedback keeps; unset: bf16, and int4 for micro_adam"
     )

@@ -5,6 +5,7 @@ A new optimizer is a subclass of `RunOptimizer`, a function that builds it, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -59,6 +60,13 @@ class RunOptimizer(torch.optim.Optimizer):
     [2] over this rank's pieces, by group, into those over all ranks; the function names the group of a parameter's name. The
     result has every group of the model. It is a collective: every rank calls it as often, with `{}` where it holds nothing."""
 
+    def extra_state(self) -> dict[str, Any]:
+        """With `has_opaque_state`: what is kept beside `state`, as plain values and copies of tensors."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up what `extra_state` gave. Raises ValueError or KeyError where it is of another optimizer."""
+
     def write_evaluated_weights(self) -> None:
         """Put the weights that are evaluated into the parameters, in place. The caller puts the trained ones back."""
 
@@ -94,6 +102,12 @@ class RunOptimizer(torch.optim.Optimizer):
 def has_decay(name: str) -> bool:
     """Whether weight decay applies: not to biases and LayerNorm."""
     return not name.endswith("bias") and "norm" not in name
+
+
+def layer_of(name: str) -> str:
+    """The encoder layer that a parameter is in, or the first part of its name: `embeddings` or `heads`."""
+    layer = re.match(r"layers\.\d+", name)
+    return layer.group() if layer else name.partition(".")[0]
 
 
 def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ LayerNorm included, and all of it is scaled by the ratio; biases and LayerNorm s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from bert_fast.config import OptimizerConfig
-from bert_fast.optim.build import RunOptimizer, decay_groups
+from bert_fast.optim.build import RunOptimizer, decay_groups, layer_of
 from bert_fast.parts import parts_of
 
 _ROW = 1024  # elements whose squares are added up at a time
@@ -186,17 +185,11 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
     """
     named = list(named_parameters)
     decayed, plain = decay_groups(named, config.weight_decay)
-    group_of = {"tensor": None, "group": _layer_of, "global": lambda name: "model"}[config.trust]
+    group_of = {"tensor": None, "group": layer_of, "global": lambda name: "model"}[config.trust]
     groups = [{**decayed, "layer_adaptation": True}, {**plain, "layer_adaptation": group_of is not None}]
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in named}
     betas = (config.beta1, config.beta2)
     return Lamb(groups, config.lr, betas, config.eps, config.weight_decay, trust_group_of=group_of, names=names)
-
-
-def _layer_of(name: str) -> str:
-    """The encoder layer that a parameter is in, or the first part of its name: `embeddings` or `heads`."""
-    layer = re.match(r"layers\.\d+", name)
-    return layer.group() if layer else name.partition(".")[0]
 
 
 def norms_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

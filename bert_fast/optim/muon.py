@@ -170,7 +170,7 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
         "lr": config.lr * scale,
         "lr_scale": scale,
         "weight_decay": config.weight_decay,
-        "momentum": config.momentum,
+        "momentum": 0.95 if config.momentum is None else config.momentum,
         "nesterov": config.nesterov,
         "newton_schulz_steps": config.newton_schulz_steps,
         "newton_schulz_dtype": _pick_dtype(config.newton_schulz_dtype, device),

@@ -11,21 +11,27 @@ from typing import Any
 
 import torch
 
+from bert_fast.optim.build import RunOptimizer
 
-def opaque_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+
+def opaque_state(optimizer: RunOptimizer) -> dict[str, Any]:
     """Copies of the state of each parameter, by its number in the order of the groups, and of the groups' settings.
 
-    What an optimizer keeps in `state` under a name, for all parameters together, is there under its name.
+    What an optimizer keeps in `state` under a name, for all parameters together, is there under its name; what it keeps
+    elsewhere is there as `RunOptimizer.extra_state`.
     """
     numbers = {parameter: number for number, parameter in enumerate(_parameters(optimizer))}
     by_key: dict[Any, Any] = dict(optimizer.state)
     states = {key if isinstance(key, str) else numbers[key]: entry for key, entry in by_key.items()}
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    copied: dict[str, Any] = _mapped({"states": states, "groups": groups}, lambda tensor: tensor.detach().cpu().clone())
+    copied: dict[str, Any] = _mapped(
+        {"states": states, "groups": groups, "extra": optimizer.extra_state()},
+        lambda tensor: tensor.detach().cpu().clone(),
+    )
     return copied
 
 
-def load_opaque_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_opaque_state(optimizer: RunOptimizer, saved: dict[str, Any]) -> None:
     """Take up what `opaque_state` gave. Raises ValueError where it is of other parameters or groups."""
     parameters = _parameters(optimizer)
     states, groups = saved["states"], saved["groups"]
@@ -41,6 +47,7 @@ def load_opaque_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
             by_key[parameters[key]] = _moved(entry, parameters[key].device)
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(_mapped(settings, torch.Tensor.clone))
+    optimizer.load_extra_state(saved["extra"])
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

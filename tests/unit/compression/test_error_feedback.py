@@ -62,7 +62,9 @@ def test_nothing_is_lost_over_200_steps(name: str) -> None:
         feedback.keep(corrected, message)
         sent += message
     torch.testing.assert_close(sent + feedback.residual(), given, rtol=0, atol=2e-4)  # 200 roundings of numbers near 50
-    without = torch.stack([sent_by(CODECS[name], torch.randn(N, generator=torch.Generator().manual_seed(s))) for s in range(200)])
+    without = torch.stack(
+        [sent_by(CODECS[name], torch.randn(N, generator=torch.Generator().manual_seed(s))) for s in range(200)]
+    )
     assert (without.double().sum(dim=0) - given).norm() > 3 * (sent - given).norm() or name in ("int8", "fp8")
 
 
@@ -109,7 +111,9 @@ def test_stochastic_rounding_is_right_on_the_average(storage: str) -> None:
 
 @pytest.mark.parametrize("as_flag", [lambda skipped: skipped, lambda skipped: torch.tensor(float(skipped))])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_skipped_step_leaves_the_residual_as_it_was(storage: str, as_flag: Callable[[bool], torch.Tensor | bool]) -> None:
+def test_a_skipped_step_leaves_the_residual_as_it_was(
+    storage: str, as_flag: Callable[[bool], torch.Tensor | bool]
+) -> None:
     feedback = ErrorFeedback(N, storage=storage)
     feedback.keep(torch.randn(N), torch.zeros(N))
     feedback.end_step(as_flag(False))

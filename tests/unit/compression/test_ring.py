@@ -29,7 +29,10 @@ def push(window: Window, step: int) -> torch.Tensor:
         return window.push(places[0], selected[0])
     assert isinstance(window, LowRankWindow)
     factors = [
-        (torch.randn(n, 2, generator=torch.Generator().manual_seed(step + n)), torch.randn(k, 2, generator=torch.Generator().manual_seed(step + k)))
+        (
+            torch.randn(n, 2, generator=torch.Generator().manual_seed(step + n)),
+            torch.randn(k, 2, generator=torch.Generator().manual_seed(step + k)),
+        )
         for n, k in SHAPES
     ]
     window.push(factors, values[:WHOLE])

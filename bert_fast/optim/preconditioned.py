@@ -1,0 +1,361 @@
+"""Optimizers that precondition with the last m gradients: M-FAC and GGT, whole or compressed (EFCP), and MicroAdam.
+
+    a = residual + g;  c = C(a);  residual = a - c;  window <- c;  u = rule(window);  w <- w - lr u
+
+(EFCP, arXiv 2306.06098, algorithms 1 and 2; MicroAdam, arXiv 2405.15593, algorithm 1). The gradient is compressed before
+the preconditioner sees it, and what is preconditioned is the newest row c itself. So every rule gives m coefficients, from the
+m x m Gram matrix of the window alone, and u is the rows times them: no m x d product, no LU, and no difference of two numbers
+that were divided by a small damping.
+
+Weight decay is decoupled and times the learning rate. The published code of EFCP leaves the rate out, so that its values of the
+weight decay are not ours.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from bert_fast.compression.error_feedback import ErrorFeedback
+from bert_fast.compression.lowrank import PowerIteration
+from bert_fast.compression.ring import DenseWindow, LowRankWindow, SparseWindow, Window
+from bert_fast.compression.topk import TopK
+from bert_fast.config import OptimizerConfig
+from bert_fast.optim.build import RunOptimizer, has_decay, layer_of
+
+Rule = Callable[[Window], torch.Tensor]
+
+
+# ---- rules: coefficients of the rows ----------------------------------------------------------------------------------------
+
+
+def mfac(window: Window, damping: float) -> torch.Tensor:
+    """fp64 [m]: of F^-1 c with F = damping I + (1/m) sum of g g^T over the window, and c its newest row.
+
+    F^-1 G^T e = m G^T (m damping I + G G^T)^-1 e (push-through identity). The divisor stays m while the window fills.
+    """
+    unit = torch.zeros_like(window.gram[0])
+    unit[window.newest] = 1.0
+    damped = window.gram.clone()
+    damped.diagonal().add_(window.m * damping)
+    solved = torch.cholesky_solve(unit[:, None], torch.linalg.cholesky(damped))[:, 0]
+    return window.m * solved
+
+
+def ggt(window: Window, beta2: float, eps: float) -> torch.Tensor:
+    """fp64 [m]: of U (S + eps)^-1 U^T c, with U S V^T the window whose rows decay by beta2 with their age, and c its newest.
+
+    (GGT, arXiv 1806.02958, section 2.) c lies in the span of the rows, so that the part outside of it, divided by eps, is zero.
+    """
+    age = (window.newest - torch.arange(window.m, device=window.gram.device)) % window.m
+    decay = beta2 ** age.to(torch.float64)
+    squares, vectors = torch.linalg.eigh(window.gram * decay[:, None] * decay[None, :])
+    lengths = squares.clamp_min(0).sqrt()
+    of_newest = vectors[window.newest]
+    return decay * (vectors @ (of_newest / (lengths + eps)))
+
+
+# ---- compression: what is pushed into which window --------------------------------------------------------------------------
+
+
+class _Compressor(ABC):
+    """Turns a flat gradient [numel] into the newest row of its window, and keeps what the row leaves out."""
+
+    window: Window
+    feedback: ErrorFeedback | None = None
+
+    def push(self, gradient: torch.Tensor) -> None:
+        """Add the residual, compress, push; `gradient` is changed."""
+        corrected = gradient if self.feedback is None else self.feedback.correct(gradient)
+        row = self._push(corrected)
+        if self.feedback is not None:
+            self.feedback.keep(corrected, row)
+
+    @abstractmethod
+    def _push(self, values: torch.Tensor) -> torch.Tensor:
+        """Push what is kept of `values`, and return that, fp32 [numel]."""
+
+    def state_dict(self) -> dict[str, Any]:
+        feedback = {} if self.feedback is None else {"feedback": self.feedback.state_dict()}
+        return {"window": self.window.state_dict(), **feedback}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if ("feedback" in state) != (self.feedback is not None):
+            raise ValueError("state with and without error feedback")
+        self.window.load_state_dict(state["window"])
+        if self.feedback is not None:
+            self.feedback.load_state_dict(state["feedback"])
+
+
+class _Whole(_Compressor):
+    """No compression: the oracle, and what the memory of the others is compared with."""
+
+    def __init__(self, m: int, numel: int, device: torch.device) -> None:
+        self.window: DenseWindow = DenseWindow(m, numel, device)
+
+    def _push(self, values: torch.Tensor) -> torch.Tensor:
+        self.window.push(values)
+        return values
+
+
+class _Sparse(_Compressor):
+    """Block Top-K."""
+
+    def __init__(self, m: int, numel: int, top_k: TopK, feedback: ErrorFeedback | None, device: torch.device) -> None:
+        self.window: SparseWindow = SparseWindow(m, numel, top_k, device)
+        self._top_k, self.feedback = top_k, feedback
+
+    def _push(self, values: torch.Tensor) -> torch.Tensor:
+        places, selected = self._top_k.select(values[None])
+        return self.window.push(places[0], selected[0])
+
+
+class _LowRank(_Compressor):
+    """A power iteration for every matrix that it makes smaller; the rest is whole."""
+
+    def __init__(
+        self,
+        m: int,
+        shapes: list[tuple[int, int]],
+        whole: int,
+        rank: int,
+        feedback: ErrorFeedback | None,
+        device: torch.device,
+    ) -> None:
+        self.window: LowRankWindow = LowRankWindow(m, shapes, rank, whole, device)
+        self._iteration = PowerIteration(shapes, rank, device=device)
+        self.feedback = feedback
+
+    def _push(self, values: torch.Tensor) -> torch.Tensor:
+        *matrices, whole = self.window.split(values)
+        left, right = self._iteration.right(matrices, self._iteration.left(matrices))
+        self._iteration.start_from(right)
+        factors = self._iteration.factors(left, right)
+        self.window.push(factors, whole)
+        return torch.cat([*((p @ q.mT).view(-1) for p, q in factors), whole])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "iteration": self._iteration.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._iteration.load_state_dict(state["iteration"])
+
+
+# ---- the optimizers ---------------------------------------------------------------------------------------------------------
+
+
+class Preconditioned(RunOptimizer):
+    """Weights minus lr times what a rule makes of a window of gradients, a window for each parameter group."""
+
+    has_opaque_state: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        compressors: list[_Compressor],
+        update_of: Callable[[Window], torch.Tensor],
+        *,
+        lr: float,
+        momentum: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            groups: with `params`, in the order of the window's numbers, and `decays`: weight decay of each.
+            compressors: of each group.
+            update_of: fp32 [numel] of a window after its newest row was pushed.
+            momentum: decay of the moving average of updates that is subtracted in place of the update; 0: none.
+        """
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+        self._compressors, self._update_of = compressors, update_of
+        self._averages = [
+            torch.zeros(compressor.window.numel, device=group["params"][0].device) if momentum else None
+            for compressor, group in zip(compressors, groups, strict=True)
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; a parameter without a gradient counts as one with zeros."""
+        assert closure is None
+        for group, compressor, average in zip(self.param_groups, self._compressors, self._averages, strict=True):
+            parameters = group["params"]
+            compressor.push(
+                torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+            )
+            update = self._update_of(compressor.window)
+            if average is not None:
+                update = average.mul_(group["momentum"]).add_(update, alpha=1 - group["momentum"])
+            lr = group["lr"]
+            for parameter, decay, change in zip(
+                parameters, group["decays"], update.split([p.numel() for p in parameters]), strict=True
+            ):
+                if decay:
+                    parameter.mul_(1 - lr * decay)
+                parameter.sub_(change.view_as(parameter), alpha=lr)
+
+    def state_bytes(self) -> int:
+        """Bytes of all that is kept from step to step."""
+        held = [t for t in self._averages if t is not None]
+        feedback = [c.feedback.num_bytes for c in self._compressors if c.feedback is not None]
+        return sum(c.window.num_bytes for c in self._compressors) + sum(feedback) + sum(4 * t.numel() for t in held)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {
+            "windows": [compressor.state_dict() for compressor in self._compressors],
+            "averages": [None if average is None else average.clone() for average in self._averages],
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        for compressor, saved in zip(self._compressors, state["windows"], strict=True):
+            compressor.load_state_dict(saved)
+        for average, saved in zip(self._averages, state["averages"], strict=True):
+            if (average is None) != (saved is None):
+                raise ValueError("state with and without momentum")
+            if average is not None:
+                average.copy_(saved)
+
+
+def micro_adam(window: SparseWindow, beta1: float, beta2: float, eps: float) -> torch.Tensor:
+    """fp32 [numel]: Adam's update with both moments made anew of the window.
+
+    Their bias is corrected by the weights that the window's rows have, so that the sum of them is 1. The published kernel
+    divides by 1 - beta^t, of which a window of ten rows holds the smaller part the larger t is.
+    """
+    age = (window.newest - torch.arange(window.m, device=window.gram.device)) % window.m
+    held = age < window.count
+
+    def weights(beta: float) -> torch.Tensor:
+        powers = torch.where(held, beta ** age.to(torch.float64), 0.0)
+        return powers / powers.sum()
+
+    first, second = window.combine(weights(beta1)), window.combine_squares(weights(beta2))
+    return first.div_(second.sqrt_().add_(eps))
+
+
+def _groups_of(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> tuple[list[dict[str, Any]], list[list[tuple[int, int]]]]:
+    """Parameter groups, and the shapes of the matrices with which each begins; the rest of a group stays whole.
+
+    A matrix is taken as such where its factors have fewer numbers than it has.
+    """
+    by_name: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named_parameters:
+        by_name.setdefault("model" if config.precondition == "model" else layer_of(name), []).append((name, parameter))
+    groups, shapes = [], []
+    for members in by_name.values():
+        matrices = [(n, p) for n, p in members if p.dim() == 2 and config.rank * sum(p.shape) < p.numel()]
+        chosen = {name for name, _ in matrices}
+        ordered = [*matrices, *((n, p) for n, p in members if n not in chosen)]
+        decays = [config.weight_decay if has_decay(name) else 0.0 for name, _ in ordered]
+        groups.append({"params": [p for _, p in ordered], "decays": decays})
+        shapes.append([(p.shape[0], p.shape[1]) for _, p in matrices])
+    return groups, shapes
+
+
+# ---- the entries of config.choices.OPTIMIZERS -------------------------------------------------------------------------------
+
+_WINDOW = 128  # at 1 % of int16 and bf16: 5.1 bytes for each parameter, and 2 of the residual; AdamW has 8
+_MICRO_WINDOW = 10
+
+
+def build_mfac(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """Dense M-FAC, the oracle of the compressed ones: 4 m bytes of state for each parameter."""
+    return _build(named_parameters, config, _whole, lambda window: window.combine(mfac(window, config.damping)))
+
+
+def build_mfac_sparse(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """S-M-FAC: M-FAC over block Top-K with error feedback."""
+    return _build(named_parameters, config, _sparse, lambda window: window.combine(mfac(window, config.damping)))
+
+
+def build_mfac_lowrank(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """LR-M-FAC: M-FAC over matrices of low rank with error feedback."""
+    return _build(named_parameters, config, _low_rank, lambda window: window.combine(mfac(window, config.damping)))
+
+
+def build_ggt(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """Dense GGT, the oracle of the sparse one."""
+    return _build(
+        named_parameters, config, _whole, lambda window: window.combine(ggt(window, config.beta2, config.eps))
+    )
+
+
+def build_ggt_sparse(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """GGT over block Top-K with error feedback."""
+    return _build(
+        named_parameters, config, _sparse, lambda window: window.combine(ggt(window, config.beta2, config.eps))
+    )
+
+
+def build_micro_adam(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
+    """MicroAdam: Adam's moments over block Top-K with error feedback in 4 bits."""
+
+    def update_of(window: Window) -> torch.Tensor:
+        assert isinstance(window, SparseWindow)
+        return micro_adam(window, config.beta1, config.beta2, config.eps)
+
+    return _build(named_parameters, config, _sparse, update_of, window=_MICRO_WINDOW, residual_dtype="int4")
+
+
+_Make = Callable[[int, int, list[tuple[int, int]], ErrorFeedback | None, torch.device, OptimizerConfig], _Compressor]
+
+
+def _build(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    make: _Make,
+    update_of: Callable[[Window], torch.Tensor],
+    *,
+    window: int = _WINDOW,
+    residual_dtype: str = "bf16",
+) -> RunOptimizer:
+    groups, shapes = _groups_of(named_parameters, config)
+    compressors = []
+    for group, matrices in zip(groups, shapes, strict=True):
+        numel, device = sum(p.numel() for p in group["params"]), group["params"][0].device
+        feedback = None
+        if config.error_feedback and make is not _whole:
+            feedback = ErrorFeedback(
+                numel, storage=config.residual_dtype or residual_dtype, device=device, may_skip=False
+            )
+        compressors.append(make(config.window or window, numel, matrices, feedback, device, config))
+    return Preconditioned(groups, compressors, update_of, lr=config.lr, momentum=config.momentum or 0.0)
+
+
+def _whole(
+    m: int,
+    numel: int,
+    _matrices: list[tuple[int, int]],
+    _feedback: ErrorFeedback | None,
+    device: torch.device,
+    _config: OptimizerConfig,
+) -> _Compressor:
+    return _Whole(m, numel, device)
+
+
+def _sparse(
+    m: int,
+    numel: int,
+    _matrices: list[tuple[int, int]],
+    feedback: ErrorFeedback | None,
+    device: torch.device,
+    config: OptimizerConfig,
+) -> _Compressor:
+    return _Sparse(m, numel, TopK(config.density, config.block), feedback, device)
+
+
+def _low_rank(
+    m: int,
+    numel: int,
+    matrices: list[tuple[int, int]],
+    feedback: ErrorFeedback | None,
+    device: torch.device,
+    config: OptimizerConfig,
+) -> _Compressor:
+    whole = numel - sum(rows * columns for rows, columns in matrices)
+    return _LowRank(m, matrices, whole, config.rank, feedback, device)
