@@ -125,6 +125,12 @@ RULES = (
         "set schedule.start_warmup_step",
     ),
     Rule(
+        ("optimizer.residual_dtype",),
+        lambda c: c.optimizer.error_feedback,
+        "optimizer.error_feedback=false: nothing is kept of what is left out",
+        "set optimizer.error_feedback=true",
+    ),
+    Rule(
         ("averaging.method",),
         lambda c: c.averaging.start_step + c.averaging.every_steps <= c.train.max_steps,
         "the run ends at train.max_steps={c.train.max_steps}, before the first update of the average",

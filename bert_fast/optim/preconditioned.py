@@ -183,9 +183,8 @@ class Preconditioned(RunOptimizer):
         assert closure is None
         for group, compressor, average in zip(self.param_groups, self._compressors, self._averages, strict=True):
             parameters = group["params"]
-            compressor.push(
-                torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
-            )
+            gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+            compressor.push(torch.cat(gradients).to(torch.float32))
             update = self._update_of(compressor.window)
             if average is not None:
                 update = average.mul_(group["momentum"]).add_(update, alpha=1 - group["momentum"])

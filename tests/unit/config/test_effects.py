@@ -19,6 +19,7 @@ TWO_NODES = ("system.world_size=2", "system.ranks_per_node=1", "batch.micro_batc
 LOGGED = "mlperf.enabled=true"
 LAMB, MUON, PACKAGE = "optimizer.name=lamb", "optimizer.name=muon", "optimizer.name=pytorch_optimizer"
 SOAP = "optimizer.class_name=SOAP"
+SPARSE = "optimizer.name=mfac_sparse"
 
 # A setting; overrides with which it has an effect; overrides with which it has none, and the reason that is given
 CASES = [
@@ -64,6 +65,14 @@ CASES = [
     ("optimizer.muon_lr=0.02", [MUON], ["optimizer.name=adam"], "name=adam does not read it"),
     (SOAP, [PACKAGE], [], "name=adamw does not read it; set optimizer.name=pytorch_optimizer"),
     ("optimizer.arguments={eps: 1}", [PACKAGE, SOAP], [], "name=adamw does not read it"),
+    ("optimizer.window=5", [SPARSE], [], "name=adamw does not read it"),
+    ("optimizer.density=0.5", [SPARSE], ["optimizer.name=mfac"], "name=mfac does not read it"),
+    ("optimizer.block=64", ["optimizer.name=micro_adam"], ["optimizer.name=ggt"], "name=ggt does not read it"),
+    ("optimizer.rank=2", ["optimizer.name=mfac_lowrank"], [SPARSE], "name=mfac_sparse does not read it"),
+    ("optimizer.damping=0.1", [SPARSE], ["optimizer.name=ggt_sparse"], "name=ggt_sparse does not read it"),
+    ("optimizer.precondition=model", ["optimizer.name=ggt"], [], "name=adamw does not read it"),
+    ("optimizer.error_feedback=false", [SPARSE], ["optimizer.name=mfac"], "name=mfac does not read it"),
+    ("optimizer.residual_dtype=fp32", [SPARSE], [SPARSE, "optimizer.error_feedback=false"], "nothing is kept"),
     ("averaging.decay=0.5", ["averaging.method=exponential"], ["averaging.method=last"], "method=last does not read it"),
     ("averaging.keep=9", ["averaging.method=last"], ["averaging.method=exponential"], "method=exponential does not read it"),
     ("averaging.every_steps=2", ["averaging.method=last"], [], "averages nothing; set averaging.method=exponential or last"),
