@@ -54,6 +54,7 @@ class DdpEngine(Engine):
         self._group_of = {i: number for number, g in enumerate(layout.groups) for i in g.parameters}
         self.clip_statistics = ClipStatistics(names, self._parameters[0].device)
         self._world = dist.get_world_size()
+        wire.begin(layout, self._parameters, self._world)
         self._scale: torch.Tensor | None = None
         self._held: list[tuple[int, torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
         self._steps = 0

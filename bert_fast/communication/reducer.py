@@ -59,6 +59,7 @@ class BucketReducer(Engine):
         self._mode, self._max_norm, self.wire = CLIP_MODES[clip], max_norm, wire
         self._group = group
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
+        wire.begin(layout, self._parameters, self._world)
         self._share = 1.0 / self._world  # of a rank in the average, virtual ranks counted
         self._kept: torch.Tensor | None = None  # sum over virtual ranks so far, as it would be on the wire
         self._num_kept = 0
@@ -215,7 +216,7 @@ class BucketReducer(Engine):
             self._in_flight.append(mine)
             return
         wire = self._with_kept(number, values)
-        self._accumulate_nonfinite(wire)
+        self._accumulate_nonfinite(wire if wire.is_floating_point() else values)
         mine.rest = self._collectives(number, wire, values)
         self._start(mine)
         if self.wire.stages > 1:

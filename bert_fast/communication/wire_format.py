@@ -10,13 +10,14 @@ the same order, whatever a scheme does. On gloo the hook waits there for the col
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bert_fast.communication import p2p
+from bert_fast.communication.buckets import GradientLayout
 from bert_fast.config.choices import CLIP_MODES, WIRE_FORMATS, find
 
 # torch 2.13 renamed it; images with older versions have only the old name
@@ -26,9 +27,14 @@ Work = dist.Work | p2p.P2PWork
 
 
 class WireFormat:
-    """A cast to `dtype` and back; the same dtype travels in place, without a copy."""
+    """A cast to `dtype` and back; the same dtype travels in place, without a copy.
 
-    stages = 1  # the most collectives a bucket takes
+    stages:    the most collectives a bucket takes
+    num_ranks: ranks that reduce with each other
+    """
+
+    stages = 1
+    num_ranks = 1
 
     def __init__(self, dtype: torch.dtype, scale: float = 1.0) -> None:
         """
@@ -37,6 +43,13 @@ class WireFormat:
         """
         self.dtype, self.scale = dtype, scale
         self.bytes_sent = 0  # payload handed to collectives by this rank
+
+    def begin(self, layout: GradientLayout, parameters: Sequence[torch.Tensor], num_ranks: int) -> None:
+        """An engine is about to send the buckets of `layout`, made of these parameters' gradients, with so many ranks."""
+        self.num_ranks = num_ranks
+
+    def end_step(self, skipped: torch.Tensor | bool) -> None:
+        """The step counts, or was skipped (0-dim, above 0) as some rank's gradient was not finite."""
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
         """What the first collective of bucket `number` reads; not finite where `values` are not, or do not fit.
@@ -93,11 +106,23 @@ class WireFormat:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint written by as many ranks."""
+        """Take up the state of this rank in a checkpoint written by as many ranks.
 
-    def count(self, wire: torch.Tensor) -> None:
-        """Account for a collective's payload."""
-        self.bytes_sent += wire.numel() * wire.element_size()
+        Raises:
+            ValueError, KeyError: it is of another format or model.
+        """
+
+    def take_over(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take up what these ranks of a checkpoint, which was written by another number of ranks, had not sent yet.
+
+        Every old rank is taken over by one new rank, so that the sum over ranks is the same as before. Raises as
+        `load_state_dict`.
+        """
+
+    def count(self, wire: torch.Tensor, share: float = 1.0) -> None:
+        """Account for a collective's payload. An all-to-all and an all-gather send half of what an all-reduce of as many
+        bytes sends, and count half where they take its place (`share`)."""
+        self.bytes_sent += round(share * wire.numel() * wire.element_size())
 
 
 def fp16_scale(clip: str, max_norm: float, has_loss_scale: bool) -> float:
@@ -117,11 +142,12 @@ def fp16_scale(clip: str, max_norm: float, has_loss_scale: bool) -> float:
     return usual
 
 
-def wire_format(name: str, gradient_dtype: torch.dtype, scale: float = 1.0) -> WireFormat:
+def wire_format(name: str, gradient_dtype: torch.dtype, scale: float = 1.0, **settings: Any) -> WireFormat:
     """The format of the config's `reduce_dtype`, a name of `WIRE_FORMATS`.
 
     Args:
         scale: of `fp16_scale`, for a format of so narrow a range that it needs one.
+        settings: what the format reads of `communication`; its own defaults where nothing is given.
     """
-    wire: WireFormat = find(WIRE_FORMATS, name)(gradient_dtype, scale)
+    wire: WireFormat = find(WIRE_FORMATS, name)(gradient_dtype, scale, **settings)
     return wire

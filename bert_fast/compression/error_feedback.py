@@ -88,7 +88,7 @@ class ErrorFeedback:
     def state_dict(self) -> dict[str, Any]:
         """The residual in its own format and the state of stochastic rounding, as copies."""
         self.end_step(False)
-        state: dict[str, Any] = {"residual": [part.clone() for part in self._now]}
+        state: dict[str, Any] = {"numel": self.numel, "residual": [part.clone() for part in self._now]}
         if self._generator is not None:
             state["rounding"] = self._generator.get_state()
         return state
@@ -96,7 +96,8 @@ class ErrorFeedback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave. Raises ValueError where it is of another length or format."""
         parts = state["residual"]
-        if [(p.shape, p.dtype) for p in parts] != [(p.shape, p.dtype) for p in self._now]:
+        same = [(p.shape, p.dtype) for p in parts] == [(p.shape, p.dtype) for p in self._now]
+        if not same or state["numel"] != self.numel:
             raise ValueError("the residual of an error feedback of another length or format")
         if (self._generator is not None) != ("rounding" in state):
             raise ValueError("the residual of an error feedback that rounds in another way")

@@ -235,11 +235,42 @@ OBJECTIVES = {
 }
 
 
-# A function (dtype of the gradients, scale) -> WireFormat, as bert_fast/communication/casts.py has it.
+@dataclass(frozen=True)
+class WireFormatChoice(Choice):
+    """What a run must know of a wire format before it is built.
+
+    settings: fields of `communication` that this format reads and not every one does
+    is_cast:  it sends the numbers of a bucket in another dtype and keeps nothing, so that any engine can send it, and several
+        ranks' can be added up
+    """
+
+    settings: tuple[str, ...] = ()
+    is_cast: bool = False
+
+
+# A function (dtype of the gradients, scale, and the settings it reads by name) -> WireFormat, as
+# bert_fast/communication/casts.py has it.
 WIRE_FORMATS = {
-    "fp32": Choice("bert_fast.communication.casts:fp32", "as they are"),
-    "bf16": Choice("bert_fast.communication.casts:bf16", "half the bytes, 8 bits of precision"),
-    "fp16": Choice("bert_fast.communication.casts:fp16", "half the bytes, 11 bits of precision, scaled into range"),
+    "fp32": WireFormatChoice("bert_fast.communication.casts:fp32", "as they are", is_cast=True),
+    "bf16": WireFormatChoice("bert_fast.communication.casts:bf16", "half the bytes, 8 bits of precision", is_cast=True),
+    "fp16": WireFormatChoice(
+        "bert_fast.communication.casts:fp16", "half the bytes, 11 bits of precision, scaled into range", is_cast=True
+    ),
+    "int8_ef": WireFormatChoice(
+        "bert_fast.communication.compressed:int8_ef",
+        "a quarter of the bytes: 8 bits with a scale per block, and error feedback",
+        settings=("residual_dtype",),
+    ),
+    "fp8_ef": WireFormatChoice(
+        "bert_fast.communication.compressed:fp8_ef",
+        "a quarter of the bytes: FP8 (e4m3) with a scale per block, and error feedback",
+        settings=("residual_dtype",),
+    ),
+    "topk_ef": WireFormatChoice(
+        "bert_fast.communication.compressed:topk_ef",
+        "the largest entries alone, with error feedback",
+        settings=("residual_dtype", "density"),
+    ),
 }
 
 

@@ -44,6 +44,10 @@ class CommunicationConfig(Section):
         "during the next forward pass; each rank then holds only its part of the optimizer state",
     )
     reduce_dtype: Annotated[str, one_of(WIRE_FORMATS)] = Field("fp32", description="number format on the wire")
+    residual_dtype: Literal["fp32", "bf16", "int4"] = Field(
+        "fp32", description="format of what error feedback keeps; there are two copies, as a step may be skipped"
+    )
+    density: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="share of a block that topk_ef sends")
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto",
         description="auto: nccl on CUDA, gloo on the CPU. A run of one rank calls no collectives with auto, and all "

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, OPTIMIZERS, STRATEGIES
+from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, OPTIMIZERS, STRATEGIES, WIRE_FORMATS
 
 if TYPE_CHECKING:
     from bert_fast.config.root import Config
@@ -54,6 +54,7 @@ _CHOOSERS: tuple[tuple[str, str, Mapping[str, _ReadsSettings]], ...] = (
     ("optimizer", "name", OPTIMIZERS),
     ("schedule", "decay", DECAYS),
     ("averaging", "method", AVERAGES),
+    ("communication", "reduce_dtype", WIRE_FORMATS),
 )
 
 

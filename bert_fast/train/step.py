@@ -148,6 +148,7 @@ class TrainStep:
                 self._update((~is_finite).to(torch.float32), self.optimizer.step)
         else:
             norm, is_finite = self._finish_by_bucket(self._bucketwise)
+        self.engine.wire.end_step(~is_finite)
         self.engine.gather_weights()
         waited_s, exposed_s = self.engine.weight_wait_s, self.engine.exposed_s
         return StepResult(

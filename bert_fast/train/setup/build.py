@@ -21,7 +21,7 @@ from bert_fast.communication.buckets import (
 from bert_fast.communication.engine import Engine
 from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_format
 from bert_fast.config import Config
-from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, SHARDED_ENGINES, find
+from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, SHARDED_ENGINES, WIRE_FORMATS, find
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
 from bert_fast.memory.estimate import least_bytes
@@ -156,14 +156,18 @@ def make_layout(config: Config, model: nn.Module, ready_order: list[int]) -> Gra
 
 def shards_of(config: Config) -> int:
     """Into how many equal parts a bucket must be divisible."""
-    return config.system.world_size if config.communication.shard_optimizer else 1
+    communication = config.communication
+    in_parts = communication.shard_optimizer or not WIRE_FORMATS[communication.reduce_dtype].is_cast
+    return config.system.world_size if in_parts else 1
 
 
 def make_wire(config: Config, environment: Environment, gradient_dtype: torch.dtype) -> WireFormat:
     """What gradients of `gradient_dtype` are sent as."""
     communication = config.communication
     scale = fp16_scale(communication.clip, communication.max_norm, environment.dtype == torch.float16)
-    return wire_format(communication.reduce_dtype, gradient_dtype, scale)
+    settings = WIRE_FORMATS[communication.reduce_dtype].settings
+    given = {name: getattr(communication, name) for name in settings}
+    return wire_format(communication.reduce_dtype, gradient_dtype, scale, **given)
 
 
 def make_engine(config: Config, environment: Environment, model: nn.Module, layout: GradientLayout) -> Engine:

@@ -1,0 +1,163 @@
+"""Wire formats that send fewer bits and make up for it: int8, FP8 and block Top-K with error feedback.
+
+An all-reduce of encoded numbers is an all-to-all and an all-gather. Of every bucket each rank owns a part: it gets the others'
+messages of that part, decodes and adds them up in fp32, encodes the sum and sends it to all. A rank makes up for what its own
+messages left out of its gradient, and an owner for what its message left out of the sum (two residuals, as in 1-bit Adam, arXiv
+2102.02888, section 4). All ranks decode the same bytes, so that they have the same gradient to the last bit.
+
+What is sent does not grow with the number of ranks: the bytes of a whole message for the all-to-all, and as many for the
+all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bert_fast.communication import p2p
+from bert_fast.communication.buckets import GradientLayout
+from bert_fast.communication.wire_format import WireFormat, Work
+from bert_fast.compression.error_feedback import ErrorFeedback
+from bert_fast.compression.quantize import Codec, Fp8, Int8
+from bert_fast.compression.topk import TopK
+
+_BLOCK = 512  # numbers that share a scale: 8 bits, and 4 bytes for each block, are 0.252 of fp32
+_TOP_K_BLOCK = 4096
+
+
+class CompressedFormat(WireFormat):
+    """Messages of a codec, with a residual of every bucket of this rank's gradient, and one of the parts that it owns."""
+
+    stages = 2
+
+    def __init__(self, codec: Codec, *, residual_dtype: str = "fp32") -> None:
+        super().__init__(torch.float32)
+        self._codec, self._residual_dtype = codec, residual_dtype
+
+    def begin(self, layout: GradientLayout, parameters: Sequence[torch.Tensor], num_ranks: int) -> None:
+        super().begin(layout, parameters, num_ranks)
+        self._layout, device = layout, parameters[0].device
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        lengths = [bucket.end - bucket.start for bucket in layout.buckets]
+        assert all(length % num_ranks == 0 for length in lengths), "the layout must be made for as many shards"
+
+        def residuals(parts: int) -> list[ErrorFeedback]:
+            return [ErrorFeedback(n // parts, storage=self._residual_dtype, device=device) for n in lengths]
+
+        self._own, self._owned = residuals(1), residuals(num_ranks)
+
+    def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
+        corrected = self._own[number].correct(values)
+        rows = corrected.view(self.num_ranks, -1)
+        message = self._codec.encode(rows)
+        self._own[number].keep(corrected, self._codec.decode(message, rows.shape[1]).reshape(-1))
+        return message
+
+    def all_reduce(
+        self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> Iterator[Work]:
+        length = len(values) // self.num_ranks
+        part = torch.empty(length, device=values.device)
+        yield from self._exchange(number, wire, part, group, share=0.5)
+        corrected = self._owned[number].correct(part)
+        message = self._codec.encode(corrected[None])
+        self._owned[number].keep(corrected, self._codec.decode(message, length)[0])
+        gathered = message.new_empty(self.num_ranks, message.shape[1])
+        gathered[dist.get_rank(group)] = message[0]
+        self.count(gathered, share=0.5)
+        yield _all_gather(gathered, 2 * number + 1, group)
+        values.copy_(self._codec.decode(gathered, length).reshape(-1))
+
+    def reduce_scatter(
+        self, number: int, wire: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> Iterator[Work]:
+        yield from self._exchange(number, wire, shard, group, share=1.0)
+
+    def _exchange(
+        self, number: int, wire: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup | None, share: float
+    ) -> Iterator[Work]:
+        """Send the others their parts of a message; the sum of what came of this rank's goes into `part`."""
+        received = torch.empty_like(wire)
+        self.count(wire, share)
+        yield _all_to_all(received, wire, 2 * number, group)
+        torch.sum(self._codec.decode(received, len(part)), dim=0, out=part)
+
+    def end_step(self, skipped: torch.Tensor | bool) -> None:
+        for feedback in (*self._own, *self._owned):
+            feedback.end_step(skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "own": [feedback.state_dict() for feedback in self._own],
+            "owned": [feedback.state_dict() for feedback in self._owned],
+            "offsets": list(self._layout.offsets),
+            "buckets": [(bucket.start, bucket.end) for bucket in self._layout.buckets],
+            "rank": self._rank,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for held, saved in ((self._own, state["own"]), (self._owned, state["owned"])):
+            for feedback, each in zip(held, saved, strict=True):
+                feedback.load_state_dict(each)
+
+    def take_over(self, states: Sequence[dict[str, Any]]) -> None:
+        device = self._own[0].residual().device
+        total = torch.zeros(self._layout.size, device=device)
+        for state in states:
+            old = self._whole_residual(state)
+            for index, numel in enumerate(self._layout.numel):
+                begin, there = self._layout.offsets[index], state["offsets"][index]
+                total[begin : begin + numel] += old[there : there + numel]
+        for number, bucket in enumerate(self._layout.buckets):
+            self._own[number].set_residual(total[bucket.start : bucket.end])
+            self._owned[number].set_residual(torch.zeros(self._owned[number].numel, device=device))
+
+    def _whole_residual(self, state: dict[str, Any]) -> torch.Tensor:
+        """fp32, in the places of the old layout: what an old rank had not sent of its gradient, and of the sums it owned."""
+        device = self._own[0].residual().device
+        whole = torch.zeros(max(end for _, end in state["buckets"]), device=device)
+        for (begin, _), own, owned in zip(state["buckets"], state["own"], state["owned"], strict=True):
+            for first, saved in ((begin, own), (begin + state["rank"] * owned["numel"], owned)):
+                feedback = ErrorFeedback(saved["numel"], storage=self._residual_dtype, device=device)
+                feedback.load_state_dict(saved)
+                whole[first : first + saved["numel"]] += feedback.residual()
+        return whole
+
+
+def _all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
+    """Row i of `sent` goes to rank i. On gloo, tags tell exchanges apart."""
+    if dist.get_backend(group) == "gloo":
+        return p2p.all_to_all(received, sent, tag, group)
+    work: Work = dist.all_to_all_single(received, sent, group=group, async_op=True)
+    return work
+
+
+def _all_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
+    """Fill `whole`, of which this rank has its row."""
+    if dist.get_backend(group) == "gloo":
+        return p2p.all_gather(whole, tag, group)
+    work: Work = dist.all_gather_into_tensor(whole, whole[dist.get_rank(group)], group=group, async_op=True)
+    return work
+
+
+# ---- entries of config.choices.WIRE_FORMATS ---------------------------------------------------------------------------------
+
+
+def int8_ef(gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32") -> WireFormat:
+    """8 bits, with a scale for each 512 numbers."""
+    return CompressedFormat(Int8(_BLOCK), residual_dtype=residual_dtype)
+
+
+def fp8_ef(gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32") -> WireFormat:
+    """FP8 (e4m3), with a scale for each 512 numbers."""
+    return CompressedFormat(Fp8(_BLOCK), residual_dtype=residual_dtype)
+
+
+def topk_ef(
+    gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", density: float = 0.01
+) -> WireFormat:
+    """The largest entries of each 4,096, as bf16."""
+    return CompressedFormat(TopK(density, _TOP_K_BLOCK), residual_dtype=residual_dtype)

@@ -1,0 +1,170 @@
+"""Lossy wire formats between real ranks: what arrives and what is left add up, all ranks agree, state goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from support.rank_pool import RankPool
+from torch import nn
+
+from bert_fast.communication.buckets import plan_layout
+from bert_fast.communication.reducer import BucketReducer
+from bert_fast.communication.sharded import ShardedReducer
+from bert_fast.communication.wire_format import WireFormat, wire_format
+from bert_fast.config.choices import WIRE_FORMATS
+
+pytestmark = pytest.mark.distributed
+
+Pools = Callable[[int], RankPool]
+FORMATS = [name for name, choice in WIRE_FORMATS.items() if not choice.is_cast]
+STEPS, SKIPPED = 12, (4, 7)
+SIZES = [(64, 48), (48,), (96, 64), (7,), (64, 64), (1000,)]
+
+
+class Net(nn.Module):
+    """Parameters whose gradients are what is given: the gradient of a scalar product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in SIZES)
+
+    def forward(self, given: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([(w * g).sum() for w, g in zip(self.weights, given, strict=True)]).sum()
+
+
+def gradients(rank: int, step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return [torch.randn(size, generator=generator) * 10.0 ** -(number % 3) for number, size in enumerate(SIZES)]
+
+
+def make(name: str, world: int, sharded: bool = False, **settings: Any) -> tuple[Net, BucketReducer]:
+    model = Net()
+    numel = [p.numel() for p in model.parameters()]
+    layout = plan_layout(
+        [n for n, _ in model.named_parameters()], numel, list(range(len(SIZES)))[::-1],
+        clip_groups="tensor", bucket_mb=0.03, whole_groups=True, shards=world,
+    )  # fmt: skip
+    assert len(layout.buckets) > 1
+    wire = wire_format(name, torch.float32, **settings)
+    kind = ShardedReducer if sharded else BucketReducer
+    return model, kind(model, layout, clip="none", max_norm=1.0, wire=wire)
+
+
+def reduce(model: Net, engine: BucketReducer, step: int, skipped: bool = False) -> np.ndarray:
+    """A step's averaged gradient, in the order of parameters; of a rank's shards elsewhere zeros."""
+    engine.zero_grad()
+    given = gradients(dist.get_rank(), step)
+    if skipped and dist.get_rank() == 0:
+        given[1] = given[1] * float("inf")
+    with engine.micro_batch(True):
+        model(given).backward()
+    norm = engine.finish()
+    assert torch.isfinite(norm) == (not skipped)
+    engine.wire.end_step(torch.tensor(float(skipped)))
+    return np.concatenate([p.grad.numpy().ravel().copy() for p in model.parameters()])  # type: ignore[union-attr]
+
+
+def exact(step: int, world: int) -> np.ndarray:
+    ranks = [torch.cat([g.ravel() for g in gradients(rank, step)]) for rank in range(world)]
+    return torch.stack(ranks).double().mean(dim=0).numpy()
+
+
+def left_over(wire: WireFormat, layout: Any) -> np.ndarray:
+    """What this rank has not sent, in the order of parameters: taken over by a rank that has nothing."""
+    heir = type(wire)(wire._codec)  # type: ignore[attr-defined, call-arg]
+    heir.begin(layout, [torch.zeros(1)], 1)
+    heir.take_over([wire.state_dict()])
+    flat = torch.cat([feedback.residual() for feedback in heir._own])  # type: ignore[attr-defined]
+    return np.concatenate([flat[o : o + n].numpy() for o, n in zip(layout.offsets, layout.numel, strict=True)])
+
+
+def run(rank: int, world: int, name: str, restart_at: int | None = None) -> dict[str, Any]:
+    model, engine = make(name, world)
+    found, sent = [], []
+    for step in range(STEPS):
+        if step == restart_at:
+            state = engine.wire.state_dict()
+            model, engine = make(name, world)
+            engine.wire.load_state_dict(state)
+        engine.reset_counters()
+        result = reduce(model, engine, step, step in SKIPPED)
+        sent.append(engine.counters()["gradient_bytes"])
+        if step not in SKIPPED:
+            found.append(result)
+    return {"found": np.stack(found), "left": left_over(engine.wire, engine.layout), "sent": sent}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_arrived_and_what_is_left_are_all_gradients(pool: Pools, name: str, world: int) -> None:
+    """Over steps of which two were skipped, as one rank's gradient was not finite."""
+    ranks = pool(world).call(run, name)
+    for one in ranks:
+        np.testing.assert_array_equal(one["found"], ranks[0]["found"])
+    truth = np.stack([exact(step, world) for step in range(STEPS) if step not in SKIPPED])
+    arrived = ranks[0]["found"].astype(np.float64).sum(axis=0)
+    left = sum(one["left"].astype(np.float64) for one in ranks)
+    np.testing.assert_allclose(arrived + left, truth.sum(axis=0), atol=2e-5)
+    assert np.linalg.norm(ranks[0]["found"][0] - truth[0]) > 1e-4 * np.linalg.norm(truth[0]), "it is lossy"
+    assert np.abs(left).max() > 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_goes_on_from_a_checkpoint_bit_for_bit(pool: Pools, name: str) -> None:
+    straight, resumed = pool(2).call(run, name), pool(2).call(run, name, 5)
+    for one, other in zip(straight, resumed, strict=True):
+        np.testing.assert_array_equal(one["found"], other["found"])
+        np.testing.assert_array_equal(one["left"], other["left"])
+
+
+def halves(rank: int, world: int, name: str) -> dict[str, Any]:
+    """A rank's state after some steps."""
+    model, engine = make(name, world)
+    total = sum(reduce(model, engine, step).astype(np.float64) for step in range(5))
+    return {"arrived": total, "state": engine.wire.state_dict(), "left": left_over(engine.wire, engine.layout)}
+
+
+def take_over(rank: int, world: int, name: str, states: list[dict[str, Any]]) -> np.ndarray:
+    _, engine = make(name, world)
+    engine.wire.take_over(states[rank::world])
+    return left_over(engine.wire, engine.layout)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 1)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_another_number_of_ranks_takes_over_all_that_was_left(pool: Pools, name: str, before: int, after: int) -> None:
+    old = pool(before).call(halves, name)
+    new = pool(after).call(take_over, name, [one["state"] for one in old])
+    expected = sum(one["left"].astype(np.float64) for one in old)
+    np.testing.assert_allclose(sum(one.astype(np.float64) for one in new), expected, atol=1e-6)
+    truth = sum(exact(step, before) for step in range(5))
+    np.testing.assert_allclose(old[0]["arrived"] + expected, truth, atol=2e-5)
+
+
+def sharded(rank: int, world: int, name: str) -> np.ndarray:
+    """Sum over steps of the averaged gradient, put together from the ranks' shards, and of what is left."""
+    model, engine = make(name, world, sharded=True)
+    total = torch.zeros(engine.layout.size, dtype=torch.float64)
+    for step in range(STEPS):
+        reduce(model, engine, step)
+        for number, bucket in enumerate(engine.layout.buckets):
+            length = (bucket.end - bucket.start) // world
+            first = bucket.start + rank * length
+            total[first : first + length] += engine.reduced(number)
+    dist.all_reduce(total)
+    layout = engine.layout
+    arrived = np.concatenate([total[o : o + n].numpy() for o, n in zip(layout.offsets, layout.numel, strict=True)])
+    left = torch.from_numpy(left_over(engine.wire, layout)).double()
+    dist.all_reduce(left)
+    return arrived + left.numpy()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sharded(pool: Pools, name: str) -> None:
+    truth = sum(exact(step, 2) for step in range(STEPS))
+    np.testing.assert_allclose(pool(2).call(sharded, name)[0], truth, atol=2e-5)
