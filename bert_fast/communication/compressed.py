@@ -99,6 +99,9 @@ class CompressedFormat(WireFormat):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["buckets"] != [(bucket.start, bucket.end) for bucket in self._layout.buckets]:
+            self.take_over([state])  # bucket sizes may change from run to run
+            return
         for held, saved in ((self._own, state["own"]), (self._owned, state["owned"])):
             for feedback, each in zip(held, saved, strict=True):
                 feedback.load_state_dict(each)

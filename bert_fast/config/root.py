@@ -12,7 +12,15 @@ from bert_fast.config.averaging import AveragingConfig
 from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
-from bert_fast.config.choices import ATTENTION_BACKENDS, CLIP_MODES, DECAYS, ENGINES, OPTIMIZERS, SHARDED_ENGINES
+from bert_fast.config.choices import (
+    ATTENTION_BACKENDS,
+    CLIP_MODES,
+    DECAYS,
+    ENGINES,
+    OPTIMIZERS,
+    SHARDED_ENGINES,
+    WIRE_FORMATS,
+)
 from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.effects import idle_settings
@@ -284,6 +292,37 @@ def _virtual_ranks_have_an_engine(config: Config) -> str | None:
     )
 
 
+def _wire_format_has_an_engine(config: Config) -> str | None:
+    """What is lossy has collectives, a residual and equal parts of its own."""
+    communication = config.communication
+    name = communication.reduce_dtype
+    if WIRE_FORMATS[name].is_cast:
+        return None
+    casts = " or ".join(each for each, choice in WIRE_FORMATS.items() if choice.is_cast)
+    what = f"communication.reduce_dtype={name}"
+    if communication.engine != "bucketed":
+        return (
+            f"{what} needs communication.engine=bucketed and it is {communication.engine}, which sends casts alone; set one of "
+            f"them, reduce_dtype to {casts}"
+        )
+    if config.batch.virtual_ranks > 1:
+        return (
+            f"{what} keeps what it has not sent of one rank's gradient, and batch.virtual_ranks={config.batch.virtual_ranks} "
+            f"has several on a rank; set virtual_ranks=1 or reduce_dtype to {casts}"
+        )
+    if config.train.precision == "fp16":
+        return (
+            f"{what} keeps what it has not sent for the next step, whose loss scale may be another with train.precision=fp16; "
+            f"set train.precision=bf16 or reduce_dtype to {casts}"
+        )
+    if config.train.cuda_graphs:
+        return (
+            f"{what} with train.cuda_graphs=true: a graph cannot hold its exchanges; set train.cuda_graphs=false or "
+            f"reduce_dtype to {casts}"
+        )
+    return None
+
+
 def _decay_ends_after_it_begins(config: Config) -> str | None:
     schedule = config.schedule
     if schedule.decay_from == "warmup_end" and schedule.full_rate_until >= schedule.total_steps:
@@ -352,6 +391,7 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _package_optimizer_is_named,
     _schedule_free_is_an_average,
     _virtual_ranks_have_an_engine,
+    _wire_format_has_an_engine,
     _decay_ends_after_it_begins,
     _apex_cannot_shard,
     _closed_division_uses_lamb,

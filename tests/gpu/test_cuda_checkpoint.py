@@ -43,5 +43,5 @@ def test_a_checkpoint_beside_the_next_step(make_config: Callable[..., Config], t
     expected = steps(2)  # while it is copied and written
     saver.wait()
     components = build(config, environment)
-    load_tensors(tmp_path / "step-00000002", components, environment, counts, same_ranks=True)
+    load_tensors(tmp_path / "step-00000002", components, environment, counts, num_ranks=1)
     assert steps(2) == expected

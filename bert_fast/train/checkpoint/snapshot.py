@@ -113,14 +113,15 @@ def load_tensors(
     components: TrainComponents,
     environment: Environment,
     counts: dict[str, Any],
-    same_ranks: bool,
+    num_ranks: int,
     average_count: int = 0,
 ) -> None:
     """Put a checkpoint's tensors back, on every rank by itself.
 
     Args:
         counts: of `optimizer_counts`.
-        same_ranks: as many ranks as wrote it, so that each takes its own state too.
+        num_ranks: how many ranks wrote it. As many as now: each takes its own state too. Others: what their wire formats had
+            not sent is shared out.
         average_count: updates of the average of the weights.
 
     Raises:
@@ -138,12 +139,22 @@ def load_tensors(
         slices += _average_slices(components)
     with torch.no_grad():
         read_slices(path, slices)
-    own = read_bytes(path, metadata, rank_name(environment.rank)) if same_ranks else None
-    if own is not None:
-        torch.set_rng_state(own["cpu"])
-        if environment.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda"], environment.device)
-        components.engine.wire.load_state_dict(own["wire"])
+    wire = components.engine.wire
+    try:
+        if num_ranks == environment.world_size:
+            own = read_bytes(path, metadata, rank_name(environment.rank))
+            torch.set_rng_state(own["cpu"])
+            if environment.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda"], environment.device)
+            wire.load_state_dict(own["wire"])
+        elif wire.state_dict():
+            heirs = range(environment.rank, num_ranks, environment.world_size)
+            wire.take_over([read_bytes(path, metadata, rank_name(rank))["wire"] for rank in heirs])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        text = str(error).partition("\n")[0][:120]
+        raise UserError(
+            f"checkpoint {path} cannot be read (a rank's state: {type(error).__name__}: {text}); remove it"
+        ) from None
 
 
 def _restored_optimizer(

@@ -145,14 +145,15 @@ class TrainState:
     def load(self, path: Path, description: Description, seed: int) -> None:
         """Take up a checkpoint, on every rank by itself.
 
-        Where another number of ranks wrote it, random state begins anew from `seed` and the step, error feedback from zero.
+        Where another number of ranks wrote it, random state begins anew from `seed` and the step, and what their wire
+        formats had not sent is shared out.
         """
         same_ranks = description.world_size == self.environment.world_size
         if not same_ranks:
             seed_ranks(seed + description.state.progress.step, self.environment)
         saved = description.state
         counts = saved.optimizer.model_dump()
-        load_tensors(path, self.components, self.environment, counts, same_ranks, saved.average)
+        load_tensors(path, self.components, self.environment, counts, description.world_size, saved.average)
         self.components.step.prepare_rates()
         self.load_state_dict(description.state)
 

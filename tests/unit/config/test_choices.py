@@ -145,7 +145,7 @@ def test_a_new_wire_format(add: Callable[..., None], make_config: Callable[..., 
         def build(gradient_dtype, scale):
             return Int8(torch.int8)
         """
-    add(choices.WIRE_FORMATS, code, "build")
+    add(choices.WIRE_FORMATS, code, "build", choices.WireFormatChoice)
     config = make_config("communication.reduce_dtype=dummy")
     wire = wire_format(config.communication.reduce_dtype, torch.float32)
     values = torch.tensor([1.2, -3.6, 100.0])

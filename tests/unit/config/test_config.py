@@ -445,6 +445,30 @@ def test_updates_by_bucket_need_an_update_that_is_known(
         make_config("optimizer.step_per_bucket=true", *overrides)
 
 
+@pytest.mark.parametrize("name", ["int8_ef", "fp8_ef", "topk_ef"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["communication.engine=ddp"],
+            r"needs communication\.engine=bucketed and it is ddp.*reduce_dtype to fp32 or bf16",
+        ),
+        (["batch.virtual_ranks=2"], r"virtual_ranks=2 has several on a rank; set virtual_ranks=1"),
+        (["train.precision=fp16", "system.device=cuda"], r"loss scale .* set train\.precision=bf16"),
+        (
+            ["train.cuda_graphs=true", "system.device=cuda", "model.attention_backend=torch_flash"],
+            r"set train\.cuda_graphs=f",
+        ),
+    ],
+)
+def test_a_lossy_wire_format_that_cannot_be_had_is_refused(
+    make_config: Callable[..., Config], name: str, overrides: list[str], message: str
+) -> None:
+    make_config(f"communication.reduce_dtype={name}")
+    with pytest.raises(UserError, match=message):
+        make_config(f"communication.reduce_dtype={name}", *overrides)
+
+
 GRAPHS = ["train.cuda_graphs=true", "system.device=cuda", "model.attention_backend=torch_flash"]
 PACKAGE = ["optimizer.name=pytorch_optimizer", "optimizer.class_name=SOAP"]
 

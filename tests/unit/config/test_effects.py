@@ -19,6 +19,7 @@ TWO_NODES = ("system.world_size=2", "system.ranks_per_node=1", "batch.micro_batc
 LOGGED = "mlperf.enabled=true"
 LAMB, MUON, PACKAGE = "optimizer.name=lamb", "optimizer.name=muon", "optimizer.name=pytorch_optimizer"
 SOAP = "optimizer.class_name=SOAP"
+INT8 = "communication.reduce_dtype=int8_ef"
 SPARSE = "optimizer.name=mfac_sparse"
 
 # A setting; overrides with which it has an effect; overrides with which it has none, and the reason that is given
@@ -36,6 +37,8 @@ CASES = [
     ("communication.max_bucket_mb=9", [AUTO], ["communication.bucket_mb=[1, 2]"], "nothing is planned"),
     ("communication.max_norm=2", ["communication.clip=global_after_reduce"], ["communication.clip=none"], "clips no gradient"),
     ("communication.clip_groups=tensor", [], ["communication.clip=global_after_reduce"], "global_after_reduce clips no groups"),
+    ("communication.residual_dtype=bf16", [INT8], ["communication.reduce_dtype=bf16"], "reduce_dtype=bf16 does not read it"),
+    ("communication.density=0.1", ["communication.reduce_dtype=topk_ef"], [INT8], "reduce_dtype=int8_ef does not read it"),
     ("schedule.warmup_steps=4", ["schedule.start_warmup_step=-2"], ["schedule.start_warmup_step=-3"], "warm-up is over"),
     ("schedule.warmup_steps=3", [REFERENCE, "schedule.start_warmup_step=-2"],
      [REFERENCE, "schedule.start_warmup_step=-3"], "warm-up is over"),

@@ -16,7 +16,7 @@ from support.steps import PlannedSteps, cpu_rank, weights_of
 from bert_fast.communication.ddp import DdpEngine
 from bert_fast.communication.wire_format import WireFormat
 from bert_fast.config import Config
-from bert_fast.config.choices import WIRE_FORMATS, Choice
+from bert_fast.config.choices import WIRE_FORMATS, WireFormatChoice
 from bert_fast.errors import UserError
 from bert_fast.memory.estimate import least_bytes, num_parameters
 from bert_fast.report.console import run_rows
@@ -61,7 +61,9 @@ def test_a_wire_that_is_no_cast_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     scheme: Callable[..., WireFormat],
 ) -> None:
-    monkeypatch.setitem(WIRE_FORMATS, "clever", Choice(f"{__name__}:{scheme.__name__}", "a test's"))
+    monkeypatch.setitem(
+        WIRE_FORMATS, "clever", WireFormatChoice(f"{__name__}:{scheme.__name__}", "a test's", is_cast=True)
+    )
     build(make_config("communication.reduce_dtype=clever"), environment)
     with pytest.raises(UserError, match=r"batch\.virtual_ranks=4 with communication\.reduce_dtype=clever.*set "):
         build(make_config("communication.reduce_dtype=clever", *FOUR), environment)

@@ -188,7 +188,7 @@ def test_a_checkpoint_of_other_groups_is_one_line(make_config: MakeConfig, tmp_p
     task.save(tmp_path, 4)
     counts = optimizer_counts(task.components) | {"groups": [{}]}
     with pytest.raises(UserError, match=r"is damaged \(it has 1 groups of parameters and the optimizer 2\); remove it"):
-        load_tensors(tmp_path / checkpoint_name(4), task.components, task.environment, counts, same_ranks=True)
+        load_tensors(tmp_path / checkpoint_name(4), task.components, task.environment, counts, num_ranks=1)
 
 
 def test_bytes_that_are_no_state_are_one_line(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_bytes_that_are_no_state_are_one_line(make_config: MakeConfig, tmp_path:
     plain.save(tmp_path, 4)
     counts = optimizer_counts(lion.components)
     with pytest.raises(UserError, match=r"cannot be read \(optimizer_state: TypeError: .*\); remove it"):
-        load_tensors(tmp_path / checkpoint_name(4), lion.components, lion.environment, counts, same_ranks=True)
+        load_tensors(tmp_path / checkpoint_name(4), lion.components, lion.environment, counts, num_ranks=1)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

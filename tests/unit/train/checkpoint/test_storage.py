@@ -362,7 +362,7 @@ def test_a_machine_is_put_back_to_the_bit(
     expected, weights = steps(2), [p.detach().clone() for p in components.model.parameters()]
     other = build(config, environment)
     torch.manual_seed(77)
-    load_tensors(tmp_path / "step-00000002", other, environment, counts, same_ranks=True)
+    load_tensors(tmp_path / "step-00000002", other, environment, counts, num_ranks=1)
     components = other
     assert steps(2) == expected
     assert all(torch.equal(a, b) for a, b in zip(weights, other.model.parameters(), strict=True))
@@ -376,9 +376,9 @@ def test_without_the_same_ranks_random_state_stays(
     write_checkpoint(tmp_path, [*slices_to_write(components, environment), mine], {"step": 1}, 0, 2, None)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    load_tensors(tmp_path / "step-00000001", components, environment, optimizer_counts(components), same_ranks=False)
+    load_tensors(tmp_path / "step-00000001", components, environment, optimizer_counts(components), num_ranks=2)
     assert torch.equal(torch.get_rng_state(), before)
-    load_tensors(tmp_path / "step-00000001", components, environment, optimizer_counts(components), same_ranks=True)
+    load_tensors(tmp_path / "step-00000001", components, environment, optimizer_counts(components), num_ranks=1)
     assert not torch.equal(torch.get_rng_state(), before)
 
 
