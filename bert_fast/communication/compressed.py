@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from bert_fast.communication import p2p
 from bert_fast.communication.buckets import GradientLayout
+from bert_fast.communication.residuals import Residuals
 from bert_fast.communication.wire_format import WireFormat, Work
-from bert_fast.compression.error_feedback import ErrorFeedback
 from bert_fast.compression.quantize import Codec, Fp8, Int8
 from bert_fast.compression.topk import TopK
 
@@ -39,15 +39,11 @@ class CompressedFormat(WireFormat):
 
     def begin(self, layout: GradientLayout, parameters: Sequence[torch.Tensor], num_ranks: int) -> None:
         super().begin(layout, parameters, num_ranks)
-        self._layout, device = layout, parameters[0].device
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
-        lengths = [bucket.end - bucket.start for bucket in layout.buckets]
-        assert all(length % num_ranks == 0 for length in lengths), "the layout must be made for as many shards"
-
-        def residuals(parts: int) -> list[ErrorFeedback]:
-            return [ErrorFeedback(n // parts, storage=self._residual_dtype, device=device) for n in lengths]
-
-        self._own, self._owned = residuals(1), residuals(num_ranks)
+        assert all((b.end - b.start) % num_ranks == 0 for b in layout.buckets), "the layout must have as many shards"
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        device = parameters[0].device
+        self._own = Residuals(layout, self._residual_dtype, device)
+        self._owned = Residuals(layout, self._residual_dtype, device, part=rank, num_parts=num_ranks)
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
         corrected = self._own[number].correct(values)
@@ -86,48 +82,23 @@ class CompressedFormat(WireFormat):
         torch.sum(self._codec.decode(received, len(part)), dim=0, out=part)
 
     def end_step(self, skipped: torch.Tensor | bool) -> None:
-        for feedback in (*self._own, *self._owned):
-            feedback.end_step(skipped)
+        self._own.end_step(skipped)
+        self._owned.end_step(skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "own": [feedback.state_dict() for feedback in self._own],
-            "owned": [feedback.state_dict() for feedback in self._owned],
-            "offsets": list(self._layout.offsets),
-            "buckets": [(bucket.start, bucket.end) for bucket in self._layout.buckets],
-            "rank": self._rank,
-        }
+        return {"own": self._own.state_dict(), "owned": self._owned.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["buckets"] != [(bucket.start, bucket.end) for bucket in self._layout.buckets]:
-            self.take_over([state])  # bucket sizes may change from run to run
-            return
-        for held, saved in ((self._own, state["own"]), (self._owned, state["owned"])):
-            for feedback, each in zip(held, saved, strict=True):
-                feedback.load_state_dict(each)
+        if self._own.fits(state["own"]) and self._owned.fits(state["owned"]):
+            self._own.load_state_dict(state["own"])
+            self._owned.load_state_dict(state["owned"])
+        else:  # sizes of buckets may change from run to run
+            self.take_over([state], state)
 
-    def take_over(self, states: Sequence[dict[str, Any]]) -> None:
-        device = self._own[0].residual().device
-        total = torch.zeros(self._layout.size, device=device)
-        for state in states:
-            old = self._whole_residual(state)
-            for index, numel in enumerate(self._layout.numel):
-                begin, there = self._layout.offsets[index], state["offsets"][index]
-                total[begin : begin + numel] += old[there : there + numel]
-        for number, bucket in enumerate(self._layout.buckets):
-            self._own[number].set_residual(total[bucket.start : bucket.end])
-            self._owned[number].set_residual(torch.zeros(self._owned[number].numel, device=device))
-
-    def _whole_residual(self, state: dict[str, Any]) -> torch.Tensor:
-        """fp32, in the places of the old layout: what an old rank had not sent of its gradient, and of the sums it owned."""
-        device = self._own[0].residual().device
-        whole = torch.zeros(max(end for _, end in state["buckets"]), device=device)
-        for (begin, _), own, owned in zip(state["buckets"], state["own"], state["owned"], strict=True):
-            for first, saved in ((begin, own), (begin + state["rank"] * owned["numel"], owned)):
-                feedback = ErrorFeedback(saved["numel"], storage=self._residual_dtype, device=device)
-                feedback.load_state_dict(saved)
-                whole[first : first + saved["numel"]] += feedback.residual()
-        return whole
+    def take_over(self, states: Sequence[dict[str, Any]], common: dict[str, Any]) -> None:
+        # What an owner had not sent of a sum is as good as what a rank had not sent of its gradient
+        self._own.take_over([part for state in states for part in (state["own"], state["owned"])])
+        self._owned.take_over([])
 
 
 def _all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:

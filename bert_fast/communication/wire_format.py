@@ -112,11 +112,11 @@ class WireFormat:
             ValueError, KeyError: it is of another format or model.
         """
 
-    def take_over(self, states: Sequence[dict[str, Any]]) -> None:
+    def take_over(self, states: Sequence[dict[str, Any]], common: dict[str, Any]) -> None:
         """Take up what these ranks of a checkpoint, which was written by another number of ranks, had not sent yet.
 
-        Every old rank is taken over by one new rank, so that the sum over ranks is the same as before. Raises as
-        `load_state_dict`.
+        Every old rank is taken over by one new rank, so that the sum over ranks is the same as before. `common` is the state of
+        the old rank 0, for what all ranks have alike. Raises as `load_state_dict`.
         """
 
     def count(self, wire: torch.Tensor, share: float = 1.0) -> None:

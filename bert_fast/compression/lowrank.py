@@ -74,10 +74,21 @@ class PowerIteration:
                 found[number] = p, q
         return found
 
+    def basis(self) -> torch.Tensor:
+        """Q of each matrix that the next step begins with, flat [num_right]."""
+        return self._flat(self._right)
+
     def start_from(self, right: torch.Tensor) -> None:
         """The next step begins with this Q [num_right]."""
         for mine, new in zip(self._right, self._unflat(right, side=1), strict=True):
             mine.copy_(new)
+
+    def start_from_each(self, rights: Sequence[torch.Tensor]) -> None:
+        """The next step begins with these Q [columns, rank], in the order of the shapes. Raises ValueError for others."""
+        if [tuple(q.shape) for q in rights] != [(k, r) for (_, k), r in zip(self.shapes, self.ranks, strict=True)]:
+            raise ValueError("the bases of a power iteration over other matrices, or of another rank")
+        for mine, batch in zip(self._right, self._batches, strict=True):
+            mine.copy_(torch.stack([rights[number] for number in batch]))
 
     def state_dict(self) -> dict[str, Any]:
         """Q of each batch, as copies."""

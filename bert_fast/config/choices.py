@@ -242,10 +242,12 @@ class WireFormatChoice(Choice):
     settings: fields of `communication` that this format reads and not every one does
     is_cast:  it sends the numbers of a bucket in another dtype and keeps nothing, so that any engine can send it, and several
         ranks' can be added up
+    not_sharded: why it cannot leave each rank a part of a bucket (`communication.shard_optimizer`); empty: it can
     """
 
     settings: tuple[str, ...] = ()
     is_cast: bool = False
+    not_sharded: str = ""
 
 
 # A function (dtype of the gradients, scale, and the settings it reads by name) -> WireFormat, as
@@ -270,6 +272,12 @@ WIRE_FORMATS = {
         "bert_fast.communication.compressed:topk_ef",
         "the largest entries alone, with error feedback",
         settings=("residual_dtype", "density"),
+    ),
+    "powersgd": WireFormatChoice(
+        "bert_fast.communication.powersgd:powersgd",
+        "matrices as products of two thin ones, with error feedback",
+        settings=("residual_dtype", "powersgd_rank", "exact_steps"),
+        not_sharded="it reduces the factors of whole matrices, and a shard is cut without regard to them",
     ),
 }
 

@@ -48,6 +48,12 @@ class CommunicationConfig(Section):
         "fp32", description="format of what error feedback keeps; there are two copies, as a step may be skipped"
     )
     density: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="share of a block that topk_ef sends")
+    powersgd_rank: Annotated[int, Field(ge=1, le=4096)] = Field(
+        4, description="powersgd: columns of the thin matrices; at most the smaller side of a matrix"
+    )
+    exact_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="powersgd: steps in fp32 before the first that is compressed"
+    )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto",
         description="auto: nccl on CUDA, gloo on the CPU. A run of one rank calls no collectives with auto, and all "

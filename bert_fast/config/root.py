@@ -305,6 +305,8 @@ def _wire_format_has_an_engine(config: Config) -> str | None:
             f"{what} needs communication.engine=bucketed and it is {communication.engine}, which sends casts alone; set one of "
             f"them, reduce_dtype to {casts}"
         )
+    if communication.shard_optimizer and WIRE_FORMATS[name].not_sharded:
+        return f"{what} with communication.shard_optimizer=true: {WIRE_FORMATS[name].not_sharded}; set shard_optimizer=false"
     if config.batch.virtual_ranks > 1:
         return (
             f"{what} keeps what it has not sent of one rank's gradient, and batch.virtual_ranks={config.batch.virtual_ranks} "

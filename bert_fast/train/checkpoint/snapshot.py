@@ -148,8 +148,9 @@ def load_tensors(
                 torch.cuda.set_rng_state(own["cuda"], environment.device)
             wire.load_state_dict(own["wire"])
         elif wire.state_dict():
-            heirs = range(environment.rank, num_ranks, environment.world_size)
-            wire.take_over([read_bytes(path, metadata, rank_name(rank))["wire"] for rank in heirs])
+            taken_over = range(environment.rank, num_ranks, environment.world_size)
+            states = [read_bytes(path, metadata, rank_name(rank))["wire"] for rank in taken_over]
+            wire.take_over(states, read_bytes(path, metadata, rank_name(0))["wire"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         text = str(error).partition("\n")[0][:120]
         raise UserError(

@@ -445,7 +445,7 @@ def test_updates_by_bucket_need_an_update_that_is_known(
         make_config("optimizer.step_per_bucket=true", *overrides)
 
 
-@pytest.mark.parametrize("name", ["int8_ef", "fp8_ef", "topk_ef"])
+@pytest.mark.parametrize("name", ["int8_ef", "fp8_ef", "topk_ef", "powersgd"])
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -467,6 +467,11 @@ def test_a_lossy_wire_format_that_cannot_be_had_is_refused(
     make_config(f"communication.reduce_dtype={name}")
     with pytest.raises(UserError, match=message):
         make_config(f"communication.reduce_dtype={name}", *overrides)
+
+
+def test_powersgd_is_not_sharded(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"factors of whole matrices.*; set shard_optimizer=false"):
+        make_config("communication.reduce_dtype=powersgd", "communication.shard_optimizer=true")
 
 
 GRAPHS = ["train.cuda_graphs=true", "system.device=cuda", "model.attention_backend=torch_flash"]

@@ -19,6 +19,7 @@ TWO_NODES = ("system.world_size=2", "system.ranks_per_node=1", "batch.micro_batc
 LOGGED = "mlperf.enabled=true"
 LAMB, MUON, PACKAGE = "optimizer.name=lamb", "optimizer.name=muon", "optimizer.name=pytorch_optimizer"
 SOAP = "optimizer.class_name=SOAP"
+POWERSGD = "communication.reduce_dtype=powersgd"
 INT8 = "communication.reduce_dtype=int8_ef"
 SPARSE = "optimizer.name=mfac_sparse"
 
@@ -39,6 +40,8 @@ CASES = [
     ("communication.clip_groups=tensor", [], ["communication.clip=global_after_reduce"], "global_after_reduce clips no groups"),
     ("communication.residual_dtype=bf16", [INT8], ["communication.reduce_dtype=bf16"], "reduce_dtype=bf16 does not read it"),
     ("communication.density=0.1", ["communication.reduce_dtype=topk_ef"], [INT8], "reduce_dtype=int8_ef does not read it"),
+    ("communication.powersgd_rank=2", [POWERSGD], [INT8], "reduce_dtype=int8_ef does not read it"),
+    ("communication.exact_steps=5", [POWERSGD], [], "reduce_dtype=fp32 does not read it"),
     ("schedule.warmup_steps=4", ["schedule.start_warmup_step=-2"], ["schedule.start_warmup_step=-3"], "warm-up is over"),
     ("schedule.warmup_steps=3", [REFERENCE, "schedule.start_warmup_step=-2"],
      [REFERENCE, "schedule.start_warmup_step=-3"], "warm-up is over"),
