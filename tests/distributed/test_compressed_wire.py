@@ -13,10 +13,12 @@ from support.rank_pool import RankPool
 from torch import nn
 
 from bert_fast.communication.buckets import plan_layout
+from bert_fast.communication.powersgd import PowerSgd
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.communication.residuals import Residuals
 from bert_fast.communication.sharded import ShardedReducer
 from bert_fast.communication.wire_format import WireFormat, wire_format
+from bert_fast.compression.lowrank import orthogonalize
 from bert_fast.config.choices import WIRE_FORMATS
 
 pytestmark = pytest.mark.distributed
@@ -170,3 +172,54 @@ def sharded(rank: int, world: int, name: str) -> np.ndarray:
 def test_sharded(pool: Pools, name: str) -> None:
     truth = sum(exact(step, 2) for step in range(STEPS))
     np.testing.assert_allclose(pool(2).call(sharded, name)[0], truth, atol=2e-5)
+
+
+# ---- PowerSGD against torch's hook ------------------------------------------------------------------------------------------
+
+RANK, EXACT_STEPS, HOOK_STEPS = 2, 2, 10
+
+
+def torchs_powersgd(rank: int, world: int) -> np.ndarray:
+    """Averaged gradients by torch's DistributedDataParallel with its PowerSGD hook and one bucket."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = Net()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1000)
+    state = PowerSGDState(
+        None, matrix_approximation_rank=RANK, start_powerSGD_iter=EXACT_STEPS, min_compression_rate=1, random_seed=0
+    )
+    ddp.register_comm_hook(state, powerSGD_hook)
+    found = []
+    for step in range(HOOK_STEPS):
+        ddp.zero_grad()
+        ddp(gradients(rank, step)).backward()
+        found.append(np.concatenate([p.grad.numpy().ravel().copy() for p in model.parameters()]))  # type: ignore[union-attr]
+    return np.stack(found)
+
+
+def our_powersgd(rank: int, world: int) -> np.ndarray:
+    """The same by ours, with one bucket, from the bases that torch's hook begins with."""
+    model = Net()
+    layout = plan_layout(
+        [n for n, _ in model.named_parameters()], [p.numel() for p in model.parameters()], list(range(len(SIZES)))[::-1],
+        clip_groups="tensor", bucket_mb=1000, whole_groups=True,
+    )  # fmt: skip
+    wire = wire_format("powersgd", torch.float32, powersgd_rank=RANK, exact_steps=EXACT_STEPS)
+    engine = BucketReducer(model, layout, clip="none", max_norm=1.0, wire=wire)
+    assert isinstance(wire, PowerSgd)
+    (bucket,) = wire._buckets
+    with torch.random.fork_rng():
+        torch.manual_seed(np.random.RandomState(0).randint(1_000_000_000))
+        shapes = {index: SIZES[index] for index in range(len(SIZES)) if len(SIZES[index]) == 2}
+        bases = {index: torch.randn(shape[1], RANK) for index, shape in shapes.items()}
+    bucket.start_from({index: orthogonalize(basis[None])[0] for index, basis in bases.items()})
+    return np.stack([reduce(model, engine, step) for step in range(HOOK_STEPS)])
+
+
+def test_powersgd_with_one_bucket_is_torchs_hook(pool: Pools) -> None:
+    theirs, ours = pool(2).call(torchs_powersgd)[0], pool(2).call(our_powersgd)[0]
+    for step in range(HOOK_STEPS):
+        np.testing.assert_allclose(ours[step], theirs[step], atol=2e-6 * np.abs(theirs[step]).max(), err_msg=f"step {step}")
+    exact_one = exact(EXACT_STEPS, 2)
+    assert np.linalg.norm(theirs[EXACT_STEPS] - exact_one) > 0.1 * np.linalg.norm(exact_one), "the hook has compressed"
