@@ -27,7 +27,12 @@ Moments = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class OneBit(CompressedFormat):
-    """Gradients for `exact_steps` steps, then momentum as signs."""
+    """Gradients for `exact_steps` steps, then momentum as signs.
+
+    sent_momentum: whether the last step's reduced gradients are the new momentum
+    """
+
+    sent_momentum = False
 
     def __init__(self, exact_steps: int, residual_dtype: str) -> None:
         super().__init__(Sign(_BLOCK), residual_dtype=residual_dtype)
@@ -44,12 +49,13 @@ class OneBit(CompressedFormat):
         self._moments, self._beta1 = moments, beta1
 
     @property
-    def sends_momentum(self) -> bool:
-        """Whether what this step's gradients turn into is the new momentum."""
-        return self._steps >= self._exact_steps
+    def num_exact_steps(self) -> int:
+        """Steps before the first that sends momentum."""
+        return self._exact_steps
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
-        if not self.sends_momentum:
+        self.sent_momentum = self._steps >= self._exact_steps
+        if not self.sent_momentum:
             return values
         for part, first, second in self._parts(number, values):
             part.mul_(1.0 - self._beta1).add_(first, alpha=self._beta1 / self.num_ranks).mul_(second > 0)
@@ -58,7 +64,7 @@ class OneBit(CompressedFormat):
     def all_reduce(
         self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None
     ) -> Iterator[Work]:
-        if not self.sends_momentum:
+        if not self.sent_momentum:
             yield from WireFormat.all_reduce(self, number, wire, values, group)
             return
         yield from super().all_reduce(number, wire, values, group)

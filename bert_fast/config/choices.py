@@ -29,6 +29,7 @@ class OptimizerChoice(Choice):
     """What a run must know of an optimizer before it is built.
 
     settings:       fields of `optimizer` that this one reads and not every one does
+    wire:           the wire format that it goes with, which no other optimizer can have; empty: any of the others
     state_values:   fp32 numbers that it keeps for each parameter; None where they depend on its arguments
     matrix_values:  the same for parameters in the encoder's matrices, where it is another number
     not_per_bucket: why it cannot update a bucket while later ones are on the wire; empty: it can
@@ -46,6 +47,7 @@ class OptimizerChoice(Choice):
     capturable: bool = True
     package: str = ""
     source: str = ""
+    wire: str = ""
 
 
 _ADAM = ("beta1", "beta2", "eps")
@@ -131,6 +133,15 @@ OPTIMIZERS = {
         not_sharded="its window is of whole gradients",
         capturable=False,
         source="Modoranu et al., arXiv 2405.15593",
+    ),
+    "onebit_adam": OptimizerChoice(
+        "bert_fast.optim.onebit:build",
+        "AdamW, and after communication.exact_steps with a frozen second moment and its momentum sent as signs",
+        settings=_ADAM,
+        not_sharded="its momentum is compressed before ranks have a part of it",
+        capturable=False,
+        source="Tang et al., arXiv 2102.02888",
+        wire="onebit",
     ),
     "pytorch_optimizer": OptimizerChoice(
         "bert_fast.optim.package:build",
@@ -278,6 +289,12 @@ WIRE_FORMATS = {
         "matrices as products of two thin ones, with error feedback",
         settings=("residual_dtype", "powersgd_rank", "exact_steps"),
         not_sharded="it reduces the factors of whole matrices, and a shard is cut without regard to them",
+    ),
+    "onebit": WireFormatChoice(
+        "bert_fast.communication.onebit:onebit",
+        "gradients for exact_steps, then the momentum of optimizer.name=onebit_adam, a bit for each number",
+        settings=("residual_dtype", "exact_steps"),
+        not_sharded="the momentum is compressed before ranks have a part of it",
     ),
 }
 

@@ -52,7 +52,7 @@ class CommunicationConfig(Section):
         4, description="powersgd: columns of the thin matrices; at most the smaller side of a matrix"
     )
     exact_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="powersgd: steps in fp32 before the first that is compressed"
+        0, description="powersgd, onebit: steps in fp32 before the first that is compressed"
     )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto",

@@ -325,6 +325,27 @@ def _wire_format_has_an_engine(config: Config) -> str | None:
     return None
 
 
+def _optimizer_has_its_wire_format(config: Config) -> str | None:
+    """Some optimizers and wire formats are made for each other."""
+    name, wire = config.optimizer.name, config.communication.reduce_dtype
+    pairs = {choice.wire: each for each, choice in OPTIMIZERS.items() if choice.wire}
+    if OPTIMIZERS[name].wire != (wire if wire in pairs else ""):
+        if OPTIMIZERS[name].wire:
+            return f"optimizer.name={name} goes with communication.reduce_dtype={OPTIMIZERS[name].wire} and it is {wire}; set it"
+        return f"communication.reduce_dtype={wire} goes with optimizer.name={pairs[wire]} and it is {name}; set one of them"
+    if wire in pairs and config.communication.exact_steps == 0:
+        return (
+            f"communication.exact_steps=0 with reduce_dtype={wire}: the second moment that is frozen comes from exact steps; "
+            "set communication.exact_steps, to a fifth of the run for example"
+        )
+    if wire in pairs and CLIP_MODES[config.communication.clip].after_reduce:
+        return (
+            f"communication.clip={config.communication.clip} clips the averaged gradient, and what is averaged with "
+            f"reduce_dtype={wire} is the momentum; set clip=bucket_before_reduce or none"
+        )
+    return None
+
+
 def _decay_ends_after_it_begins(config: Config) -> str | None:
     schedule = config.schedule
     if schedule.decay_from == "warmup_end" and schedule.full_rate_until >= schedule.total_steps:
@@ -394,6 +415,7 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _schedule_free_is_an_average,
     _virtual_ranks_have_an_engine,
     _wire_format_has_an_engine,
+    _optimizer_has_its_wire_format,
     _decay_ends_after_it_begins,
     _apex_cannot_shard,
     _closed_division_uses_lamb,

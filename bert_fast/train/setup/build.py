@@ -19,6 +19,7 @@ from bert_fast.communication.buckets import (
     order_gradients,
 )
 from bert_fast.communication.engine import Engine
+from bert_fast.communication.onebit import OneBit
 from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_format
 from bert_fast.config import Config
 from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, SHARDED_ENGINES, WIRE_FORMATS, find
@@ -31,6 +32,7 @@ from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.model.objective import Objective
 from bert_fast.optim.averaging import build_average
+from bert_fast.optim.onebit import OneBitAdam
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.collectives import broadcast_numbers
 from bert_fast.train.components import TrainComponents
@@ -69,6 +71,8 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     if engine.is_sharded and config.train.compile:
         torch.compiler.reset()  # what was traced so far does not know the hooks that wait for weights
     optimizer = RankOptimizer(engine, list(model.named_parameters()), config.optimizer)
+    if isinstance(engine.wire, OneBit):
+        _pair(engine.wire, optimizer, list(model.parameters()))
     loss_scale = LossScale(config.train.loss_scale, environment.device) if environment.dtype == torch.float16 else None
     step = TrainStep(
         engine,
@@ -89,6 +93,20 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     tensor_rates(optimizer.optimizer, environment.device)
     graphed = CudaGraphStep(step, config.data.max_seq_len, capture_on_cuda, DeviceTimer())
     return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average)
+
+
+def _pair(wire: OneBit, optimizer: RankOptimizer, parameters: list[nn.Parameter]) -> None:
+    """Let the wire format read the optimizer's moments, and the optimizer know what it is given."""
+    state = optimizer.optimizer.state
+    assert isinstance(optimizer.optimizer, OneBitAdam)
+    optimizer.optimizer.takes_momentum = lambda: wire.sent_momentum
+    optimizer.optimizer.num_exact_steps = wire.num_exact_steps
+
+    def moments(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        entry = state[parameters[index]]
+        return entry["exp_avg"], entry["exp_avg_sq"]
+
+    wire.attach(moments, optimizer.optimizer.param_groups[0]["betas"][0])
 
 
 def make_objective(config: Config) -> Objective:
