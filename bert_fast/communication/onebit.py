@@ -1,4 +1,4 @@
-"""Wire format `onebit`: the momentum of Adam, a bit for each number, after a phase of exact steps (1-bit Adam, arXiv 2102.02888).
+"""Wire format `onebit`: Adam's momentum, a bit for each number, after a phase of exact steps (1-bit Adam, arXiv 2102.02888).
 
     exact:       g is averaged over ranks; Adam
     compressed:  m_r = beta1 m + (1 - beta1) g_r is averaged as signs with error feedback, and is the new m of all ranks;
@@ -97,8 +97,6 @@ class OneBit(CompressedFormat):
         self._steps = common["steps"]
 
 
-def onebit(
-    gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", exact_steps: int = 0
-) -> WireFormat:
+def onebit(gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", exact_steps: int = 0) -> WireFormat:
     """The entry of config.choices.WIRE_FORMATS."""
     return OneBit(exact_steps, residual_dtype)

@@ -331,7 +331,7 @@ def _optimizer_has_its_wire_format(config: Config) -> str | None:
     pairs = {choice.wire: each for each, choice in OPTIMIZERS.items() if choice.wire}
     if OPTIMIZERS[name].wire != (wire if wire in pairs else ""):
         if OPTIMIZERS[name].wire:
-            return f"optimizer.name={name} goes with communication.reduce_dtype={OPTIMIZERS[name].wire} and it is {wire}; set it"
+            return f"optimizer.name={name} goes with communication.reduce_dtype={OPTIMIZERS[name].wire}, not {wire}; set it"
         return f"communication.reduce_dtype={wire} goes with optimizer.name={pairs[wire]} and it is {name}; set one of them"
     if wire in pairs and config.communication.exact_steps == 0:
         return (

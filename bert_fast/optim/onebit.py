@@ -1,8 +1,8 @@
 """1-bit Adam (arXiv 2102.02888): AdamW for some steps, then AdamW with a frozen second moment and a momentum that was averaged.
 
-Goes with `communication.reduce_dtype=onebit`, which averages the momentum as signs once its exact steps are over. Until then it is
-`adamw`, bit for bit. Weight decay is decoupled, and both moments have Adam's bias correction, the second that of the step at which
-it was frozen (the paper's code has neither).
+Goes with `communication.reduce_dtype=onebit`, which averages the momentum as signs once its exact steps are over. Until then it
+is `adamw`, bit for bit. Weight decay is decoupled, and both moments have Adam's bias correction, the second that of the step at
+which it was frozen (the paper's code has neither).
 """
 
 from __future__ import annotations

@@ -211,7 +211,8 @@ def our_powersgd(rank: int, world: int) -> np.ndarray:
     (bucket,) = wire._buckets
     with torch.random.fork_rng():
         torch.manual_seed(np.random.RandomState(0).randint(1_000_000_000))
-        shapes = {index: SIZES[index] for index in range(len(SIZES)) if len(SIZES[index]) == 2}
+        # In the order of DDP's bucket: the last parameter first
+        shapes = {index: SIZES[index] for index in reversed(range(len(SIZES))) if len(SIZES[index]) == 2}
         bases = {index: torch.randn(shape[1], RANK) for index, shape in shapes.items()}
     bucket.start_from({index: orthogonalize(basis[None])[0] for index, basis in bases.items()})
     return np.stack([reduce(model, engine, step) for step in range(HOOK_STEPS)])
@@ -220,6 +221,8 @@ def our_powersgd(rank: int, world: int) -> np.ndarray:
 def test_powersgd_with_one_bucket_is_torchs_hook(pool: Pools) -> None:
     theirs, ours = pool(2).call(torchs_powersgd)[0], pool(2).call(our_powersgd)[0]
     for step in range(HOOK_STEPS):
-        np.testing.assert_allclose(ours[step], theirs[step], atol=2e-6 * np.abs(theirs[step]).max(), err_msg=f"step {step}")
+        np.testing.assert_allclose(
+            ours[step], theirs[step], atol=2e-6 * np.abs(theirs[step]).max(), err_msg=f"step {step}"
+        )
     exact_one = exact(EXACT_STEPS, 2)
     assert np.linalg.norm(theirs[EXACT_STEPS] - exact_one) > 0.1 * np.linalg.norm(exact_one), "the hook has compressed"
