@@ -3,7 +3,7 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CONFIG ?= configs/mini_cpu.yaml
+CONFIG ?= configs/mini_record.yaml
 DATA := data/pydocs-mini
 SEED ?= 0
 
@@ -28,7 +28,7 @@ data: $(DATA)/train/manifest.json ## the stores of the mini benchmark
 $(DATA)/train/manifest.json: | env
 	$(PYTHON) scripts/prepare_data.py --recipe configs/data/pydocs_mini.yaml --out $(DATA)
 
-train: env data ## the main job: configs/mini_cpu.yaml with SEED=0
+train: env data ## the main job: configs/mini_record.yaml with SEED=0
 	rm -rf runs/quickstart
 	$(PYTHON) run_pretraining.py --config $(CONFIG) run.folder=runs/quickstart train.seed=$(SEED)
 
@@ -53,7 +53,7 @@ check: env ## lint, types and import contracts
 	$(VENV)/bin/lint-imports
 
 bench: env data ## time to train against the transformers baseline, 5 interleaved pairs
-	$(PYTHON) -m scripts.benchmarks.time_to_train --config $(CONFIG) --json results/mini_cpu/time_to_train.json
+	$(PYTHON) -m scripts.benchmarks.time_to_train --config configs/mini_cpu.yaml --json results/mini_cpu/time_to_train.json
 
 clean: ## remove runs and prepared data
 	rm -rf runs data

@@ -56,6 +56,7 @@ def main_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--part", type=_part, metavar="I/N", help="in this process, the I-th of N parts of the runs"
             )
+            command.add_argument("--no-ablations", action="store_true", help="the best points alone")
     return parser
 
 
@@ -106,9 +107,10 @@ def _final(args: argparse.Namespace, study: Study, search: Search, options: list
     if args.part is None:
         final_runs(study, search)  # refuses a search without a complete trial before anything starts
         parts = [["final", *options, "--part", f"{index}/{args.workers}"] for index in range(args.workers)]
-        # the second time ablations, of a winner that is known by then
-        return run_workers(parts, args.out) or run_workers(parts, args.out)
-    missing = run_part(study, args.out, *args.part)
+        # Ablations are of the winner, which is known when all workers are done
+        code = run_workers([[*part, "--no-ablations"] for part in parts], args.out)
+        return code if code or args.no_ablations else run_workers(parts, args.out)
+    missing = run_part(study, args.out, *args.part, ablations=not args.no_ablations)
     if missing and args.part == (0, 1):
         raise UserError(f"{len(missing)} runs of the last round are missing: {', '.join(missing[:3])}")
     return ExitCode.OK

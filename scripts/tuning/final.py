@@ -114,8 +114,8 @@ def _final(study: Study) -> Final:
     return study.file.final
 
 
-def run_part(study: Study, folder: Path, part: int, num_parts: int) -> list[str]:
-    """Compute every `num_parts`-th of the runs that are missing, from number `part` on: first finals, then ablations.
+def run_part(study: Study, folder: Path, part: int, num_parts: int, ablations: bool = True) -> list[str]:
+    """Compute every `num_parts`-th of the runs that are missing, from number `part` on: first finals, then `ablations`.
 
     Returns:
         The names of finals that are still missing, so that the winner is not known and ablations have to wait.
@@ -126,7 +126,7 @@ def run_part(study: Study, folder: Path, part: int, num_parts: int) -> list[str]
     with StopRequest() as stop, search.alive(), log_path.open("a", encoding="utf-8") as log:
         _compute(study, folder, finals[part::num_parts], log, stop)
         missing = _missing(finals, read_rows(folder))
-        if not missing:
+        if ablations and not missing:
             _compute(study, folder, ablation_runs(study, search, read_rows(folder))[part::num_parts], log, stop)
     return [run.name for run in missing]
 

@@ -106,6 +106,13 @@ FIGURES = [
     ("mini benchmark: seeds that reached the target", "mini_cpu/seeds", "metrics:targets_reached"),
     ("mini benchmark: from the start of the clock", "mini_cpu/seeds", "metrics:first_step_s"),
     ("mini benchmark: share of the training time", "mini_cpu/seeds", "metrics:data_wait_share"),
+    ("the same target with the open recipe", "mini_record/seeds", "metrics:time_to_train_s"),
+    ("of these, seeds that reached", "mini_record/seeds", "metrics:targets_reached"),
+    (
+        "time to train of the mini benchmark",
+        "mini_record/time_to_train",
+        "metrics:time_to_train_ratio_mini_over_record",
+    ),
     ("time to train of `transformers`", "mini_cpu/time_to_train", "metrics:time_to_train_ratio_hf_over_ours"),
     (
         "throughput of one bf16 step over `transformers`' default",

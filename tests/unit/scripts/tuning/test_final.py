@@ -86,6 +86,14 @@ def test_parts_make_the_whole_and_ablations_wait_for_the_winner(tmp_path: Path, 
     assert set(counts.values()) == {1}
 
 
+def test_ablations_can_be_left_for_when_all_workers_are_done(tmp_path: Path, runs: Runs) -> None:
+    study = searched(tmp_path)
+    assert run_part(study, tmp_path, 0, 1, ablations=False) == []
+    assert {row.ablation for row in read_rows(tmp_path)} == {None}
+    assert [run_part(study, tmp_path, part, 2) for part in (0, 1)] == [[], []]
+    assert len(read_rows(tmp_path)) == 9
+
+
 def test_a_better_point_that_is_found_later_is_run_on_all_seeds(tmp_path: Path, runs: Runs) -> None:
     """Else some seeds of a contestant would be of another point than the rest."""
     study = searched(tmp_path, trials=1)
