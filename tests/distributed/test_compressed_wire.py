@@ -24,7 +24,9 @@ from bert_fast.config.choices import WIRE_FORMATS
 pytestmark = pytest.mark.distributed
 
 Pools = Callable[[int], RankPool]
-FORMATS = [name for name, choice in WIRE_FORMATS.items() if not choice.is_cast and name != "onebit"]  # it sends momentum
+FORMATS = [
+    name for name, choice in WIRE_FORMATS.items() if not choice.is_cast and name != "onebit"
+]  # it sends momentum
 STEPS, SKIPPED = 12, (4, 7)
 SIZES = [(64, 48), (48,), (96, 64), (7,), (64, 64), (1000,)]
 
