@@ -20,7 +20,7 @@ import torch.distributed as dist
 from bert_fast.communication import p2p
 from bert_fast.communication.buckets import GradientLayout
 from bert_fast.communication.residuals import Residuals
-from bert_fast.communication.wire_format import WireFormat, Work
+from bert_fast.communication.wire_format import WireFormat, Work, start_gather
 from bert_fast.compression.quantize import Codec, Fp8, Int8
 from bert_fast.compression.topk import TopK
 
@@ -64,7 +64,7 @@ class CompressedFormat(WireFormat):
         gathered = message.new_empty(self.num_ranks, message.shape[1])
         gathered[dist.get_rank(group)] = message[0]
         self.count(gathered, share=0.5)
-        yield _all_gather(gathered, 2 * number + 1, group)
+        yield start_gather(gathered, 2 * number + 1, group)
         values.copy_(self._codec.decode(gathered, length).reshape(-1))
 
     def reduce_scatter(
@@ -106,14 +106,6 @@ def _all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dis
     if dist.get_backend(group) == "gloo":
         return p2p.all_to_all(received, sent, tag, group)
     work: Work = dist.all_to_all_single(received, sent, group=group, async_op=True)
-    return work
-
-
-def _all_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
-    """Fill `whole`, of which this rank has its row."""
-    if dist.get_backend(group) == "gloo":
-        return p2p.all_gather(whole, tag, group)
-    work: Work = dist.all_gather_into_tensor(whole, whole[dist.get_rank(group)], group=group, async_op=True)
     return work
 
 

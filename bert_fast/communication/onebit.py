@@ -29,14 +29,15 @@ Moments = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 class OneBit(CompressedFormat):
     """Gradients for `exact_steps` steps, then momentum as signs.
 
-    sent_momentum: whether the last step's reduced gradients are the new momentum
+    num_exact_steps: steps before the first that sends momentum
+    sent_momentum:   whether the last step's reduced gradients are the new momentum
     """
 
     sent_momentum = False
 
     def __init__(self, exact_steps: int, residual_dtype: str) -> None:
         super().__init__(Sign(_BLOCK), residual_dtype=residual_dtype)
-        self._exact_steps, self._steps = exact_steps, 0
+        self.num_exact_steps, self._steps = exact_steps, 0
         self._moments: Moments | None = None
         self._beta1 = 0.0
 
@@ -48,13 +49,8 @@ class OneBit(CompressedFormat):
         """The optimizer's moments of a parameter, by its number: the first and the second, of its shape."""
         self._moments, self._beta1 = moments, beta1
 
-    @property
-    def num_exact_steps(self) -> int:
-        """Steps before the first that sends momentum."""
-        return self._exact_steps
-
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
-        self.sent_momentum = self._steps >= self._exact_steps
+        self.sent_momentum = self._steps >= self.num_exact_steps
         if not self.sent_momentum:
             return values
         for part, first, second in self._parts(number, values):

@@ -19,9 +19,7 @@ from bert_fast.communication import p2p
 from bert_fast.communication.buckets import GradientLayout
 from bert_fast.communication.engine import UpdatedSlice
 from bert_fast.communication.reducer import BucketReducer
-from bert_fast.communication.wire_format import WireFormat, Work
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new and the old name
+from bert_fast.communication.wire_format import WireFormat, Work, start_gather
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,6 @@ def shard_slices(layout: GradientLayout, rank: int, world: int) -> list[ShardSli
             if begin < end:
                 slices.append(ShardSlice(index, number, begin, end))
     return slices
-
-
-def start_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
-    """Start to fill `whole`, of which this rank has its part. On gloo, tags tell exchanges apart."""
-    if dist.get_backend(group) == "gloo":
-        return p2p.all_gather(whole, tag, group)
-    mine = whole.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-    return _all_gather(whole, mine, group=group, async_op=True)
 
 
 class FlatWeights:

@@ -20,8 +20,9 @@ from bert_fast.communication import p2p
 from bert_fast.communication.buckets import GradientLayout
 from bert_fast.config.choices import CLIP_MODES, WIRE_FORMATS, find
 
-# torch 2.13 renamed it; images with older versions have only the old name
+# torch 2.13 renamed them; images with older versions have only the old names
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Work = dist.Work | p2p.P2PWork
 
@@ -123,6 +124,14 @@ class WireFormat:
         """Account for a collective's payload. An all-to-all and an all-gather send half of what an all-reduce of as many
         bytes sends, and count half where they take its place (`share`)."""
         self.bytes_sent += round(share * wire.numel() * wire.element_size())
+
+
+def start_gather(whole: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
+    """Start to fill `whole`, of which this rank has its part. On gloo, tags tell exchanges apart."""
+    if dist.get_backend(group) == "gloo":
+        return p2p.all_gather(whole, tag, group)
+    mine = whole.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+    return _all_gather(whole, mine, group=group, async_op=True)
 
 
 def fp16_scale(clip: str, max_norm: float, has_loss_scale: bool) -> float:

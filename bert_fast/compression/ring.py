@@ -37,6 +37,10 @@ class Window(ABC):
         """The place of the row that was pushed last."""
         return (self.head - 1) % self.m
 
+    def ages(self) -> torch.Tensor:
+        """int64 [m]: how many rows were pushed after each; places that have no row yet count as if they had one."""
+        return (self.newest - torch.arange(self.m, device=self.gram.device)) % self.m
+
     def _pushed(self, products: torch.Tensor) -> None:
         """Put the new row's scalar products [m] into the Gram matrix, and go on to the next place."""
         self.gram[self.head] = products

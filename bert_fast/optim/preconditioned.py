@@ -51,7 +51,7 @@ def ggt(window: Window, beta2: float, eps: float) -> torch.Tensor:
 
     (GGT, arXiv 1806.02958, section 2.) c lies in the span of the rows, so that the part outside of it, divided by eps, is zero.
     """
-    age = (window.newest - torch.arange(window.m, device=window.gram.device)) % window.m
+    age = window.ages()
     decay = beta2 ** age.to(torch.float64)
     squares, vectors = torch.linalg.eigh(window.gram * decay[:, None] * decay[None, :])
     lengths = squares.clamp_min(0).sqrt()
@@ -224,7 +224,7 @@ def micro_adam(window: SparseWindow, beta1: float, beta2: float, eps: float) -> 
     Their bias is corrected by the weights that the window's rows have, so that the sum of them is 1. The published kernel
     divides by 1 - beta^t, of which a window of ten rows holds the smaller part the larger t is.
     """
-    age = (window.newest - torch.arange(window.m, device=window.gram.device)) % window.m
+    age = window.ages()
     held = age < window.count
 
     def weights(beta: float) -> torch.Tensor:

@@ -15,8 +15,7 @@ from bert_fast.communication.bucket_record import BucketRecord, WeightRecord
 from bert_fast.communication.buckets import Ordering
 from bert_fast.communication.plan import Link, exact_plan, lower_bound, tabulate_link, timeline
 from bert_fast.communication.plan_sharded import ShardedTimes, delays, sharded_plan
-from bert_fast.communication.sharded import start_gather
-from bert_fast.communication.wire_format import WireFormat, wire_format
+from bert_fast.communication.wire_format import WireFormat, start_gather, wire_format
 from bert_fast.config import CommunicationConfig, Config
 from bert_fast.integers import round_up
 from bert_fast.train.collectives import barrier, broadcast_numbers, max_over_ranks
