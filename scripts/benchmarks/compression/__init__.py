@@ -1,0 +1,1 @@
+"""What lossy wire formats and compressed preconditioners cost, and whether a model learns with them."""
