@@ -18,7 +18,7 @@ import torch
 from bert_fast.compression.quantize import in_blocks
 from bert_fast.compression.topk import TopK
 
-_STRETCH = 2**17  # numbers whose products and sums are made at a time
+_STRETCH = 2**16  # stored numbers of whose places 64-bit copies are made at a time
 
 
 class Window(ABC):
@@ -123,24 +123,24 @@ class SparseWindow(Window):
         self._top_k = top_k
         self._blocks, self._selected = top_k.shape(numel)
         self._block = min(top_k.block, numel)
-        shape = self._blocks, m, self._selected
+        shape = self._blocks, self._selected, m
         self._places = torch.zeros(shape, dtype=torch.int16, device=device)
         self._values = torch.zeros(shape, dtype=top_k.dtype, device=device)
 
     def push(self, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Put a row that `TopK.select` gave, both [blocks, selected], in the place of the oldest; returns it, fp32 [numel]."""
-        self._places[:, self.head], self._values[:, self.head] = places, values
+        self._places[:, :, self.head], self._values[:, :, self.head] = places, values
         row = self._top_k.scatter(places[None], values[None], self.numel)[0]
         self._pushed(self.products(row))
         return row
 
     def products(self, values: torch.Tensor) -> torch.Tensor:
-        whole = in_blocks(values[None], self._block)[0]
+        blocks = in_blocks(values[None], self._block)[0]
         total = torch.zeros(self.m, dtype=torch.float64, device=values.device)
-        for low, high in self._stretches():
-            index, stored = self._flat_places(low, high), self._values[low:high]
-            found = torch.take(whole[low:high].reshape(-1), index.view(stored.shape))
-            total += torch.sum(found * stored, dim=2).sum(dim=0, dtype=torch.float64)
+        for low, high, places in self._stretches():
+            stored = self._values[low:high]
+            found = torch.gather(blocks[low:high], 1, places).view(stored.shape).mul_(stored)
+            total += found.sum(dim=(0, 1))
         return total
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
@@ -151,33 +151,26 @@ class SparseWindow(Window):
         return self._combine(coefficients, lambda stored: stored.to(torch.float32).square())
 
     def _combine(self, coefficients: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        weights = coefficients.to(torch.float32)[None, :, None]
-        sums = []
-        for low, high in self._stretches():
-            index, stored = self._flat_places(low, high), of(self._values[low:high])
-            sums.append(_sums_at(index, (stored * weights).view(-1), (high - low) * self._block))
-        return torch.cat(sums)[: self.numel]
+        weights = coefficients.to(torch.float32)
+        sums = torch.zeros(self._blocks, self._block, device=self._values.device)
+        for low, high, places in self._stretches():
+            sums[low:high].scatter_add_(1, places, (of(self._values[low:high]) * weights).flatten(1))
+        return sums.view(-1)[: self.numel]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"places": self._places, "values": self._values}
 
-    def _stretches(self) -> Iterator[tuple[int, int]]:
-        """Blocks a few at a time: what is made of them for a moment stays small, and on a CPU in the cache."""
-        together = max(1, _STRETCH // self._block)
+    def _stretches(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first, end, places) of blocks a few at a time: what is made of them for a moment stays in a core's cache.
+
+        places: int64 [end - first, selected * m], to be used before the next stretch: all have the same memory
+        """
+        width = self.m * self._selected
+        together = max(1, _STRETCH // width) if self._places.device.type == "cpu" else self._blocks
+        index = torch.empty(min(together, self._blocks), width, dtype=torch.int64, device=self._places.device)
         for low in range(0, self._blocks, together):
-            yield low, min(low + together, self._blocks)
-
-    def _flat_places(self, low: int, high: int) -> torch.Tensor:
-        """int64 [(high - low) * m * selected]: places in the numbers of blocks [low, high)."""
-        first = torch.arange(high - low, device=self._places.device)[:, None, None] * self._block
-        return (self._places[low:high].to(torch.int64) + first).view(-1)
-
-
-def _sums_at(places: torch.Tensor, values: torch.Tensor, length: int) -> torch.Tensor:
-    """fp32 [length]: the sum of the values at each place."""
-    if values.device.type == "cpu":  # where scatter_add_ takes ten times as long
-        return torch.bincount(places, values, minlength=length)
-    return torch.zeros(length, device=values.device).scatter_add_(0, places, values)
+            high = min(low + together, self._blocks)
+            yield low, high, index[: high - low].copy_(self._places[low:high].flatten(1))
 
 
 class LowRankWindow(Window):

@@ -13,6 +13,7 @@ import torch
 from bert_fast.compression.quantize import Codec, in_blocks
 
 LARGEST_BLOCK = 2**15  # places are int16
+_STRETCH = 2**14  # numbers that are looked through at a time
 
 
 class TopK(Codec):
@@ -49,7 +50,12 @@ class TopK(Codec):
         length = values.shape[1]
         _, selected = self.shape(length)
         blocks = in_blocks(values, self._block(length))
-        places = torch.topk(blocks.abs(), selected, dim=-1, sorted=False).indices
+        if selected == 1:  # several times as fast as topk on a CPU, where a stretch of blocks also stays in a core's cache
+            together = max(1, _STRETCH // blocks.shape[-1]) if values.device.type == "cpu" else blocks.shape[1]
+            parts = [part.abs().argmax(dim=-1, keepdim=True) for part in blocks.split(together, dim=1)]
+            places = torch.cat(parts, dim=1)
+        else:
+            places = torch.topk(blocks.abs(), selected, dim=-1, sorted=False).indices
         return places.to(torch.int16), blocks.gather(-1, places).to(self.dtype)
 
     def scatter(self, places: torch.Tensor, values: torch.Tensor, length: int) -> torch.Tensor:

@@ -47,7 +47,9 @@ class CommunicationConfig(Section):
     residual_dtype: Literal["fp32", "bf16", "int4"] = Field(
         "fp32", description="format of what error feedback keeps; there are two copies, as a step may be skipped"
     )
-    density: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="share of a block that topk_ef sends")
+    density: Annotated[float, Field(ge=2**-12, le=1)] = Field(
+        0.01, description="share of each 4,096 numbers that topk_ef sends, rounded up to whole ones"
+    )
     powersgd_rank: Annotated[int, Field(ge=1, le=4096)] = Field(
         4, description="powersgd: columns of the thin matrices; at most the smaller side of a matrix"
     )

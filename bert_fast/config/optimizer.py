@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bert_fast.config.choices import OPTIMIZERS, one_of
 from bert_fast.config.section import NonNegativeFloat, PositiveFloat, Probability, Section
@@ -67,12 +68,13 @@ class OptimizerConfig(Section):
         None,
         description="mfac, ggt, micro_adam: how many of the last gradients they keep; unset: 128, and 10 for micro_adam",
     )
-    density: Annotated[float, Field(gt=0, le=1)] = Field(
+    density: Annotated[float, Field(ge=2**-15, le=1)] = Field(
         0.01, description="mfac_sparse, ggt_sparse, micro_adam: share of a block of gradients that is kept, the largest"
     )
-    block: Annotated[int, Field(ge=2, le=2**15)] = Field(
-        4096,
-        description="mfac_sparse, ggt_sparse, micro_adam: numbers of a block; at most 32,768, as places have 16 bits",
+    block: Annotated[int, Field(ge=2, le=2**15)] | None = Field(
+        None,
+        description="mfac_sparse, ggt_sparse, micro_adam: numbers of a block, of which density x block are kept, rounded up; at "
+        "most 32,768, as places have 16 bits; unset: 1 / density, of which one is kept, the fastest to find",
     )
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(
         4, description="mfac_lowrank: rank that a gradient matrix is cut to; at most its smaller side"
@@ -91,3 +93,17 @@ class OptimizerConfig(Section):
     residual_dtype: Literal["fp32", "bf16", "int4"] | None = Field(
         None, description="format of what error feedback keeps; unset: bf16, and int4 for micro_adam"
     )
+
+    @model_validator(mode="after")
+    def _a_block_has_a_number_to_keep(self) -> OptimizerConfig:
+        if self.block is not None and self.block * self.density < 1:
+            raise ValueError(
+                f"optimizer.density={self.density} of optimizer.block={self.block} is less than one number, and one is kept of "
+                f"each block; set block to at least {math.ceil(1 / self.density)}, or leave it unset"
+            )
+        return self
+
+    @property
+    def numbers_per_block(self) -> int:
+        """`block`, or what it is if unset."""
+        return self.block or min(max(2, round(1 / self.density)), 2**15)

@@ -345,7 +345,7 @@ def _sparse(
     device: torch.device,
     config: OptimizerConfig,
 ) -> _Compressor:
-    return _Sparse(m, numel, TopK(config.density, config.block), feedback, device)
+    return _Sparse(m, numel, TopK(config.density, config.numbers_per_block), feedback, device)
 
 
 def _low_rank(
