@@ -36,7 +36,7 @@ def main_parser() -> argparse.ArgumentParser:
     for name, text in (
         ("run", "search with workers on this machine until every contestant has its trials"),
         ("worker", "compute trials in this process until none is left (for a Slurm array)"),
-        ("final", "run the best point of each contestant on fresh seeds, then ablations of the winner"),
+        ("final", "run the best point of each contestant on fresh seeds, then ablations"),
         ("report", "write tune.json, report.md and report.html from what is there"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""The last round: the best point of every cell on fresh seeds, then the winner with one factor changed at a time.
+"""The last round: the best point of every cell on fresh seeds, then ablations: one factor changed at a time.
 
 Each run is one line of final.jsonl, whichever worker computes it; what is there is not run again.
 """
@@ -84,7 +84,7 @@ def final_runs(study: Study, search: Search) -> list[FinalRun]:
 
 
 def ablation_runs(study: Study, search: Search, rows: list[FinalRow]) -> list[FinalRun]:
-    """The winner of the last round with the settings of each ablation, on the same seeds.
+    """The winner of the last round, or each cell that can have them, with the settings of each ablation, on the same seeds.
 
     The winner has the least mean value; a run that could not be computed rules its cell out.
     """
@@ -101,11 +101,21 @@ def ablation_runs(study: Study, search: Search, rows: list[FinalRow]) -> list[Fi
     }
     winner = min(means, key=lambda cell: (means[cell], cell))
     return [
-        FinalRun(run.cell, run.trial, run.point, run.seed, run.stretch, name, ablation.settings)
+        changed
         for name, ablation in study.file.ablations.items()
         for run in runs
-        if run.cell.name == winner
+        if ablation.of == "each" or run.cell.name == winner
+        for changed in [FinalRun(run.cell, run.trial, run.point, run.seed, run.stretch, name, ablation.settings)]
+        if ablation.of == "winner" or _has_config(changed)
     ]
+
+
+def _has_config(run: FinalRun) -> bool:
+    try:
+        run.config()
+    except UserError:  # an ablation of something that its contestant does not have
+        return False
+    return True
 
 
 def _final(study: Study) -> Final:

@@ -123,6 +123,13 @@ class Variant(_Part):
     settings: Settings = Field(default_factory=dict, alias="set")
 
 
+class Ablation(_Part):
+    """Settings that the last round changes in the best point of the winner, or of each contestant that can have them."""
+
+    settings: Settings = Field(default_factory=dict, alias="set")
+    of: Literal["winner", "each"] = "winner"
+
+
 class Batch(_Part):
     """Settings of a global batch, and the trials of each contestant there (the study's if unset).
 
@@ -169,7 +176,7 @@ class StudyFile(_Part):
     variants: Annotated[dict[Name, Variant], Field(min_length=1)] = {SINGLE: Variant(set={})}
     batches: Annotated[dict[Annotated[int, Field(gt=0, le=2**18)], Batch], Field(min_length=1)]
     final: Final | None = None
-    ablations: dict[Name, Variant] = Field(default_factory=dict)
+    ablations: dict[Name, Ablation] = Field(default_factory=dict)
     execution: Literal["in_process", "run"] = "in_process"
 
     @property

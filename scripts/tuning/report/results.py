@@ -1,4 +1,4 @@
-"""The parts of the report on the last round: the best points on fresh seeds, and the ablations of the winner."""
+"""The parts of the report on the last round: the best points on fresh seeds, and the ablations."""
 
 from __future__ import annotations
 
@@ -102,15 +102,15 @@ def _warnings(records: Records) -> list[str]:
 
 
 def ablations(records: Records) -> Section:
-    """What each factor is worth: the winner with that one setting changed."""
-    title, target = "Ablations of the winner", records.study.file.target
+    """What each factor is worth: a best point with that one setting changed."""
+    title, target = "Ablations", records.study.file.target
     rows = []
     for each in records.cells:
         name = each.cell.name
         factors = list(dict.fromkeys(run.ablation for run in records.finals if run.cell_name == name and run.ablation))
         winner = spread(runs_of(records, name), target, records.study)
         if factors and winner:
-            rows.append([name, "the winner itself", *_spread_cells(winner), *_comparison_cells(None)])
+            rows.append([name, "nothing", *_spread_cells(winner), *_comparison_cells(None)])
         for factor in factors:
             runs = runs_of(records, name, factor)
             changed = ", ".join(f"{path}={setting(value)}" for path, value in runs[0].settings.items())
@@ -123,6 +123,6 @@ def ablations(records: Records) -> Section:
             rows.append([f"{name} {factor}", changed, *_spread_cells(made), *_comparison_cells(compared, censored)])
     if not rows:
         return Section(title, ["There are no ablations."])
-    headers = ("ablation", "changes", "mean", "stdev", "runs", "reached", "ratio to the winner", "common seeds", "p")
+    headers = ("ablation", "changes", "mean", "stdev", "runs", "reached", "ratio to no change", "common seeds", "p")
     sentences = [f"Samples to {target:g}; a ratio above 1 says that the change costs samples.", TEST]
     return Section(title, sentences, tables=[Table(headers, rows)])
