@@ -124,7 +124,7 @@ class Engine(ABC):
         """After the update: start to send the weights that other ranks need. Nothing to do where all ranks update all."""
 
     def wait_pending(self) -> None:  # noqa: B027  # a no-op where nothing outlasts a step
-        """Wait for what goes on beyond a step: afterwards weights may be read. Nothing goes on by default."""
+        """Wait for what goes on beyond a step: afterwards weights may be read. Nothing goes on by default. A collective."""
 
     def set_trace(self, trace: Trace | None) -> None:
         """Record spans of what happens from now on, or stop recording."""

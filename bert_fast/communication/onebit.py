@@ -51,11 +51,16 @@ class OneBit(CompressedFormat):
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
         self.sent_momentum = self._steps >= self.num_exact_steps
-        if not self.sent_momentum:
-            return values
+        return self._encode_momentum(number, values) if self.sent_momentum else values
+
+    def _encode_momentum(self, number: int, values: torch.Tensor) -> torch.Tensor:
+        self._make_momentum(number, values)
+        return super().encode(number, values)
+
+    def _make_momentum(self, number: int, values: torch.Tensor) -> None:
+        """Of a bucket's gradients, the part of the new momentum that is this rank's; in place."""
         for part, first, second in self._parts(number, values):
             part.mul_(1.0 - self._beta1).add_(first, alpha=self._beta1 / self.num_ranks).mul_(second > 0)
-        return super().encode(number, values)
 
     def all_reduce(
         self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None

@@ -163,6 +163,9 @@ class BucketReducer(Engine):
     def reduced(self, number: int) -> torch.Tensor:
         return self.gradients.of(self.layout.buckets[number])
 
+    def wait_pending(self) -> None:
+        self.wire.settle()
+
     def updated_slices(self) -> list[UpdatedSlice]:
         return [
             UpdatedSlice(index, number, 0, self._parameters[index])

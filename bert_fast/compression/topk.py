@@ -50,7 +50,9 @@ class TopK(Codec):
         length = values.shape[1]
         _, selected = self.shape(length)
         blocks = in_blocks(values, self._block(length))
-        if selected == 1:  # several times as fast as topk on a CPU, where a stretch of blocks also stays in a core's cache
+        if (
+            selected == 1
+        ):  # several times as fast as topk on a CPU, where a stretch of blocks also stays in a core's cache
             together = max(1, _STRETCH // blocks.shape[-1]) if values.device.type == "cpu" else blocks.shape[1]
             parts = [part.abs().argmax(dim=-1, keepdim=True) for part in blocks.split(together, dim=1)]
             places = torch.cat(parts, dim=1)

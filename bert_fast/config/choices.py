@@ -143,6 +143,27 @@ OPTIMIZERS = {
         source="Tang et al., arXiv 2102.02888",
         wire="onebit",
     ),
+    "onebit_lamb": OptimizerChoice(
+        "bert_fast.optim.onebit_lamb:build",
+        "LAMB, and after communication.exact_steps with frozen second moment and trust ratios and its momentum sent as signs",
+        settings=_ADAM,
+        state_values=3.0,
+        not_sharded="its momentum is compressed before ranks have a part of it",
+        capturable=False,
+        source="Li et al., arXiv 2104.06069",
+        wire="onebit",
+    ),
+    "zero_one_adam": OptimizerChoice(
+        "bert_fast.optim.zero_one:build",
+        "onebit_adam whose second moment learns ever more seldom, with local steps between exchanges",
+        settings=_ADAM,
+        state_values=4.0,
+        not_per_bucket="a local step reduces no bucket, and the next exchange updates all from the weights of the last",
+        not_sharded="its momentum is compressed before ranks have a part of it",
+        capturable=False,
+        source="Lu et al., arXiv 2202.06009",
+        wire="zero_one",
+    ),
     "pytorch_optimizer": OptimizerChoice(
         "bert_fast.optim.package:build",
         "a class of the package pytorch_optimizer: optimizer.class_name with optimizer.arguments",
@@ -292,8 +313,14 @@ WIRE_FORMATS = {
     ),
     "onebit": WireFormatChoice(
         "bert_fast.communication.onebit:onebit",
-        "gradients for exact_steps, then the momentum of optimizer.name=onebit_adam, a bit for each number",
+        "gradients for exact_steps, then the momentum of onebit_adam or onebit_lamb, a bit for each number",
         settings=("residual_dtype", "exact_steps"),
+        not_sharded="the momentum is compressed before ranks have a part of it",
+    ),
+    "zero_one": WireFormatChoice(
+        "bert_fast.communication.zero_one:zero_one",
+        "the momentum of zero_one_adam, a bit for each number, exact ever more seldom, and later not in every step",
+        settings=("residual_dtype", "exact_steps", "var_update_scaler", "local_step_scaler", "local_step_clipper"),
         not_sharded="the momentum is compressed before ranks have a part of it",
     ),
 }

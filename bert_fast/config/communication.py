@@ -54,7 +54,18 @@ class CommunicationConfig(Section):
         4, description="powersgd: columns of the thin matrices; at most the smaller side of a matrix"
     )
     exact_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="powersgd, onebit: steps in fp32 before the first that is compressed"
+        0,
+        description="powersgd, onebit: steps in fp32 before the first that is compressed; zero_one: steps after which the "
+        "second moment is frozen, and local steps begin",
+    )
+    var_update_scaler: Annotated[int, Field(ge=1)] = Field(
+        16, description="zero_one: updates of the second moment after which the number of steps between them doubles"
+    )
+    local_step_scaler: Annotated[int, Field(ge=1)] = Field(
+        1000, description="zero_one: steps after which the number of steps from exchange to exchange doubles"
+    )
+    local_step_clipper: Annotated[int, Field(ge=1)] = Field(
+        16, description="zero_one: the most steps from exchange to exchange; 1: no local steps"
     )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto",

@@ -73,8 +73,8 @@ class OptimizerConfig(Section):
     )
     block: Annotated[int, Field(ge=2, le=2**15)] | None = Field(
         None,
-        description="mfac_sparse, ggt_sparse, micro_adam: numbers of a block, of which density x block are kept, rounded up; at "
-        "most 32,768, as places have 16 bits; unset: 1 / density, of which one is kept, the fastest to find",
+        description="mfac_sparse, ggt_sparse, micro_adam: numbers of a block, of which density x block are kept, rounded up; "
+        "at most 32,768, as places have 16 bits; unset: 1 / density, of which one is kept, the fastest to find",
     )
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(
         4, description="mfac_lowrank: rank that a gradient matrix is cut to; at most its smaller side"

@@ -328,11 +328,17 @@ def _wire_format_has_an_engine(config: Config) -> str | None:
 def _optimizer_has_its_wire_format(config: Config) -> str | None:
     """Some optimizers and wire formats are made for each other."""
     name, wire = config.optimizer.name, config.communication.reduce_dtype
-    pairs = {choice.wire: each for each, choice in OPTIMIZERS.items() if choice.wire}
+    pairs: dict[str, list[str]] = {}
+    for each, choice in OPTIMIZERS.items():
+        if choice.wire:
+            pairs.setdefault(choice.wire, []).append(each)
     if OPTIMIZERS[name].wire != (wire if wire in pairs else ""):
         if OPTIMIZERS[name].wire:
             return f"optimizer.name={name} goes with communication.reduce_dtype={OPTIMIZERS[name].wire}, not {wire}; set it"
-        return f"communication.reduce_dtype={wire} goes with optimizer.name={pairs[wire]} and it is {name}; set one of them"
+        return (
+            f"communication.reduce_dtype={wire} goes with optimizer.name={' or '.join(pairs[wire])} and it is {name}; set "
+            "one of them"
+        )
     if wire in pairs and config.communication.exact_steps == 0:
         return (
             f"communication.exact_steps=0 with reduce_dtype={wire}: the second moment that is frozen comes from exact steps; "

@@ -141,7 +141,12 @@ class Lamb(RunOptimizer):
         parts = [each.split(parts_of(p)) for p, each in zip(update.parameters, update.updates, strict=True)]
         flat = [part for of_one in parts for part in of_one]
         norms = self._norms(update.parameters, flat)
-        torch._foreach_mul_(flat, [_ratio(w, u) for w, u in zip(*norms, strict=True)])
+        ratios = [_ratio(w, u) for w, u in zip(*norms, strict=True)]
+        self._took_ratios(update.parameters, ratios)
+        torch._foreach_mul_(flat, ratios)
+
+    def _took_ratios(self, parameters: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
+        """The updates of these parameters' parts, in order, are about to be scaled by these ratios."""
 
     def _adapt_groups(self, adapted: list[_Update], group_of: Callable[[str], str]) -> None:
         """Scale updates by a ratio for each group of tensors. A collective where tensors are in pieces."""

@@ -18,13 +18,21 @@ from bert_fast.optim.adamw import AdamW, adam_settings
 from bert_fast.optim.build import RunOptimizer, decay_groups
 
 
-class OneBitAdam(AdamW):
-    """`takes_momentum` says before each step whether gradients are the new momentum; a run sets it."""
+class TakesMomentum(RunOptimizer):
+    """An optimizer whose gradients are, after some steps, the new momentum; a run sets both of these.
 
-    reads_found_inf = False
+    takes_momentum:  says before each step whether they are
+    num_exact_steps: the steps before
+    """
 
     takes_momentum: Callable[[], bool] = staticmethod(lambda: False)
     num_exact_steps: int = 0
+
+
+class OneBitAdam(AdamW, TakesMomentum):
+    """See the module."""
+
+    reads_found_inf = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

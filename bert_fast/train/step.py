@@ -133,13 +133,13 @@ class TrainStep:
     ) -> StepResult:
         """One step; a learning rate of None leaves the optimizer's as it is."""
         start = time.perf_counter()
+        if lr is not None:  # before backward, in which a wire format may read it
+            self._set_rate(lr)
         self.engine.zero_grad()
         with self._compute_timer or nullcontext():
             mlm_sum, nsp_sum = self._forward_backward(inputs)
         backward_end = time.perf_counter()
         before_update()
-        if lr is not None:
-            self._set_rate(lr)
         if self._bucketwise is None:
             with self._exposed_timer or nullcontext():
                 norm = self.engine.finish()

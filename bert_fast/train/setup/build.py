@@ -21,6 +21,7 @@ from bert_fast.communication.buckets import (
 from bert_fast.communication.engine import Engine
 from bert_fast.communication.onebit import OneBit
 from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_format
+from bert_fast.communication.zero_one import ZeroOne
 from bert_fast.config import Config
 from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, SHARDED_ENGINES, WIRE_FORMATS, find
 from bert_fast.errors import UserError
@@ -32,7 +33,9 @@ from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.model.objective import Objective
 from bert_fast.optim.averaging import build_average
-from bert_fast.optim.onebit import OneBitAdam
+from bert_fast.optim.build import RunOptimizer
+from bert_fast.optim.onebit import TakesMomentum
+from bert_fast.optim.zero_one import ZeroOneAdam
 from bert_fast.train.clock import DeviceTimer
 from bert_fast.train.collectives import broadcast_numbers
 from bert_fast.train.components import TrainComponents
@@ -72,7 +75,7 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
         torch.compiler.reset()  # what was traced so far does not know the hooks that wait for weights
     optimizer = RankOptimizer(engine, list(model.named_parameters()), config.optimizer)
     if isinstance(engine.wire, OneBit):
-        _pair(engine.wire, optimizer, list(model.parameters()))
+        _pair(engine.wire, optimizer.optimizer, list(model.parameters()))
     loss_scale = LossScale(config.train.loss_scale, environment.device) if environment.dtype == torch.float16 else None
     step = TrainStep(
         engine,
@@ -95,18 +98,22 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average)
 
 
-def _pair(wire: OneBit, optimizer: RankOptimizer, parameters: list[nn.Parameter]) -> None:
+def _pair(wire: OneBit, optimizer: RunOptimizer, parameters: list[nn.Parameter]) -> None:
     """Let the wire format read the optimizer's moments, and the optimizer know what it is given."""
-    state = optimizer.optimizer.state
-    assert isinstance(optimizer.optimizer, OneBitAdam)
-    optimizer.optimizer.takes_momentum = lambda: wire.sent_momentum
-    optimizer.optimizer.num_exact_steps = wire.num_exact_steps
+    if isinstance(wire, ZeroOne):
+        assert isinstance(optimizer, ZeroOneAdam)
+        optimizer.kind = lambda: wire.kind
+        wire.attach_local(optimizer, parameters)
+    else:
+        assert isinstance(optimizer, TakesMomentum)
+        optimizer.takes_momentum = lambda: wire.sent_momentum
+        optimizer.num_exact_steps = wire.num_exact_steps
 
     def moments(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        entry = state[parameters[index]]
+        entry = optimizer.state[parameters[index]]
         return entry["exp_avg"], entry["exp_avg_sq"]
 
-    wire.attach(moments, optimizer.optimizer.param_groups[0]["betas"][0])
+    wire.attach(moments, optimizer.param_groups[0]["betas"][0])
 
 
 def make_objective(config: Config) -> Objective:
