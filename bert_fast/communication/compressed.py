@@ -5,13 +5,17 @@ messages of that part, decodes and adds them up in fp32, encodes the sum and sen
 messages left out of its gradient, and an owner for what its message left out of the sum (two residuals, as in 1-bit Adam, arXiv
 2102.02888, section 4). All ranks decode the same bytes, so that they have the same gradient to the last bit.
 
-What is sent does not grow with the number of ranks: the bytes of a whole message for the all-to-all, and as many for the
-all-gather.
+On several nodes with several ranks it has two levels: the ranks of a node exchange their messages and add them up, and encode
+the sum anew, with a residual of its own, for the exchange with the ranks of the same number in the other nodes. So a node sends
+and receives one message of a bucket, and not one for each of its ranks.
+
+What a rank sends does not grow with the number of ranks: the bytes of a whole message for the all-to-all, and as many for the
+all-gather; on two levels, a share of that more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,76 +33,135 @@ _TOP_K_BLOCK = 4096
 
 
 class CompressedFormat(WireFormat):
-    """Messages of a codec, with a residual of every bucket of this rank's gradient, and one of the parts that it owns."""
+    """Messages of a codec. A message has a row for each rank's part of the bucket, in the order of ranks.
 
-    stages = 2
+    Residuals: of this rank's gradient, on two levels of its node's sum of the parts that ranks of its number own, and of the
+    part that it owns.
+    """
 
-    def __init__(self, codec: Codec, *, residual_dtype: str = "fp32") -> None:
+    def __init__(self, codec: Codec, *, residual_dtype: str = "fp32", ranks_per_node: int | None = None) -> None:
+        """
+        Args:
+            ranks_per_node: consecutive ranks that are on one node; None: all.
+        """
         super().__init__(torch.float32)
-        self._codec, self._residual_dtype = codec, residual_dtype
+        self._codec, self._residual_dtype, self._ranks_per_node = codec, residual_dtype, ranks_per_node
 
     def begin(self, layout: GradientLayout, parameters: Sequence[torch.Tensor], num_ranks: int) -> None:
         super().begin(layout, parameters, num_ranks)
         assert all((b.end - b.start) % num_ranks == 0 for b in layout.buckets), "the layout must have as many shards"
         rank = dist.get_rank() if dist.is_initialized() else 0
+        self._node = _Node(rank, num_ranks, self._ranks_per_node or num_ranks)
+        self.stages = 4 if self._node.has_two_levels else 2
+        held = {"own": range(num_ranks), "owned": [rank]}
+        if self._node.has_two_levels:
+            held["node"] = self._node.same_number
         device = parameters[0].device
-        self._own = Residuals(layout, self._residual_dtype, device)
-        self._owned = Residuals(layout, self._residual_dtype, device, part=rank, num_parts=num_ranks)
+        self._residuals = {
+            name: Residuals(layout, self._residual_dtype, device, shards=shards, num_shards=num_ranks)
+            for name, shards in held.items()
+        }
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
-        corrected = self._own[number].correct(values)
-        rows = corrected.view(self.num_ranks, -1)
-        message = self._codec.encode(rows)
-        self._own[number].keep(corrected, self._codec.decode(message, rows.shape[1]).reshape(-1))
-        return message
+        return self._encode("own", number, values.view(self.num_ranks, -1))
 
     def all_reduce(
         self, number: int, wire: torch.Tensor, values: torch.Tensor, group: dist.ProcessGroup | None
     ) -> Iterator[Work]:
-        length = len(values) // self.num_ranks
+        length, node = len(values) // self.num_ranks, self._node
         part = torch.empty(length, device=values.device)
         yield from self._exchange(number, wire, part, group, share=0.5)
-        corrected = self._owned[number].correct(part)
-        message = self._codec.encode(corrected[None])
-        self._owned[number].keep(corrected, self._codec.decode(message, length)[0])
-        gathered = message.new_empty(self.num_ranks, message.shape[1])
-        gathered[dist.get_rank(group)] = message[0]
-        self.count(gathered, share=0.5)
-        yield start_gather(gathered, 2 * number + 1, group)
-        values.copy_(self._codec.decode(gathered, length).reshape(-1))
+        message = self._encode("owned", number, part[None])
+        if node.has_two_levels:
+            across = yield from self._gather(number, message, node.across)
+            within = yield from self._gather(number, across.view(1, -1), node.within)
+            message = within.view(node.size, node.count, -1).transpose(0, 1).reshape(self.num_ranks, -1)
+        else:
+            message = yield from self._gather(number, message, group)
+        values.copy_(self._codec.decode(message, length).reshape(-1))
 
     def reduce_scatter(
         self, number: int, wire: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None
     ) -> Iterator[Work]:
         yield from self._exchange(number, wire, shard, group, share=1.0)
 
+    def _encode(self, residual: str, number: int, rows: torch.Tensor) -> torch.Tensor:
+        """The message of rows [rows, length] with what this residual has of them, which keeps what the message leaves out."""
+        feedback = self._residuals[residual][number]
+        corrected = feedback.correct(rows.reshape(-1))
+        message = self._codec.encode(corrected.view(rows.shape))
+        feedback.keep(corrected, self._codec.decode(message, rows.shape[1]).reshape(-1))
+        return message
+
     def _exchange(
         self, number: int, wire: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup | None, share: float
     ) -> Iterator[Work]:
         """Send the others their parts of a message; the sum of what came of this rank's goes into `part`."""
+        node = self._node
+        if node.has_two_levels:
+            by_number = wire.view(node.count, node.size, -1).transpose(0, 1).contiguous()
+            received = torch.empty_like(by_number)
+            self.count(by_number, share)
+            yield _all_to_all(received, by_number, 2 * number, node.within)
+            rows = self._codec.decode(received.view(self.num_ranks, -1), len(part))
+            of_node = rows.view(node.size, node.count, -1).sum(dim=0)
+            wire, group = self._encode("node", number, of_node), node.across
         received = torch.empty_like(wire)
         self.count(wire, share)
         yield _all_to_all(received, wire, 2 * number, group)
         torch.sum(self._codec.decode(received, len(part)), dim=0, out=part)
 
+    def _gather(
+        self, number: int, message: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> Generator[Work, None, torch.Tensor]:
+        """Start to gather the messages [1, bytes] of a group; returns them [ranks, bytes]."""
+        gathered = message.new_empty(dist.get_world_size(group), message.shape[1])
+        gathered[dist.get_rank(group)] = message[0]
+        self.count(gathered, share=0.5)
+        yield start_gather(gathered, 2 * number + 1, group)
+        return gathered
+
     def end_step(self, skipped: torch.Tensor | bool) -> None:
-        self._own.end_step(skipped)
-        self._owned.end_step(skipped)
+        for each in self._residuals.values():
+            each.end_step(skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"own": self._own.state_dict(), "owned": self._owned.state_dict()}
+        return {"residuals": {name: each.state_dict() for name, each in self._residuals.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._own.fits(state["own"]) and self._owned.fits(state["owned"]):
-            self._own.load_state_dict(state["own"])
-            self._owned.load_state_dict(state["owned"])
-        else:  # sizes of buckets may change from run to run
+        saved = state["residuals"]
+        if saved.keys() == self._residuals.keys() and all(self._residuals[name].fits(saved[name]) for name in saved):
+            for name, each in self._residuals.items():
+                each.load_state_dict(saved[name])
+        else:  # sizes of buckets, and nodes, may change from run to run
             self.take_over([state], state)
 
     def take_over(self, states: Sequence[dict[str, Any]], common: dict[str, Any]) -> None:
-        # What an owner had not sent of a sum is as good as what a rank had not sent of its gradient
-        self._own.take_over([part for state in states for part in (state["own"], state["owned"])])
-        self._owned.take_over([])
+        # What a node or an owner had not sent of a sum is as good as what a rank had not sent of its gradient
+        left_over = [each for state in states for each in state["residuals"].values()]
+        for name, each in self._residuals.items():
+            each.take_over(left_over if name == "own" else [])
+
+
+class _Node:
+    """Ranks by nodes of `size` consecutive ones. Making one is a collective where it has two levels.
+
+    within:      the group of this rank's node
+    across:      the group of the ranks that have this one's number in their nodes
+    same_number: the global ranks of that group
+    """
+
+    within: dist.ProcessGroup | None = None
+    across: dist.ProcessGroup | None = None
+
+    def __init__(self, rank: int, num_ranks: int, size: int) -> None:
+        self.size, self.count = size, num_ranks // size
+        self.has_two_levels = 1 < size < num_ranks
+        first = rank // size * size
+        self.same_number = range(rank - first, num_ranks, size)
+        if self.has_two_levels:
+            self.within = dist.new_group(range(first, first + size), use_local_synchronization=True)
+            self.across = dist.new_group(self.same_number, use_local_synchronization=True)
 
 
 def _all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:
@@ -112,18 +175,26 @@ def _all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dis
 # ---- entries of config.choices.WIRE_FORMATS ---------------------------------------------------------------------------------
 
 
-def int8_ef(gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32") -> WireFormat:
+def int8_ef(
+    gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", ranks_per_node: int | None = None
+) -> WireFormat:
     """8 bits, with a scale for each 512 numbers."""
-    return CompressedFormat(Int8(_BLOCK), residual_dtype=residual_dtype)
+    return CompressedFormat(Int8(_BLOCK), residual_dtype=residual_dtype, ranks_per_node=ranks_per_node)
 
 
-def fp8_ef(gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32") -> WireFormat:
+def fp8_ef(
+    gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", ranks_per_node: int | None = None
+) -> WireFormat:
     """FP8 (e4m3), with a scale for each 512 numbers."""
-    return CompressedFormat(Fp8(_BLOCK), residual_dtype=residual_dtype)
+    return CompressedFormat(Fp8(_BLOCK), residual_dtype=residual_dtype, ranks_per_node=ranks_per_node)
 
 
 def topk_ef(
-    gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", density: float = 0.01
+    gradient_dtype: torch.dtype,
+    scale: float,
+    residual_dtype: str = "fp32",
+    density: float = 0.01,
+    ranks_per_node: int | None = None,
 ) -> WireFormat:
     """The largest entries of each 4,096, as bf16."""
-    return CompressedFormat(TopK(density, _TOP_K_BLOCK), residual_dtype=residual_dtype)
+    return CompressedFormat(TopK(density, _TOP_K_BLOCK), residual_dtype=residual_dtype, ranks_per_node=ranks_per_node)

@@ -12,7 +12,7 @@ from bert_fast.compression.error_feedback import ErrorFeedback
 
 
 class Residuals:
-    """A residual of every bucket, or of one of the equal parts of every bucket."""
+    """A residual of every bucket, or of some of the equal shards of every bucket."""
 
     def __init__(
         self,
@@ -20,13 +20,22 @@ class Residuals:
         storage: str,
         device: torch.device,
         *,
-        part: int = 0,
-        num_parts: int = 1,
+        shards: Sequence[int] = (0,),
+        num_shards: int = 1,
     ) -> None:
+        """
+        Args:
+            shards: numbers of those that it is of, which lie one after the other in a residual.
+            num_shards: of each bucket.
+        """
         self._layout, self._storage, self._device = layout, storage, device
-        lengths = [(bucket.end - bucket.start) // num_parts for bucket in layout.buckets]
-        self._begins = [bucket.start + part * n for bucket, n in zip(layout.buckets, lengths, strict=True)]
-        self._held = [ErrorFeedback(n, storage=storage, device=device) for n in lengths]
+        lengths = [(bucket.end - bucket.start) // num_shards for bucket in layout.buckets]
+        if len(shards) == num_shards:
+            shards, lengths = (0,), [n * num_shards for n in lengths]
+        self._begins = [
+            [bucket.start + shard * n for shard in shards] for bucket, n in zip(layout.buckets, lengths, strict=True)
+        ]
+        self._held = [ErrorFeedback(n * len(shards), storage=storage, device=device) for n in lengths]
 
     def __getitem__(self, number: int) -> ErrorFeedback:
         return self._held[number]
@@ -40,7 +49,7 @@ class Residuals:
         """The residuals, as copies, and where they lie."""
         return {
             "held": [feedback.state_dict() for feedback in self._held],
-            "begins": list(self._begins),
+            "begins": [list(begins) for begins in self._begins],
             "offsets": list(self._layout.offsets),
         }
 
@@ -63,16 +72,18 @@ class Residuals:
             old = self._whole(state)
             for numel, here, there in zip(layout.numel, layout.offsets, state["offsets"], strict=True):
                 total[here : here + numel] += old[there : there + numel]
-        for begin, feedback in zip(self._begins, self._held, strict=True):
-            feedback.set_residual(total[begin : begin + feedback.numel])
+        for begins, feedback in zip(self._begins, self._held, strict=True):
+            length = feedback.numel // len(begins)
+            feedback.set_residual(torch.cat([total[begin : begin + length] for begin in begins]))
 
     def _whole(self, state: dict[str, Any]) -> torch.Tensor:
-        """fp32, in the places of the old layout, with zeros where a part of the buckets was held."""
+        """fp32, in the places of the old layout, with zeros where shards of the buckets were held."""
         size = max(there + n for there, n in zip(state["offsets"], self._layout.numel, strict=True))
-        ends = [begin + each["numel"] for begin, each in zip(state["begins"], state["held"], strict=True)]
+        ends = [max(begins) + each["numel"] for begins, each in zip(state["begins"], state["held"], strict=True)]
         whole = torch.zeros(max(size, *ends), device=self._device)
-        for begin, each in zip(state["begins"], state["held"], strict=True):
+        for begins, each in zip(state["begins"], state["held"], strict=True):
             feedback = ErrorFeedback(each["numel"], storage=self._storage, device=self._device)
             feedback.load_state_dict(each)
-            whole[begin : begin + each["numel"]] = feedback.residual()
+            for begin, values in zip(begins, feedback.residual().chunk(len(begins)), strict=True):
+                whole[begin : begin + len(values)] = values
         return whole

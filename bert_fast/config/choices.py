@@ -275,11 +275,13 @@ class WireFormatChoice(Choice):
     is_cast:  it sends the numbers of a bucket in another dtype and keeps nothing, so that any engine can send it, and several
         ranks' can be added up
     not_sharded: why it cannot leave each rank a part of a bucket (`communication.shard_optimizer`); empty: it can
+    by_node: whether it is told `ranks_per_node`, to send less between nodes
     """
 
     settings: tuple[str, ...] = ()
     is_cast: bool = False
     not_sharded: str = ""
+    by_node: bool = False
 
 
 # A function (dtype of the gradients, scale, and the settings it reads by name) -> WireFormat, as
@@ -294,16 +296,19 @@ WIRE_FORMATS = {
         "bert_fast.communication.compressed:int8_ef",
         "a quarter of the bytes: 8 bits with a scale per block, and error feedback",
         settings=("residual_dtype",),
+        by_node=True,
     ),
     "fp8_ef": WireFormatChoice(
         "bert_fast.communication.compressed:fp8_ef",
         "a quarter of the bytes: FP8 (e4m3) with a scale per block, and error feedback",
         settings=("residual_dtype",),
+        by_node=True,
     ),
     "topk_ef": WireFormatChoice(
         "bert_fast.communication.compressed:topk_ef",
         "the largest entries alone, with error feedback",
         settings=("residual_dtype", "density"),
+        by_node=True,
     ),
     "powersgd": WireFormatChoice(
         "bert_fast.communication.powersgd:powersgd",

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from support.rank_pool import RankPool
 from torch import nn
 
+from bert_fast.communication import compressed
 from bert_fast.communication.buckets import plan_layout
 from bert_fast.communication.powersgd import PowerSgd
 from bert_fast.communication.reducer import BucketReducer
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.distributed
 Pools = Callable[[int], RankPool]
 FORMATS = [
     name for name, choice in WIRE_FORMATS.items() if not choice.is_cast and name not in ("onebit", "zero_one")
-]  # it sends momentum
+]  # which send momentum
+BY_NODE = [f"{name} by 2" for name in FORMATS if WIRE_FORMATS[name].by_node]  # in nodes of two ranks
 STEPS, SKIPPED = 12, (4, 7)
 SIZES = [(64, 48), (48,), (96, 64), (7,), (64, 64), (1000,)]
 
@@ -55,7 +57,8 @@ def make(name: str, world: int, sharded: bool = False, **settings: Any) -> tuple
         clip_groups="tensor", bucket_mb=0.03, whole_groups=True, shards=world,
     )  # fmt: skip
     assert len(layout.buckets) > 1
-    wire = wire_format(name, torch.float32, **settings)
+    name, _, node = name.partition(" by ")
+    wire = wire_format(name, torch.float32, **settings, **({"ranks_per_node": int(node)} if node else {}))
     kind = ShardedReducer if sharded else BucketReducer
     return model, kind(model, layout, clip="none", max_norm=1.0, wire=wire)
 
@@ -82,7 +85,8 @@ def exact(step: int, world: int) -> np.ndarray:
 def left_over(wire: WireFormat, layout: Any) -> np.ndarray:
     """What this rank has not sent, in the order of parameters: taken over by residuals that hold nothing."""
     state = wire.state_dict()
-    parts = [state["residuals"]] if "residuals" in state else [state["own"], state["owned"]]
+    residuals = state["residuals"]
+    parts = [residuals] if "held" in residuals else list(residuals.values())
     heir = Residuals(layout, "fp32", torch.device("cpu"))
     heir.take_over(parts)
     flat = torch.cat([heir[number].residual() for number in range(len(layout.buckets))])
@@ -105,8 +109,9 @@ def run(rank: int, world: int, name: str, restart_at: int | None = None) -> dict
     return {"found": np.stack(found), "left": left_over(engine.wire, engine.layout), "sent": sent}
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "world"), [*((name, world) for name in FORMATS for world in (2, 4)), *((name, 4) for name in BY_NODE)]
+)
 def test_what_arrived_and_what_is_left_are_all_gradients(pool: Pools, name: str, world: int) -> None:
     """Over steps of which two were skipped, as one rank's gradient was not finite."""
     ranks = pool(world).call(run, name)
@@ -120,9 +125,10 @@ def test_what_arrived_and_what_is_left_are_all_gradients(pool: Pools, name: str,
     assert np.abs(left).max() > 0
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *BY_NODE])
 def test_goes_on_from_a_checkpoint_bit_for_bit(pool: Pools, name: str) -> None:
-    straight, resumed = pool(2).call(run, name), pool(2).call(run, name, 5)
+    world = 4 if name in BY_NODE else 2
+    straight, resumed = pool(world).call(run, name), pool(world).call(run, name, 5)
     for one, other in zip(straight, resumed, strict=True):
         np.testing.assert_array_equal(one["found"], other["found"])
         np.testing.assert_array_equal(one["left"], other["left"])
@@ -142,7 +148,7 @@ def take_over(rank: int, world: int, name: str, states: list[dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 1)])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *BY_NODE])
 def test_another_number_of_ranks_takes_over_all_that_was_left(pool: Pools, name: str, before: int, after: int) -> None:
     old = pool(before).call(halves, name)
     new = pool(after).call(take_over, name, [one["state"] for one in old])
@@ -150,6 +156,36 @@ def test_another_number_of_ranks_takes_over_all_that_was_left(pool: Pools, name:
     np.testing.assert_allclose(sum(one.astype(np.float64) for one in new), expected, atol=1e-6)
     truth = sum(exact(step, before) for step in range(5))
     np.testing.assert_allclose(old[0]["arrived"] + expected, truth, atol=2e-5)
+
+
+def sent_by_level(rank: int, world: int, name: str) -> tuple[int, int]:
+    """Bytes of a step that a rank sends within its node, as if alone on the network, and between nodes."""
+    model, engine = make(name, world)
+    node = engine.wire._node  # type: ignore[attr-defined]
+    levels = {id(node.within): 0, id(node.across): 0}
+    compressed_all_to_all, gather = compressed._all_to_all, compressed.start_gather
+
+    def counted_all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: Any) -> Any:
+        levels[id(group)] += sent.numel() * (dist.get_world_size(group) - 1) // dist.get_world_size(group)
+        return compressed_all_to_all(received, sent, tag, group)
+
+    def counted_gather(whole: torch.Tensor, tag: int, group: Any) -> Any:
+        levels[id(group)] += whole.numel() // dist.get_world_size(group) * (dist.get_world_size(group) - 1)
+        return gather(whole, tag, group)
+
+    compressed._all_to_all, compressed.start_gather = counted_all_to_all, counted_gather
+    try:
+        reduce(model, engine, 0)
+    finally:
+        compressed._all_to_all, compressed.start_gather = compressed_all_to_all, gather
+    return levels[id(node.within)], levels[id(node.across)]
+
+
+@pytest.mark.parametrize("name", BY_NODE)
+def test_a_node_sends_one_message_to_the_others(pool: Pools, name: str) -> None:
+    """A half of what leaves a rank at once: of its node's message it sends the part that ranks of its number own."""
+    for within, across in pool(4).call(sent_by_level, name):
+        assert across == within // 2
 
 
 def sharded(rank: int, world: int, name: str) -> np.ndarray:
@@ -170,10 +206,11 @@ def sharded(rank: int, world: int, name: str) -> np.ndarray:
     return arrived + left.numpy()
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if not WIRE_FORMATS[name].not_sharded])
+@pytest.mark.parametrize("name", [*(name for name in FORMATS if not WIRE_FORMATS[name].not_sharded), *BY_NODE])
 def test_sharded(pool: Pools, name: str) -> None:
-    truth = sum(exact(step, 2) for step in range(STEPS))
-    np.testing.assert_allclose(pool(2).call(sharded, name)[0], truth, atol=2e-5)
+    world = 4 if name in BY_NODE else 2
+    truth = sum(exact(step, world) for step in range(STEPS))
+    np.testing.assert_allclose(pool(world).call(sharded, name)[0], truth, atol=2e-5)
 
 
 # ---- PowerSGD against torch's hook ------------------------------------------------------------------------------------------

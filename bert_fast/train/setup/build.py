@@ -190,8 +190,10 @@ def make_wire(config: Config, environment: Environment, gradient_dtype: torch.dt
     """What gradients of `gradient_dtype` are sent as."""
     communication = config.communication
     scale = fp16_scale(communication.clip, communication.max_norm, environment.dtype == torch.float16)
-    settings = WIRE_FORMATS[communication.reduce_dtype].settings
-    given = {name: getattr(communication, name) for name in settings}
+    choice = WIRE_FORMATS[communication.reduce_dtype]
+    given = {name: getattr(communication, name) for name in choice.settings}
+    if choice.by_node:
+        given["ranks_per_node"] = config.system.node_size
     return wire_format(communication.reduce_dtype, gradient_dtype, scale, **given)
 
 
