@@ -17,7 +17,7 @@ from bert_fast.communication.buckets import BufferRange, GradientLayout
 from bert_fast.communication.residuals import Residuals
 from bert_fast.communication.wire_format import WireFormat, Work
 from bert_fast.compression.error_feedback import ErrorFeedback
-from bert_fast.compression.lowrank import PowerIteration
+from bert_fast.compression.lowrank import PowerIteration, has_smaller_factors
 
 
 class _Bucket:
@@ -37,7 +37,7 @@ class _Bucket:
         self._rest: list[tuple[int, int]] = []
         for index in span.parameters:
             shape, begin = parameters[index].shape, layout.offsets[index] - span.start
-            if len(shape) == 2 and min(rank, *shape) * sum(shape) < shape.numel():
+            if len(shape) == 2 and has_smaller_factors(shape[0], shape[1], rank):
                 self._indices.append(index)
                 self._matrices.append((begin, shape))
             else:

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 
 
+def has_smaller_factors(rows: int, columns: int, rank: int) -> bool:
+    """Whether P [rows, rank] and Q [columns, rank] have fewer numbers than the matrix; else it is better kept as it is."""
+    return rank * (rows + columns) < rows * columns
+
+
 class PowerIteration:
     """Bases of matrices from step to step, the same on all ranks: Q of each matrix, and its P in between.
 

@@ -25,6 +25,19 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class WindowOfGradients:
+    """The last gradients that an optimizer keeps, and what it does if nothing else is set.
+
+    rows:           how many
+    residual_dtype: of what compression left out of them
+    """
+
+    stored_as: Literal["whole", "sparse", "low_rank"]
+    rows: int = 128  # at 1 % of int16 and bf16: 5.1 bytes for each parameter, and 2 of the residual; AdamW has 8
+    residual_dtype: Literal["fp32", "bf16", "int4"] = "bf16"
+
+
+@dataclass(frozen=True)
 class OptimizerChoice(Choice):
     """What a run must know of an optimizer before it is built.
 
@@ -37,6 +50,7 @@ class OptimizerChoice(Choice):
     capturable:     whether a CUDA graph can hold its step
     package:        what must be installed beside torch
     source:         where its rule is from
+    window:         of gradients that it keeps, in place of `state_values`; None: none
     """
 
     settings: tuple[str, ...] = ()
@@ -48,12 +62,14 @@ class OptimizerChoice(Choice):
     package: str = ""
     source: str = ""
     wire: str = ""
+    window: WindowOfGradients | None = None
 
 
 _ADAM = ("beta1", "beta2", "eps")
 _FEEDBACK = ("error_feedback", "residual_dtype")
-_SPARSE = ("density", "block", *_FEEDBACK)
+_TOP_K = ("density", "block", *_FEEDBACK)
 _MFAC, _GGT = ("damping",), ("beta2", "eps")
+_WHOLE, _SPARSE, _LOW_RANK = WindowOfGradients("whole"), WindowOfGradients("sparse"), WindowOfGradients("low_rank")
 _MFAC_SOURCE, _EFCP = "Frantar et al., arXiv 2107.03356", "Modoranu et al., arXiv 2306.06098"
 
 # A function (named parameters, OptimizerConfig) -> optim.build.RunOptimizer, as bert_fast/optim/adamw.py has it.
@@ -102,33 +118,48 @@ OPTIMIZERS = {
     ),
     **{
         name: OptimizerChoice(
-            f"bert_fast.optim.preconditioned:build_{name}",
+            f"bert_fast.optim.preconditioned:build_{name.partition('_')[0]}",
             what,
             settings=("window", "precondition", "momentum", *settings),
             state_values=None,
+            window=window,
             not_per_bucket="its window is of whole layers, and moves on once a step",
             not_sharded="its window is of whole gradients, whose scalar products every rank makes for itself",
             capturable=False,
             source=source,
         )
-        for name, what, settings, source in (
+        for name, window, what, settings, source in (
             (
                 "mfac",
-                "M-FAC: natural gradient over a window of gradients; 4 x window bytes a parameter",
+                _WHOLE,
+                "M-FAC: natural gradient over the last gradients, 4 x window bytes a parameter",
                 _MFAC,
                 _MFAC_SOURCE,
             ),
-            ("mfac_sparse", "M-FAC over the largest entries of each gradient (EFCP)", (*_MFAC, *_SPARSE), _EFCP),
-            ("mfac_lowrank", "M-FAC over gradients of low rank (EFCP)", (*_MFAC, "rank", *_FEEDBACK), _EFCP),
-            ("ggt", "GGT: full-matrix Adagrad over a window of gradients", _GGT, "Agarwal et al., arXiv 1806.02958"),
-            ("ggt_sparse", "GGT over the largest entries of each gradient (EFCP)", (*_GGT, *_SPARSE), _EFCP),
+            (
+                "mfac_sparse",
+                _SPARSE,
+                "M-FAC over the largest entries of each gradient (EFCP)",
+                (*_MFAC, *_TOP_K),
+                _EFCP,
+            ),
+            ("mfac_lowrank", _LOW_RANK, "M-FAC over gradients of low rank (EFCP)", (*_MFAC, "rank", *_FEEDBACK), _EFCP),
+            (
+                "ggt",
+                _WHOLE,
+                "GGT: full-matrix Adagrad over the last gradients",
+                _GGT,
+                "Agarwal et al., arXiv 1806.02958",
+            ),
+            ("ggt_sparse", _SPARSE, "GGT over the largest entries of each gradient (EFCP)", (*_GGT, *_TOP_K), _EFCP),
         )
     },
     "micro_adam": OptimizerChoice(
         "bert_fast.optim.preconditioned:build_micro_adam",
         "Adam with moments made of the largest entries of the last gradients",
-        settings=(*_ADAM, "window", "precondition", *_SPARSE),
+        settings=(*_ADAM, "window", "precondition", *_TOP_K),
         state_values=None,
+        window=WindowOfGradients("sparse", rows=10, residual_dtype="int4"),
         not_per_bucket="its window is of whole layers, and moves on once a step",
         not_sharded="its window is of whole gradients",
         capturable=False,
@@ -276,12 +307,14 @@ class WireFormatChoice(Choice):
         ranks' can be added up
     not_sharded: why it cannot leave each rank a part of a bucket (`communication.shard_optimizer`); empty: it can
     by_node: whether it is told `ranks_per_node`, to send less between nodes
+    sends_sums: whether it also encodes sums, and keeps what that leaves out
     """
 
     settings: tuple[str, ...] = ()
     is_cast: bool = False
     not_sharded: str = ""
     by_node: bool = False
+    sends_sums: bool = False
 
 
 # A function (dtype of the gradients, scale, and the settings it reads by name) -> WireFormat, as
@@ -297,18 +330,21 @@ WIRE_FORMATS = {
         "a quarter of the bytes: 8 bits with a scale per block, and error feedback",
         settings=("residual_dtype",),
         by_node=True,
+        sends_sums=True,
     ),
     "fp8_ef": WireFormatChoice(
         "bert_fast.communication.compressed:fp8_ef",
         "a quarter of the bytes: FP8 (e4m3) with a scale per block, and error feedback",
         settings=("residual_dtype",),
         by_node=True,
+        sends_sums=True,
     ),
     "topk_ef": WireFormatChoice(
         "bert_fast.communication.compressed:topk_ef",
         "the largest entries alone, with error feedback",
         settings=("residual_dtype", "density"),
         by_node=True,
+        sends_sums=True,
     ),
     "powersgd": WireFormatChoice(
         "bert_fast.communication.powersgd:powersgd",
@@ -321,12 +357,14 @@ WIRE_FORMATS = {
         "gradients for exact_steps, then the momentum of onebit_adam or onebit_lamb, a bit for each number",
         settings=("residual_dtype", "exact_steps"),
         not_sharded="the momentum is compressed before ranks have a part of it",
+        sends_sums=True,
     ),
     "zero_one": WireFormatChoice(
         "bert_fast.communication.zero_one:zero_one",
         "the momentum of zero_one_adam, a bit for each number, exact ever more seldom, and later not in every step",
         settings=("residual_dtype", "exact_steps", "var_update_scaler", "local_step_scaler", "local_step_clipper"),
         not_sharded="the momentum is compressed before ranks have a part of it",
+        sends_sums=True,
     ),
 }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bert_fast.config import AveragingConfig, Config, ModelConfig
-from bert_fast.config.choices import AVERAGES, OPTIMIZERS
+from bert_fast.config import AveragingConfig, Config, ModelConfig, OptimizerConfig
+from bert_fast.config.choices import AVERAGES
 from bert_fast.integers import ceil_div
+from bert_fast.memory.state import num_parameters, optimizer_state, residual_bytes
 
 _ASSUMED_VALUES = 2.0  # fp32 numbers for each parameter, of an optimizer whose state depends on its arguments
 
@@ -20,41 +21,21 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     averages: int = 0
+    residuals: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.averages
+        return self.weights + self.gradients + self.optimizer + self.activations + self.averages + self.residuals
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Trainable parameters, the tied decoder counted once."""
-    width, inner = config.hidden_size, config.intermediate_size
-    embeddings = (config.vocab_size + config.max_positions + config.type_vocab_size + 2) * width
-    layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    heads = width * width + width + 2 * width + config.vocab_size
-    if config.next_sentence:
-        heads += width * width + width + 2 * width + 2
-    return embeddings + config.num_layers * layer + heads
-
-
-def num_matrix_parameters(config: ModelConfig) -> int:
-    """Of them, those in the encoder's matrices: its projections without their biases."""
-    width, inner = config.hidden_size, config.intermediate_size
-    return config.num_layers * (4 * width * width + 2 * width * inner)
-
-
-def optimizer_bytes(config: ModelConfig, optimizer: str, unknown: float = _ASSUMED_VALUES) -> int:
+def optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig, unknown: float = _ASSUMED_VALUES) -> int:
     """Bytes of an optimizer's state for a whole model.
 
     Args:
-        optimizer: its name in `OPTIMIZERS`.
         unknown: fp32 numbers for each parameter where the table cannot say how many there are.
     """
-    choice = OPTIMIZERS[optimizer]
-    values = unknown if choice.state_values is None else choice.state_values
-    of_matrices = values if choice.matrix_values is None else choice.matrix_values
-    matrices = num_matrix_parameters(config)
-    return int(4 * (values * (num_parameters(config) - matrices) + of_matrices * matrices))
+    parts = optimizer_state(config, optimizer)
+    return int(4 * unknown * num_parameters(config)) if parts is None else sum(parts.values())
 
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: bool = False) -> int:
@@ -90,23 +71,25 @@ def estimate(
     masked: int,
     element_bytes: int,
     keeps_scores: bool,
-    optimizer: str = "adamw",
+    optimizer: OptimizerConfig | None = None,
     shards: int = 1,
     logits_rows: int | None = None,
     average_copies: int = 0,
     kept_bytes: int = 0,
+    residuals: int = 0,
 ) -> MemoryEstimate:
     """Memory of a rank whose largest micro-batch has these sums of L, L^2 and masked positions.
 
     Args:
         element_bytes: of activations (2 under bf16 or fp16 autocast, 4 in fp32).
-        optimizer: its name; where the table does not know its state, two moments are assumed.
+        optimizer: AdamW if None; where the table does not know its state, two moments are assumed.
         shards: ranks over which optimizer state is divided.
         keeps_scores: as on CPUs, attention probabilities are kept for backward, and the fused layers keep less; otherwise
             the device's kernels keep no probabilities, and dropout keeps its masks.
         logits_rows: rows of logits in memory at a time (all masked positions if unset).
         average_copies: of the weights that an average of them keeps, divided like the optimizer's state.
         kept_bytes: of a number of the sum over virtual ranks, which lies beside the gradients; 0: there is no such sum.
+        residuals: bytes of what the wire format keeps (`memory.state.residual_bytes`).
     """
     parameters = num_parameters(config)
     width, table = config.hidden_size, config.vocab_size * config.hidden_size
@@ -132,10 +115,10 @@ def estimate(
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
     state, averages = (
-        ceil_div(optimizer_bytes(config, optimizer), shards),
+        ceil_div(optimizer_bytes(config, optimizer or OptimizerConfig()), shards),
         ceil_div(4 * average_copies * parameters, shards),
     )
-    return MemoryEstimate(4 * parameters, (4 + kept_bytes) * parameters, state, activations, averages)
+    return MemoryEstimate(4 * parameters, (4 + kept_bytes) * parameters, state, activations, averages, residuals)
 
 
 def average_copies(config: AveragingConfig) -> int:
@@ -147,7 +130,7 @@ def average_copies(config: AveragingConfig) -> int:
 
 
 def least_bytes(config: Config, element_bytes: int = 2) -> int:
-    """A lower bound of a rank's bytes: weights, gradients, optimizer state, averages, and each layer's input of one batch.
+    """A lower bound of a rank's bytes: weights, gradients, what is kept beside them, and each layer's input of one batch.
 
     It is below `estimate` on purpose: a model with a lower bound above a machine's memory cannot run there.
     """
@@ -156,6 +139,6 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     tokens += -tokens % config.batch.shape_multiple
     inputs = 3 * 8 * tokens * config.batch.micro_batches_per_step  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
-    state = optimizer_bytes(config.model, config.optimizer.name, unknown=0.0) // shards
+    state = optimizer_bytes(config.model, config.optimizer, unknown=0.0) // shards
     averages = 4 * average_copies(config.averaging) * num_parameters(config.model) // shards
-    return 8 * num_parameters(config.model) + state + averages + inputs + kept
+    return 8 * num_parameters(config.model) + state + averages + residual_bytes(config) + inputs + kept

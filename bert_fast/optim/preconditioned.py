@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from bert_fast.compression.error_feedback import ErrorFeedback
-from bert_fast.compression.lowrank import PowerIteration
+from bert_fast.compression.lowrank import PowerIteration, has_smaller_factors
 from bert_fast.compression.ring import DenseWindow, LowRankWindow, SparseWindow, Window
 from bert_fast.compression.topk import TopK
 from bert_fast.config import OptimizerConfig
+from bert_fast.config.choices import OPTIMIZERS, WindowOfGradients
 from bert_fast.optim.build import RunOptimizer, has_decay, layer_of
 
 Rule = Callable[[Window], torch.Tensor]
@@ -74,6 +75,11 @@ class _Compressor(ABC):
         row = self._push(corrected)
         if self.feedback is not None:
             self.feedback.keep(corrected, row)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it keeps, without the residual."""
+        return self.window.num_bytes
 
     @abstractmethod
     def _push(self, values: torch.Tensor) -> torch.Tensor:
@@ -129,6 +135,10 @@ class _LowRank(_Compressor):
         self.window: LowRankWindow = LowRankWindow(m, shapes, rank, whole, device)
         self._iteration = PowerIteration(shapes, rank, device=device)
         self.feedback = feedback
+
+    @property
+    def num_bytes(self) -> int:
+        return self.window.num_bytes + 4 * self._iteration.num_right
 
     def _push(self, values: torch.Tensor) -> torch.Tensor:
         *matrices, whole = self.window.split(values)
@@ -200,7 +210,7 @@ class Preconditioned(RunOptimizer):
         """Bytes of all that is kept from step to step."""
         held = [t for t in self._averages if t is not None]
         feedback = [c.feedback.num_bytes for c in self._compressors if c.feedback is not None]
-        return sum(c.window.num_bytes for c in self._compressors) + sum(feedback) + sum(4 * t.numel() for t in held)
+        return sum(c.num_bytes for c in self._compressors) + sum(feedback) + sum(4 * t.numel() for t in held)
 
     def extra_state(self) -> dict[str, Any]:
         return {
@@ -247,7 +257,9 @@ def _groups_of(
         by_name.setdefault("model" if config.precondition == "model" else layer_of(name), []).append((name, parameter))
     groups, shapes = [], []
     for members in by_name.values():
-        matrices = [(n, p) for n, p in members if p.dim() == 2 and config.rank * sum(p.shape) < p.numel()]
+        matrices = [
+            (n, p) for n, p in members if p.dim() == 2 and has_smaller_factors(p.shape[0], p.shape[1], config.rank)
+        ]
         chosen = {name for name, _ in matrices}
         ordered = [*matrices, *((n, p) for n, p in members if n not in chosen)]
         decays = [config.weight_decay if has_decay(name) else 0.0 for name, _ in ordered]
@@ -258,37 +270,15 @@ def _groups_of(
 
 # ---- the entries of config.choices.OPTIMIZERS -------------------------------------------------------------------------------
 
-_WINDOW = 128  # at 1 % of int16 and bf16: 5.1 bytes for each parameter, and 2 of the residual; AdamW has 8
-_MICRO_WINDOW = 10
-
 
 def build_mfac(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
-    """Dense M-FAC, the oracle of the compressed ones: 4 m bytes of state for each parameter."""
-    return _build(named_parameters, config, _whole, lambda window: window.combine(mfac(window, config.damping)))
-
-
-def build_mfac_sparse(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
-    """S-M-FAC: M-FAC over block Top-K with error feedback."""
-    return _build(named_parameters, config, _sparse, lambda window: window.combine(mfac(window, config.damping)))
-
-
-def build_mfac_lowrank(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
-    """LR-M-FAC: M-FAC over matrices of low rank with error feedback."""
-    return _build(named_parameters, config, _low_rank, lambda window: window.combine(mfac(window, config.damping)))
+    """M-FAC over a window that is dense (the oracle), sparse (S-M-FAC) or of low rank (LR-M-FAC), as its entry says."""
+    return _build(named_parameters, config, lambda window: window.combine(mfac(window, config.damping)))
 
 
 def build_ggt(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
-    """Dense GGT, the oracle of the sparse one."""
-    return _build(
-        named_parameters, config, _whole, lambda window: window.combine(ggt(window, config.beta2, config.eps))
-    )
-
-
-def build_ggt_sparse(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
-    """GGT over block Top-K with error feedback."""
-    return _build(
-        named_parameters, config, _sparse, lambda window: window.combine(ggt(window, config.beta2, config.eps))
-    )
+    """GGT, dense or sparse."""
+    return _build(named_parameters, config, lambda window: window.combine(ggt(window, config.beta2, config.eps)))
 
 
 def build_micro_adam(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
@@ -298,63 +288,39 @@ def build_micro_adam(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
         assert isinstance(window, SparseWindow)
         return micro_adam(window, config.beta1, config.beta2, config.eps)
 
-    return _build(named_parameters, config, _sparse, update_of, window=_MICRO_WINDOW, residual_dtype="int4")
-
-
-_Make = Callable[[int, int, list[tuple[int, int]], ErrorFeedback | None, torch.device, OptimizerConfig], _Compressor]
+    return _build(named_parameters, config, update_of)
 
 
 def _build(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
-    make: _Make,
     update_of: Callable[[Window], torch.Tensor],
-    *,
-    window: int = _WINDOW,
-    residual_dtype: str = "bf16",
 ) -> RunOptimizer:
+    kind = OPTIMIZERS[config.name].window
+    assert kind is not None, config.name
     groups, shapes = _groups_of(named_parameters, config)
-    compressors = []
-    for group, matrices in zip(groups, shapes, strict=True):
-        numel, device = sum(p.numel() for p in group["params"]), group["params"][0].device
-        feedback = None
-        if config.error_feedback and make is not _whole:
-            feedback = ErrorFeedback(
-                numel, storage=config.residual_dtype or residual_dtype, device=device, may_skip=False
-            )
-        compressors.append(make(config.window or window, numel, matrices, feedback, device, config))
+    compressors = [
+        _compressor(kind, config, sum(p.numel() for p in group["params"]), matrices, group["params"][0].device)
+        for group, matrices in zip(groups, shapes, strict=True)
+    ]
     return Preconditioned(groups, compressors, update_of, lr=config.lr, momentum=config.momentum or 0.0)
 
 
-def _whole(
-    m: int,
-    numel: int,
-    _matrices: list[tuple[int, int]],
-    _feedback: ErrorFeedback | None,
-    device: torch.device,
-    _config: OptimizerConfig,
-) -> _Compressor:
-    return _Whole(m, numel, device)
-
-
-def _sparse(
-    m: int,
-    numel: int,
-    _matrices: list[tuple[int, int]],
-    feedback: ErrorFeedback | None,
-    device: torch.device,
+def _compressor(
+    kind: WindowOfGradients,
     config: OptimizerConfig,
-) -> _Compressor:
-    return _Sparse(m, numel, TopK(config.density, config.numbers_per_block), feedback, device)
-
-
-def _low_rank(
-    m: int,
     numel: int,
     matrices: list[tuple[int, int]],
-    feedback: ErrorFeedback | None,
     device: torch.device,
-    config: OptimizerConfig,
 ) -> _Compressor:
-    whole = numel - sum(rows * columns for rows, columns in matrices)
-    return _LowRank(m, matrices, whole, config.rank, feedback, device)
+    """What turns a group's gradient [numel], of which the first numbers are these matrices, into rows of its window."""
+    m, feedback = config.window or kind.rows, None
+    if config.error_feedback and kind.stored_as != "whole":
+        storage = config.residual_dtype or kind.residual_dtype
+        feedback = ErrorFeedback(numel, storage=storage, device=device, may_skip=False)
+    if kind.stored_as == "sparse":
+        return _Sparse(m, numel, TopK(config.density, config.numbers_per_block), feedback, device)
+    if kind.stored_as == "low_rank":
+        whole = numel - sum(rows * columns for rows, columns in matrices)
+        return _LowRank(m, matrices, whole, config.rank, feedback, device)
+    return _Whole(m, numel, device)

@@ -26,6 +26,7 @@ from bert_fast.data.scrub import Scrubber
 from bert_fast.data.store import Store
 from bert_fast.errors import TrainingError, UserError
 from bert_fast.files import read_json, write_atomically, write_json
+from bert_fast.memory.state import rank_notes
 from bert_fast.mlperf.rules import check_evaluation_set, check_init_time
 from bert_fast.model.checkpoints import google_variables
 from bert_fast.run_folder import BUCKETS_CONFIG, BUCKETS_RECORD, CHECKPOINTS, COST, MODEL, NODES, PREFLIGHT
@@ -175,8 +176,8 @@ def _planned_buckets(context: RunContext) -> dict[str, Any] | None:
 
 def _record_buckets(context: RunContext, components: TrainComponents) -> None:
     """What `bucket_mb: auto` chose, for people as a piece of a config, and what it was measured from."""
-    note = bucket_note(context.config, components.engine.layout)
-    if note:
+    bucket = bucket_note(context.config, components.engine.layout)
+    for note in [*([bucket] if bucket else []), *rank_notes(context.config)]:
         context.log(note)
     record = components.bucket_record
     if record is None or not context.environment.is_main:

@@ -23,10 +23,10 @@ from bert_fast.communication.onebit import OneBit
 from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_format
 from bert_fast.communication.zero_one import ZeroOne
 from bert_fast.config import Config
-from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, SHARDED_ENGINES, WIRE_FORMATS, find
+from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, OPTIMIZERS, SHARDED_ENGINES, WIRE_FORMATS, find
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
-from bert_fast.memory.estimate import least_bytes
+from bert_fast.memory.estimate import least_bytes, optimizer_bytes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
@@ -152,6 +152,15 @@ def check_memory(config: Config, device: torch.device) -> None:
     needed = ranks * least_bytes(config)
     if needed > there:
         shape = config.model
+        state = optimizer_bytes(shape, config.optimizer, unknown=0.0)
+        window = OPTIMIZERS[config.optimizer.name].window
+        if window is not None and 2 * state > least_bytes(config):
+            rows = config.optimizer.window or window.rows
+            raise UserError(
+                f"optimizer.window={rows} gradients of optimizer.name={config.optimizer.name} take {state / 2**30:,.1f} GiB, "
+                f"which makes {needed / 2**30:,.1f} GiB for {ranks} rank(s), and {what} has {there / 2**30:,.1f}; make "
+                "optimizer.window, density or rank smaller"
+            )
         raise UserError(
             f"model.vocab_size={shape.vocab_size}, hidden_size={shape.hidden_size}, num_layers={shape.num_layers}, "
             f"intermediate_size={shape.intermediate_size} with batch.micro_batch_size={config.batch.micro_batch_size} need "

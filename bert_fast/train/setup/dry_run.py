@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.communication.wire_format import wire_format
-from bert_fast.config import Config
+from bert_fast.config import Config, OptimizerConfig
 from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
-from bert_fast.memory.estimate import average_copies, estimate, num_parameters
+from bert_fast.memory.estimate import MemoryEstimate, average_copies, estimate
+from bert_fast.memory.state import num_parameters, optimizer_state, rank_notes, residual_bytes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.model.loss import chunk_rows
@@ -32,6 +34,15 @@ from bert_fast.train.setup.build import make_engine, make_ordering, shards_of
 from bert_fast.train.setup.cost_model import make_cost, make_planner
 
 _PLANNED_STEPS, _PLANNING_S = 20, 3.0
+# Optimizers beside which the memory of a window of gradients is shown
+_COMPARED: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw"},
+    "mfac_sparse, 128 at 1 %": {"name": "mfac_sparse"},
+    "mfac_sparse, 1,024 at 0.1 %": {"name": "mfac_sparse", "window": 1024, "density": 0.001},
+    "mfac_lowrank, 32 of rank 4": {"name": "mfac_lowrank", "window": 32},
+    "micro_adam, 10 at 1 %": {"name": "micro_adam"},
+    "mfac, 128": {"name": "mfac"},
+}
 
 
 def dry_run(config: Config) -> None:
@@ -49,6 +60,7 @@ def dry_run(config: Config) -> None:
     ordering = make_ordering(config, model, expected_ready_order(model))
     lengths, where = _lengths(config)
     planner = make_planner(config, lengths)
+    memory, tokens = _memory(config, planner, dtype)
     print_table(
         f"{config.run.name}: dry run",
         [
@@ -61,14 +73,45 @@ def dry_run(config: Config) -> None:
                 str(dtype).removeprefix("torch.") + ("" if wanted == device.type else f" here; decided on {wanted}"),
             ),
             ("learning rate", _schedule_text(config)),
-            ("memory of a rank", _memory_text(config, planner, dtype)),
+            ("memory of a rank", _memory_text(config, memory, tokens)),
             ("lengths", where),
             ("plan", _plan_text(config, planner)),
             ("clipping", f"{config.communication.clip}, {len(ordering.groups)} clip groups"),
             ("rehearsal", rehearse(config)),
             ("buckets", _bucket_text(config, ordering)),
+            *(("note", note) for note in rank_notes(config)),
         ],
     )
+    print_table("kept from step to step, in bytes a parameter", _kept_rows(config, memory))
+
+
+def _kept_rows(config: Config, memory: MemoryEstimate) -> list[tuple[str, str]]:
+    """Bytes for each parameter of what a rank keeps from step to step; of windows of gradients, beside those of other sizes."""
+    count, shards = num_parameters(config.model), 1
+    if config.communication.shard_optimizer:
+        shards = config.system.world_size
+
+    def row(name: str, num_bytes: float) -> tuple[str, str]:
+        return name, f"{num_bytes / count:8.2f} {num_bytes / 2**20:12,.1f} MiB"
+
+    state, name = optimizer_state(config.model, config.optimizer), config.optimizer.name
+    rows = [row("weights", memory.weights), row("gradients", memory.gradients)]
+    if state is None:
+        rows.append((name, "not known: it depends on its arguments"))
+    else:
+        rows += [row(f"{name}: {part}", num_bytes / shards) for part, num_bytes in state.items()]
+        rows.append(row(f"{name}, all", sum(state.values()) / shards))
+    rows += [
+        row(what, num_bytes)
+        for what, num_bytes in (("averages of the weights", memory.averages), ("not sent yet", memory.residuals))
+        if num_bytes
+    ]
+    if OPTIMIZERS[name].window is not None:
+        for what, other in _COMPARED.items():
+            of_other = optimizer_state(config.model, OptimizerConfig(**other))
+            assert of_other is not None
+            rows.append(row(f"to compare: {what}", sum(of_other.values())))
+    return rows
 
 
 def rehearse(config: Config, num_layers: int = 2) -> str:
@@ -165,7 +208,8 @@ def _schedule_text(config: Config) -> str:
     return f"{config.optimizer.name}, " + ", ".join(rates)
 
 
-def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
+def _memory(config: Config, planner: Planner, dtype: torch.dtype) -> tuple[MemoryEstimate, int]:
+    """The estimate for the largest micro-batch of the first step, and its tokens."""
     plan = planner.plan(0)
     tokens, squared = int(plan.tokens.max()), int(plan.tokens_squared.max())
     memory = estimate(
@@ -176,16 +220,22 @@ def _memory_text(config: Config, planner: Planner, dtype: torch.dtype) -> str:
         element_bytes=4 if dtype == torch.float32 else 2,
         keeps_scores=config.system.device == "cpu",
         logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
-        optimizer=config.optimizer.name,
-        shards=shards_of(config),
+        optimizer=config.optimizer,
+        shards=config.system.world_size if config.communication.shard_optimizer else 1,
+        residuals=residual_bytes(config),
         average_copies=average_copies(config.averaging),
         kept_bytes=wire_format(config.communication.reduce_dtype, torch.float32).dtype.itemsize
         if config.batch.virtual_ranks > 1
         else 0,
     )
-    parts = ((name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages", "activations"))
+    return memory, tokens
+
+
+def _memory_text(config: Config, memory: MemoryEstimate, tokens: int) -> str:
+    names = ("weights", "gradients", "optimizer", "averages", "residuals", "activations")
+    parts = ((name, getattr(memory, name)) for name in names)
     listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts if value)
-    bound = "at least" if OPTIMIZERS[config.optimizer.name].state_values is None else "about"
+    bound = "at least" if optimizer_state(config.model, config.optimizer) is None else "about"
     return f"{bound} {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
 
 

@@ -21,6 +21,7 @@ LAMB, MUON, PACKAGE = "optimizer.name=lamb", "optimizer.name=muon", "optimizer.n
 SOAP = "optimizer.class_name=SOAP"
 POWERSGD = "communication.reduce_dtype=powersgd"
 INT8 = "communication.reduce_dtype=int8_ef"
+ZERO_ONE = ["optimizer.name=zero_one_adam", "communication.reduce_dtype=zero_one", "communication.exact_steps=2"]
 SPARSE = "optimizer.name=mfac_sparse"
 
 # A setting; overrides with which it has an effect; overrides with which it has none, and the reason that is given
@@ -42,6 +43,9 @@ CASES = [
     ("communication.density=0.1", ["communication.reduce_dtype=topk_ef"], [INT8], "reduce_dtype=int8_ef does not read it"),
     ("communication.powersgd_rank=2", [POWERSGD], [INT8], "reduce_dtype=int8_ef does not read it"),
     ("communication.exact_steps=5", [POWERSGD], [], "reduce_dtype=fp32 does not read it"),
+    ("communication.var_update_scaler=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
+    ("communication.local_step_scaler=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
+    ("communication.local_step_clipper=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
     ("schedule.warmup_steps=4", ["schedule.start_warmup_step=-2"], ["schedule.start_warmup_step=-3"], "warm-up is over"),
     ("schedule.warmup_steps=3", [REFERENCE, "schedule.start_warmup_step=-2"],
      [REFERENCE, "schedule.start_warmup_step=-3"], "warm-up is over"),
@@ -73,7 +77,7 @@ CASES = [
     ("optimizer.arguments={eps: 1}", [PACKAGE, SOAP], [], "name=adamw does not read it"),
     ("optimizer.window=5", [SPARSE], [], "name=adamw does not read it"),
     ("optimizer.density=0.5", [SPARSE], ["optimizer.name=mfac"], "name=mfac does not read it"),
-    ("optimizer.block=64", ["optimizer.name=micro_adam"], ["optimizer.name=ggt"], "name=ggt does not read it"),
+    ("optimizer.block=200", ["optimizer.name=micro_adam"], ["optimizer.name=ggt"], "name=ggt does not read it"),
     ("optimizer.rank=2", ["optimizer.name=mfac_lowrank"], [SPARSE], "name=mfac_sparse does not read it"),
     ("optimizer.damping=0.1", [SPARSE], ["optimizer.name=ggt_sparse"], "name=ggt_sparse does not read it"),
     ("optimizer.precondition=model", ["optimizer.name=ggt"], [], "name=adamw does not read it"),

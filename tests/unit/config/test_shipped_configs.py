@@ -11,7 +11,7 @@ import yaml
 from support.paths import ROOT
 
 from bert_fast.config.load import load_config
-from bert_fast.memory.estimate import num_parameters
+from bert_fast.memory.state import num_parameters
 from bert_fast.mlperf.rules import check_division
 from bert_fast.train.setup.dry_run import dry_run
 

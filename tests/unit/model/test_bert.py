@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from bert_fast.config import ModelConfig
 from bert_fast.data.batch import Batch
 from bert_fast.errors import UserError
-from bert_fast.memory.estimate import num_parameters
+from bert_fast.memory.state import num_parameters
 from bert_fast.model import flops
 from bert_fast.model.attention import SequenceLayout
 from bert_fast.model.bert import BertForPretraining, BertInput

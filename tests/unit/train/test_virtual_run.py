@@ -18,7 +18,8 @@ from bert_fast.communication.wire_format import WireFormat
 from bert_fast.config import Config
 from bert_fast.config.choices import WIRE_FORMATS, WireFormatChoice
 from bert_fast.errors import UserError
-from bert_fast.memory.estimate import least_bytes, num_parameters
+from bert_fast.memory.estimate import least_bytes
+from bert_fast.memory.state import num_parameters
 from bert_fast.report.console import run_rows
 from bert_fast.run_folder import METRICS_LINES, RESULT_LOG
 from bert_fast.train.checkpoint.resume import resume_key

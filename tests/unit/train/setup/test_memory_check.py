@@ -9,7 +9,8 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
-from bert_fast.memory.estimate import least_bytes, num_parameters
+from bert_fast.memory.estimate import least_bytes
+from bert_fast.memory.state import num_parameters
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup import build
 from bert_fast.train.setup.inputs import check_room
@@ -44,3 +45,14 @@ def test_more_processes_than_memory_holds(make_config: Callable[..., Config]) ->
     config = make_config("system.world_size=131072", "batch.micro_batch_size=1", "batch.global_batch_size=131072")
     with pytest.raises(UserError, match=r"system\.world_size=131072 processes here need at least"):
         check_room(config)
+
+
+def test_a_window_of_gradients_that_cannot_fit_is_refused_with_its_size(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "machine_memory", lambda: 64 << 20)
+    build.check_memory(make_config("optimizer={name: mfac, window: 16}"), torch.device("cpu"))
+    with pytest.raises(
+        UserError, match=r"optimizer\.window=65536 gradients of optimizer\.name=mfac take [\d,.]+ GiB.*smaller"
+    ):
+        build.check_memory(make_config("optimizer={name: mfac, window: 65536}"), torch.device("cpu"))

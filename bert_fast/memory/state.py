@@ -1,0 +1,143 @@
+"""What a run keeps from step to step beside weights and gradients: the optimizer's state, and what was not sent yet.
+
+Parts by name, in bytes, from shapes and settings alone; `--dry-run` prints them for each parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bert_fast.compression.lowrank import has_smaller_factors
+from bert_fast.config import Config, ModelConfig, OptimizerConfig
+from bert_fast.config.choices import OPTIMIZERS, WIRE_FORMATS, WindowOfGradients
+
+_RESIDUAL_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "int4": 0.5 + 4 / 4096,
+}  # int4: and a least and a largest, bf16, of each 4,096
+_SPARSE_BYTES = 4  # of an entry: a place of 16 bits, and bf16
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters of an encoder layer, of the embeddings or of the heads.
+
+    name:     as `optim.build.layer_of` has it
+    numel:    of all
+    matrices: rows and columns of those with two dimensions
+    """
+
+    name: str
+    numel: int
+    matrices: tuple[tuple[int, int], ...]
+
+
+def parameter_groups(config: ModelConfig) -> Iterator[ParameterGroup]:
+    """The model's parameters, the tied decoder counted once, group by group."""
+    width, inner = config.hidden_size, config.intermediate_size
+    tables = tuple((rows, width) for rows in (config.vocab_size, config.max_positions, config.type_vocab_size))
+    yield _group("embeddings", tables, 2 * width)
+    layer = ((3 * width, width), (width, width), (inner, width), (width, inner))
+    for number in range(config.num_layers):
+        yield _group(f"layers.{number}", layer, 9 * width + inner)
+    heads, vectors = [(width, width)], 3 * width + config.vocab_size
+    if config.next_sentence:
+        heads, vectors = [*heads, (width, width), (2, width)], vectors + width + 2
+    yield _group("heads", tuple(heads), vectors)
+
+
+def _group(name: str, matrices: tuple[tuple[int, int], ...], num_in_vectors: int) -> ParameterGroup:
+    return ParameterGroup(name, sum(rows * columns for rows, columns in matrices) + num_in_vectors, matrices)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Trainable parameters, the tied decoder counted once."""
+    return sum(group.numel for group in parameter_groups(config))
+
+
+def num_matrix_parameters(config: ModelConfig) -> int:
+    """Of them, those in the encoder's matrices: its projections without their biases."""
+    layers = (group for group in parameter_groups(config) if group.name.startswith("layers"))
+    return sum(rows * columns for group in layers for rows, columns in group.matrices)
+
+
+def rank_notes(config: Config) -> list[str]:
+    """What to say of a rank that is above the smaller side of matrices of the model, which are then kept, or sent, whole."""
+    found = []
+    if OPTIMIZERS[config.optimizer.name].window == WindowOfGradients("low_rank"):
+        found.append((f"optimizer.rank={config.optimizer.rank}", config.optimizer.rank, "kept"))
+    if config.communication.reduce_dtype == "powersgd":
+        rank = config.communication.powersgd_rank
+        found.append((f"communication.powersgd_rank={rank}", rank, "sent"))
+    shapes = [shape for group in parameter_groups(config.model) for shape in group.matrices]
+    notes = []
+    for setting, rank, verb in found:
+        above = [shape for shape in shapes if rank > min(shape)]
+        if above:
+            rows, columns = min(above, key=min)
+            notes.append(
+                f"{setting} is above the smaller side of {len(above)} of {len(shapes)} matrices (such as {rows} x {columns}), "
+                f"which are {verb} whole"
+            )
+    return notes
+
+
+def optimizer_state(model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, int] | None:
+    """Bytes of the whole model's optimizer state, part by part; None where the table cannot say how much there is."""
+    choice = OPTIMIZERS[optimizer.name]
+    if choice.window is not None:
+        return _window_state(model, optimizer, choice.window)
+    if choice.state_values is None:
+        return None
+    matrices = num_matrix_parameters(model)
+    of_matrices = choice.state_values if choice.matrix_values is None else choice.matrix_values
+    values = choice.state_values * (num_parameters(model) - matrices) + of_matrices * matrices
+    return {"moments": int(4 * values)}
+
+
+def _window_state(model: ModelConfig, optimizer: OptimizerConfig, kind: WindowOfGradients) -> dict[str, int]:
+    m = optimizer.window or kind.rows
+    groups = list(parameter_groups(model))
+    if optimizer.precondition == "model":
+        matrices = tuple(shape for group in groups for shape in group.matrices)
+        groups = [ParameterGroup("model", sum(group.numel for group in groups), matrices)]
+    parts = {"window": 0, "products of its rows": 8 * m * m * len(groups)}
+    bases = 0
+    for group in groups:
+        rest = group.numel
+        if kind.stored_as == "sparse":
+            block = min(optimizer.numbers_per_block, group.numel)
+            parts["window"] += m * -(-group.numel // block) * math.ceil(optimizer.density * block) * _SPARSE_BYTES
+            continue
+        if kind.stored_as == "low_rank":
+            for rows, columns in group.matrices:
+                if has_smaller_factors(rows, columns, optimizer.rank):
+                    parts["window"] += 4 * m * optimizer.rank * (rows + columns)
+                    bases += 4 * optimizer.rank * columns
+                    rest -= rows * columns
+        parts["window"] += 4 * m * rest
+    numel = num_parameters(model)
+    if kind.stored_as != "whole" and optimizer.error_feedback:
+        parts["residual"] = int(_RESIDUAL_BYTES[optimizer.residual_dtype or kind.residual_dtype] * numel)
+    if bases:
+        parts["bases of the power iteration"] = bases
+    if optimizer.momentum and "momentum" in OPTIMIZERS[optimizer.name].settings:
+        parts["average of updates"] = 4 * numel
+    return parts
+
+
+def residual_bytes(config: Config) -> int:
+    """Bytes of what a rank's wire format keeps of gradients that it has not sent: two copies, as a step may be skipped."""
+    communication, system = config.communication, config.system
+    choice = WIRE_FORMATS[communication.reduce_dtype]
+    if choice.is_cast or system.world_size == 1:
+        return 0
+    kept = 1.0  # of a gradient
+    if choice.sends_sums:
+        kept += 1 / system.world_size
+        if choice.by_node and 1 < system.node_size < system.world_size:
+            kept += 1 / system.node_size
+    return int(2 * kept * _RESIDUAL_BYTES[communication.residual_dtype] * num_parameters(config.model))
