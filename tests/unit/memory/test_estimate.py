@@ -127,7 +127,7 @@ def test_what_was_not_sent_yet(make_config: Callable[..., Config], name: str, ke
             ["communication.reduce_dtype=powersgd", "communication.powersgd_rank=20"],
             "communication.powersgd_rank=20 is above",
         ),
-        (["optimizer={name: mfac_lowrank, rank: 20}"], "optimizer.rank=20 is above"),
+        (["optimizer.name=mfac_lowrank", "optimizer.rank=20"], "optimizer.rank=20 is above"),
         (["communication.reduce_dtype=int8_ef"], None),
     ],
 )

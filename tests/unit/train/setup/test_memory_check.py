@@ -51,8 +51,8 @@ def test_a_window_of_gradients_that_cannot_fit_is_refused_with_its_size(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "machine_memory", lambda: 64 << 20)
-    build.check_memory(make_config("optimizer={name: mfac, window: 16}"), torch.device("cpu"))
+    build.check_memory(make_config("optimizer.name=mfac", "optimizer.window=16"), torch.device("cpu"))
     with pytest.raises(
         UserError, match=r"optimizer\.window=65536 gradients of optimizer\.name=mfac take [\d,.]+ GiB.*smaller"
     ):
-        build.check_memory(make_config("optimizer={name: mfac, window: 65536}"), torch.device("cpu"))
+        build.check_memory(make_config("optimizer.name=mfac", "optimizer.window=65536"), torch.device("cpu"))
