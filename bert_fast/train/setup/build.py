@@ -75,7 +75,7 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
         torch.compiler.reset()  # what was traced so far does not know the hooks that wait for weights
     optimizer = RankOptimizer(engine, list(model.named_parameters()), config.optimizer)
     if isinstance(engine.wire, OneBit):
-        _pair(engine.wire, optimizer.optimizer, list(model.parameters()))
+        pair_with_wire(engine.wire, optimizer.optimizer, list(model.parameters()))
     loss_scale = LossScale(config.train.loss_scale, environment.device) if environment.dtype == torch.float16 else None
     step = TrainStep(
         engine,
@@ -98,7 +98,7 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average)
 
 
-def _pair(wire: OneBit, optimizer: RunOptimizer, parameters: list[nn.Parameter]) -> None:
+def pair_with_wire(wire: OneBit, optimizer: RunOptimizer, parameters: list[nn.Parameter]) -> None:
     """Let the wire format read the optimizer's moments, and the optimizer know what it is given."""
     if isinstance(wire, ZeroOne):
         assert isinstance(optimizer, ZeroOneAdam)

@@ -33,10 +33,11 @@ from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.files import write_atomically
 from bert_fast.report.bench import add_arguments, environment, write_result
 
+from . import report
 from .hosts import run_hosts
-from .report import NAMES, metrics_of, table_of, title_of
+from .report import FORMATS, NAMES
 
-LINKS = {"200mbit": 200, "1gbit": 1000, "unshaped": None}
+LINKS = {"50mbit": 50, "200mbit": 200, "1gbit": 1000, "unshaped": None}
 MODELS = ("layers", "base", "large", "real")
 
 
@@ -47,6 +48,11 @@ def main() -> int:
     parser.add_argument("--hosts", type=whole(1, 4), nargs="+", default=[2], choices=(2, 4), help="default 2")
     parser.add_argument("--links", nargs="+", default=["200mbit", "1gbit"], choices=LINKS, help="default 200mbit 1gbit")
     parser.add_argument("--ratios", type=positive, nargs="+", default=[0.5, 1, 2], help="communication over backward")
+    parser.add_argument(
+        "--formats", nargs="*", choices=FORMATS, metavar="FORMAT",
+        help=f"measure wire formats in place of variants, with the communication of bf16 over backward as the ratio; "
+        f"of {', '.join(FORMATS)} (all if none is named)",
+    )  # fmt: skip
     parser.add_argument("--variants", nargs="+", default=list(NAMES), choices=NAMES, help="default all")
     parser.add_argument(
         "--repeats", type=whole(1, 10**6), default=5, help="measured cycles of each variant (default %(default)s)"
@@ -58,7 +64,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.worker:
         settings = json.loads(args.worker)
-        if settings["model"] == "real":
+        if settings.get("formats"):
+            from .formats import work
+        elif settings["model"] == "real":
             from .real import work
         else:
             from .worker import work
@@ -86,6 +94,8 @@ def main() -> int:
         for r in (args.ratios if m != "real" else args.ratios[:1])  # its passes take what they take
     ):
         settings = {"model": model, "ratio": ratio, "variants": args.variants, "repeats": args.repeats}
+        if args.formats is not None:
+            settings["formats"] = args.formats or list(FORMATS)
         try:
             record = run_hosts(hosts, LINKS[link], settings)
         except (subprocess.CalledProcessError, RuntimeError, subprocess.TimeoutExpired) as error:
@@ -95,13 +105,20 @@ def main() -> int:
         prefix = "/".join(
             [link, f"{ratio:g}", *([model] if model != "layers" else []), *([f"{hosts}hosts"] if hosts != 2 else [])]
         )
-        by_variant = metrics_of(record)
+        if args.formats is not None:
+            from . import formats
+
+            by_variant = formats.metrics_of(record)
+            samples |= {f"{prefix}/{name}/step_ms": each["samples"] for name, each in record["formats"].items()}
+            parts.append(formats.table_of(formats.title_of(hosts, link, ratio, record), record, by_variant))
+        else:
+            by_variant = report.metrics_of(record)
+            samples |= {f"{prefix}/{name}/step_ms": raw for name, raw in record["samples"].items()}
+            title = report.title_of(model, hosts, link, ratio, record)
+            pictures[title] = record["traces"]
+            parts.append(report.table_of(title, record, by_variant))
         for name, values in by_variant.items():
             metrics |= {f"{prefix}/{name}/{key}": value for key, value in values.items()}
-        samples |= {f"{prefix}/{name}/step_ms": raw for name, raw in record["samples"].items()}
-        title = title_of(model, hosts, link, ratio, record)
-        pictures[title] = record["traces"]
-        parts.append(table_of(title, record, by_variant))
         print("\n" + parts[-1], flush=True)
         if args.json:  # after every part: a long run that is cut keeps what it has
             config = {key: value for key, value in vars(args).items() if key not in ("json", "worker")}

@@ -7,6 +7,8 @@ from typing import Any
 
 from bert_fast.report.bench import markdown_table
 
+YARDSTICK = "bf16"  # what lossy formats are compared with: nobody who is short of bandwidth sends fp32
+FORMATS = ("fp32", "bf16", "int8_ef", "fp8_ef", "topk_ef", "powersgd", "onebit")
 # Of VARIANTS, without importing torch
 NAMES = (
     "one_bucket",

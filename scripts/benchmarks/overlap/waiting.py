@@ -14,9 +14,10 @@ from bert_fast.cluster.backward_trace import model_trace
 from bert_fast.model.loss import LossSums
 
 LAYERS_NUMEL, BERT_NUMEL = (
-    8_400_000,
+    8_396_800,
     4_200_000,
-)  # 33.6 MB of gradients: eight layers of 4.2 MB; BERT's groups, half as much
+)  # 33.6 MB of gradients: eight layers of 4.2 MB, 1,024 x 1,025; BERT's groups, half as much
+_ROWS = 1024  # of a unit as a matrix
 FORWARD_SHARE, UPDATE_SHARE = 0.5, 0.1  # of the time of backward
 
 
@@ -57,32 +58,49 @@ def numel_of(model: str) -> int:
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, forward_s: float, backward_s: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        of_weight: torch.Tensor | None,
+        forward_s: float,
+        backward_s: float,
+    ) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.backward_s = backward_s
+        ctx.of_weight, ctx.backward_s = of_weight, backward_s
         time.sleep(forward_s)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         time.sleep(ctx.backward_s)
-        return gradient, torch.full_like(ctx.saved_tensors[0], 1e-3), None, None
+        of_weight = torch.full_like(ctx.saved_tensors[0], 1e-3) if ctx.of_weight is None else ctx.of_weight.clone()
+        return gradient, of_weight, None, None, None
 
 
 class _Layer(nn.Module):
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: Unit, as_matrices: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(unit.numel))
+        shape = (_ROWS, unit.numel // _ROWS) if as_matrices else (unit.numel,)
+        self.weight = nn.Parameter(torch.zeros(shape))
+        if as_matrices:
+            self.register_buffer("gradient", torch.randn(shape) * 1e-3)
         self.unit = unit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Wait.apply(x, self.weight, FORWARD_SHARE * self.unit.backward_s, self.unit.backward_s)
+        return _Wait.apply(
+            x, self.weight, getattr(self, "gradient", None), FORWARD_SHARE * self.unit.backward_s, self.unit.backward_s
+        )
 
 
 class WaitingModel(nn.Module):
     """One parameter a unit; `forward` takes a [1] tensor that requires a gradient."""
 
-    def __init__(self, units: list[Unit]) -> None:
+    def __init__(self, units: list[Unit], as_matrices: bool = False) -> None:
+        """
+        Args:
+            as_matrices: parameters have two dimensions and random gradients, always the same; else one, and all alike.
+        """
         super().__init__()
         for unit in units:
             parent: nn.Module = self
@@ -91,7 +109,7 @@ class WaitingModel(nn.Module):
                 if not hasattr(parent, name):
                     parent.add_module(name, nn.Module())
                 parent = getattr(parent, name)
-            parent.add_module(last, _Layer(unit))
+            parent.add_module(last, _Layer(unit, as_matrices))
         self._layers = [module for module in self.modules() if isinstance(module, _Layer)]
 
     def forward(self, x: torch.Tensor) -> LossSums:
