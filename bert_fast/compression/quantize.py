@@ -108,6 +108,8 @@ class Fp8(_BlockCodec):
         return scaled.to(self.dtype).view(torch.uint8)
 
     def _values(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        if codes.device.type == "cpu":  # where torch converts one number at a time
+            return _fp8_as_fp16(codes, self.dtype).to(torch.float32) * (scales * _FP16_FACTORS[self.dtype])
         return codes.view(self.dtype).to(torch.float32) * scales
 
 
@@ -166,6 +168,18 @@ def unpack_bits(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [..., 8 n], each 0 or 1, of what `pack_bits` gave."""
     shifts = torch.arange(8, device=codes.device, dtype=torch.uint8)
     return ((codes[..., None] >> shifts) & 1).flatten(-2)
+
+
+# What FP8's bits in fp16's places are multiplied by: two to the difference of the biases of their exponents
+_FP16_FACTORS = {torch.float8_e4m3fn: 2.0**8, torch.float8_e5m2: 1.0}
+
+
+def _fp8_as_fp16(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp16 numbers with the signs, exponents and mantissas of FP8's: the values over `_FP16_FACTORS`, but for NaN."""
+    wide = codes.to(torch.int16)
+    if dtype == torch.float8_e5m2:
+        return (wide << 8).view(torch.float16)
+    return ((wide & 0x80) << 8 | (wide & 0x7F) << 7).view(torch.float16)
 
 
 def in_blocks(values: torch.Tensor, block: int) -> torch.Tensor:

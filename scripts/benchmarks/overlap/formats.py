@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -34,7 +35,7 @@ from bert_fast.train.setup.build import pair_with_wire
 from bert_fast.train.step import StepInput, TrainStep
 
 from .report import YARDSTICK
-from .variants import Links, measure_passes
+from .variants import measure_passes
 from .waiting import UPDATE_SHARE, Unit, WaitingModel, numel_of, slow_updates, units_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -81,8 +82,8 @@ def work(settings: dict[str, Any]) -> None:
     passes = measure_passes(units, cpu)
     instances: dict[str, _Instance] = {}
     for name in settings["formats"]:
-        sizes = [unit.numel * 4.0 * _WIDTHS[name] for unit in units[::-1]]
-        ends = torch.tensor(exact_plan(passes.ready_s, sizes, Links(link, link, link).all_reduce).ends)
+        sizes = np.array([unit.numel * 4.0 * _WIDTHS[name] for unit in units[::-1]])
+        ends = torch.tensor(exact_plan(passes.ready_s, sizes, link).ends)
         count = torch.tensor(len(ends))
         dist.broadcast(count, 0)
         shared = torch.zeros(int(count), dtype=torch.int64)

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from bert_fast.compression.quantize import Codec, Fp8, Int4, Int8, Sign, pack_bits, unpack_bits
+from bert_fast.compression.quantize import (
+    _FP16_FACTORS,
+    Codec,
+    Fp8,
+    Int4,
+    Int8,
+    Sign,
+    _fp8_as_fp16,
+    pack_bits,
+    unpack_bits,
+)
 from bert_fast.compression.topk import TopK
 
 BLOCK = 16
@@ -130,3 +140,14 @@ def test_the_largest_block_has_places() -> None:
     values[0, -1] = 3.0
     top = TopK(1 / 2**15, 2**15)
     assert torch.equal(top.decode(top.encode(values), 2**15), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_by_way_of_fp16_is_torchs_conversion(dtype: torch.dtype) -> None:
+    """Of every code, subnormal numbers as well, but for e4m3's NaN, which no number is encoded as."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(dtype).to(torch.float32)
+    found = _fp8_as_fp16(codes, dtype).to(torch.float32) * _FP16_FACTORS[dtype]
+    checked = ~torch.isnan(expected)
+    assert checked.sum() >= 250
+    assert torch.equal(found[checked], expected[checked])
