@@ -28,7 +28,10 @@ from bert_fast.communication.wire_format import WireFormat, Work, start_gather
 from bert_fast.compression.quantize import Codec, Fp8, Int8
 from bert_fast.compression.topk import TopK
 
-_BLOCK = 512  # numbers that share a scale: 8 bits, and 4 bytes for each block, are 0.252 of fp32
+# Numbers that share a scale of 4 bytes: 0.258 and 0.252 of fp32. Of 512 whole numbers from -127 to 127 many are 0, and what
+# error feedback makes up for later is a larger number: Adam's second moment grew by 13 % on the mini benchmark, of 128 by 0.3 %.
+# FP8 has its precision in the small numbers too.
+_INT8_BLOCK, _FP8_BLOCK = 128, 512
 _TOP_K_BLOCK = 4096
 
 
@@ -178,15 +181,15 @@ def _all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dis
 def int8_ef(
     gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", ranks_per_node: int | None = None
 ) -> WireFormat:
-    """8 bits, with a scale for each 512 numbers."""
-    return CompressedFormat(Int8(_BLOCK), residual_dtype=residual_dtype, ranks_per_node=ranks_per_node)
+    """8 bits, with a scale for each 128 numbers."""
+    return CompressedFormat(Int8(_INT8_BLOCK), residual_dtype=residual_dtype, ranks_per_node=ranks_per_node)
 
 
 def fp8_ef(
     gradient_dtype: torch.dtype, scale: float, residual_dtype: str = "fp32", ranks_per_node: int | None = None
 ) -> WireFormat:
     """FP8 (e4m3), with a scale for each 512 numbers."""
-    return CompressedFormat(Fp8(_BLOCK), residual_dtype=residual_dtype, ranks_per_node=ranks_per_node)
+    return CompressedFormat(Fp8(_FP8_BLOCK), residual_dtype=residual_dtype, ranks_per_node=ranks_per_node)
 
 
 def topk_ef(

@@ -47,7 +47,7 @@ PAIRED = {"onebit": "onebit_adam"}
 _WIDTHS = {
     "fp32": 1.0,
     "bf16": 0.5,
-    "int8_ef": 0.252,
+    "int8_ef": 0.258,
     "fp8_ef": 0.252,
     "topk_ef": 0.01,
     "powersgd": 0.008,
