@@ -29,7 +29,8 @@ from bert_fast.compression.quantize import Codec, Fp8, Int8
 from bert_fast.compression.topk import TopK
 
 # Numbers that share a scale of 4 bytes: 0.258 and 0.252 of fp32. Of 512 whole numbers from -127 to 127 many are 0, and what
-# error feedback makes up for later is a larger number: Adam's second moment grew by 13 % on the mini benchmark, of 128 by 0.3 %.
+# error feedback makes up for later is a larger number: Adam's second moment grew by 13 % on the mini benchmark, with 128 by
+# 0.3 %.
 # FP8 has its precision in the small numbers too.
 _INT8_BLOCK, _FP8_BLOCK = 128, 512
 _TOP_K_BLOCK = 4096

@@ -122,6 +122,10 @@ def run_drills(
         rows.append(drills.kill(against, rng, moments[number % len(moments)]))
         note(f"kill {number + 1} of {kills}: {_verdict(rows[-1])}")
     others: dict[str, Callable[[], dict[str, Any]]] = {
+        **{
+            f"kill with {name}": lambda name=name: drills.kill_with_format(against.drill, rng, name)  # type: ignore[misc]
+            for name in drills.LOSSY
+        },
         "stop": lambda: drills.silence(against, "stop"),
         "hang": lambda: drills.silence(against, "hang"),
         "silent disk": lambda: drills.silent_disk(against),
@@ -146,7 +150,7 @@ def run_drills(
 
 def figures(rows: list[dict[str, Any]], stall: dict[str, Any] | None) -> dict[str, Any]:
     """The figures by name."""
-    killed = [row for row in rows if row["fault"].startswith("kill")]
+    killed = [row for row in rows if row["fault"].startswith("kill") and " with " not in row["fault"]]
     detected = [row["detect_s"] for row in rows if row.get("detect_s") is not None]
     return {
         "kills": len(killed),

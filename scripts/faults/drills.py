@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from .victim import VARIABLE
 from .watched import HANG_S, PYTHONPATH, Drill, Ended, losses_of, weights_of
 
 MOMENTS = {"compute": COMPUTE, "all-reduce": GRADIENT_SYNC, "checkpoint": CHECKPOINT}
+# Wire formats that a run is killed with
+LOSSY = {
+    "topk_ef": ["communication.reduce_dtype=topk_ef"],
+    "onebit_adam": [
+        "communication.reduce_dtype=onebit",
+        "communication.exact_steps=10",
+        "optimizer.name=onebit_adam",
+    ],
+}
 RESTART = "recovery.max_restarts=3"
 SLOW = {"action": "slow", "seconds": 0.08, "rank": -1}
 Row = dict[str, Any]
@@ -103,6 +113,13 @@ def kill(against: Against, rng: random.Random, moment: str, ranks: int = 2) -> R
     )
     shutil.rmtree(folder, ignore_errors=True)
     return {**found, "rank": fault["rank"], "step": step}
+
+
+def kill_with_format(drill: Drill, rng: random.Random, name: str) -> Row:
+    """The same with a wire format that keeps what it has not sent, in checkpoints too, against a run of that format."""
+    against = Against(replace(drill, folder=drill.folder / name, settings=[*drill.settings, *LOSSY[name]]))
+    found = kill(against, rng, "all-reduce")
+    return {**found, "fault": f"{found['fault']} with {name}"}
 
 
 def silence(against: Against, action: str) -> Row:

@@ -36,6 +36,11 @@ def test_a_killed_rank(against: drills.Against, moment: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("topk_ef", marks=pytest.mark.slow), "onebit_adam"])
+def test_a_killed_rank_with_a_lossy_format(against: drills.Against, name: str) -> None:
+    kept(drills.kill_with_format(against.drill, random.Random(name), name))
+
+
 def test_a_rank_that_hangs_is_named_in_time(against: drills.Against) -> None:
     found = kept(drills.silence(against, "hang"))
     assert "rank 1 (" in found["says"]
