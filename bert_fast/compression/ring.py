@@ -10,13 +10,14 @@ The Gram matrix is kept in fp64: it is m x m, and what is made of it divides by 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from bert_fast.compression.quantize import in_blocks
 from bert_fast.compression.topk import TopK
+from bert_fast.native import windows
 
 _STRETCH = 2**16  # stored numbers of whose places 64-bit copies are made at a time
 
@@ -136,6 +137,9 @@ class SparseWindow(Window):
 
     def products(self, values: torch.Tensor) -> torch.Tensor:
         blocks = in_blocks(values[None], self._block)[0]
+        found_natively = windows.products(self._places, self._values, blocks)
+        if found_natively is not None:
+            return found_natively
         total = torch.zeros(self.m, dtype=torch.float64, device=values.device)
         for low, high, places in self._stretches():
             stored = self._values[low:high]
@@ -144,17 +148,21 @@ class SparseWindow(Window):
         return total
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
-        return self._combine(coefficients, lambda stored: stored)
+        return self._combine(coefficients, squares=False)
 
     def combine_squares(self, coefficients: torch.Tensor) -> torch.Tensor:
         """fp32 [numel]: the sum of the rows' squares, element by element, each row's times its coefficient [m]."""
-        return self._combine(coefficients, lambda stored: stored.to(torch.float32).square())
+        return self._combine(coefficients, squares=True)
 
-    def _combine(self, coefficients: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _combine(self, coefficients: torch.Tensor, squares: bool) -> torch.Tensor:
         weights = coefficients.to(torch.float32)
+        found_natively = windows.combine(self._places, self._values, weights, self._block, squares)
+        if found_natively is not None:
+            return found_natively.view(-1)[: self.numel]
         sums = torch.zeros(self._blocks, self._block, device=self._values.device)
         for low, high, places in self._stretches():
-            sums[low:high].scatter_add_(1, places, (of(self._values[low:high]) * weights).flatten(1))
+            stored = self._values[low:high].to(torch.float32)
+            sums[low:high].scatter_add_(1, places, ((stored.square() if squares else stored) * weights).flatten(1))
         return sums.view(-1)[: self.numel]
 
     def tensors(self) -> dict[str, torch.Tensor]:

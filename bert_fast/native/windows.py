@@ -1,0 +1,76 @@
+"""What windows of sparse gradients need of `kernels.c`. Every function says by None that it cannot do what is asked here."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from bert_fast.native import library, num_parts, over_threads, pointer
+
+_int = ctypes.c_int64
+
+
+def largest_of_blocks(blocks: torch.Tensor) -> torch.Tensor | None:
+    """int64 [rows, blocks, 1]: the place of the largest magnitude of each block of fp32 [rows, blocks, block]."""
+    kernels = library()
+    if kernels is None or blocks.device.type != "cpu" or blocks.dtype != torch.float32 or not blocks.is_contiguous():
+        return None
+    rows, count, block = blocks.shape
+    places = torch.empty(rows, count, 1, dtype=torch.int64)
+
+    def run(_: int, first: int, end: int) -> None:
+        kernels.select_largest(pointer(blocks, first * block), _int(end - first), _int(block), pointer(places, first))
+
+    over_threads(rows * count, run)
+    return places
+
+
+def products(places: torch.Tensor, stored: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+    """fp64 [m]: scalar products of a window's rows with fp32 `values` [blocks, block].
+
+    Args:
+        places: int16 [blocks, selected, m].
+        stored: bf16 of that shape.
+    """
+    kernels = library()
+    if kernels is None or not _can(places, stored) or not values.is_contiguous():
+        return None
+    blocks, selected, m = places.shape
+    parts = num_parts(blocks)
+    sums, scratch = torch.zeros(parts, m, dtype=torch.float64), torch.empty(parts, m)
+
+    def run(number: int, first: int, end: int) -> None:
+        kernels.window_products(
+            pointer(places, first * selected * m), pointer(stored, first * selected * m), _int(end - first),
+            _int(selected), _int(m), _int(values.shape[1]), pointer(values, first * values.shape[1]),
+            pointer(scratch, number * m), pointer(sums, number * m),
+        )  # fmt: skip
+
+    over_threads(blocks, run)
+    return sums.sum(dim=0)
+
+
+def combine(
+    places: torch.Tensor, stored: torch.Tensor, coefficients: torch.Tensor, block: int, squares: bool
+) -> torch.Tensor | None:
+    """fp32 [blocks, block]: the sum of a window's rows, or of their squares, each times its coefficient, fp32 [m]."""
+    kernels = library()
+    if kernels is None or not _can(places, stored) or not coefficients.is_contiguous():
+        return None
+    blocks, selected, m = places.shape
+    out = torch.empty(blocks, block)
+
+    def run(_: int, first: int, end: int) -> None:
+        kernels.window_combine(
+            pointer(places, first * selected * m), pointer(stored, first * selected * m), _int(end - first),
+            _int(selected), _int(m), _int(block), pointer(coefficients), _int(squares), pointer(out, first * block),
+        )  # fmt: skip
+
+    over_threads(blocks, run)
+    return out
+
+
+def _can(places: torch.Tensor, stored: torch.Tensor) -> bool:
+    on_cpu = places.device.type == stored.device.type == "cpu"
+    return on_cpu and stored.dtype == torch.bfloat16 and places.is_contiguous() and stored.is_contiguous()

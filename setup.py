@@ -1,0 +1,11 @@
+"""The loops in C, which are left out where there is no compiler. All else is in pyproject.toml."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "bert_fast.native._kernels", ["bert_fast/native/kernels.c"], extra_compile_args=["-O3"], optional=True
+        )
+    ]
+)

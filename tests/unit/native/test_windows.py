@@ -1,0 +1,87 @@
+"""The loops in C against the same in torch, over shapes, threads and numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bert_fast import native
+from bert_fast.compression.ring import SparseWindow
+from bert_fast.compression.topk import TopK
+from bert_fast.native import windows
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the loops in C were not built: no compiler")
+
+
+@pytest.fixture(params=[1, 3])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def filled(numel: int, m: int, density: float, block: int) -> SparseWindow:
+    """A window that has gone round more than once."""
+    generator = torch.Generator().manual_seed(numel)
+    top_k = TopK(density, block)
+    window = SparseWindow(m, numel, top_k)
+    for _ in range(m + 2):
+        places, values = top_k.select(torch.randn(1, numel, generator=generator))
+        window.push(places[0], values[0])
+    return window
+
+
+SHAPES = [
+    (1, 1, 1.0, 4),
+    (1000, 3, 0.01, 100),
+    (70_000, 16, 0.01, 100),
+    (9_000, 700, 0.05, 64),
+    (50_000, 5, 0.02, 32_768),
+]
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("numel", "m", "density", "block"), SHAPES)
+def test_a_window_is_the_same_as_in_torch(
+    monkeypatch: pytest.MonkeyPatch, numel: int, m: int, density: float, block: int
+) -> None:
+    window = filled(numel, m, density, block)
+    generator = torch.Generator().manual_seed(1)
+    values, coefficients = torch.randn(numel, generator=generator), torch.randn(m, generator=generator)
+    ours = [window.products(values), window.combine(coefficients), window.combine_squares(coefficients), window.gram]
+    monkeypatch.setattr(windows, "library", lambda: None)
+    theirs = [window.products(values), window.combine(coefficients), window.combine_squares(coefficients)]
+    theirs.append(filled(numel, m, density, block).gram)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6 * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1000, 7), (3, 600, 100), (2, 1, 5000)])
+def test_the_largest_of_blocks_is_the_same_as_in_torch(shape: tuple[int, int, int]) -> None:
+    blocks = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    blocks[0, 0] = 0.0
+    blocks[-1, -1, -1] = -math.inf
+    expected = blocks.abs().argmax(dim=-1, keepdim=True)
+    found = windows.largest_of_blocks(blocks)
+    assert found is not None
+    assert torch.equal(found, expected)
+    blocks[-1, -1, 0] = math.nan
+    found = windows.largest_of_blocks(blocks)
+    assert found is not None
+    assert found[-1, -1, 0] == 0
+
+
+def test_what_it_cannot_do_is_left_to_torch() -> None:
+    assert windows.largest_of_blocks(torch.ones(1, 2, 3, dtype=torch.float64)) is None
+    assert windows.largest_of_blocks(torch.ones(1, 3, 2).transpose(1, 2)) is None
+    top_k = TopK(0.1, 10, torch.float32)
+    window = SparseWindow(2, 20, top_k)
+    places, values = top_k.select(torch.arange(20.0)[None])
+    window.push(places[0], values[0])
+    assert window.gram[0, 0] == 9.0**2 + 19.0**2
