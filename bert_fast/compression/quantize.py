@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from bert_fast.compression.compiled import on
+
 SCALE_BYTES = 4  # scales are fp32: of a narrower format, a block of tiny numbers would become zeros
 
 
@@ -48,8 +50,8 @@ class _BlockCodec(Codec):
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         rows, length = values.shape
         blocks = in_blocks(values, self.block)
-        scales = self._scales(blocks, length)
-        codes = self._codes(blocks, scales).view(rows, -1)[:, : -(-length * self.bits // 8)]
+        scales, codes = on(values.device, self._quantize)(blocks, length)
+        codes = codes.view(rows, -1)[:, : -(-length * self.bits // 8)]
         message = values.new_zeros(rows, self.num_bytes(length), dtype=torch.uint8)
         end = scales[0].numel() * SCALE_BYTES
         message[:, :end] = scales.view(rows, -1).view(torch.uint8)
@@ -64,7 +66,11 @@ class _BlockCodec(Codec):
         codes = message.new_zeros(rows, num_codes)
         held = -(-length * self.bits // 8)
         codes[:, :held] = message[:, end : end + held]
-        return self._values(codes.view(rows, num_blocks, -1), scales).view(rows, -1)[:, :length]
+        return on(message.device, self._values)(codes.view(rows, num_blocks, -1), scales).view(rows, -1)[:, :length]
+
+    def _quantize(self, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = self._scales(blocks, length)
+        return scales, self._codes(blocks, scales)
 
     @abstractmethod
     def _scales(self, blocks: torch.Tensor, length: int) -> torch.Tensor:

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from bert_fast.compression.compiled import on
 from bert_fast.compression.quantize import in_blocks
 from bert_fast.compression.topk import TopK
 from bert_fast.native import windows
 
+_CUDA_STRETCH = 2**25
 _STRETCH = 2**16  # stored numbers of whose places 64-bit copies are made at a time
 
 
@@ -143,8 +145,7 @@ class SparseWindow(Window):
         total = torch.zeros(self.m, dtype=torch.float64, device=values.device)
         for low, high, places in self._stretches():
             stored = self._values[low:high]
-            found = torch.gather(blocks[low:high], 1, places).view(stored.shape).mul_(stored)
-            total += found.sum(dim=(0, 1))
+            total += on(values.device, _products)(blocks[low:high], places, stored)
         return total
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
@@ -161,24 +162,38 @@ class SparseWindow(Window):
             return found_natively.view(-1)[: self.numel]
         sums = torch.zeros(self._blocks, self._block, device=self._values.device)
         for low, high, places in self._stretches():
-            stored = self._values[low:high].to(torch.float32)
-            sums[low:high].scatter_add_(1, places, ((stored.square() if squares else stored) * weights).flatten(1))
+            stored = self._values[low:high]
+            on(sums.device, _add_rows)(sums[low:high], places, stored, weights, squares)
         return sums.view(-1)[: self.numel]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"places": self._places, "values": self._values}
 
     def _stretches(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(first, end, places) of blocks a few at a time: what is made of them for a moment stays in a core's cache.
+        """(first, end, places) of blocks a few at a time: what is made of them for a moment stays in a core's cache, or
+        is a small part of a GPU's memory.
 
         places: int64 [end - first, selected * m], to be used before the next stretch: all have the same memory
         """
         width = self.m * self._selected
-        together = max(1, _STRETCH // width) if self._places.device.type == "cpu" else self._blocks
+        together = max(1, (_STRETCH if self._places.device.type == "cpu" else _CUDA_STRETCH) // width)
         index = torch.empty(min(together, self._blocks), width, dtype=torch.int64, device=self._places.device)
         for low in range(0, self._blocks, together):
             high = min(low + together, self._blocks)
             yield low, high, index[: high - low].copy_(self._places[low:high].flatten(1))
+
+
+def _products(blocks: torch.Tensor, places: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """fp32 [m]: scalar products of rows [blocks, selected, m] with [blocks, block]."""
+    return (torch.gather(blocks, 1, places).view(stored.shape) * stored).sum(dim=(0, 1))
+
+
+def _add_rows(
+    sums: torch.Tensor, places: torch.Tensor, stored: torch.Tensor, weights: torch.Tensor, squares: bool
+) -> None:
+    """Add rows [blocks, selected, m], or their squares, each times its weight, to `sums` [blocks, block]."""
+    wide = stored.to(torch.float32)
+    sums.scatter_add_(1, places, ((wide.square() if squares else wide) * weights).flatten(1))
 
 
 class LowRankWindow(Window):
