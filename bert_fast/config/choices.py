@@ -177,7 +177,7 @@ OPTIMIZERS = {
     "onebit_lamb": OptimizerChoice(
         "bert_fast.optim.onebit_lamb:build",
         "LAMB, and after communication.exact_steps with frozen second moment and trust ratios and its momentum sent as signs",
-        settings=_ADAM,
+        settings=(*_ADAM, "factor_min", "factor_max"),
         state_values=3.0,
         not_sharded="its momentum is compressed before ranks have a part of it",
         capturable=False,

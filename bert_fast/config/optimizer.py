@@ -57,6 +57,11 @@ class OptimizerConfig(Section):
     muon_lr: PositiveFloat | None = Field(
         None, description="muon: learning rate of its matrices, which follows the schedule too; lr if unset"
     )
+    factor_min: PositiveFloat = Field(0.5, description="onebit_lamb: least factor of a frozen trust ratio, at most 1")
+    factor_max: PositiveFloat = Field(
+        4.0,
+        description="onebit_lamb: largest factor of a frozen trust ratio, at least 1; with both bounds 1 it stays frozen",
+    )
     class_name: str | None = Field(
         None, description="pytorch_optimizer: name of the class, such as SOAP, Lion or Shampoo, in any case"
     )
@@ -100,6 +105,15 @@ class OptimizerConfig(Section):
             raise ValueError(
                 f"optimizer.density={self.density} of optimizer.block={self.block} is less than one number, and one is kept of "
                 f"each block; set block to at least {math.ceil(1 / self.density)}, or leave it unset"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_of_the_factor_are_around_one(self) -> OptimizerConfig:
+        if not self.factor_min <= 1 <= self.factor_max:
+            raise ValueError(
+                f"optimizer.factor_min={self.factor_min} and factor_max={self.factor_max} must have 1 between them, at which "
+                "the factor begins; set factor_min to at most 1 and factor_max to at least 1"
             )
         return self
 

@@ -22,7 +22,6 @@ from bert_fast.optim.onebit import TakesMomentum
 from bert_fast.parts import parts_of
 
 _RATIO_DECAY = 0.9  # of the moving average of trust ratios, a step
-_LEAST_FACTOR, _MOST_FACTOR = 0.5, 4.0
 _MOST_CHANGE = 0.1  # of the factor, from step to step
 
 
@@ -32,6 +31,15 @@ class OneBitLamb(Lamb, TakesMomentum):
 
     reads_found_inf = False
     has_opaque_state: ClassVar[bool] = True  # numbers for each part of a tensor
+
+    def __init__(self, *arguments: Any, factor_min: float, factor_max: float) -> None:
+        """
+        Args:
+            arguments: LAMB's.
+            factor_min, factor_max: bounds of the factor.
+        """
+        super().__init__(*arguments)
+        self._factor_min, self._factor_max = factor_min, factor_max
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -87,7 +95,7 @@ class OneBitLamb(Lamb, TakesMomentum):
         """Bring the factors of a parameter's parts up to date: towards `largest` in the share that is not weight decay."""
         norms = zip(norms_of(list(adam)), norms_of(list(update)), strict=True)
         share = torch.stack([torch.where(whole > 0, part / whole, 1.0) for part, whole in norms]).clamp_(max=1.0)
-        wanted = (largest * share + (1 - share)).clamp_(_LEAST_FACTOR, _MOST_FACTOR)
+        wanted = (largest * share + (1 - share)).clamp_(self._factor_min, self._factor_max)
         factor.copy_(torch.clamp(wanted, factor * (1 - _MOST_CHANGE), factor * (1 + _MOST_CHANGE)))
 
 
@@ -95,4 +103,5 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optimize
     """With the groups of `lamb`, and a trust ratio for each tensor."""
     decayed, plain = decay_groups(named_parameters, config.weight_decay)
     groups = [{**decayed, "layer_adaptation": True}, {**plain, "layer_adaptation": False}]
-    return OneBitLamb(groups, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay)
+    betas, bounds = (config.beta1, config.beta2), {"factor_min": config.factor_min, "factor_max": config.factor_max}
+    return OneBitLamb(groups, config.lr, betas, config.eps, config.weight_decay, **bounds)

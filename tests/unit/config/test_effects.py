@@ -21,6 +21,7 @@ LAMB, MUON, PACKAGE = "optimizer.name=lamb", "optimizer.name=muon", "optimizer.n
 SOAP = "optimizer.class_name=SOAP"
 POWERSGD = "communication.reduce_dtype=powersgd"
 INT8 = "communication.reduce_dtype=int8_ef"
+ONEBIT_LAMB = ["optimizer.name=onebit_lamb", "communication.reduce_dtype=onebit", "communication.exact_steps=2"]
 ZERO_ONE = ["optimizer.name=zero_one_adam", "communication.reduce_dtype=zero_one", "communication.exact_steps=2"]
 SPARSE = "optimizer.name=mfac_sparse"
 
@@ -75,6 +76,8 @@ CASES = [
     ("optimizer.muon_lr=0.02", [MUON], ["optimizer.name=adam"], "name=adam does not read it"),
     (SOAP, [PACKAGE], [], "name=adamw does not read it; set optimizer.name=pytorch_optimizer"),
     ("optimizer.arguments={eps: 1}", [PACKAGE, SOAP], [], "name=adamw does not read it"),
+    ("optimizer.factor_min=0.7", ONEBIT_LAMB, [], "name=adamw does not read it; set optimizer.name=onebit_lamb"),
+    ("optimizer.factor_max=2", ONEBIT_LAMB, [], "name=adamw does not read it; set optimizer.name=onebit_lamb"),
     ("optimizer.window=5", [SPARSE], [], "name=adamw does not read it"),
     ("optimizer.density=0.5", [SPARSE], ["optimizer.name=mfac"], "name=mfac does not read it"),
     ("optimizer.block=200", ["optimizer.name=micro_adam"], ["optimizer.name=ggt"], "name=ggt does not read it"),
