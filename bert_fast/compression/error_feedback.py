@@ -72,6 +72,12 @@ class ErrorFeedback:
         self._format.encode(corrected, sent, self._next, self._generator)
         self._is_open = True
 
+    def plain_bf16(self) -> torch.Tensor | None:
+        """The residual itself, bf16 [numel], to be added and replaced by whoever makes the message; None where it is kept
+        otherwise, rounded by chance, or in two copies."""
+        is_plain = self._next is self._now and self._generator is None and self._now[0].dtype == torch.bfloat16
+        return self._now[0] if is_plain and len(self._now) == 1 else None
+
     def end_step(self, skipped: torch.Tensor | bool) -> None:
         """The last `keep` counts, or its step was skipped: then the residual is what it was before. `skipped`: 0-dim."""
         if not self._is_open:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bert_fast.compression.compiled import on
+from bert_fast.compression.error_feedback import ErrorFeedback
 from bert_fast.compression.quantize import in_blocks
 from bert_fast.compression.topk import TopK
 from bert_fast.native import windows
@@ -132,10 +133,36 @@ class SparseWindow(Window):
 
     def push(self, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Put a row that `TopK.select` gave, both [blocks, selected], in the place of the oldest; returns it, fp32 [numel]."""
-        self._places[:, :, self.head], self._values[:, :, self.head] = places, values
         row = self._top_k.scatter(places[None], values[None], self.numel)[0]
-        self._pushed(self.products(row))
+        self._store(places, values, row)
         return row
+
+    def push_largest(self, values: torch.Tensor, feedback: ErrorFeedback) -> bool:
+        """Select a row of fp32 `values` [numel] with what `feedback` has of them, push it, and let `feedback` keep the rest.
+
+        In one pass over memory, where one number of each block is kept, the loops in C are there, and the residual is bf16 of
+        one copy; else nothing is done. `values` are changed.
+
+        Returns:
+            Whether it was done.
+        """
+        residual = feedback.plain_bf16()
+        if self._selected != 1 or residual is None:
+            return False
+        found = windows.feed_back_largest(values, residual, self._block)
+        if found is None:
+            return False
+        self._store(*found, None)
+        return True
+
+    def _store(self, places: torch.Tensor, values: torch.Tensor, row: torch.Tensor | None) -> None:
+        self._places[:, :, self.head], self._values[:, :, self.head] = places, values
+        products = windows.products_of_row(self._places, self._values, self.head, self._block)
+        if products is None:
+            if row is None:
+                row = self._top_k.scatter(places[None], values[None], self.numel)[0]
+            products = self.products(row)
+        self._pushed(products)
 
     def products(self, values: torch.Tensor) -> torch.Tensor:
         blocks = in_blocks(values[None], self._block)[0]

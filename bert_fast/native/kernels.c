@@ -19,6 +19,19 @@ static inline float of_bf16(uint16_t bits) {
     return value;
 }
 
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* To the nearest, ties to even, as torch rounds. */
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
 /* The place of the number of the largest magnitude in each block of `values` [blocks, block]; NaN is the largest of all. */
 FOR_EACH_PROCESSOR void select_largest(const uint32_t *values, int64_t blocks, int64_t block, int64_t *places) {
     for (int64_t b = 0; b < blocks; b++) {
@@ -31,6 +44,55 @@ FOR_EACH_PROCESSOR void select_largest(const uint32_t *values, int64_t blocks, i
         int64_t place = 0;
         while ((own[place] & 0x7fffffffu) != largest) place++;
         places[b] = place;
+    }
+}
+
+/* Error feedback and block Top-1 in one pass: of each block of c = values + residual the largest number, as bf16, and what is
+   left of c as the new residual, bf16. The last block of `length` numbers may be shorter. `values` becomes c.
+
+   places, selected: [blocks] */
+FOR_EACH_PROCESSOR void feed_back_largest(float *values, uint16_t *residual, int64_t first, int64_t end, int64_t block,
+                                          int64_t length, int16_t *places, uint16_t *selected) {
+    for (int64_t b = first; b < end; b++) {
+        float *own = values + b * block;
+        uint16_t *left = residual + b * block;
+        int64_t count = length - b * block < block ? length - b * block : block;
+        uint32_t largest = 0;
+        for (int64_t i = 0; i < count; i++) {
+            own[i] += of_bf16(left[i]);
+            left[i] = to_bf16(own[i]);
+            uint32_t size = bits_of(own[i]) & 0x7fffffffu;
+            largest = size > largest ? size : largest;
+        }
+        int64_t place = 0;
+        while ((bits_of(own[place]) & 0x7fffffffu) != largest) place++;
+        places[b] = (int16_t)place;
+        selected[b] = to_bf16(own[place]);
+        left[place] = to_bf16(own[place] - of_bf16(selected[b]));
+    }
+}
+
+/* sums[j] += the scalar product of row j of a window with its row `newest`; arguments as of `window_products`.
+
+   dense: fp32 [block], zeros, and zeros again afterwards */
+FOR_EACH_PROCESSOR void window_products_of_row(const int16_t *places, const uint16_t *stored, int64_t blocks, int64_t selected,
+                                               int64_t m, int64_t newest, float *dense, float *scratch, double *sums) {
+    int64_t since = 0;
+    memset(scratch, 0, (size_t)m * sizeof *scratch);
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t low = b * selected, high = low + selected;
+        for (int64_t r = low; r < high; r++) dense[places[r * m + newest]] = of_bf16(stored[r * m + newest]);
+        for (int64_t r = low; r < high; r++) {
+            const int16_t *place = places + r * m;
+            const uint16_t *value = stored + r * m;
+            for (int64_t j = 0; j < m; j++) scratch[j] += of_bf16(value[j]) * dense[place[j]];
+            if (++since == STRETCH || r + 1 == blocks * selected) { /* short sums in fp32, added up in fp64 */
+                for (int64_t j = 0; j < m; j++) sums[j] += scratch[j];
+                memset(scratch, 0, (size_t)m * sizeof *scratch);
+                since = 0;
+            }
+        }
+        for (int64_t r = low; r < high; r++) dense[places[r * m + newest]] = 0.0f;
     }
 }
 

@@ -51,6 +51,54 @@ def products(places: torch.Tensor, stored: torch.Tensor, values: torch.Tensor) -
     return sums.sum(dim=0)
 
 
+def products_of_row(places: torch.Tensor, stored: torch.Tensor, newest: int, block: int) -> torch.Tensor | None:
+    """fp64 [m]: scalar products of a window's rows with its row `newest`."""
+    kernels = library()
+    if kernels is None or not _can(places, stored):
+        return None
+    blocks, selected, m = places.shape
+    parts = num_parts(blocks)
+    sums, scratch, dense = torch.zeros(parts, m, dtype=torch.float64), torch.empty(parts, m), torch.zeros(parts, block)
+
+    def run(number: int, first: int, end: int) -> None:
+        kernels.window_products_of_row(
+            pointer(places, first * selected * m), pointer(stored, first * selected * m), _int(end - first),
+            _int(selected), _int(m), _int(newest), pointer(dense, number * block), pointer(scratch, number * m),
+            pointer(sums, number * m),
+        )  # fmt: skip
+
+    over_threads(blocks, run)
+    return sums.sum(dim=0)
+
+
+def feed_back_largest(
+    values: torch.Tensor, residual: torch.Tensor, block: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Add a residual to fp32 `values` [length], in place, and keep in it what is left once the largest of each block is taken.
+
+    Args:
+        residual: bf16 [length].
+
+    Returns:
+        places, int16, and values, bf16, of what was taken, both [blocks, 1].
+    """
+    kernels, length = library(), len(values)
+    on_cpu = values.device.type == "cpu" and values.dtype == torch.float32
+    if kernels is None or not on_cpu or not values.is_contiguous() or residual.dtype != torch.bfloat16:
+        return None
+    blocks = -(-length // block)
+    places, selected = torch.empty(blocks, 1, dtype=torch.int16), torch.empty(blocks, 1, dtype=torch.bfloat16)
+
+    def run(_: int, first: int, end: int) -> None:
+        kernels.feed_back_largest(
+            pointer(values), pointer(residual), _int(first), _int(end), _int(block), _int(length), pointer(places),
+            pointer(selected),
+        )  # fmt: skip
+
+    over_threads(blocks, run)
+    return places, selected
+
+
 def combine(
     places: torch.Tensor, stored: torch.Tensor, coefficients: torch.Tensor, block: int, squares: bool
 ) -> torch.Tensor | None:

@@ -115,6 +115,10 @@ class _Sparse(_Compressor):
         self.window: SparseWindow = SparseWindow(m, numel, top_k, device)
         self._top_k, self.feedback = top_k, feedback
 
+    def push(self, gradient: torch.Tensor) -> None:
+        if self.feedback is None or not self.window.push_largest(gradient, self.feedback):
+            super().push(gradient)
+
     def _push(self, values: torch.Tensor) -> torch.Tensor:
         places, selected = self._top_k.select(values[None])
         return self.window.push(places[0], selected[0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from bert_fast import native
+from bert_fast.compression.error_feedback import ErrorFeedback
 from bert_fast.compression.ring import SparseWindow
 from bert_fast.compression.topk import TopK
 from bert_fast.native import windows
@@ -85,3 +87,46 @@ def test_what_it_cannot_do_is_left_to_torch() -> None:
     places, values = top_k.select(torch.arange(20.0)[None])
     window.push(places[0], values[0])
     assert window.gram[0, 0] == 9.0**2 + 19.0**2
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("numel", "block"), [(1, 4), (99, 100), (100, 100), (70_050, 100), (5000, 3000)])
+def test_a_pass_of_error_feedback_is_the_same_as_in_torch(
+    monkeypatch: pytest.MonkeyPatch, numel: int, block: int
+) -> None:
+    """To the last bit: the sum, what is taken, what is left; over several steps."""
+    top_k = TopK(1 / block, block)
+    feedbacks = [ErrorFeedback(numel, storage="bf16", may_skip=False) for _ in range(2)]
+    made = [SparseWindow(3, numel, top_k) for _ in range(2)]
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(5):
+        gradient = torch.randn(numel, generator=generator)
+        ours, theirs = gradient.clone(), gradient.clone()
+        assert made[0].push_largest(ours, feedbacks[0])
+        with monkeypatch.context() as plain:
+            plain.setattr(windows, "library", lambda: None)
+            assert not made[1].push_largest(theirs, feedbacks[1])
+            corrected = feedbacks[1].correct(theirs)
+            places, values = top_k.select(corrected[None])
+            feedbacks[1].keep(corrected, made[1].push(places[0], values[0]))
+        assert torch.equal(ours, corrected)
+        assert torch.equal(feedbacks[0].residual(), feedbacks[1].residual())
+        for name, tensor in made[0].tensors().items():
+            assert torch.equal(tensor, made[1].tensors()[name])
+
+
+def test_a_number_that_is_not_finite_is_taken() -> None:
+    window, feedback = SparseWindow(2, 8, TopK(0.25, 4)), ErrorFeedback(8, storage="bf16", may_skip=False)
+    assert window.push_largest(torch.tensor([1.0, 2.0, math.nan, 3.0, 1.0, -math.inf, 2.0, 3.0]), feedback)
+    assert window.tensors()["places"][:, 0, 0].tolist() == [2, 1]
+    assert not torch.isfinite(window.gram[0, 0])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"storage": "fp32"}, {"storage": "int4"}, {"rounding": "stochastic"}, {"may_skip": True}]
+)
+def test_another_residual_is_left_to_torch(settings: dict[str, Any]) -> None:
+    feedback = ErrorFeedback(8, **{"storage": "bf16", "may_skip": False, **settings})
+    values = torch.ones(8)
+    assert not SparseWindow(2, 8, TopK(0.25, 4)).push_largest(values, feedback)
+    assert torch.equal(values, torch.ones(8))
