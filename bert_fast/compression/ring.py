@@ -36,6 +36,11 @@ class Window(ABC):
         self.m, self.numel, self.head, self.count = m, numel, 0, 0
         self.gram = torch.zeros(m, m, dtype=torch.float64, device=device)
 
+    def replace_products(self, products: torch.Tensor) -> None:
+        """Take these for the newest row's scalar products [m]: the sums over ranks that have a part of each row."""
+        self.gram[self.newest] = products
+        self.gram[:, self.newest] = products
+
     @property
     def newest(self) -> int:
         """The place of the row that was pushed last."""

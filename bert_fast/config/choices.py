@@ -124,7 +124,9 @@ OPTIMIZERS = {
             state_values=None,
             window=window,
             not_per_bucket="its window is of whole layers, and moves on once a step",
-            not_sharded="its window is of whole gradients, whose scalar products every rank makes for itself",
+            not_sharded="its window is of whole matrices, and a shard is cut without regard to them"
+            if name == "mfac_lowrank"
+            else "",
             capturable=False,
             source=source,
         )
@@ -161,7 +163,6 @@ OPTIMIZERS = {
         state_values=None,
         window=WindowOfGradients("sparse", rows=10, residual_dtype="int4"),
         not_per_bucket="its window is of whole layers, and moves on once a step",
-        not_sharded="its window is of whole gradients",
         capturable=False,
         source="Modoranu et al., arXiv 2405.15593",
     ),

@@ -41,7 +41,8 @@ class RunOptimizer(torch.optim.Optimizer):
 
     has_opaque_state: ClassVar[bool] = False
     """Whether the state may be of any shape and type. A checkpoint then holds all of it, with the parameter groups, as one
-    block of bytes that rank 0 writes; nothing of it can be divided over ranks, and the names above are not used."""
+    block of bytes, that rank 0 writes, or each rank its own where the optimizer is sharded: then as many ranks must go on. The
+    names above are not used."""
 
     evaluates_other_weights: ClassVar[bool] = False
     """Whether other weights than the trained ones are evaluated and exported; `write_evaluated_weights` makes them."""
@@ -55,10 +56,11 @@ class RunOptimizer(torch.optim.Optimizer):
     norms [k, n] of the parts (`bert_fast.parts`) that the given parameters hold, in order, into those of the whole parts. It
     is a collective: every rank calls it as often, with `([], None)` where it holds nothing."""
 
-    share_sums: Callable[[Callable[[str], str], dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
-    """Set where parameters are pieces of tensors; an optimizer that needs norms over several tensors calls it. It turns sums
-    [2] over this rank's pieces, by group, into those over all ranks; the function names the group of a parameter's name. The
-    result has every group of the model. It is a collective: every rank calls it as often, with `{}` where it holds nothing."""
+    share_sums: Callable[[Callable[[str], str], dict[str, torch.Tensor], int], dict[str, torch.Tensor]] | None = None
+    """Set where parameters are pieces of tensors; an optimizer that needs sums over several tensors calls it. It turns sums
+    [width] over this rank's pieces, by group, into those over all ranks, added up in fp64; the function names the group of a
+    parameter's name. The result has every group of the model. It is a collective: every rank calls it as often, with `{}`
+    where it holds nothing."""
 
     def extra_state(self) -> dict[str, Any]:
         """With `has_opaque_state`: what is kept beside `state`, as plain values and copies of tensors."""

@@ -160,10 +160,10 @@ class Lamb(RunOptimizer):
                 squares.setdefault(group, []).append(pair)
         sums = {group: torch.stack(pairs).sum(0) for group, pairs in squares.items()}
         if self.share_sums is not None:
-            sums = self.share_sums(group_of, sums)
+            sums = self.share_sums(group_of, sums, 2)
         ratios = {group: _ratio(*pair.sqrt().unbind()) for group, pair in sums.items()}
         if updates:
-            torch._foreach_mul_(updates, [ratios[group] for group in groups])
+            torch._foreach_mul_(updates, [ratios[group].to(updates[0].dtype) for group in groups])
 
     def _norms(self, parameters: list[torch.Tensor], updates: list[torch.Tensor]) -> Iterable[Iterable[torch.Tensor]]:
         """Norms of weights and of updates, of whole parts. `updates` are those of the parameters' parts, in order."""

@@ -164,7 +164,11 @@ class _LowRank(_Compressor):
 
 
 class Preconditioned(RunOptimizer):
-    """Weights minus lr times what a rule makes of a window of gradients, a window for each parameter group."""
+    """Weights minus lr times what a rule makes of a window of gradients, a window for each parameter group.
+
+    Where parameters are pieces of tensors, each rank has a part of every row, and scalar products are added up over ranks: one
+    all-reduce of m numbers for each group and step.
+    """
 
     has_opaque_state: ClassVar[bool] = True
 
@@ -174,18 +178,20 @@ class Preconditioned(RunOptimizer):
         compressors: list[_Compressor],
         update_of: Callable[[Window], torch.Tensor],
         *,
+        group_of: Callable[[str], str],
         lr: float,
         momentum: float = 0.0,
     ) -> None:
         """
         Args:
-            groups: with `params`, in the order of the window's numbers, and `decays`: weight decay of each.
+            groups: with `name`, `params`, in the order of the window's numbers, and `decays`: weight decay of each.
+            group_of: the name of a parameter's group, of the parameter's name.
             compressors: of each group.
             update_of: fp32 [numel] of a window after its newest row was pushed.
             momentum: decay of the moving average of updates that is subtracted in place of the update; 0: none.
         """
         super().__init__(groups, {"lr": lr, "momentum": momentum})
-        self._compressors, self._update_of = compressors, update_of
+        self._compressors, self._update_of, self._group_of = compressors, update_of, group_of
         self._averages = [
             torch.zeros(compressor.window.numel, device=group["params"][0].device) if momentum else None
             for compressor, group in zip(compressors, groups, strict=True)
@@ -195,10 +201,13 @@ class Preconditioned(RunOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; a parameter without a gradient counts as one with zeros."""
         assert closure is None
+        for group, compressor in zip(self.param_groups, self._compressors, strict=True):
+            gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in group["params"]]
+            compressor.push(torch.cat(gradients).to(torch.float32))
+        if self.share_sums is not None:
+            self._share_products(self.share_sums)
         for group, compressor, average in zip(self.param_groups, self._compressors, self._averages, strict=True):
             parameters = group["params"]
-            gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
-            compressor.push(torch.cat(gradients).to(torch.float32))
             update = self._update_of(compressor.window)
             if average is not None:
                 update = average.mul_(group["momentum"]).add_(update, alpha=1 - group["momentum"])
@@ -209,6 +218,15 @@ class Preconditioned(RunOptimizer):
                 if decay:
                     parameter.mul_(1 - lr * decay)
                 parameter.sub_(change.view_as(parameter), alpha=lr)
+
+    def _share_products(self, share_sums: Callable[..., dict[str, torch.Tensor]]) -> None:
+        """Scalar products of whole rows, of which each rank has a part; then every rank computes the same coefficients."""
+        windows = {group["name"]: each.window for group, each in zip(self.param_groups, self._compressors, strict=True)}
+        mine = {name: window.gram[window.newest].clone() for name, window in windows.items()}
+        width = self._compressors[0].window.m
+        for name, products in share_sums(self._group_of, mine, width).items():
+            if name in windows:
+                windows[name].replace_products(products)
 
     def state_bytes(self) -> int:
         """Bytes of all that is kept from step to step."""
@@ -249,6 +267,11 @@ def micro_adam(window: SparseWindow, beta1: float, beta2: float, eps: float) -> 
     return first.div_(second.sqrt_().add_(eps))
 
 
+def _group_of(config: OptimizerConfig) -> Callable[[str], str]:
+    """The name of what has one window, of a parameter's name."""
+    return (lambda _: "model") if config.precondition == "model" else layer_of
+
+
 def _groups_of(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
 ) -> tuple[list[dict[str, Any]], list[list[tuple[int, int]]]]:
@@ -258,16 +281,16 @@ def _groups_of(
     """
     by_name: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named_parameters:
-        by_name.setdefault("model" if config.precondition == "model" else layer_of(name), []).append((name, parameter))
+        by_name.setdefault(_group_of(config)(name), []).append((name, parameter))
     groups, shapes = [], []
-    for members in by_name.values():
+    for name_of_group, members in by_name.items():
         matrices = [
             (n, p) for n, p in members if p.dim() == 2 and has_smaller_factors(p.shape[0], p.shape[1], config.rank)
         ]
         chosen = {name for name, _ in matrices}
         ordered = [*matrices, *((n, p) for n, p in members if n not in chosen)]
         decays = [config.weight_decay if has_decay(name) else 0.0 for name, _ in ordered]
-        groups.append({"params": [p for _, p in ordered], "decays": decays})
+        groups.append({"name": name_of_group, "params": [p for _, p in ordered], "decays": decays})
         shapes.append([(p.shape[0], p.shape[1]) for _, p in matrices])
     return groups, shapes
 
@@ -307,7 +330,8 @@ def _build(
         _compressor(kind, config, sum(p.numel() for p in group["params"]), matrices, group["params"][0].device)
         for group, matrices in zip(groups, shapes, strict=True)
     ]
-    return Preconditioned(groups, compressors, update_of, lr=config.lr, momentum=config.momentum or 0.0)
+    momentum = config.momentum or 0.0
+    return Preconditioned(groups, compressors, update_of, group_of=_group_of(config), lr=config.lr, momentum=momentum)
 
 
 def _compressor(

@@ -56,7 +56,9 @@ class RankOptimizer:
         self.optimizer = build_optimizer([(each.name, each.parameter) for each in self.slices], config)
         if parts is not None:
             self.optimizer.share_squares = lambda parameters, squares: parts.shared(engine, parameters, squares)
-            self.optimizer.share_sums = lambda group_of, sums: _shared_sums(engine, named_parameters, group_of, sums)
+            self.optimizer.share_sums = lambda group_of, sums, width: _shared_sums(
+                engine, named_parameters, group_of, sums, width
+            )
 
     @property
     def parameters_by_bucket(self) -> list[list[torch.Tensor]]:
@@ -108,12 +110,12 @@ def _shared_sums(
     named_parameters: list[tuple[str, nn.Parameter]],
     group_of: Callable[[str], str],
     sums: dict[str, torch.Tensor],
+    width: int,
 ) -> dict[str, torch.Tensor]:
-    """Sums over ranks: [2] of this rank's pieces, by group, to those of every group of the model. A collective."""
-    reference = named_parameters[0][1]
+    """Sums over ranks: [width] of this rank's pieces, by group, to those of every group of the model. A collective."""
     groups = list(dict.fromkeys(group_of(name) for name, _ in named_parameters))  # in one order on all ranks
-    nothing = torch.zeros(2, dtype=reference.dtype, device=reference.device)
-    total = torch.stack([sums.get(group, nothing) for group in groups])
+    nothing = torch.zeros(width, dtype=torch.float64, device=named_parameters[0][1].device)
+    total = torch.stack([sums.get(group, nothing).to(torch.float64) for group in groups])
     engine.share_sums(total)
     return dict(zip(groups, total.unbind(), strict=True))
 

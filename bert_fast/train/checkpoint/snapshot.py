@@ -51,8 +51,8 @@ def slices_to_write(components: TrainComponents, environment: Environment) -> li
         slices += held_here
     else:
         whole += [(each.name, each.values) for each in held_here]
-    if components.optimizer.optimizer.has_opaque_state and environment.is_main:
-        slices.append(as_bytes(_OPAQUE, opaque_state(components.optimizer.optimizer)))
+    if components.optimizer.optimizer.has_opaque_state and (environment.is_main or components.engine.is_sharded):
+        slices.append(as_bytes(_opaque_name(components, environment), opaque_state(components.optimizer.optimizer)))
     sizes = [value.numel() for _, value in whole]
     for index, begin, end in own_slices(sizes, environment.rank, environment.world_size):
         name, value = whole[index]
@@ -131,7 +131,7 @@ def load_tensors(
     metadata = read_metadata(path)
     slices = [TensorSlice(f"model.{n}", 0, v.numel(), _flat(v)) for n, v in _tensors(components.model)]
     if components.optimizer.optimizer.has_opaque_state:
-        _load_opaque(path, metadata, components)
+        _load_opaque(path, metadata, components, environment, num_ranks)
     else:
         slices += _restored_optimizer(path, metadata, components, counts)
     if components.average is not None:
@@ -183,9 +183,24 @@ def _restored_optimizer(
     return slices
 
 
-def _load_opaque(path: Path, metadata: Metadata, components: TrainComponents) -> None:
-    """Rank 0's bytes, on every rank: all ranks have the same state."""
-    saved = read_bytes(path, metadata, _OPAQUE)
+def _opaque_name(components: TrainComponents, environment: Environment) -> str:
+    return f"{_OPAQUE}.{environment.rank}" if components.engine.is_sharded else _OPAQUE
+
+
+def _load_opaque(
+    path: Path, metadata: Metadata, components: TrainComponents, environment: Environment, num_ranks: int
+) -> None:
+    """Rank 0's bytes, on every rank: all ranks have the same state. Where it is sharded, each rank's own."""
+    name, is_sharded = _opaque_name(components, environment), components.engine.is_sharded
+    was_sharded = f"{_OPAQUE}.0" in metadata.state_dict_metadata
+    if was_sharded != is_sharded or (is_sharded and num_ranks != environment.world_size):
+        of = f"{num_ranks} ranks, each a part," if was_sharded else "a run that is not sharded"
+        raise UserError(
+            f"checkpoint {path} has the state of this optimizer as {of} had it, which cannot be divided anew over "
+            f"{environment.world_size} rank(s) with communication.shard_optimizer={str(is_sharded).lower()}; resume it as it "
+            "was run"
+        )
+    saved = read_bytes(path, metadata, name)
     try:
         load_opaque_state(components.optimizer.optimizer, saved)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
