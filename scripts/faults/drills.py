@@ -18,7 +18,7 @@ from bert_fast.exit_codes import ExitCode, of_signal
 from bert_fast.train.checkpoint.storage import latest_checkpoint, verify_checkpoint
 from bert_fast.train.health.phases import CHECKPOINT, COMPUTE, GRADIENT_SYNC
 
-from ..benchmarks.overlap.hosts import hosts
+from ..benchmarks.overlap.hosts import hosts, start_on
 from .victim import VARIABLE
 from .watched import HANG_S, PYTHONPATH, Drill, Ended, losses_of, weights_of
 
@@ -355,24 +355,6 @@ def cut_network(against: Against) -> Row:
 
 
 def _on_hosts(drill: Drill, names: list[str], folder: Path, *more: str) -> list[subprocess.Popen[str]]:
-    processes = []
-    for rank, name in enumerate(names):
-        variables = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "10.77.0.1",
-            "MASTER_PORT": "29533",
-            "GLOO_SOCKET_IFNAME": name,
-            "OMP_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            VARIABLE: json.dumps(SLOW),
-            "PYTHONPATH": PYTHONPATH,
-        }
-        command = ["ip", "netns", "exec", name, *drill.command(folder, "system.ranks_per_node=1", *more)]
-        processes.append(
-            subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    return processes
+    command = drill.command(folder, "system.ranks_per_node=1", *more)
+    variables = {"TORCH_CPP_LOG_LEVEL": "ERROR", VARIABLE: json.dumps(SLOW), "PYTHONPATH": PYTHONPATH}
+    return start_on(names, command, 29533, **variables)

@@ -49,36 +49,51 @@ def hosts(number: int, rate_mbit: int | None) -> Iterator[list[str]]:
         subprocess.run(["ip", "link", "del", bridge], capture_output=True)
 
 
+def start_on(names: list[str], command: list[str], port: int = _PORT, **variables: str) -> list[subprocess.Popen[str]]:
+    """Start a program once on every host, as the only rank there; both of its outputs go to `stdout` as text.
+
+    Args:
+        variables: of the environment, beside those that say which rank it is.
+    """
+    processes = []
+    for rank, name in enumerate(names):
+        environment = {
+            **os.environ,
+            "GLOO_SOCKET_IFNAME": name,
+            "MASTER_ADDR": f"{_SUBNET}.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(len(names)),
+            "LOCAL_WORLD_SIZE": "1",
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
+        processes.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *command],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    return processes
+
+
 def run_hosts(number: int, rate_mbit: int | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Start the overlap benchmark with `--worker SETTINGS` on every host; the JSON object that rank 0 prints.
+    """Start the overlap benchmark with `--worker SETTINGS` on every host; the JSON object that rank 0 prints last.
 
     Raises:
         RuntimeError: a worker ended with an error; its last line.
         subprocess.CalledProcessError: the hosts could not be made.
     """
+    command = [sys.executable, "-m", "scripts.benchmarks.overlap", "--worker", json.dumps(settings)]
     with hosts(number, rate_mbit) as names:
-        processes = []
-        for rank, name in enumerate(names):
-            variables = {
-                **os.environ,
-                "GLOO_SOCKET_IFNAME": name,
-                "MASTER_ADDR": f"{_SUBNET}.1",
-                "MASTER_PORT": str(_PORT),
-                "RANK": str(rank),
-                "WORLD_SIZE": str(number),
-                "OMP_NUM_THREADS": "1",
-            }
-            module = [sys.executable, "-m", "scripts.benchmarks.overlap", "--worker", json.dumps(settings)]
-            command = ["ip", "netns", "exec", name, *module]
-            processes.append(
-                subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
+        processes = start_on(names, command)
         try:
-            outputs = [process.communicate(timeout=3600) for process in processes]
+            outputs = [process.communicate(timeout=3600)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
+    for process, output in zip(processes, outputs, strict=True):
         if process.returncode:
-            raise RuntimeError(errors.strip().splitlines()[-1] if errors.strip() else f"exit {process.returncode}")
-    return json.loads(outputs[0][0].splitlines()[-1])
+            raise RuntimeError(output.strip().splitlines()[-1] if output.strip() else f"exit {process.returncode}")
+    return json.loads(next(line for line in reversed(outputs[0].splitlines()) if line.startswith("{")))
