@@ -125,6 +125,27 @@ def test_what_arrived_and_what_is_left_are_all_gradients(pool: Pools, name: str,
     assert np.abs(left).max() > 0
 
 
+def in_micro_batches(rank: int, world: int, name: str, count: int) -> list[np.ndarray]:
+    """The averaged gradients of steps whose gradient comes in `count` equal parts."""
+    model, engine = make(name, world)
+    found = []
+    for step in range(4):
+        engine.zero_grad()
+        for number in range(count):
+            with engine.micro_batch(number == count - 1):
+                model([g / count for g in gradients(rank, step)]).backward()
+        engine.finish()
+        engine.wire.end_step(torch.tensor(0.0))
+        found.append(np.concatenate([p.grad.numpy().ravel().copy() for p in model.parameters()]))  # type: ignore[union-attr]
+    return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_accumulated_gradients_are_one_message(pool: Pools, name: str) -> None:
+    once, twice = (pool(2).call(in_micro_batches, name, count)[0] for count in (1, 2))
+    np.testing.assert_array_equal(once, twice)
+
+
 @pytest.mark.parametrize("name", [*FORMATS, *BY_NODE])
 def test_goes_on_from_a_checkpoint_bit_for_bit(pool: Pools, name: str) -> None:
     world = 4 if name in BY_NODE else 2
