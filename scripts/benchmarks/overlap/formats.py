@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def work(settings: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def _shared(ends: list[int], most: int) -> list[int]:
+def _shared(ends: Sequence[int], most: int) -> list[int]:
     """Rank 0's plan, on all ranks."""
     chosen = torch.tensor([*ends, *[0] * (most - len(ends))])
     dist.broadcast(chosen, 0)
@@ -220,13 +220,13 @@ def table_of(title: str, record: dict[str, Any], by_format: dict[str, dict[str, 
             record["formats"][name]["buckets"],
             f"{values['step_ms']:,.0f}",
             f"{min(record['formats'][name]['samples']):,.0f}-{max(record['formats'][name]['samples']):,.0f}",
-            f"{values.get(f'{YARDSTICK}_over_it', float('nan')):.2f}",
+            f"{values[f'{YARDSTICK}_over_it']:.2f}" if YARDSTICK in by_format else "-",
             f"{values['exposed_ms']:,.0f}",
             f"{values['alone_ms']:,.0f}",
             f"{100 * values['hidden_share']:.0f} %",
             f"{values['host_ms']:,.0f}",
             f"{values['bytes_ratio']:.4f}",
-            f"{values.get('interface_ratio', float('nan')):.4f}",
+            f"{values['interface_ratio']:.4f}" if "interface_ratio" in values else "-",
         )
         for name, values in by_format.items()
     ]
