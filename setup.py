@@ -5,7 +5,10 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "bert_fast.native._kernels", ["bert_fast/native/kernels.c"], extra_compile_args=["-O3"], optional=True
+            "bert_fast.compression.native._kernels",
+            ["bert_fast/compression/native/kernels.c"],
+            extra_compile_args=["-O3"],
+            optional=True,
         )
     ]
 )

@@ -6,11 +6,11 @@ messages left out of its gradient, and an owner for what its message left out of
 2102.02888, section 4). All ranks decode the same bytes, so that they have the same gradient to the last bit.
 
 On several nodes with several ranks it has two levels: the ranks of a node exchange their messages and add them up, and encode
-the sum anew, with a residual of its own, for the exchange with the ranks of the same number in the other nodes. So a node sends
-and receives one message of a bucket, and not one for each of its ranks.
+the sum anew, with a residual of its own, for the exchange with the ranks of the same local rank in the other nodes. So a node
+sends and receives one message of a bucket, and not one for each of its ranks.
 
 What a rank sends does not grow with the number of ranks: the bytes of a whole message for the all-to-all, and as many for the
-all-gather; on two levels, a share of that more.
+all-gather; on two levels with r ranks on a node, 1 / r of both more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bert_fast.c10d import timeout_of_default_group
 from bert_fast.communication import p2p
 from bert_fast.communication.buckets import GradientLayout
 from bert_fast.communication.residuals import Residuals
@@ -28,10 +29,9 @@ from bert_fast.communication.wire_format import WireFormat, Work, start_gather
 from bert_fast.compression.quantize import Codec, Fp8, Int8
 from bert_fast.compression.topk import TopK
 
-# Numbers that share a scale of 4 bytes: 0.258 and 0.252 of fp32. Of 512 whole numbers from -127 to 127 many are 0, and what
-# error feedback makes up for later is a larger number: Adam's second moment grew by 13 % on the mini benchmark, with 128 by
-# 0.3 %.
-# FP8 has its precision in the small numbers too.
+# Numbers that share a scale of 4 bytes, which makes 0.258 and 0.252 of fp32's bytes. int8 has one distance between numbers in
+# all of a block: with 512 of them, a tenth of the mini benchmark's gradient was rounded to zero, and what error feedback then
+# sent at once made Adam's second moment 13 % larger; with 128 it was 0.3 %. FP8 is as exact for small numbers as for large.
 _INT8_BLOCK, _FP8_BLOCK = 128, 512
 _TOP_K_BLOCK = 4096
 
@@ -39,8 +39,8 @@ _TOP_K_BLOCK = 4096
 class CompressedFormat(WireFormat):
     """Messages of a codec. A message has a row for each rank's part of the bucket, in the order of ranks.
 
-    Residuals: of this rank's gradient, on two levels of its node's sum of the parts that ranks of its number own, and of the
-    part that it owns.
+    Residuals: of this rank's gradient; on two levels, of its node's sum of the parts that ranks of its local rank own; and of
+    the part that it owns.
     """
 
     def __init__(self, codec: Codec, *, residual_dtype: str = "fp32", ranks_per_node: int | None = None) -> None:
@@ -57,14 +57,20 @@ class CompressedFormat(WireFormat):
         rank = dist.get_rank() if dist.is_initialized() else 0
         self._node = _Node(rank, num_ranks, self._ranks_per_node or num_ranks)
         self.stages = 4 if self._node.has_two_levels else 2
-        held = {"own": range(num_ranks), "owned": [rank]}
+        held: dict[str, Sequence[int]] = {"own": range(num_ranks), "owned": [rank]}
         if self._node.has_two_levels:
-            held["node"] = self._node.same_number
+            held["node"] = self._node.same_local
         device = parameters[0].device
+        if not dist.is_initialized():  # nothing will be sent
+            held = {}
         self._residuals = {
             name: Residuals(layout, self._residual_dtype, device, shards=shards, num_shards=num_ranks)
             for name, shards in held.items()
         }
+
+        if device.type == "cuda":  # compiled now, and not in the first step that compresses
+            rows = torch.zeros(num_ranks, 4096, device=device)
+            self._codec.decode(self._codec.encode(rows), rows.shape[1])
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:
         return self._encode("own", number, values.view(self.num_ranks, -1))
@@ -150,9 +156,9 @@ class CompressedFormat(WireFormat):
 class _Node:
     """Ranks by nodes of `size` consecutive ones. Making one is a collective where it has two levels.
 
-    within:      the group of this rank's node
-    across:      the group of the ranks that have this one's number in their nodes
-    same_number: the global ranks of that group
+    within:     the group of this rank's node
+    across:     the group of the ranks that have this one's local rank in their nodes
+    same_local: the global ranks of that group
     """
 
     within: dist.ProcessGroup | None = None
@@ -162,10 +168,11 @@ class _Node:
         self.size, self.count = size, num_ranks // size
         self.has_two_levels = 1 < size < num_ranks
         first = rank // size * size
-        self.same_number = range(rank - first, num_ranks, size)
+        self.same_local = range(rank - first, num_ranks, size)
         if self.has_two_levels:
-            self.within = dist.new_group(range(first, first + size), use_local_synchronization=True)
-            self.across = dist.new_group(self.same_number, use_local_synchronization=True)
+            timeout = timeout_of_default_group()
+            for name, members in (("within", range(first, first + size)), ("across", self.same_local)):
+                setattr(self, name, dist.new_group(members, timeout, use_local_synchronization=True))
 
 
 def _all_to_all(received: torch.Tensor, sent: torch.Tensor, tag: int, group: dist.ProcessGroup | None) -> Work:

@@ -84,7 +84,8 @@ class OneBit(CompressedFormat):
 
     def end_step(self, skipped: torch.Tensor | bool) -> None:
         super().end_step(skipped)
-        self._steps += 1
+        if not bool(skipped):  # the host has waited for it: these optimizers do not read it on the device
+            self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "steps": self._steps}

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bert_fast.c10d import timeout_of_default_group
 from bert_fast.communication.buckets import BufferRange, FlatGradients, GradientLayout
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.engine import Engine, UpdatedSlice
@@ -121,7 +122,7 @@ class BucketReducer(Engine):
         # The flag travels in a group of its own, past the buckets that are still on the wire
         self._nonfinite = torch.zeros((), device=self.gradients.buffer.device)
         if dist.is_initialized():
-            self._flag_group = dist.new_group()
+            self._flag_group = dist.new_group(timeout=timeout_of_default_group())
 
     def finish(self, update: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
         assert self._num_kept == self.num_virtual_ranks - 1, (
@@ -164,7 +165,7 @@ class BucketReducer(Engine):
         return self.gradients.of(self.layout.buckets[number])
 
     def wait_pending(self) -> None:
-        self.wire.settle()
+        self.wire.sync_weights()
 
     def updated_slices(self) -> list[UpdatedSlice]:
         return [

@@ -52,7 +52,7 @@ class WireFormat:
     def end_step(self, skipped: torch.Tensor | bool) -> None:
         """The step counts, or was skipped (0-dim, above 0) as some rank's gradient was not finite."""
 
-    def settle(self) -> None:
+    def sync_weights(self) -> None:
         """Make the weights of all ranks the same, where a scheme lets them differ between exchanges. A collective."""
 
     def encode(self, number: int, values: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ class LocalSteps(Protocol):
 
     def local_sum(self, parameter: torch.Tensor) -> torch.Tensor | None: ...
 
-    def settle(self, average: Callable[[torch.Tensor], None]) -> None: ...
+    def sync_weights(self, average: Callable[[torch.Tensor], None]) -> None: ...
 
 
 class ZeroOne(OneBit):
@@ -98,9 +98,9 @@ class ZeroOne(OneBit):
             yield dist.all_reduce(self._nonfinite, group=group, async_op=True)
             values[:1] += self._nonfinite
 
-    def settle(self) -> None:
+    def sync_weights(self) -> None:
         if self._local is not None:
-            self._local.settle(self._average)
+            self._local.sync_weights(self._average)
 
     def _average(self, values: torch.Tensor) -> None:
         if dist.is_initialized():

@@ -7,6 +7,7 @@ which is also what the compiled form is tested against.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,13 @@ Function = Callable[..., Any]
 
 
 def on(device: torch.device, function: Function) -> Function:
-    """`function`, compiled by torch where the device is CUDA; for shapes of any size, once."""
-    return _compiled(function) if device.type == "cuda" else function
+    """`function`, compiled by torch where the device is CUDA and Triton is there; for shapes of any size, once."""
+    return _compiled(function) if device.type == "cuda" and _has_triton() else function
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -72,6 +72,12 @@ class ErrorFeedback:
         self._format.encode(corrected, sent, self._next, self._generator)
         self._is_open = True
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        for part in (*self._now, *self._next):
+            part.zero_()
+        self._is_open = False
+
     def plain_bf16(self) -> torch.Tensor | None:
         """The residual itself, bf16 [numel], to be added and replaced by whoever makes the message; None where it is kept
         otherwise, rounded by chance, or in two copies."""

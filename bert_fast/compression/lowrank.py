@@ -39,11 +39,16 @@ class PowerIteration:
         for number, shape in enumerate(self.shapes):
             by_shape.setdefault(shape, []).append(number)
         self._batches = list(by_shape.values())
-        generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """The next step begins with the Q that the first one began with."""
+        generator = torch.Generator().manual_seed(self._seed)
         self._right = []
         for batch in self._batches:
             columns, r = self.shapes[batch[0]][1], self.ranks[batch[0]]
-            start = torch.randn(len(batch), columns, r, generator=generator).to(device)
+            start = torch.randn(len(batch), columns, r, generator=generator).to(self._device)
             self._right.append(orthogonalize(start))
 
     @property

@@ -11,6 +11,8 @@ on all ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,7 +52,7 @@ class _BlockCodec(Codec):
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         rows, length = values.shape
         blocks = in_blocks(values, self.block)
-        scales, codes = on(values.device, self._quantize)(blocks, length)
+        scales, codes = self._on(values.device, self._quantize)(blocks, length)
         codes = codes.view(rows, -1)[:, : -(-length * self.bits // 8)]
         message = values.new_zeros(rows, self.num_bytes(length), dtype=torch.uint8)
         end = scales[0].numel() * SCALE_BYTES
@@ -66,7 +68,12 @@ class _BlockCodec(Codec):
         codes = message.new_zeros(rows, num_codes)
         held = -(-length * self.bits // 8)
         codes[:, :held] = message[:, end : end + held]
-        return on(message.device, self._values)(codes.view(rows, num_blocks, -1), scales).view(rows, -1)[:, :length]
+        return self._on(message.device, self._values)(codes.view(rows, num_blocks, -1), scales).view(rows, -1)[
+            :, :length
+        ]
+
+    def _on(self, device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+        return on(device, function)
 
     def _quantize(self, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         scales = self._scales(blocks, length)
@@ -105,6 +112,11 @@ class Fp8(_BlockCodec):
         super().__init__(block)
         self.dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
         self._largest = torch.finfo(self.dtype).max
+
+    def _on(self, device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+        # Triton has FP8 from compute capability 8.9 on; torch's own conversions work everywhere
+        is_too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+        return function if is_too_old else on(device, function)
 
     def _scales(self, blocks: torch.Tensor, length: int) -> torch.Tensor:
         return blocks.abs().amax(dim=-1, keepdim=True) / self._largest

@@ -17,9 +17,9 @@ import torch
 
 from bert_fast.compression.compiled import on
 from bert_fast.compression.error_feedback import ErrorFeedback
+from bert_fast.compression.native import windows
 from bert_fast.compression.quantize import in_blocks
 from bert_fast.compression.topk import TopK
-from bert_fast.native import windows
 
 _CUDA_STRETCH = 2**25
 _STRETCH = 2**16  # stored numbers of whose places 64-bit copies are made at a time
@@ -35,6 +35,12 @@ class Window(ABC):
     def __init__(self, m: int, numel: int, device: torch.device | str = "cpu") -> None:
         self.m, self.numel, self.head, self.count = m, numel, 0, 0
         self.gram = torch.zeros(m, m, dtype=torch.float64, device=device)
+
+    def clear(self) -> None:
+        """Have no rows."""
+        for tensor in (*self.tensors().values(), self.gram):
+            tensor.zero_()
+        self.head = self.count = 0
 
     def replace_products(self, products: torch.Tensor) -> None:
         """Take these for the newest row's scalar products [m]: the sums over ranks that have a part of each row."""
@@ -127,9 +133,20 @@ class DenseWindow(Window):
 class SparseWindow(Window):
     """Rows of block Top-K: 16-bit places and values, stored by blocks, so that a block's numbers stay in a core's cache."""
 
-    def __init__(self, m: int, numel: int, top_k: TopK, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        m: int,
+        numel: int,
+        top_k: TopK,
+        device: torch.device | str = "cpu",
+        keeps_products: bool = True,
+    ) -> None:
+        """
+        Args:
+            keeps_products: whether the Gram matrix is kept up to date; otherwise it stays zero.
+        """
         super().__init__(m, numel, device)
-        self._top_k = top_k
+        self._top_k, self._keeps_products = top_k, keeps_products
         self._blocks, self._selected = top_k.shape(numel)
         self._block = min(top_k.block, numel)
         shape = self._blocks, self._selected, m
@@ -162,6 +179,9 @@ class SparseWindow(Window):
 
     def _store(self, places: torch.Tensor, values: torch.Tensor, row: torch.Tensor | None) -> None:
         self._places[:, :, self.head], self._values[:, :, self.head] = places, values
+        if not self._keeps_products:
+            self._pushed(torch.zeros_like(self.gram[0]))
+            return
         products = windows.products_of_row(self._places, self._values, self.head, self._block)
         if products is None:
             if row is None:

@@ -10,8 +10,8 @@ import math
 
 import torch
 
+from bert_fast.compression.native import windows
 from bert_fast.compression.quantize import Codec, in_blocks
-from bert_fast.native import windows
 
 LARGEST_BLOCK = 2**15  # places are int16
 _STRETCH = 2**14  # numbers that are looked through at a time

@@ -51,12 +51,13 @@ class CommunicationConfig(Section):
         0.01, description="share of each 4,096 numbers that topk_ef sends, rounded up to whole ones"
     )
     powersgd_rank: Annotated[int, Field(ge=1, le=4096)] = Field(
-        4, description="powersgd: columns of the thin matrices; at most the smaller side of a matrix"
+        4,
+        description="powersgd: columns of the thin matrices; a matrix that has no more numbers than these is sent whole",
     )
     exact_steps: Annotated[int, Field(ge=0)] = Field(
         0,
         description="powersgd, onebit: steps in fp32 before the first that is compressed; zero_one: steps after which the "
-        "second moment is frozen, and local steps begin",
+        "second moment is frozen; local steps begin local_step_scaler steps later",
     )
     var_update_scaler: Annotated[int, Field(ge=1)] = Field(
         16, description="zero_one: updates of the second moment after which the number of steps between them doubles"

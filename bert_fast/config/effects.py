@@ -95,6 +95,12 @@ RULES = (
         "set communication.bucket_mb=auto",
     ),
     Rule(
+        ("communication.local_step_scaler",),
+        lambda c: c.communication.local_step_clipper > 1,
+        "communication.local_step_clipper=1 allows no local steps",
+        "set communication.local_step_clipper to at least 2",
+    ),
+    Rule(
         ("communication.max_norm",),
         lambda c: CLIP_MODES[c.communication.clip].clips != "nothing",
         "communication.clip={c.communication.clip} clips no gradient",

@@ -82,7 +82,8 @@ class OptimizerConfig(Section):
         "at most 32,768, as places have 16 bits; unset: 1 / density, of which one is kept, the fastest to find",
     )
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(
-        4, description="mfac_lowrank: rank that a gradient matrix is cut to; at most its smaller side"
+        4,
+        description="mfac_lowrank: rank that a gradient matrix is cut to; one that has no smaller factors is kept whole",
     )
     damping: PositiveFloat = Field(1e-6, description="mfac: what is added to the diagonal of the Fisher matrix")
     precondition: Literal["layer", "model"] = Field(
@@ -120,4 +121,4 @@ class OptimizerConfig(Section):
     @property
     def numbers_per_block(self) -> int:
         """`block`, or what it is if unset."""
-        return self.block or min(max(2, round(1 / self.density)), 2**15)
+        return self.block or max(2, math.floor(1 / self.density + 1e-9))  # rounded up, two would be kept of each

@@ -283,6 +283,25 @@ def _schedule_free_is_an_average(config: Config) -> str | None:
     )
 
 
+def _averages_are_of_the_same_weights(config: Config) -> str | None:
+    if config.communication.reduce_dtype != "zero_one" or config.averaging.method == "none":
+        return None
+    return (
+        f"averaging.method={config.averaging.method} with communication.reduce_dtype=zero_one, between whose exchanges ranks "
+        "have different weights; set averaging.method=none"
+    )
+
+
+def _exact_steps_end(config: Config) -> str | None:
+    steps, wire = config.communication.exact_steps, config.communication.reduce_dtype
+    if "exact_steps" not in WIRE_FORMATS[wire].settings or steps < config.train.max_steps:
+        return None
+    return (
+        f"communication.exact_steps={steps} with train.max_steps={config.train.max_steps}: reduce_dtype={wire} would never "
+        "compress; set exact_steps to less, to a fifth of the run for example"
+    )
+
+
 def _virtual_ranks_have_an_engine(config: Config) -> str | None:
     if config.batch.virtual_ranks == 1 or config.communication.engine == "bucketed":
         return None
@@ -419,6 +438,8 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _optimizer_can_be_captured,
     _package_optimizer_is_named,
     _schedule_free_is_an_average,
+    _averages_are_of_the_same_weights,
+    _exact_steps_end,
     _virtual_ranks_have_an_engine,
     _wire_format_has_an_engine,
     _optimizer_has_its_wire_format,

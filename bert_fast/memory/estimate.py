@@ -28,14 +28,17 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.averages + self.residuals
 
 
-def optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig, unknown: float = _ASSUMED_VALUES) -> int:
-    """Bytes of an optimizer's state for a whole model.
+def optimizer_bytes(
+    config: ModelConfig, optimizer: OptimizerConfig, unknown: float = _ASSUMED_VALUES, shards: int = 1
+) -> int:
+    """Bytes of an optimizer's state on a rank.
 
     Args:
         unknown: fp32 numbers for each parameter where the table cannot say how many there are.
+        shards: ranks over which it is divided.
     """
-    parts = optimizer_state(config, optimizer)
-    return int(4 * unknown * num_parameters(config)) if parts is None else sum(parts.values())
+    parts = optimizer_state(config, optimizer, shards)
+    return ceil_div(int(4 * unknown * num_parameters(config)), shards) if parts is None else sum(parts.values())
 
 
 def activation_bytes_per_token(config: ModelConfig, element_bytes: int, fused: bool = False) -> int:
@@ -114,10 +117,8 @@ def estimate(
         # the gradients of its inner activations
         logits = rows * config.vocab_size * (8 + 2 * element_bytes if element_bytes < 4 else 8) + table * element_bytes
         activations += max(logits, tokens * (2 * config.intermediate_size + 4 * width) * element_bytes)
-    state, averages = (
-        ceil_div(optimizer_bytes(config, optimizer or OptimizerConfig()), shards),
-        ceil_div(4 * average_copies * parameters, shards),
-    )
+    state = optimizer_bytes(config, optimizer or OptimizerConfig(), shards=shards)
+    averages = ceil_div(4 * average_copies * parameters, shards)
     return MemoryEstimate(4 * parameters, (4 + kept_bytes) * parameters, state, activations, averages, residuals)
 
 
@@ -139,6 +140,6 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     tokens += -tokens % config.batch.shape_multiple
     inputs = 3 * 8 * tokens * config.batch.micro_batches_per_step  # tokens, types, positions of the synthetic step
     kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
-    state = optimizer_bytes(config.model, config.optimizer, unknown=0.0) // shards
+    state = optimizer_bytes(config.model, config.optimizer, unknown=0.0, shards=shards)
     averages = 4 * average_copies(config.averaging) * num_parameters(config.model) // shards
     return 8 * num_parameters(config.model) + state + averages + residual_bytes(config) + inputs + kept

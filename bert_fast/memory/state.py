@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from bert_fast.compression.lowrank import has_smaller_factors
 from bert_fast.config import Config, ModelConfig, OptimizerConfig
 from bert_fast.config.choices import OPTIMIZERS, WIRE_FORMATS, WindowOfGradients
+from bert_fast.integers import ceil_div
 
 _RESIDUAL_BYTES = {
     "fp32": 4.0,
@@ -65,9 +66,10 @@ def num_matrix_parameters(config: ModelConfig) -> int:
 
 
 def rank_notes(config: Config) -> list[str]:
-    """What to say of a rank that is above the smaller side of matrices of the model, which are then kept, or sent, whole."""
+    """What to say of a rank at which matrices of the model have no smaller factors: they are then kept, or sent, whole."""
     found = []
-    if OPTIMIZERS[config.optimizer.name].window == WindowOfGradients("low_rank"):
+    window = OPTIMIZERS[config.optimizer.name].window
+    if window is not None and window.stored_as == "low_rank":
         found.append((f"optimizer.rank={config.optimizer.rank}", config.optimizer.rank, "kept"))
     if config.communication.reduce_dtype == "powersgd":
         rank = config.communication.powersgd_rank
@@ -75,18 +77,32 @@ def rank_notes(config: Config) -> list[str]:
     shapes = [shape for group in parameter_groups(config.model) for shape in group.matrices]
     notes = []
     for setting, rank, verb in found:
-        above = [shape for shape in shapes if rank > min(shape)]
-        if above:
-            rows, columns = min(above, key=min)
+        whole = [shape for shape in shapes if not has_smaller_factors(*shape, rank)]
+        if whole:
+            rows, columns = min(whole, key=min)
             notes.append(
-                f"{setting} is above the smaller side of {len(above)} of {len(shapes)} matrices (such as {rows} x {columns}), "
-                f"which are {verb} whole"
+                f"{setting}: {len(whole)} of {len(shapes)} matrices (such as {rows} x {columns}) have no factors of that rank "
+                f"that are smaller, and are {verb} whole"
             )
     return notes
 
 
-def optimizer_state(model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, int] | None:
-    """Bytes of the whole model's optimizer state, part by part; None where the table cannot say how much there is."""
+_OF_EVERY_RANK = "products of its rows"  # of the window: the one part that sharding does not divide
+
+
+def optimizer_state(model: ModelConfig, optimizer: OptimizerConfig, shards: int = 1) -> dict[str, int] | None:
+    """Bytes of a rank's optimizer state, part by part; None where the table cannot say how much there is.
+
+    Args:
+        shards: ranks over which it is divided.
+    """
+    parts = _whole_state(model, optimizer)
+    if parts is None:
+        return None
+    return {name: count if name == _OF_EVERY_RANK else ceil_div(count, shards) for name, count in parts.items()}
+
+
+def _whole_state(model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, int] | None:
     choice = OPTIMIZERS[optimizer.name]
     if choice.window is not None:
         return _window_state(model, optimizer, choice.window)
@@ -104,7 +120,7 @@ def _window_state(model: ModelConfig, optimizer: OptimizerConfig, kind: WindowOf
     if optimizer.precondition == "model":
         matrices = tuple(shape for group in groups for shape in group.matrices)
         groups = [ParameterGroup("model", sum(group.numel for group in groups), matrices)]
-    parts = {"window": 0, "products of its rows": 8 * m * m * len(groups)}
+    parts = {"window": 0, _OF_EVERY_RANK: 8 * m * m * len(groups)}
     bases = 0
     for group in groups:
         rest = group.numel

@@ -69,6 +69,9 @@ class RunOptimizer(torch.optim.Optimizer):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what `extra_state` gave. Raises ValueError or KeyError where it is of another optimizer."""
 
+    def clear_extra_state(self) -> None:
+        """Be as `extra_state` was before the first step."""
+
     def write_evaluated_weights(self) -> None:
         """Put the weights that are evaluated into the parameters, in place. The caller puts the trained ones back."""
 

@@ -142,10 +142,10 @@ class Lamb(RunOptimizer):
         flat = [part for of_one in parts for part in of_one]
         norms = self._norms(update.parameters, flat)
         ratios = [_ratio(w, u) for w, u in zip(*norms, strict=True)]
-        self._took_ratios(update.parameters, ratios)
+        self._record_ratios(update.parameters, ratios)
         torch._foreach_mul_(flat, ratios)
 
-    def _took_ratios(self, parameters: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
+    def _record_ratios(self, parameters: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
         """The updates of these parameters' parts, in order, are about to be scaled by these ratios."""
 
     def _adapt_groups(self, adapted: list[_Update], group_of: Callable[[str], str]) -> None:

@@ -8,7 +8,7 @@ which it was frozen (the paper's code has neither).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,35 +21,47 @@ from bert_fast.optim.build import RunOptimizer, decay_groups
 class TakesMomentum(RunOptimizer):
     """An optimizer whose gradients are, after some steps, the new momentum; a run sets both of these.
 
-    takes_momentum:  says before each step whether they are
-    num_exact_steps: the steps before
+    takes_momentum: says before each step whether they are
+
+    A parameter's state has `second_step`, the step at which its second moment was frozen, or the last one.
     """
 
     takes_momentum: Callable[[], bool] = staticmethod(lambda: False)
-    num_exact_steps: int = 0
+
+    def count_second_moments(self) -> None:
+        """After a step in which second moments went on."""
+        for state in self.state.values():
+            if "second_step" in state:
+                state["second_step"].copy_(state["step"])
+            else:
+                state["second_step"] = state["step"].clone()
 
 
 class OneBitAdam(AdamW, TakesMomentum):
     """See the module."""
 
     reads_found_inf = False
+    scalar_names: ClassVar[dict[str, torch.dtype]] = {"second_step": torch.float32}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update."""
         if not self.takes_momentum():
             super().step()
+            self.count_second_moments()
             return
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            first_state = self.state[parameters[0]]  # all have the same counts, for which the host would wait each time
+            count, second_count = float(first_state["step"]) + 1, float(first_state["second_step"])
+            for parameter in parameters:
                 state = self.state[parameter]
                 state["step"] += 1
-                count = float(state["step"])
                 state["exp_avg"].copy_(parameter.grad)
-                second = state["exp_avg_sq"] / (1 - beta2 ** min(count, self.num_exact_steps))
+                second = state["exp_avg_sq"] / (1 - beta2**second_count)
                 denominator = second.sqrt_().add_(group["eps"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1**count))

@@ -46,13 +46,18 @@ class OneBitLamb(Lamb, TakesMomentum):
         """One update."""
         if not self.takes_momentum():
             super().step()
+            self.count_second_moments()
             return
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._take(parameter, parameter.grad, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            state = self.state[parameters[0]]  # all have the same counts, for which the host would wait each time
+            counts = float(state["step"]) + 1, float(state["second_step"])
+            for parameter in parameters:
+                self._take(parameter, parameter.grad, group, *counts)
 
-    def _took_ratios(self, parameters: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
+    def _record_ratios(self, parameters: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
         rest = iter(ratios)
         for parameter in parameters:
             now = torch.stack([next(rest) for _ in parts_of(parameter)])
@@ -60,19 +65,24 @@ class OneBitLamb(Lamb, TakesMomentum):
             average = state.setdefault("ratio", torch.zeros_like(now))
             average.mul_(_RATIO_DECAY).add_(now, alpha=1 - _RATIO_DECAY)
 
-    def _take(self, parameter: torch.Tensor, momentum: torch.Tensor, group: dict[str, Any]) -> None:
-        """Update a parameter with an averaged momentum."""
+    def _take(
+        self, parameter: torch.Tensor, momentum: torch.Tensor, group: dict[str, Any], count: float, exact: float
+    ) -> None:
+        """Update a parameter with an averaged momentum.
+
+        Args:
+            count: of this step.
+            exact: steps before the second moment was frozen.
+        """
         beta1, beta2 = group["betas"]
         state = self.state[parameter]
         if "fresh" not in state:
             state["fresh"] = state["exp_avg_sq"].clone()
             state["factor"] = torch.ones(len(parts_of(parameter)), device=parameter.device)
         state["step"] += 1
-        count = float(state["step"])
         gradient = torch.sub(momentum, state["exp_avg"], alpha=beta1).div_(1 - beta1)
         state["exp_avg"].copy_(momentum)
         state["fresh"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        exact = min(count, self.num_exact_steps)
         frozen = (state["exp_avg_sq"] / (1 - beta2**exact)).sqrt_().add_(group["eps"])
         fresh = (state["fresh"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
         adam = momentum / (1 - beta1**count) / frozen

@@ -85,6 +85,12 @@ class _Compressor(ABC):
     def _push(self, values: torch.Tensor) -> torch.Tensor:
         """Push what is kept of `values`, and return that, fp32 [numel]."""
 
+    def clear(self) -> None:
+        """Be as if nothing was pushed."""
+        self.window.clear()
+        if self.feedback is not None:
+            self.feedback.clear()
+
     def state_dict(self) -> dict[str, Any]:
         feedback = {} if self.feedback is None else {"feedback": self.feedback.state_dict()}
         return {"window": self.window.state_dict(), **feedback}
@@ -111,8 +117,16 @@ class _Whole(_Compressor):
 class _Sparse(_Compressor):
     """Block Top-K."""
 
-    def __init__(self, m: int, numel: int, top_k: TopK, feedback: ErrorFeedback | None, device: torch.device) -> None:
-        self.window: SparseWindow = SparseWindow(m, numel, top_k, device)
+    def __init__(
+        self,
+        m: int,
+        numel: int,
+        top_k: TopK,
+        feedback: ErrorFeedback | None,
+        device: torch.device,
+        uses_products: bool,
+    ) -> None:
+        self.window: SparseWindow = SparseWindow(m, numel, top_k, device, keeps_products=uses_products)
         self._top_k, self.feedback = top_k, feedback
 
     def push(self, gradient: torch.Tensor) -> None:
@@ -143,6 +157,10 @@ class _LowRank(_Compressor):
     @property
     def num_bytes(self) -> int:
         return self.window.num_bytes + 4 * self._iteration.num_right
+
+    def clear(self) -> None:
+        super().clear()
+        self._iteration.start_anew()
 
     def _push(self, values: torch.Tensor) -> torch.Tensor:
         *matrices, whole = self.window.split(values)
@@ -178,35 +196,45 @@ class Preconditioned(RunOptimizer):
         compressors: list[_Compressor],
         update_of: Callable[[Window], torch.Tensor],
         *,
+        num_rows: int,
         group_of: Callable[[str], str],
         lr: float,
         momentum: float = 0.0,
+        uses_products: bool = True,
     ) -> None:
         """
         Args:
-            groups: with `name`, `params`, in the order of the window's numbers, and `decays`: weight decay of each.
+            groups: with `name`, `params`, in the order of the window's numbers, and `decays`: weight decay of each. A rank
+                that has no piece of the model has one group without parameters, and no compressor.
+            num_rows: of each window.
             group_of: the name of a parameter's group, of the parameter's name.
             compressors: of each group.
             update_of: fp32 [numel] of a window after its newest row was pushed.
+            uses_products: whether the rule needs the rows' scalar products.
             momentum: decay of the moving average of updates that is subtracted in place of the update; 0: none.
         """
         super().__init__(groups, {"lr": lr, "momentum": momentum})
         self._compressors, self._update_of, self._group_of = compressors, update_of, group_of
+        self._num_rows, self._uses_products = num_rows, uses_products
         self._averages = [
             torch.zeros(compressor.window.numel, device=group["params"][0].device) if momentum else None
-            for compressor, group in zip(compressors, groups, strict=True)
+            for compressor, group in zip(compressors, self._held_groups(), strict=True)
         ]
+
+    def _held_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; a parameter without a gradient counts as one with zeros."""
         assert closure is None
-        for group, compressor in zip(self.param_groups, self._compressors, strict=True):
+        groups = self._held_groups()
+        for group, compressor in zip(groups, self._compressors, strict=True):
             gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in group["params"]]
             compressor.push(torch.cat(gradients).to(torch.float32))
-        if self.share_sums is not None:
+        if self.share_sums is not None and self._uses_products:
             self._share_products(self.share_sums)
-        for group, compressor, average in zip(self.param_groups, self._compressors, self._averages, strict=True):
+        for group, compressor, average in zip(groups, self._compressors, self._averages, strict=True):
             parameters = group["params"]
             update = self._update_of(compressor.window)
             if average is not None:
@@ -221,10 +249,11 @@ class Preconditioned(RunOptimizer):
 
     def _share_products(self, share_sums: Callable[..., dict[str, torch.Tensor]]) -> None:
         """Scalar products of whole rows, of which each rank has a part; then every rank computes the same coefficients."""
-        windows = {group["name"]: each.window for group, each in zip(self.param_groups, self._compressors, strict=True)}
+        windows = {
+            group["name"]: each.window for group, each in zip(self._held_groups(), self._compressors, strict=True)
+        }
         mine = {name: window.gram[window.newest].clone() for name, window in windows.items()}
-        width = self._compressors[0].window.m
-        for name, products in share_sums(self._group_of, mine, width).items():
+        for name, products in share_sums(self._group_of, mine, self._num_rows).items():
             if name in windows:
                 windows[name].replace_products(products)
 
@@ -233,6 +262,13 @@ class Preconditioned(RunOptimizer):
         held = [t for t in self._averages if t is not None]
         feedback = [c.feedback.num_bytes for c in self._compressors if c.feedback is not None]
         return sum(c.num_bytes for c in self._compressors) + sum(feedback) + sum(4 * t.numel() for t in held)
+
+    def clear_extra_state(self) -> None:
+        for compressor in self._compressors:
+            compressor.clear()
+        for average in self._averages:
+            if average is not None:
+                average.zero_()
 
     def extra_state(self) -> dict[str, Any]:
         return {
@@ -315,23 +351,30 @@ def build_micro_adam(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
         assert isinstance(window, SparseWindow)
         return micro_adam(window, config.beta1, config.beta2, config.eps)
 
-    return _build(named_parameters, config, update_of)
+    return _build(named_parameters, config, update_of, uses_products=False)
 
 
 def _build(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
     update_of: Callable[[Window], torch.Tensor],
+    uses_products: bool = True,
 ) -> RunOptimizer:
     kind = OPTIMIZERS[config.name].window
     assert kind is not None, config.name
     groups, shapes = _groups_of(named_parameters, config)
     compressors = [
-        _compressor(kind, config, sum(p.numel() for p in group["params"]), matrices, group["params"][0].device)
+        _compressor(
+            kind, config, sum(p.numel() for p in group["params"]), matrices, group["params"][0].device, uses_products
+        )
         for group, matrices in zip(groups, shapes, strict=True)
     ]
     momentum = config.momentum or 0.0
-    return Preconditioned(groups, compressors, update_of, group_of=_group_of(config), lr=config.lr, momentum=momentum)
+    return Preconditioned(
+        groups or [{"name": "nothing", "params": [], "decays": []}], compressors, update_of,
+        num_rows=config.window or kind.rows, group_of=_group_of(config), lr=config.lr, momentum=momentum,
+        uses_products=uses_products,
+    )  # fmt: skip
 
 
 def _compressor(
@@ -340,6 +383,7 @@ def _compressor(
     numel: int,
     matrices: list[tuple[int, int]],
     device: torch.device,
+    uses_products: bool,
 ) -> _Compressor:
     """What turns a group's gradient [numel], of which the first numbers are these matrices, into rows of its window."""
     m, feedback = config.window or kind.rows, None
@@ -347,7 +391,7 @@ def _compressor(
         storage = config.residual_dtype or kind.residual_dtype
         feedback = ErrorFeedback(numel, storage=storage, device=device, may_skip=False)
     if kind.stored_as == "sparse":
-        return _Sparse(m, numel, TopK(config.density, config.numbers_per_block), feedback, device)
+        return _Sparse(m, numel, TopK(config.density, config.numbers_per_block), feedback, device, uses_products)
     if kind.stored_as == "low_rank":
         whole = numel - sum(rows * columns for rows, columns in matrices)
         return _LowRank(m, matrices, whole, config.rank, feedback, device)

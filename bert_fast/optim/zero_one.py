@@ -7,7 +7,7 @@
              and m <- u / (sum of the rates)
 
 Goes with `communication.reduce_dtype=zero_one`, which says what a step is. Between exchanges ranks have different weights, and
-`settle` makes them the same wherever weights are read. Weight decay is decoupled, and rates have Adam's bias correction.
+`sync_weights` makes them the same wherever weights are read. Weight decay is decoupled, and rates have Adam's bias correction.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class ZeroOneAdam(RunOptimizer):
     def rate(self) -> float:
         """The rate of the next update, bias correction included."""
         group = self.param_groups[0]
-        state = self.state.get(group["params"][0], {})
-        count = float(state["step"]) + 1 if state else 1.0
-        return float(group["lr"] / (1 - group["betas"][0] ** count))
+        return float(group["lr"] / (1 - group["betas"][0] ** (self._count("step") + 1)))
+
+    def _count(self, name: str) -> float:
+        """`step` or `variance_step`, which all parameters have alike."""
+        return next((float(state[name]) for state in self.state.values()), 0.0)
 
     def local_sum(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """What this rank has added up for a parameter since the last exchange; None: there was no local step."""
@@ -56,12 +58,15 @@ class ZeroOneAdam(RunOptimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update, of all parameters."""
         kind, rate = self.kind(), self.rate()
+        variance_count = self._count("variance_step") + (kind == "exact")
         for number, group in enumerate(self.param_groups):
             decay = 1 - group["lr"] * group["weight_decay"]
             self._decays[number] *= decay
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group, kind, rate, decay, self._decays[number])
+                    self._step_one(
+                        parameter, parameter.grad, group, kind, rate, decay, self._decays[number], variance_count
+                    )
         if kind == "local":
             self.summed_rates += rate
         else:
@@ -76,6 +81,7 @@ class ZeroOneAdam(RunOptimizer):
         rate: float,
         decay: float,
         decay_since: float,
+        variance_count: float,
     ) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[parameter]
@@ -102,9 +108,9 @@ class ZeroOneAdam(RunOptimizer):
             rate += self.summed_rates
         else:
             parameter.mul_(decay)
-        parameter.addcdiv_(first, self._denominator(state, group), value=-rate)
+        parameter.addcdiv_(first, _denominator(second, group, variance_count), value=-rate)
 
-    def settle(self, average: Callable[[torch.Tensor], None]) -> None:
+    def sync_weights(self, average: Callable[[torch.Tensor], None]) -> None:
         """Make the weights and momenta of all ranks the same after local steps. A collective, unless there was none.
 
         Args:
@@ -115,6 +121,7 @@ class ZeroOneAdam(RunOptimizer):
         parameters = list(self._start)
         flat = torch.cat([self._sum[p].view(-1) for p in parameters])
         average(flat)
+        variance_count = self._count("variance_step")
         group_of = {p: (number, group) for number, group in enumerate(self.param_groups) for p in group["params"]}
         with torch.no_grad():
             for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -122,18 +129,20 @@ class ZeroOneAdam(RunOptimizer):
                 state = self.state[parameter]
                 state["exp_avg"].copy_(summed.view_as(parameter)).div_(self.summed_rates or 1.0)
                 torch.mul(self._start[parameter], self._decays[number], out=parameter)
-                parameter.addcdiv_(summed.view_as(parameter), self._denominator(state, group), value=-1.0)
+                parameter.addcdiv_(
+                    summed.view_as(parameter), _denominator(state["exp_avg_sq"], group, variance_count), value=-1.0
+                )
         self._forget_local_steps()
-
-    def _denominator(self, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
-        correction = 1 - group["betas"][1] ** float(state["variance_step"])
-        return (state["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
 
     def _forget_local_steps(self) -> None:
         self._start.clear()
         self._sum.clear()
         self.summed_rates = 0.0
         self._decays = [1.0] * len(self.param_groups)
+
+
+def _denominator(second: torch.Tensor, group: dict[str, Any], count: float) -> torch.Tensor:
+    return (second / (1 - group["betas"][1] ** count)).sqrt_().add_(group["eps"])
 
 
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:

@@ -41,11 +41,11 @@ class TrainComponents:
         They are an average's or the optimizer's, where either has others than the trained ones. Those are kept meanwhile, whole
         on every rank, so that putting them back takes no collective. Entering it is one.
         """
+        self.engine.wait_pending()
         source: WeightAverage | RunOptimizer = self.average or self.optimizer.optimizer
         if not source.evaluates_other_weights:
             yield
             return
-        self.engine.wait_pending()
         parameters = [parameter.detach() for parameter in self.model.parameters()]
         trained = [parameter.clone() for parameter in parameters]
         try:

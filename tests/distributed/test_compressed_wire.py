@@ -204,7 +204,7 @@ def sent_by_level(rank: int, world: int, name: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", BY_NODE)
 def test_a_node_sends_one_message_to_the_others(pool: Pools, name: str) -> None:
-    """A half of what leaves a rank at once: of its node's message it sends the part that ranks of its number own."""
+    """A half of what leaves a rank at once: of its node's message it sends the part that ranks of its local rank own."""
     for within, across in pool(4).call(sent_by_level, name):
         assert across == within // 2
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from support.rank_pool import RankPool
 from support.tiny_training import TinyTraining, make_config
 
-from bert_fast.config import Config
+from bert_fast.config import Config, OptimizerConfig
 from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.errors import UserError
+from bert_fast.optim.build import build_optimizer
 from bert_fast.run_folder import checkpoint_name
 
 pytestmark = pytest.mark.distributed
@@ -90,6 +92,26 @@ def test_it_is_not_divided_anew(pool: Pools, tiny_store: Path, tmp_path: Path, w
     for text in pool(world).call(refused, config, tmp_path / checkpoint_name(3)):
         assert "cannot be divided anew" in text
         assert "2 ranks" in text
+
+
+def test_other_buckets_are_refused(pool: Pools, tiny_store: Path, tmp_path: Path) -> None:
+    """They would be other parts of the model, of the same sizes or not."""
+    pool(2).call(weights, config_of(tiny_store, 2, "mfac_sparse", True), tmp_path, 3)
+    config = config_of(tiny_store, 2, "mfac_sparse", True)
+    other = config.model_copy(update={"communication": config.communication.model_copy(update={"bucket_mb": 1.0})})
+    for text in pool(2).call(refused, other, tmp_path / checkpoint_name(3)):
+        assert "for other parts of the model" in text
+
+
+def test_a_rank_may_hold_nothing() -> None:
+    for name, choice in OPTIMIZERS.items():
+        if choice.window is None:
+            continue
+        optimizer = build_optimizer([], OptimizerConfig(name=name, window=3))
+        share = Mock(return_value={})
+        optimizer.share_sums = share
+        optimizer.step()
+        assert [call.args[1:] for call in share.call_args_list] == ([] if name == "micro_adam" else [({}, 3)])
 
 
 def test_which_are_sharded() -> None:

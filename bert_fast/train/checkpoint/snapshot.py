@@ -52,7 +52,8 @@ def slices_to_write(components: TrainComponents, environment: Environment) -> li
     else:
         whole += [(each.name, each.values) for each in held_here]
     if components.optimizer.optimizer.has_opaque_state and (environment.is_main or components.engine.is_sharded):
-        slices.append(as_bytes(_opaque_name(components, environment), opaque_state(components.optimizer.optimizer)))
+        saved = {"of": _slices_of(components), "state": opaque_state(components.optimizer.optimizer)}
+        slices.append(as_bytes(_opaque_name(components, environment), saved))
     sizes = [value.numel() for _, value in whole]
     for index, begin, end in own_slices(sizes, environment.rank, environment.world_size):
         name, value = whole[index]
@@ -187,6 +188,11 @@ def _opaque_name(components: TrainComponents, environment: Environment) -> str:
     return f"{_OPAQUE}.{environment.rank}" if components.engine.is_sharded else _OPAQUE
 
 
+def _slices_of(components: TrainComponents) -> list[list[Any]]:
+    """Of which elements of which parameters this rank's optimizer has the state."""
+    return [[each.name, each.begin, each.parameter.numel()] for each in components.optimizer.slices]
+
+
 def _load_opaque(
     path: Path, metadata: Metadata, components: TrainComponents, environment: Environment, num_ranks: int
 ) -> None:
@@ -202,12 +208,19 @@ def _load_opaque(
         )
     saved = read_bytes(path, metadata, name)
     try:
-        load_opaque_state(components.optimizer.optimizer, saved)
+        is_ours = saved["of"] == _slices_of(components)
+        if is_ours:
+            load_opaque_state(components.optimizer.optimizer, saved["state"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = str(error).partition("\n")[0][:120]
         raise UserError(
             f"checkpoint {path} cannot be read ({_OPAQUE}: {type(error).__name__}: {text}); remove it"
         ) from None
+    if not is_ours:
+        raise UserError(
+            f"checkpoint {path} has the state of this optimizer for other parts of the model, which are of other buckets; "
+            "resume with the communication settings that it was run with"
+        )
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -107,7 +107,6 @@ def pair_with_wire(wire: OneBit, optimizer: RunOptimizer, parameters: list[nn.Pa
     else:
         assert isinstance(optimizer, TakesMomentum)
         optimizer.takes_momentum = lambda: wire.sent_momentum
-        optimizer.num_exact_steps = wire.num_exact_steps
 
     def moments(index: int) -> tuple[torch.Tensor, torch.Tensor]:
         entry = optimizer.state[parameters[index]]
@@ -152,7 +151,8 @@ def check_memory(config: Config, device: torch.device) -> None:
     needed = ranks * least_bytes(config)
     if needed > there:
         shape = config.model
-        state = optimizer_bytes(shape, config.optimizer, unknown=0.0)
+        shards = config.system.world_size if config.communication.shard_optimizer else 1
+        state = optimizer_bytes(shape, config.optimizer, unknown=0.0, shards=shards)
         window = OPTIMIZERS[config.optimizer.name].window
         if window is not None and 2 * state > least_bytes(config):
             rows = config.optimizer.window or window.rows
@@ -214,10 +214,16 @@ def make_engine(config: Config, environment: Environment, model: nn.Module, layo
     """
     communication, virtual_ranks = config.communication, config.batch.virtual_ranks
     table = ENGINES
+    on_gloo = dist.is_initialized() and environment.device.type == "cuda" and dist.get_backend() == "gloo"
     if communication.shard_optimizer and dist.is_initialized():
-        if environment.device.type == "cuda" and dist.get_backend() == "gloo":
+        if on_gloo:
             raise UserError("communication.shard_optimizer on CUDA needs NCCL; set communication.backend=nccl or auto")
         table = SHARDED_ENGINES
+    if on_gloo and not WIRE_FORMATS[communication.reduce_dtype].is_cast:
+        raise UserError(
+            f"communication.reduce_dtype={communication.reduce_dtype} on CUDA needs NCCL; set communication.backend=nccl or "
+            "auto"
+        )
     wire = make_wire(config, environment, next(model.parameters()).dtype)
     engine: Engine = find(table, communication.engine)(
         model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire

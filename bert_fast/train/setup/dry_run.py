@@ -82,7 +82,7 @@ def dry_run(config: Config) -> None:
             *(("note", note) for note in rank_notes(config)),
         ],
     )
-    print_table("kept from step to step, in bytes a parameter", _kept_rows(config, memory))
+    print_table("kept from step to step, bytes per parameter", _kept_rows(config, memory))
 
 
 def _kept_rows(config: Config, memory: MemoryEstimate) -> list[tuple[str, str]]:
@@ -94,13 +94,13 @@ def _kept_rows(config: Config, memory: MemoryEstimate) -> list[tuple[str, str]]:
     def row(name: str, num_bytes: float) -> tuple[str, str]:
         return name, f"{num_bytes / count:8.2f} {num_bytes / 2**20:12,.1f} MiB"
 
-    state, name = optimizer_state(config.model, config.optimizer), config.optimizer.name
+    state, name = optimizer_state(config.model, config.optimizer, shards), config.optimizer.name
     rows = [row("weights", memory.weights), row("gradients", memory.gradients)]
     if state is None:
         rows.append((name, "not known: it depends on its arguments"))
     else:
-        rows += [row(f"{name}: {part}", num_bytes / shards) for part, num_bytes in state.items()]
-        rows.append(row(f"{name}, all", sum(state.values()) / shards))
+        rows += [row(f"{name}: {part}", num_bytes) for part, num_bytes in state.items()]
+        rows.append(row(f"{name}, all", sum(state.values())))
     rows += [
         row(what, num_bytes)
         for what, num_bytes in (("averages of the weights", memory.averages), ("not sent yet", memory.residuals))

@@ -45,7 +45,6 @@ def warm_up(config: Config, environment: Environment, components: TrainComponent
         return
     weights = [p.detach().clone() for p in model.parameters()]
     groups = _settings(components.optimizer.optimizer)
-    extra = components.optimizer.optimizer.extra_state()
     wire_state = copy.deepcopy(engine.wire.state_dict())
     scale_state = components.loss_scale.state_dict() if components.loss_scale else None
     for index in range(num_steps):
@@ -55,7 +54,7 @@ def warm_up(config: Config, environment: Environment, components: TrainComponent
         for parameter, value in zip(model.parameters(), weights, strict=True):
             parameter.copy_(value)
     _put_back(components.optimizer.optimizer, groups)
-    components.optimizer.optimizer.load_extra_state(extra)
+    components.optimizer.optimizer.clear_extra_state()
     if components.loss_scale and scale_state:
         components.loss_scale.load_state_dict(scale_state)
     synchronize(environment.device)

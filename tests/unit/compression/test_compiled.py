@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bert_fast.compression import compiled, quantize, ring
+from bert_fast.compression.native import windows
 from bert_fast.compression.quantize import Codec, Fp8, Int4, Int8, Sign
 from bert_fast.compression.ring import SparseWindow
 from bert_fast.compression.topk import TopK
-from bert_fast.native import windows
 
 pytestmark = pytest.mark.slow
 

@@ -475,6 +475,7 @@ def test_powersgd_is_not_sharded(make_config: Callable[..., Config]) -> None:
 
 
 GRAPHS = ["train.cuda_graphs=true", "system.device=cuda", "model.attention_backend=torch_flash"]
+ZERO_ONE = ["optimizer.name=zero_one_adam", "communication.reduce_dtype=zero_one", "communication.exact_steps=2"]
 PACKAGE = ["optimizer.name=pytorch_optimizer", "optimizer.class_name=SOAP"]
 
 
@@ -491,6 +492,14 @@ PACKAGE = ["optimizer.name=pytorch_optimizer", "optimizer.class_name=SOAP"]
         (["optimizer.name=schedule_free", *GRAPHS], r"cannot hold a step of optimizer\.name=schedule_free"),
         (["optimizer.name=pytorch_optimizer"], r"needs a class; set optimizer\.class_name, to SOAP for example"),
         (["optimizer.name=schedule_free", "averaging.method=last"], r"averages its weights itself; set averaging\.method=none"),
+        ([*ZERO_ONE, "averaging.method=last"], r"ranks have different weights; set averaging\.method=none"),
+        ([*ZERO_ONE, "optimizer.step_per_bucket=true"], "a local step reduces no bucket.*; set optimizer.step_per"),
+        (["communication.reduce_dtype=powersgd", "communication.exact_steps=1000000"], "would never compress; set exact_st"),
+        (["optimizer.name=mfac_sparse", "optimizer.block=50"], "less than one number.*set block to at least 100, or leave it"),
+        (["optimizer.name=mfac_sparse", "optimizer.block=40000"], r"optimizer\.block"),
+        (["optimizer.name=onebit_adam"], r"goes with communication\.reduce_dtype=onebit, not fp32; set it"),
+        (["communication.reduce_dtype=onebit"], "goes with optimizer.name=onebit_adam or onebit_lamb and it"),
+        (["optimizer.name=mfac_lowrank", "communication.shard_optimizer=true"], "whole matrices.*set communication.shard_opt"),
     ],
 )  # fmt: skip
 def test_what_an_optimizer_cannot_do_is_refused(

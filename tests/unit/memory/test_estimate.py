@@ -125,13 +125,13 @@ def test_what_was_not_sent_yet(make_config: Callable[..., Config], name: str, ke
     [
         (
             ["communication.reduce_dtype=powersgd", "communication.powersgd_rank=20"],
-            "communication.powersgd_rank=20 is above",
+            "communication.powersgd_rank=20: ",
         ),
-        (["optimizer.name=mfac_lowrank", "optimizer.rank=20"], "optimizer.rank=20 is above"),
+        (["optimizer.name=mfac_lowrank", "optimizer.rank=20"], "optimizer.rank=20: "),
         (["communication.reduce_dtype=int8_ef"], None),
     ],
 )
-def test_a_rank_above_the_smaller_side_is_said(
+def test_a_rank_at_which_matrices_are_whole_is_said(
     make_config: Callable[..., Config], settings: list[str], note: str | None
 ) -> None:
     """And the run goes on with those matrices whole."""

@@ -69,7 +69,7 @@ def test_onebit_lamb_is_the_plain_statement() -> None:
     optimizer = build_optimizer([("layers.0.matrix", parameter)], settings)
     assert isinstance(optimizer, TakesMomentum)
     done = 0
-    optimizer.num_exact_steps, optimizer.takes_momentum = EXACT, lambda: done >= EXACT
+    optimizer.takes_momentum = lambda: done >= EXACT
     given = gradients((8, 6), 40, 1)
     given[EXACT:] = [0.3 * g for g in given[EXACT:]]
     for g in given:

@@ -174,3 +174,11 @@ def test_the_whole_state_of_sparse_mfac_takes_what_adamw_takes(changes: dict[str
     assert isinstance(optimizer, Preconditioned)
     gram = 8 * (config.window or 128) ** 2  # the same for any model
     assert optimizer.state_bytes() - gram <= 1.1 * 8 * n
+
+
+@pytest.mark.parametrize("density", [1.0, 0.9, 0.5, 0.15, 0.06, 0.015, 0.01, 0.007, 0.006, 0.001, 2**-15])
+def test_one_number_of_a_block_is_kept_where_no_block_is_given(density: float) -> None:
+    config = OptimizerConfig(name="mfac_sparse", density=density)
+    _, selected = TopK(density, config.numbers_per_block).shape(10**6)
+    assert selected == (1 if density <= 0.5 else 2)
+    assert selected / config.numbers_per_block <= 1.5 * density

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bert_fast import native
+from bert_fast.compression import native
 from bert_fast.compression.error_feedback import ErrorFeedback
+from bert_fast.compression.native import windows
 from bert_fast.compression.ring import SparseWindow
 from bert_fast.compression.topk import TopK
-from bert_fast.native import windows
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the loops in C were not built: no compiler")
 
@@ -130,3 +130,12 @@ def test_another_residual_is_left_to_torch(settings: dict[str, Any]) -> None:
     values = torch.ones(8)
     assert not SparseWindow(2, 8, TopK(0.25, 4)).push_largest(values, feedback)
     assert torch.equal(values, torch.ones(8))
+
+
+def test_what_an_older_file_was_built_to_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "_VERSION", -1)
+    assert native.library() is None
+    monkeypatch.undo()
+    native.library.cache_clear()
+    assert native.library() is not None

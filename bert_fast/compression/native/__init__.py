@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+_VERSION = 1  # of kernels.c
 _LEAST_BLOCKS = 256  # that a thread is worth
 
 
@@ -22,8 +23,10 @@ def library() -> ctypes.CDLL | None:
     """The functions of kernels.c; None where they were not built, or for another kind of machine."""
     for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
         try:
-            return ctypes.CDLL(str(path))
-        except OSError:
+            found = ctypes.CDLL(str(path))
+            if found.kernels_version() == _VERSION:
+                return found
+        except (OSError, AttributeError):
             continue
     return None
 

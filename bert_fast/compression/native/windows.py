@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from bert_fast.native import library, num_parts, over_threads, pointer
+from bert_fast.compression.native import library, num_parts, over_threads, pointer
 
 _int = ctypes.c_int64
 
@@ -14,7 +14,7 @@ _int = ctypes.c_int64
 def largest_of_blocks(blocks: torch.Tensor) -> torch.Tensor | None:
     """int64 [rows, blocks, 1]: the place of the largest magnitude of each block of fp32 [rows, blocks, block]."""
     kernels = library()
-    if kernels is None or blocks.device.type != "cpu" or blocks.dtype != torch.float32 or not blocks.is_contiguous():
+    if kernels is None or not _is_fp32_here(blocks):
         return None
     rows, count, block = blocks.shape
     places = torch.empty(rows, count, 1, dtype=torch.int64)
@@ -34,7 +34,7 @@ def products(places: torch.Tensor, stored: torch.Tensor, values: torch.Tensor) -
         stored: bf16 of that shape.
     """
     kernels = library()
-    if kernels is None or not _can(places, stored) or not values.is_contiguous():
+    if kernels is None or not _can(places, stored) or not _is_fp32_here(values):
         return None
     blocks, selected, m = places.shape
     parts = num_parts(blocks)
@@ -83,8 +83,7 @@ def feed_back_largest(
         places, int16, and values, bf16, of what was taken, both [blocks, 1].
     """
     kernels, length = library(), len(values)
-    on_cpu = values.device.type == "cpu" and values.dtype == torch.float32
-    if kernels is None or not on_cpu or not values.is_contiguous() or residual.dtype != torch.bfloat16:
+    if kernels is None or not _is_fp32_here(values) or residual.dtype != torch.bfloat16:
         return None
     blocks = -(-length // block)
     places, selected = torch.empty(blocks, 1, dtype=torch.int16), torch.empty(blocks, 1, dtype=torch.bfloat16)
@@ -104,7 +103,7 @@ def combine(
 ) -> torch.Tensor | None:
     """fp32 [blocks, block]: the sum of a window's rows, or of their squares, each times its coefficient, fp32 [m]."""
     kernels = library()
-    if kernels is None or not _can(places, stored) or not coefficients.is_contiguous():
+    if kernels is None or not _can(places, stored) or not _is_fp32_here(coefficients):
         return None
     blocks, selected, m = places.shape
     out = torch.empty(blocks, block)
@@ -117,6 +116,10 @@ def combine(
 
     over_threads(blocks, run)
     return out
+
+
+def _is_fp32_here(values: torch.Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32 and values.is_contiguous()
 
 
 def _can(places: torch.Tensor, stored: torch.Tensor) -> bool:
