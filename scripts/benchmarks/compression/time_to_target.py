@@ -4,11 +4,12 @@
     sudo python -m scripts.benchmarks.compression.time_to_target --json results/compression/time_to_target.json
 
 Two hosts made of network namespaces train configs/mini_cpu.yaml for some steps in every format over every link, and the median
-step without the first ones counts; formats take turns. The steps to the target are those of --runs, which
+step without the first ones counts; formats take turns. Of a format with exact steps both kinds are measured, and as many of each
+count as its runs had. `zero_one_adam`, whose steps are of three kinds, is left out. The steps to the target are those of --runs, which
 scripts.benchmarks.compression.learning has made without a limited link: what a format learns does not depend on the link. So a
 format that sends less and learns slower shows both. Needs root and iproute2.
 
-Metrics: LINK/FORMAT/{step_ms,time_to_target_s,over_bf16}.
+Metrics: LINK/FORMAT/{step_ms,exact_step_ms,time_to_target_s,over_bf16}.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -32,23 +34,28 @@ from scripts.programs import ROOT
 
 from ..overlap.__main__ import LINKS
 from ..overlap.hosts import hosts, start_on
-from .learning import BASELINE, CONFIG, FORMATS, metrics_of, read_runs
+from .learning import BASELINE, CONFIG, EXACT_STEPS, FORMATS, has_exact_steps, metrics_of, read_runs
 
 _SKIPPED = 4  # log intervals before the first that counts
 _EVERY = 5  # steps of an interval
 _GLOBAL_BATCH = 64
 _TARGET = 0.30
+_LONGEST_S = 600
 
 
-def step_ms(link: str, name: str, steps: int) -> list[float]:
-    """Milliseconds of a step of a format over a link, by log interval. Raises UserError where the run fails."""
+def step_ms(link: str, name: str, steps: int, exact: bool = False) -> list[float]:
+    """Milliseconds of a step of a format over a link, by log interval; of its exact steps, or of those afterwards.
+
+    Raises:
+        UserError: the run failed.
+    """
     overrides = [
         *FORMATS[name], f"train.max_steps={steps}", f"train.log_every_steps={_EVERY}", "system.ranks_per_node=1",
         "evaluation.every_samples=1000000", "evaluation.target_accuracy=null", "run.tensorboard=false",
         "run.measure_peak_flops=false", "system.bind_cores=false", "system.threads_per_rank=1",
     ]  # fmt: skip
-    if any(each.startswith("communication.exact_steps") for each in overrides):
-        overrides.append(f"communication.exact_steps={_EVERY}")  # what is measured are the steps afterwards
+    if has_exact_steps(name):
+        overrides.append(f"communication.exact_steps={steps - 1 if exact else _EVERY}")
     with tempfile.TemporaryDirectory() as scratch, hosts(2, LINKS[link]) as names:
         folder = Path(scratch) / "run"
         program = [
@@ -60,9 +67,17 @@ def step_ms(link: str, name: str, steps: int) -> list[float]:
             f"run.folder={folder}",
         ]
         processes = start_on(names, program)
-        outputs = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            raise UserError(f"{name} over {link}: {outputs[0].strip().splitlines()[-1]}")
+        try:
+            outputs = [process.communicate(timeout=_LONGEST_S)[0] for process in processes]
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{name} over {link}: no end after {_LONGEST_S} s") from None
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, outputs, strict=True):
+            if process.returncode:
+                said = output.strip().splitlines() or ["it said nothing"]
+                raise UserError(f"{name} over {link}: exit code {process.returncode}: {said[-1]}")
         lines = of_kind(read_metrics(folder), StepLine)
     return [1e3 * _GLOBAL_BATCH / line.samples_per_s for line in lines[_SKIPPED:]]
 
@@ -87,6 +102,7 @@ def main() -> int:
         args.links, args.steps = ["1gbit"], 40
     learned = metrics_of(read_runs(args.runs), _TARGET)
     names = args.formats or [name for name in FORMATS if f"samples_to_target/{name}/mean" in learned]
+    names = [name for name in names if name != "zero_one_adam"]
     machine = environment()
     metrics: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
@@ -94,7 +110,10 @@ def main() -> int:
         rows = []
         for name in names:
             samples[f"{link}/{name}"] = step_ms(link, name, args.steps)
-            values = _values(samples[f"{link}/{name}"], learned.get(f"samples_to_target/{name}/mean"))
+            exact = samples[f"{link}/{name}/exact"] = (
+                step_ms(link, name, args.steps, True) if has_exact_steps(name) else []
+            )
+            values = _values(samples[f"{link}/{name}"], exact, learned.get(f"samples_to_target/{name}/mean"))
             metrics |= {f"{link}/{name}/{key}": value for key, value in values.items()}
         for name in names:
             key = f"{link}/{name}"
@@ -115,11 +134,15 @@ def main() -> int:
     return 0
 
 
-def _values(measured: list[float], samples: float | None) -> dict[str, float]:
-    middle = statistics.median(measured)
-    if samples is None:
-        return {"step_ms": middle}
-    return {"step_ms": middle, "time_to_target_s": samples / _GLOBAL_BATCH * middle / 1e3}
+def _values(measured: list[float], exact: list[float], samples: float | None) -> dict[str, float]:
+    values = {"step_ms": statistics.median(measured)}
+    num_exact = EXACT_STEPS if exact else 0
+    if exact:
+        values["exact_step_ms"] = statistics.median(exact)
+    if samples is not None:
+        others = samples / _GLOBAL_BATCH - num_exact
+        values["time_to_target_s"] = (num_exact * values.get("exact_step_ms", 0.0) + others * values["step_ms"]) / 1e3
+    return values
 
 
 def _cell(values: dict[str, Any], name: str, form: str) -> str:
