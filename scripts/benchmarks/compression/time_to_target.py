@@ -3,11 +3,11 @@
 
     sudo python -m scripts.benchmarks.compression.time_to_target --json results/compression/time_to_target.json
 
-Two hosts made of network namespaces train configs/mini_cpu.yaml for some steps in every format over every link, and the median
-step without the first ones counts; formats take turns. Of a format with exact steps both kinds are measured, and as many of each
-count as its runs had. `zero_one_adam`, whose steps are of three kinds, is left out. The steps to the target are those of --runs, which
-scripts.benchmarks.compression.learning has made without a limited link: what a format learns does not depend on the link. So a
-format that sends less and learns slower shows both. Needs root and iproute2.
+Two hosts made of network namespaces train configs/mini_cpu.yaml for some steps in every format over every link, and the
+median step without the first ones counts; formats take turns. Of a format with exact steps both kinds are measured, and as
+many of each count as its runs had. `zero_one_adam`, whose steps are of three kinds, is left out. The steps to the target are
+those of --runs, which scripts.benchmarks.compression.learning has made without a limited link: what a format learns does not
+depend on the link. So a format that sends less and learns slower shows both. Needs root and iproute2.
 
 Metrics: LINK/FORMAT/{step_ms,exact_step_ms,time_to_target_s,over_bf16}.
 """
