@@ -7,6 +7,7 @@ which it was frozen (the paper's code has neither).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -19,52 +20,64 @@ from bert_fast.optim.build import RunOptimizer, decay_groups
 
 
 class TakesMomentum(RunOptimizer):
-    """An optimizer whose gradients are, after some steps, the new momentum; a run sets both of these.
+    """An optimizer whose gradients are, after some steps, the new momentum. Comes before the exact one among the bases.
 
-    takes_momentum: says before each step whether they are
+    takes_momentum: says before each step whether they are; a run sets it
 
     A parameter's state has `second_step`, the step at which its second moment was frozen, or the last one.
     """
 
-    takes_momentum: Callable[[], bool] = staticmethod(lambda: False)
-
-    def count_second_moments(self) -> None:
-        """After a step in which second moments went on."""
-        for state in self.state.values():
-            if "second_step" in state:
-                state["second_step"].copy_(state["step"])
-            else:
-                state["second_step"] = state["step"].clone()
-
-
-class OneBitAdam(AdamW, TakesMomentum):
-    """See the module."""
-
     reads_found_inf = False
-    scalar_names: ClassVar[dict[str, torch.dtype]] = {"second_step": torch.float32}
+    takes_momentum: Callable[[], bool] = staticmethod(lambda: False)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update."""
         if not self.takes_momentum():
             super().step()
-            self.count_second_moments()
+            for state in self.state.values():
+                if "second_step" in state:
+                    state["second_step"].copy_(state["step"])
+                else:
+                    state["second_step"] = state["step"].clone()
             return
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            first_state = self.state[parameters[0]]  # all have the same counts, for which the host would wait each time
-            count, second_count = float(first_state["step"]) + 1, float(first_state["second_step"])
+            state = self.state[parameters[0]]  # all have the same counts, for which the host would wait each time
+            count, second_count = float(state["step"]) + 1, float(state["second_step"])
             for parameter in parameters:
-                state = self.state[parameter]
-                state["step"] += 1
-                state["exp_avg"].copy_(parameter.grad)
-                second = state["exp_avg_sq"] / (1 - beta2**second_count)
-                denominator = second.sqrt_().add_(group["eps"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1**count))
+                self.state[parameter]["step"] += 1
+                self._take(parameter, parameter.grad, group, count, second_count)
+
+    @abstractmethod
+    def _take(
+        self, parameter: torch.Tensor, momentum: torch.Tensor, group: dict[str, Any], count: float, second_count: float
+    ) -> None:
+        """Update a parameter with an averaged momentum.
+
+        Args:
+            count: of this step.
+            second_count: steps before the second moment was frozen.
+        """
+
+
+class OneBitAdam(TakesMomentum, AdamW):
+    """See the module."""
+
+    scalar_names: ClassVar[dict[str, torch.dtype]] = {"second_step": torch.float32}
+
+    def _take(
+        self, parameter: torch.Tensor, momentum: torch.Tensor, group: dict[str, Any], count: float, second_count: float
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[parameter]
+        state["exp_avg"].copy_(momentum)
+        second = state["exp_avg_sq"] / (1 - beta2**second_count)
+        denominator = second.sqrt_().add_(group["eps"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1**count))
 
 
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:

@@ -25,11 +25,10 @@ _RATIO_DECAY = 0.9  # of the moving average of trust ratios, a step
 _MOST_CHANGE = 0.1  # of the factor, from step to step
 
 
-class OneBitLamb(Lamb, TakesMomentum):
+class OneBitLamb(TakesMomentum, Lamb):
     """See the module. A parameter's state has, beside LAMB's: `ratio` and `factor`, one number for each of its parts, and from
     the first step that takes momentum `fresh`, its second moment as it goes on."""
 
-    reads_found_inf = False
     has_opaque_state: ClassVar[bool] = True  # numbers for each part of a tensor
 
     def __init__(self, *arguments: Any, factor_min: float, factor_max: float) -> None:
@@ -41,22 +40,6 @@ class OneBitLamb(Lamb, TakesMomentum):
         super().__init__(*arguments)
         self._factor_min, self._factor_max = factor_min, factor_max
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update."""
-        if not self.takes_momentum():
-            super().step()
-            self.count_second_moments()
-            return
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
-            state = self.state[parameters[0]]  # all have the same counts, for which the host would wait each time
-            counts = float(state["step"]) + 1, float(state["second_step"])
-            for parameter in parameters:
-                self._take(parameter, parameter.grad, group, *counts)
-
     def _record_ratios(self, parameters: list[torch.Tensor], ratios: list[torch.Tensor]) -> None:
         rest = iter(ratios)
         for parameter in parameters:
@@ -66,24 +49,17 @@ class OneBitLamb(Lamb, TakesMomentum):
             average.mul_(_RATIO_DECAY).add_(now, alpha=1 - _RATIO_DECAY)
 
     def _take(
-        self, parameter: torch.Tensor, momentum: torch.Tensor, group: dict[str, Any], count: float, exact: float
+        self, parameter: torch.Tensor, momentum: torch.Tensor, group: dict[str, Any], count: float, second_count: float
     ) -> None:
-        """Update a parameter with an averaged momentum.
-
-        Args:
-            count: of this step.
-            exact: steps before the second moment was frozen.
-        """
         beta1, beta2 = group["betas"]
         state = self.state[parameter]
         if "fresh" not in state:
             state["fresh"] = state["exp_avg_sq"].clone()
             state["factor"] = torch.ones(len(parts_of(parameter)), device=parameter.device)
-        state["step"] += 1
         gradient = torch.sub(momentum, state["exp_avg"], alpha=beta1).div_(1 - beta1)
         state["exp_avg"].copy_(momentum)
         state["fresh"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        frozen = (state["exp_avg_sq"] / (1 - beta2**exact)).sqrt_().add_(group["eps"])
+        frozen = (state["exp_avg_sq"] / (1 - beta2**second_count)).sqrt_().add_(group["eps"])
         fresh = (state["fresh"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
         adam = momentum / (1 - beta1**count) / frozen
         update = adam.add(parameter, alpha=group["weight_decay"])
@@ -91,7 +67,7 @@ class OneBitLamb(Lamb, TakesMomentum):
             sizes = list(parts_of(parameter))
             largest = torch.stack([quotient.max() for quotient in (frozen / fresh).split(sizes)])
             self._move_factor(state["factor"], largest, adam.split(sizes), update.split(sizes))
-            ratios = state["ratio"] / (1 - _RATIO_DECAY**exact) * state["factor"]
+            ratios = state["ratio"] / (1 - _RATIO_DECAY**second_count) * state["factor"]
             torch._foreach_mul_(list(update.split(sizes)), list(ratios.unbind()))
         parameter.sub_(update, alpha=group["lr"])
 
