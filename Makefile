@@ -17,7 +17,7 @@ quickstart: env data train ## environment, data, the main job, compliance check,
 env: $(STAMP) ## the virtual environment with every pinned package
 
 # torch first and by its exact version: another package's open range would pull a build of several GB.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py bert_fast/compression/native/kernels.c
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,dev,tuning,optimizers]"

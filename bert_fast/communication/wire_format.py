@@ -106,7 +106,7 @@ class WireFormat:
         self.decode(part, shard)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state, for its part of a checkpoint. A cast has none."""
+        """This rank's state, for its part of a checkpoint, as copies. A cast has none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -162,14 +162,14 @@ class SparseWindow(Window):
     def push_largest(self, values: torch.Tensor, feedback: ErrorFeedback) -> bool:
         """Select a row of fp32 `values` [numel] with what `feedback` has of them, push it, and let `feedback` keep the rest.
 
-        In one pass over memory, where one number of each block is kept, the loops in C are there, and the residual is bf16 of
-        one copy; else nothing is done. `values` are changed.
+        In one pass over memory, where one number of each block is kept as bf16, the loops in C are there, and the residual is
+        bf16 of one copy; else nothing is done. `values` are changed.
 
         Returns:
             Whether it was done.
         """
         residual = feedback.plain_bf16()
-        if self._selected != 1 or residual is None:
+        if self._selected != 1 or self._values.dtype != torch.bfloat16 or residual is None:
             return False
         found = windows.feed_back_largest(values, residual, self._block)
         if found is None:
@@ -184,8 +184,7 @@ class SparseWindow(Window):
             return
         products = windows.products_of_row(self._places, self._values, self.head, self._block)
         if products is None:
-            if row is None:
-                row = self._top_k.scatter(places[None], values[None], self.numel)[0]
+            assert row is not None, "who has no row has the loops in C"
             products = self.products(row)
         self._pushed(products)
 

@@ -5,20 +5,16 @@ Parts by name, in bytes, from shapes and settings alone; `--dry-run` prints them
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bert_fast.compression.error_feedback import ErrorFeedback
 from bert_fast.compression.lowrank import has_smaller_factors
+from bert_fast.compression.topk import TopK
 from bert_fast.config import Config, ModelConfig, OptimizerConfig
 from bert_fast.config.choices import OPTIMIZERS, WIRE_FORMATS, WindowOfGradients
 from bert_fast.integers import ceil_div
 
-_RESIDUAL_BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "int4": 0.5 + 4 / 4096,
-}  # int4: and a least and a largest, bf16, of each 4,096
 _SPARSE_BYTES = 4  # of an entry: a place of 16 bits, and bf16
 
 
@@ -125,8 +121,8 @@ def _window_state(model: ModelConfig, optimizer: OptimizerConfig, kind: WindowOf
     for group in groups:
         rest = group.numel
         if kind.stored_as == "sparse":
-            block = min(optimizer.numbers_per_block, group.numel)
-            parts["window"] += m * -(-group.numel // block) * math.ceil(optimizer.density * block) * _SPARSE_BYTES
+            blocks, selected = TopK(optimizer.density, optimizer.numbers_per_block).shape(group.numel)
+            parts["window"] += m * blocks * selected * _SPARSE_BYTES
             continue
         if kind.stored_as == "low_rank":
             for rows, columns in group.matrices:
@@ -137,7 +133,9 @@ def _window_state(model: ModelConfig, optimizer: OptimizerConfig, kind: WindowOf
         parts["window"] += 4 * m * rest
     numel = num_parameters(model)
     if kind.stored_as != "whole" and optimizer.error_feedback:
-        parts["residual"] = int(_RESIDUAL_BYTES[optimizer.residual_dtype or kind.residual_dtype] * numel)
+        storage = optimizer.residual_dtype or kind.residual_dtype
+        held = [ErrorFeedback(group.numel, storage=storage, device="meta", may_skip=False) for group in groups]
+        parts["residual"] = sum(each.num_bytes for each in held)
     if bases:
         parts["bases of the power iteration"] = bases
     if optimizer.momentum and "momentum" in OPTIMIZERS[optimizer.name].settings:
@@ -156,4 +154,5 @@ def residual_bytes(config: Config) -> int:
         kept += 1 / system.world_size
         if choice.by_node and 1 < system.node_size < system.world_size:
             kept += 1 / system.node_size
-    return int(2 * kept * _RESIDUAL_BYTES[communication.residual_dtype] * num_parameters(config.model))
+    whole = ErrorFeedback(num_parameters(config.model), storage=communication.residual_dtype, device="meta")
+    return int(kept * whole.num_bytes)

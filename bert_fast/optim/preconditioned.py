@@ -28,9 +28,6 @@ from bert_fast.config import OptimizerConfig
 from bert_fast.config.choices import OPTIMIZERS, WindowOfGradients
 from bert_fast.optim.build import RunOptimizer, has_decay, layer_of
 
-Rule = Callable[[Window], torch.Tensor]
-
-
 # ---- rules: coefficients of the rows ----------------------------------------------------------------------------------------
 
 

@@ -34,9 +34,8 @@ class ZeroOneAdam(RunOptimizer):
 
     def __init__(self, groups: Iterable[Any], lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._start: dict[
-            torch.Tensor, torch.Tensor
-        ] = {}  # weights of the last exchange, if there was a local step since
+        # Weights of the last exchange, if there was a local step since
+        self._start: dict[torch.Tensor, torch.Tensor] = {}
         self._sum: dict[torch.Tensor, torch.Tensor] = {}  # u
         self.summed_rates = 0.0  # of the local steps since the last exchange
         self._decays = [1.0] * len(self.param_groups)  # what weight decay has left of a weight since then

@@ -66,7 +66,7 @@ class RankOne(WireFormat):
         matrix.copy_(torch.outer(left, total))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"errors": self.errors, "calls": self.calls}
+        return {"errors": {number: e.clone() for number, e in self.errors.items()}, "calls": dict(self.calls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.errors, self.calls = dict(state["errors"]), dict(state["calls"])

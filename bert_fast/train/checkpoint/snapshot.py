@@ -101,7 +101,7 @@ def rank_state(components: TrainComponents, environment: Environment) -> dict[st
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if environment.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(environment.device)
-    return {**state, "wire": _copied(components.engine.wire.state_dict())}
+    return {**state, "wire": _on_cpu(components.engine.wire.state_dict())}
 
 
 def rank_name(rank: int) -> str:
@@ -148,7 +148,7 @@ def load_tensors(
             if environment.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda"], environment.device)
             wire.load_state_dict(own["wire"])
-        elif wire.state_dict():
+        elif not wire.is_cast:
             taken_over = range(environment.rank, num_ranks, environment.world_size)
             states = [read_bytes(path, metadata, rank_name(rank))["wire"] for rank in taken_over]
             wire.take_over(states, read_bytes(path, metadata, rank_name(0))["wire"])
@@ -241,9 +241,9 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _copied(value: Any) -> Any:
+def _on_cpu(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
+        return value.detach().cpu()
     if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+        return {key: _on_cpu(each) for key, each in value.items()}
+    return [_on_cpu(each) for each in value] if isinstance(value, list) else value

@@ -45,7 +45,7 @@ def warm_up(config: Config, environment: Environment, components: TrainComponent
         return
     weights = [p.detach().clone() for p in model.parameters()]
     groups = _settings(components.optimizer.optimizer)
-    wire_state = copy.deepcopy(engine.wire.state_dict())
+    wire_state = engine.wire.state_dict()
     scale_state = components.loss_scale.state_dict() if components.loss_scale else None
     for index in range(num_steps):
         components.step(synthetic_input(config, environment, seed=index), lr=0.0)

@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import scripts.guard  # noqa: F401
@@ -45,8 +44,8 @@ from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.preconditioned import Preconditioned
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
 
+from .learning import add_runs_argument, read_runs
 from .learning import metrics_of as learning_metrics
-from .learning import read_runs
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fp32": {}, "bf16": {}, "int8_ef": {}, "fp8_ef": {}, "topk_ef": {}, "powersgd": {"powersgd_rank": 4}, "onebit": {},
@@ -193,10 +192,7 @@ def ratio(taken: dict[str, list[float]], name: str, baseline: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=whole(1, 10**6), default=15, help="measured rounds (default %(default)s)")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("results/compression/formats"), metavar="FOLDER",
-        help="runs of scripts.benchmarks.compression.learning (default %(default)s)",
-    )  # fmt: skip
+    add_runs_argument(parser)
     add_arguments(parser)
     args = parser.parse_args()
     if args.quick:

@@ -89,6 +89,14 @@ def has_exact_steps(name: str) -> bool:
     return any(setting.startswith("communication.exact_steps") for setting in FORMATS[name])
 
 
+def add_runs_argument(parser: argparse.ArgumentParser) -> None:
+    """`--runs FOLDER`, for programs that go on from the runs of this one."""
+    parser.add_argument(
+        "--runs", type=Path, default=Path("results/compression/formats"), metavar="FOLDER",
+        help="runs of scripts.benchmarks.compression.learning (default %(default)s)",
+    )  # fmt: skip
+
+
 def read_runs(folder: Path) -> list[dict[str, Any]]:
     """The runs that a folder holds; a line that was cut off as the machine went down is left out."""
     path = folder / "runs.jsonl"

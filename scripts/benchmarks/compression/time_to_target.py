@@ -34,7 +34,7 @@ from scripts.programs import ROOT
 
 from ..overlap.__main__ import LINKS
 from ..overlap.hosts import hosts, start_on
-from .learning import BASELINE, CONFIG, EXACT_STEPS, FORMATS, has_exact_steps, metrics_of, read_runs
+from .learning import BASELINE, CONFIG, EXACT_STEPS, FORMATS, add_runs_argument, has_exact_steps, metrics_of, read_runs
 
 _SKIPPED = 4  # log intervals before the first that counts
 _EVERY = 5  # steps of an interval
@@ -90,10 +90,7 @@ def main() -> int:
         "--formats", nargs="+", choices=list(FORMATS), metavar="FORMAT", help="default: those of --runs"
     )
     parser.add_argument("--steps", type=whole(30, 10**6), default=80, help="of a run (default %(default)s)")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("results/compression/formats"), metavar="FOLDER",
-        help="runs of scripts.benchmarks.compression.learning (default %(default)s)",
-    )  # fmt: skip
+    add_runs_argument(parser)
     add_arguments(parser)
     args = parser.parse_args()
     if os.geteuid() != 0:

@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from bert_fast.train.setup.build import pair_with_wire
 from bert_fast.train.step import StepInput, TrainStep
 
 from .report import YARDSTICK
-from .variants import measure_passes
+from .variants import measure_passes, shared_ends, without_engine
 from .waiting import UPDATE_SHARE, Unit, WaitingModel, numel_of, slow_updates, units_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -78,10 +78,10 @@ def work(settings: dict[str, Any]) -> None:
         ends = list(range(1, len(units) + 1))
         if name in _WIDTHS:
             sizes = np.array([unit.numel * _WIDTHS[name] for unit in units[::-1]], dtype=float)
-            ends = _shared(exact_plan(passes.ready_s, sizes, link).ends, len(units))
+            ends = shared_ends(exact_plan(passes.ready_s, sizes, link).ends, len(units))
         instances[name] = _make(name, units, ends)
         instances[f"{name} alone"] = _make(name, instant, ends)
-    alone = _without_communication(units)
+    alone, _ = without_engine(units, as_matrices=True)
     compute: list[float] = []
     for number in range(2 + settings["repeats"]):  # the first makes the state, the second is a format's first
         dist.barrier()
@@ -106,13 +106,6 @@ def work(settings: dict[str, Any]) -> None:
         )  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _shared(ends: Sequence[int], most: int) -> list[int]:
-    """Rank 0's plan, on all ranks."""
-    chosen = torch.tensor([*ends, *[0] * (most - len(ends))])
-    dist.broadcast(chosen, 0)
-    return [end for end in chosen.tolist() if end]
 
 
 def _make(name: str, units: list[Unit], ends: list[int]) -> _Instance:
@@ -166,19 +159,6 @@ def _measure(instance: _Instance, counts: bool) -> None:
 def _sent_on_interface() -> int:
     """Bytes that left this host so far, with headers; what the kernel still holds is not among them."""
     return int(Path("/sys/class/net", os.environ["GLOO_SOCKET_IFNAME"], "statistics/tx_bytes").read_text())
-
-
-def _without_communication(units: list[Unit]) -> Callable[[], None]:
-    model, x = WaitingModel(units, as_matrices=True), torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-3, fused=True)
-    slow_updates(optimizer, sum(u.numel for u in units), UPDATE_SHARE * sum(u.backward_s for u in units))
-
-    def cycle() -> None:
-        optimizer.zero_grad(set_to_none=False)
-        model(x).mlm_sum.backward()
-        optimizer.step()
-
-    return cycle
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, dict[str, float]]:

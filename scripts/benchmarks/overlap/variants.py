@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -137,7 +137,12 @@ def plan_ends(variant: Variant, units: list[Unit], links: Links, scale: float, p
     else:
         width = 0.5 if variant.wire == "bf16" else 1.0
         ends = exact_plan(passes.ready_s, sizes * width, links.all_reduce).ends
-    chosen = torch.tensor([*ends, *[0] * (len(units) - len(ends))])
+    return shared_ends(ends, len(units))
+
+
+def shared_ends(ends: Sequence[int], most: int) -> list[int]:
+    """Rank 0's plan, of at most so many buckets, on all ranks. A collective."""
+    chosen = torch.tensor([*ends, *[0] * (most - len(ends))])
     dist.broadcast(chosen, 0)
     return [end for end in chosen.tolist() if end]
 
@@ -215,9 +220,9 @@ def _plain_ddp(
     return Instance(variant, cycle, None, numel, model=model)
 
 
-def without_engine(units: list[Unit]) -> tuple[Callable[[], None], list[float]]:
+def without_engine(units: list[Unit], as_matrices: bool = False) -> tuple[Callable[[], None], list[float]]:
     """Forward, backward and update of one rank alone, and where its times of backward go."""
-    model = WaitingModel(units)
+    model = WaitingModel(units, as_matrices)
     x = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW(list(model.parameters()), lr=1e-3, fused=True)
     slow_updates(optimizer, sum(unit.numel for unit in units), UPDATE_SHARE * sum(unit.backward_s for unit in units))

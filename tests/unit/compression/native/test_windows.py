@@ -132,6 +132,12 @@ def test_another_residual_is_left_to_torch(settings: dict[str, Any]) -> None:
     assert torch.equal(values, torch.ones(8))
 
 
+def test_values_in_fp32_are_left_to_torch() -> None:
+    """Which would be rounded to bf16."""
+    feedback = ErrorFeedback(8, storage="bf16", may_skip=False)
+    assert not SparseWindow(2, 8, TopK(0.25, 4, torch.float32)).push_largest(torch.ones(8), feedback)
+
+
 def test_what_an_older_file_was_built_to_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     native.library.cache_clear()
     monkeypatch.setattr(native, "_VERSION", -1)

@@ -75,6 +75,21 @@ def test_the_best_points_on_all_seeds_then_the_winners_ablations(tmp_path: Path,
     assert len(runs.configs) == 9, "what is there is not run again"
 
 
+def test_an_ablation_of_each_contestant_that_can_have_it(tmp_path: Path, runs: Runs) -> None:
+    """AdamW has no trust ratio."""
+    changes = {
+        "all_short": {"of": "each", "set": {"schedule.warmup_steps": 1}},
+        "one_ratio": {"of": "each", "set": {"optimizer.trust": "global"}},
+    }
+    study = searched(tmp_path, ablations=changes)
+    assert run_part(study, tmp_path, 0, 1) == []
+    rows = [row for row in read_rows(tmp_path) if row.ablation]
+    assert all(row.outcome is not None for row in rows)
+    assert Counter((row.contestant, row.ablation) for row in rows) == {
+        ("adamw", "all_short"): 3, ("lamb", "all_short"): 3, ("lamb", "one_ratio"): 3,
+    }  # fmt: skip
+
+
 def test_parts_make_the_whole_and_ablations_wait_for_the_winner(tmp_path: Path, runs: Runs) -> None:
     study = searched(tmp_path)
     assert len(run_part(study, tmp_path, 0, 2)) == 3
