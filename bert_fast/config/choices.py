@@ -416,6 +416,35 @@ CLIP_MODES = {
 
 
 @dataclass(frozen=True)
+class RecomputeChoice(Choice):
+    """What a run must know of a way to recompute before it is planned.
+
+    reads_sizes:  whether its plan follows from bytes and seconds of the model's stages, which are measured first
+    of_attention: whether attention alone is computed again, inside of stages that are kept
+    """
+
+    reads_sizes: bool = False
+    of_attention: bool = False
+
+
+# A function (memory.remat.Chain, budget in bytes or None) -> memory.remat.Plan, as bert_fast/memory/modes.py has it. `none`
+# is no entry: everything is kept.
+RECOMPUTE = {
+    "attention": RecomputeChoice(
+        "bert_fast.memory.modes:none", "scores and probabilities of attention, from its operands", of_attention=True
+    ),
+    "layer": RecomputeChoice("bert_fast.memory.modes:layer", "each layer, from its input"),
+    "half_layer": RecomputeChoice("bert_fast.memory.modes:half_layer", "each half of a layer, from its input"),
+    "optimal": RecomputeChoice(
+        "bert_fast.memory.modes:optimal", "runs of half layers, so that the peak is least", reads_sizes=True
+    ),
+    "budget": RecomputeChoice(
+        "bert_fast.memory.modes:budget", "as little as memory.budget_gib allows", reads_sizes=True
+    ),
+}
+
+
+@dataclass(frozen=True)
 class StrategyChoice(Choice):
     """`settings`: fields of `balance` that this strategy reads and not every one does.
 

@@ -168,6 +168,12 @@ RULES = (
         "set train.precision=fp16",
     ),
     Rule(
+        ("memory.budget_gib",),
+        lambda c: c.memory.recompute == "budget",
+        "memory.recompute={c.memory.recompute} is not chosen by a budget",
+        "set memory.recompute=budget",
+    ),
+    Rule(
         ("checkpoint.async_save",),
         lambda c: c.checkpoint.every_steps > 0,
         "checkpoint.every_steps=0 writes a checkpoint only when the run is stopped, and always waits for it",

@@ -25,6 +25,7 @@ from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.effects import idle_settings
 from bert_fast.config.evaluation import EvaluationConfig
+from bert_fast.config.memory import MemoryConfig
 from bert_fast.config.mlperf import MlperfConfig
 from bert_fast.config.model import ModelConfig
 from bert_fast.config.optimizer import OptimizerConfig
@@ -46,6 +47,9 @@ class Config(Section):
     balance: BalanceConfig = Field(default_factory=BalanceConfig, description="which rank gets which sample")
     communication: CommunicationConfig = Field(
         default_factory=CommunicationConfig, description="buckets, clipping and collectives"
+    )
+    memory: MemoryConfig = Field(
+        default_factory=MemoryConfig, description="what a rank keeps in memory, and what it computes again"
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="the update rule")
     schedule: ScheduleConfig = Field(description="the learning rate over steps")
@@ -418,6 +422,29 @@ def _precision_has_its_device(config: Config) -> str | None:
     return f"train.precision={precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
 
 
+def _budget_is_given(config: Config) -> str | None:
+    if config.memory.recompute != "budget" or config.memory.budget_gib is not None:
+        return None
+    return "memory.recompute=budget needs a budget; set memory.budget_gib to the GiB that a rank may take"
+
+
+def _recomputed_stages_run_twice(config: Config) -> str | None:
+    how, dropout = config.memory.recompute, max(config.model.hidden_dropout, config.model.attention_dropout)
+    if how == "none":
+        return None
+    if config.train.precision == "fp8":
+        return (
+            f"memory.recompute={how} with train.precision=fp8: Transformer Engine updates its scales in each forward pass, "
+            "and a layer that runs twice would not compute the same; set memory.recompute=none or train.precision=bf16"
+        )
+    if config.train.cuda_graphs and dropout > 0:
+        return (
+            f"memory.recompute={how} with train.cuda_graphs=true and dropout: a graph cannot put random generators back; set "
+            "memory.recompute=none, train.cuda_graphs=false, or model.hidden_dropout=0 and model.attention_dropout=0"
+        )
+    return None
+
+
 CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _global_batch_is_the_product,
     _samples_per_rank_can_be_planned,
@@ -447,4 +474,6 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _apex_cannot_shard,
     _closed_division_uses_lamb,
     _precision_has_its_device,
+    _budget_is_given,
+    _recomputed_stages_run_twice,
 )

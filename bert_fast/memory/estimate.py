@@ -122,6 +122,27 @@ def estimate(
     return MemoryEstimate(4 * parameters, (4 + kept_bytes) * parameters, state, activations, averages, residuals)
 
 
+def kept_from_step_to_step(config: Config) -> MemoryEstimate:
+    """What a rank holds whatever its batch is: weights, gradients, optimizer, averages, and what was not sent yet.
+
+    Args:
+        config: where the table does not know the optimizer's state, two moments are assumed.
+    """
+    parameters = num_parameters(config.model)
+    shards = config.system.world_size if config.communication.shard_optimizer else 1
+    of_virtual_ranks = 0
+    if config.batch.virtual_ranks > 1:  # the sum over them lies beside the gradients, in the format that is sent
+        of_virtual_ranks = {"fp32": 4, "bf16": 2, "fp16": 2}[config.communication.reduce_dtype]
+    return MemoryEstimate(
+        weights=4 * parameters,
+        gradients=(4 + of_virtual_ranks) * parameters,
+        optimizer=optimizer_bytes(config.model, config.optimizer, shards=shards),
+        activations=0,
+        averages=ceil_div(4 * average_copies(config.averaging) * parameters, shards),
+        residuals=residual_bytes(config),
+    )
+
+
 def average_copies(config: AveragingConfig) -> int:
     """Copies of the weights that the config's average keeps."""
     choice = AVERAGES.get(config.method)

@@ -17,8 +17,8 @@ follows boundary i is
 
 (Hong et al., arXiv 2502.12499: the objective that follows the backward pass). U rises with j, so that only those j count whose
 M is below that of every nearer one; U - x(i) rises as i falls, so that a j whose U has passed the M of the next nearer one
-never counts again: the candidates are a staircase that is taken off at both ends, and all of it is linear in n. In each
-kept segment of one stage, M(i) is max(B(i, i), s(i) + M(i+1)) + x(i) at no time: the fastest plan within a budget (the problem of
+never counts again: the candidates are a staircase that is taken off at both ends, and all of it is linear in n. Where
+stage i is kept, M(i) is x(i) + max(B(i, i), s(i) + M(i+1)), at no time: the fastest plan within a budget (the problem of
 Beaumont et al., arXiv 1911.13214, with one recomputation) is read off the curve of peaks and times.
 """
 
@@ -145,7 +145,7 @@ def keep_all(chain: Chain) -> Plan:
 
 
 def recompute_runs(chain: Chain, ends: Sequence[int], first: int = 0) -> Plan:
-    """Recompute runs of stages that end before the stages `ends`; those before stage `first` and after the last end are kept."""
+    """Recompute runs of stages from stage `first` on, each up to one of `ends`; what is before and after them is kept."""
     kept_before = [Segment(k, k + 1, recompute=False) for k in range(first)]
     runs = [Segment(begin, end, recompute=True) for begin, end in itertools.pairwise([first, *ends])]
     kept = [Segment(k, k + 1, recompute=False) for k in range(ends[-1] if ends else first, len(chain.stages))]
@@ -169,13 +169,15 @@ class _Costs:
 
 
 def least_peak(chain: Chain) -> Plan:
-    """The plan of the least peak, in time linear in the number of stages. Stages after the last cut are kept: that costs no more."""
+    """The plan of the least peak, in time linear in the number of stages. Those after the last cut are kept, at no cost."""
     n, costs = len(chain.stages), _Costs(chain)
     inputs, before, from_start = costs.inputs, costs.before, costs.from_start
     least = [0] * (n + 1)  # M
     end_of = [0] * n
     candidates: deque[int] = deque()  # ends of the segment, the nearest at the left; M falls to the right
-    largest: deque[int] = deque()  # stages whose from_start is above that of all nearer ones, up to the farthest candidate
+    largest: deque[int] = (
+        deque()
+    )  # stages whose from_start is above that of all nearer ones, up to the farthest candidate
     for i in reversed(range(n)):
         while candidates and least[candidates[0]] >= least[i + 1]:
             candidates.popleft()
@@ -243,14 +245,14 @@ def pareto(chain: Chain, max_points: int = 1024) -> list[Plan]:
             times.append(front.times + (time_before[end] - time_before[i]))
             ends.append(np.full(len(front.peaks), end))
             rest.append(np.arange(len(front.peaks)))
-        fronts.append(_best(costs.inputs[i], *map(np.concatenate, (peaks, times, ends, rest)), max_points))
+        columns = [np.concatenate(column) for column in (peaks, times, ends, rest)]
+        fronts.append(_best(costs.inputs[i], columns, max_points))
     return [_follow(chain, fronts, point) for point in range(len(fronts[n].peaks))]
 
 
-def _best(
-    input_bytes: int, peaks: np.ndarray, times: np.ndarray, ends: np.ndarray, rest: np.ndarray, max_points: int
-) -> _Front:
-    """Those that no other one beats."""
+def _best(input_bytes: int, columns: list[np.ndarray], max_points: int) -> _Front:
+    """Those that no other one beats, of columns as `_Front` has them."""
+    peaks, times, ends, rest = columns
     order = np.lexsort((times, peaks))
     best_before = np.minimum.accumulate(np.concatenate([[np.iinfo(np.int64).max], times[order][:-1]]))
     order = order[times[order] < best_before]

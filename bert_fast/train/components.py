@@ -10,6 +10,7 @@ import torch
 
 from bert_fast.communication.bucket_record import BucketRecord
 from bert_fast.communication.engine import Engine
+from bert_fast.memory.recomputation import Recomputation
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.optim.averaging import WeightAverage
 from bert_fast.optim.build import RunOptimizer
@@ -24,6 +25,7 @@ class TrainComponents:
 
     bucket_record: what `communication.bucket_mb: auto` measured and chose; None where the config gives the sizes
     average:       of the weights, to be evaluated in their place; None where nothing is averaged
+    recomputation: what backward computes again; None: nothing
     """
 
     model: BertForPretraining
@@ -33,6 +35,7 @@ class TrainComponents:
     step: Step
     bucket_record: BucketRecord | None = None
     average: WeightAverage | None = None
+    recomputation: Recomputation | None = None
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:

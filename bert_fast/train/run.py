@@ -177,8 +177,11 @@ def _planned_buckets(context: RunContext) -> dict[str, Any] | None:
 def _record_buckets(context: RunContext, components: TrainComponents) -> None:
     """What `bucket_mb: auto` chose, for people as a piece of a config, and what it was measured from."""
     bucket = bucket_note(context.config, components.engine.layout)
-    for note in [*([bucket] if bucket else []), *rank_notes(context.config)]:
-        context.log(note)
+    recomputation = components.recomputation
+    notes = [bucket, *rank_notes(context.config), recomputation.summary() if recomputation else None]
+    for note in notes:
+        if note:
+            context.log(note)
     record = components.bucket_record
     if record is None or not context.environment.is_main:
         return

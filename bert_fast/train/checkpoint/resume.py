@@ -21,7 +21,7 @@ from bert_fast.train.environment import Environment
 # What may differ between the run that wrote a checkpoint and the one that goes on: how fast, where, how long, how watched.
 # Everything else decides which weights come out, and is refused.
 MAY_CHANGE = (
-    "run.*", "system.*", "recovery.*", "mlperf.clear_caches", "model.attention_backend", "model.last_layer",
+    "run.*", "system.*", "recovery.*", "memory.*", "mlperf.clear_caches", "model.attention_backend", "model.last_layer",
     "data.train", "evaluation.data",  # where they lie; what is in them is compared by hash
     "data.allow_shared_text",
     "batch.micro_batch_size", "batch.gradient_accumulation_steps", "batch.shape_multiple",

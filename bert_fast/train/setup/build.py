@@ -45,6 +45,7 @@ from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.rank_optimizer import RankOptimizer
 from bert_fast.train.setup.bucket_sizes import measure_and_plan
 from bert_fast.train.setup.consistency import check_layout, check_parameters
+from bert_fast.train.setup.recomputation import set_up_recomputation
 from bert_fast.train.setup.warmup import synthetic_loss, warm_up
 from bert_fast.train.step import TrainStep
 
@@ -63,8 +64,9 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     if config.train.cuda_graphs:
         check_graphs(config, environment.device, model.backend)
     if config.train.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+        for layer in model.encoder_layers:
+            layer.compile_halves()
+    recomputation = set_up_recomputation(config, environment, model)
     check_parameters([(name, list(p.shape)) for name, p in model.named_parameters()], environment)
     ordering = make_ordering(config, model, _shared_ready_order(config, environment, model))
     ends, record = _bucket_ends(config, environment, model, ordering, planned)
@@ -92,10 +94,10 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     warm_up(config, environment, TrainComponents(model, engine, optimizer, loss_scale, step))
     seed_ranks(config.train.seed, environment)
     if not config.train.cuda_graphs:
-        return TrainComponents(model, engine, optimizer, loss_scale, step, record, average)
+        return TrainComponents(model, engine, optimizer, loss_scale, step, record, average, recomputation)
     tensor_rates(optimizer.optimizer, environment.device)
     graphed = CudaGraphStep(step, config.data.max_seq_len, capture_on_cuda, DeviceTimer())
-    return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average)
+    return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average, recomputation)
 
 
 def pair_with_wire(wire: OneBit, optimizer: RunOptimizer, parameters: list[nn.Parameter]) -> None:

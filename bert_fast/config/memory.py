@@ -1,0 +1,25 @@
+"""What a rank keeps in memory, and what it computes again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from bert_fast.config.choices import RECOMPUTE, one_of
+from bert_fast.config.section import Section
+
+
+class MemoryConfig(Section):
+    """How a rank's memory is spent. Read by the set-up, which plans it; docs/memory.md explains it."""
+
+    recompute: Annotated[str, one_of(RECOMPUTE, also={"none": "nothing: all that backward needs is kept"})] = Field(
+        "none",
+        description="what backward computes again instead of keeping it from the forward pass; losses and gradients are the "
+        "same, bit for bit",
+    )
+    budget_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] | None = Field(
+        None,
+        description="recompute budget: GiB of a rank for weights, gradients, optimizer, communication and activations; on "
+        "CUDA what torch allocates, without the driver's context",
+    )

@@ -1,0 +1,84 @@
+"""Runs the stages of a model by a plan of rematerialization (`memory.remat`), on torch's checkpointing.
+
+What is computed again draws the same random numbers: checkpointing puts torch's generators back, and seeds of our fused dropout
+come from those. Losses and gradients are therefore those of a run that keeps everything, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from bert_fast.memory.remat import Segment
+
+
+class ModelStage(Protocol):
+    """A part of a model from one tensor to the next."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def run(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+
+def _run(stages: Sequence[ModelStage], hidden: torch.Tensor) -> torch.Tensor:
+    for stage in stages:
+        hidden = stage.run(hidden)
+    return hidden
+
+
+class SegmentRunner:
+    """Calls stages by the segments of a plan. Without gradients (evaluation) they are called one after the other.
+
+    Args:
+        segments: of a chain that begins with the stages that are called; later segments (heads, losses) are run by the caller.
+        restore_random: put torch's random generators back before a segment is computed again; False where the stages draw
+            none, as inside a CUDA graph, which cannot read the state of a generator.
+    """
+
+    def __init__(self, segments: Sequence[Segment], *, restore_random: bool = True) -> None:
+        self.segments = tuple(segments)
+        self._restore_random = restore_random
+
+    def __call__(self, stages: Sequence[ModelStage], first: torch.Tensor) -> torch.Tensor:
+        """
+        Raises:
+            ValueError: a segment goes beyond the last stage.
+        """
+        own = [segment for segment in self.segments if segment.begin < len(stages)]
+        if not own or own[-1].end != len(stages):
+            raise ValueError(f"no segment ends with the last of {len(stages)} stages, {stages[-1].name}")
+        hidden = first
+        for segment in own:
+            inside = stages[segment.begin : segment.end]
+            if segment.recompute and torch.is_grad_enabled():
+                hidden = again_in_backward(_run, inside, hidden, restore_random=self._restore_random)
+            else:
+                hidden = _run(inside, hidden)
+        return hidden
+
+
+def again_in_backward(function: Callable[..., torch.Tensor], *args: Any, restore_random: bool = True) -> torch.Tensor:
+    """`function(*args)`, of which backward keeps the arguments alone and computes the rest again."""
+    # `determinism_check` compares shapes of what is saved: cheap, and it notices a function that is not the same twice
+    result: torch.Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=restore_random)
+    return result
+
+
+class RecomputedAttention:
+    """An attention function whose scores and probabilities are computed again in backward: only its operands are kept.
+
+    Source: Korthikanti et al., arXiv 2205.05198 ("selective" recomputation).
+    """
+
+    def __init__(self, attend: Callable[..., torch.Tensor], *, restore_random: bool = True) -> None:
+        self._attend, self._restore_random = attend, restore_random
+
+    def __call__(self, qkv: torch.Tensor, *args: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self._attend(qkv, *args)
+        return again_in_backward(self._attend, qkv, *args, restore_random=self._restore_random)

@@ -1,0 +1,66 @@
+"""`memory.recompute`: the plan of what backward computes again, made before the clock and given to the model."""
+
+from __future__ import annotations
+
+import torch
+
+from bert_fast.config import Config
+from bert_fast.config.choices import RECOMPUTE
+from bert_fast.memory.chain import measure_chain
+from bert_fast.memory.modes import equal_chain
+from bert_fast.memory.recomputation import Recomputation, make_recomputation_plan
+from bert_fast.memory.remat import Chain, Plan, Segment, keep_all, make_plan
+from bert_fast.memory.segments import RecomputedAttention, SegmentRunner
+from bert_fast.model.bert import BertForPretraining
+from bert_fast.train.collectives import broadcast_value
+from bert_fast.train.environment import Environment
+from bert_fast.train.setup.warmup import synthetic_input
+
+
+def set_up_recomputation(config: Config, environment: Environment, model: BertForPretraining) -> Recomputation | None:
+    """Make the plan and let the model run by it; None: everything is kept. A collective: all ranks run rank 0's plan.
+
+    Raises:
+        UserError: no plan fits into the budget.
+    """
+    how = config.memory.recompute
+    if how == "none":
+        return None
+    choice = RECOMPUTE[how]
+    restore_random = not config.train.cuda_graphs  # which has no dropout then, as the config has been checked
+    if choice.of_attention:
+        model.attend = RecomputedAttention(model.attend, restore_random=restore_random)
+        return Recomputation(how, 0, 2 * config.model.num_layers)
+    if choice.reads_sizes:
+        chain = _measure(config, environment, model)
+        plan = broadcast_plan(chain, make_recomputation_plan(config, chain))
+    else:
+        chain = equal_chain(config.model.num_layers)
+        plan = make_recomputation_plan(config, chain)
+    model.run_stages = SegmentRunner(plan.segments, restore_random=restore_random)
+    again = sum(1 for number in plan.recomputed if number)  # without the embeddings
+    if not choice.reads_sizes:
+        return Recomputation(how, again, 2 * config.model.num_layers)
+    share = plan.recompute_s / chain.forward_s if chain.forward_s else 0.0
+    return Recomputation(
+        how, again, 2 * config.model.num_layers, plan.peak_bytes, keep_all(chain).peak_bytes, share
+    )  # fmt: skip
+
+
+def broadcast_plan(chain: Chain, plan: Plan) -> Plan:
+    """Rank 0's plan: seconds are measured, and differ from rank to rank. A collective."""
+    mine = [[segment.begin, segment.end, int(segment.recompute)] for segment in plan.segments]
+    shared = broadcast_value(mine)
+    return make_plan(chain, (Segment(begin, end, bool(again)) for begin, end, again in shared))
+
+
+def _measure(config: Config, environment: Environment, model: BertForPretraining) -> Chain:
+    """The chain of the longest micro-batch that the config allows."""
+    inputs = synthetic_input(config, environment, seed=0)
+    batch = inputs.micro_batches[0]
+    autocast = torch.autocast(
+        environment.device.type, environment.dtype, enabled=environment.autocast, cache_enabled=False
+    )
+    with autocast:
+        stages = model.stages(batch, model.read_rows(batch))
+        return measure_chain(stages, batch.input_ids, lambda hidden: model.losses(hidden, batch).total)
