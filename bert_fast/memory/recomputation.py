@@ -8,7 +8,7 @@ from bert_fast.config import Config
 from bert_fast.config.choices import RECOMPUTE, find
 from bert_fast.errors import UserError
 from bert_fast.memory.estimate import kept_from_step_to_step
-from bert_fast.memory.remat import BudgetTooSmallError, Chain, Plan
+from bert_fast.memory.remat import BudgetTooSmallError, Chain, Plan, keep_all
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -43,6 +43,8 @@ class Recomputation:
 def make_recomputation_plan(config: Config, chain: Chain) -> Plan:
     """The plan of the config for a chain. Raises UserError where the budget is too small for any."""
     how, budget_bytes = config.memory.recompute, None
+    if how == "none":
+        return keep_all(chain)
     if config.memory.budget_gib is not None:
         held = kept_from_step_to_step(config).total
         budget_bytes = int(config.memory.budget_gib * _GIB) - held

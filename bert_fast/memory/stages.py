@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bert_fast.config import ModelConfig
+from bert_fast.config import Config, ModelConfig
+from bert_fast.integers import round_up
 from bert_fast.memory.remat import Chain, Stage
 
 _STATISTICS = 8  # bytes of a row's mean and standard deviation
@@ -26,6 +27,18 @@ class MicroBatch:
     tokens_squared: int
     masked: int
     samples: int
+
+
+def longest_micro_batch(config: Config) -> MicroBatch:
+    """The most that a micro-batch of this config can hold: full samples, up to the token cap if there is one."""
+    longest, samples = config.data.max_seq_len, config.batch.micro_batch_size
+    tokens, most = samples * longest, config.balance.max_tokens
+    if most is not None:
+        tokens = min(tokens, most)
+    rest = tokens % longest
+    rounded = round_up(tokens, config.batch.shape_multiple)
+    masked = max(1, int(config.data.mask_share * tokens))
+    return MicroBatch(rounded, tokens // longest * longest**2 + rest**2, masked, samples)
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class _Parts:
             masks = rows * width if drops else 0
             saved = 2 * middle + 4 * rows * width + masks + _STATISTICS * rows
             at_norm = saved + out + 8 * rows * width
-            at_product = saved - 4 * rows * width + 2 * middle + 2 * out + weight * e
+            at_product = 3 * middle + 2 * out + weight * e
             peak = max(at_norm, at_product)
         if self._casts:
             saved += 2 * weight * e
@@ -148,7 +161,9 @@ class _Parts:
             states += (2 if samples else 1) * width * width * e
         saved = states + table_gradient + 4 * vocabulary
         narrow = table * e if self._casts else 0
-        logits = rows * vocabulary * (8 + 2 * e if self._casts else 8)  # logits, in fp32, their gradient in fp32, and cast
+        logits = (
+            rows * vocabulary * (8 + 2 * e if self._casts else 8)
+        )  # logits, in fp32, their gradient in fp32, and cast
         beside = 2 * masked * width * e + states + 4 * vocabulary + narrow
         of_products = table * 4 + (rows * vocabulary * (2 * e) if self._casts else logits)
         forward = beside + max(logits + (table_gradient if in_chunks else 0), of_products)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ import torch.distributed as dist
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
-from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import Config, OptimizerConfig
 from bert_fast.config.choices import OPTIMIZERS
 from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
-from bert_fast.memory.estimate import MemoryEstimate, average_copies, estimate
-from bert_fast.memory.state import num_parameters, optimizer_state, rank_notes, residual_bytes
+from bert_fast.errors import UserError
+from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
+from bert_fast.memory.recomputation import make_recomputation_plan
+from bert_fast.memory.remat import Chain, Plan, keep_all, least_peak, make_plan
+from bert_fast.memory.stages import Hardware, MicroBatch, longest_micro_batch
+from bert_fast.memory.state import num_parameters, optimizer_state, rank_notes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.model.loss import chunk_rows
 from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.schedule import learning_rate
-from bert_fast.report.console import print_table
+from bert_fast.report.console import print_table, share_bar
 from bert_fast.run_folder import run_folder
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.environment import Environment, pick_device, pick_dtype
@@ -61,6 +65,7 @@ def dry_run(config: Config) -> None:
     lengths, where = _lengths(config)
     planner = make_planner(config, lengths)
     memory, tokens = _memory(config, planner, dtype)
+    most = memory_at_most(config, dtype)
     print_table(
         f"{config.run.name}: dry run",
         [
@@ -74,6 +79,7 @@ def dry_run(config: Config) -> None:
             ),
             ("learning rate", _schedule_text(config)),
             ("memory of a rank", _memory_text(config, memory, tokens)),
+            ("recomputation", _recomputation_text(config, most)),
             ("lengths", where),
             ("plan", _plan_text(config, planner)),
             ("clipping", f"{config.communication.clip}, {len(ordering.groups)} clip groups"),
@@ -81,6 +87,9 @@ def dry_run(config: Config) -> None:
             ("buckets", _bucket_text(config, ordering)),
             *(("note", note) for note in rank_notes(config)),
         ],
+    )
+    print_table(
+        "memory of a rank, MiB: in the first step, and at most by the config", _memory_rows(memory, most.memory)
     )
     print_table("kept from step to step, bytes per parameter", _kept_rows(config, memory))
 
@@ -208,33 +217,76 @@ def _schedule_text(config: Config) -> str:
     return f"{config.optimizer.name}, " + ", ".join(rates)
 
 
+def hardware_of(config: Config, dtype: torch.dtype) -> Hardware:
+    """How the config's device computes the model. Where it is left open, as a GPU does."""
+    device = config.system.device
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    rows = chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda")
+    return Hardware(4 if dtype == torch.float32 else 2, on_cpu, rows)
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """The memory of the longest micro-batch that a config allows, and how it is run.
+
+    too_small: what is wrong with the budget, if no plan keeps to it; the plan is then the one of least peak
+    """
+
+    memory: MemoryEstimate
+    chain: Chain
+    plan: Plan
+    too_small: str | None = None
+
+
+def memory_at_most(config: Config, dtype: torch.dtype) -> PlannedMemory:
+    """Plan `memory.recompute` as the run will, from the model's shape."""
+    hardware = hardware_of(config, dtype)
+    chain = chain_of(config, longest_micro_batch(config), hardware)
+    try:
+        plan, problem = make_recomputation_plan(config, chain), None
+    except UserError as error:
+        plan, problem = least_peak(chain), str(error)
+    return PlannedMemory(estimate(config, chain, plan, on_cpu=hardware.on_cpu), chain, plan, problem)
+
+
 def _memory(config: Config, planner: Planner, dtype: torch.dtype) -> tuple[MemoryEstimate, int]:
     """The estimate for the largest micro-batch of the first step, and its tokens."""
-    plan = planner.plan(0)
-    tokens, squared = int(plan.tokens.max()), int(plan.tokens_squared.max())
-    memory = estimate(
-        config.model,
-        tokens=tokens,
-        tokens_squared=squared,
-        masked=int(config.data.mask_share * tokens),
-        element_bytes=4 if dtype == torch.float32 else 2,
-        keeps_scores=config.system.device == "cpu",
-        logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
-        optimizer=config.optimizer,
-        shards=config.system.world_size if config.communication.shard_optimizer else 1,
-        residuals=residual_bytes(config),
-        average_copies=average_copies(config.averaging),
-        kept_bytes=wire_format(config.communication.reduce_dtype, torch.float32).dtype.itemsize
-        if config.batch.virtual_ranks > 1
-        else 0,
+    plan, hardware = planner.plan(0), hardware_of(config, dtype)
+    tokens = int(plan.tokens.max())
+    batch = MicroBatch(
+        tokens,
+        int(plan.tokens_squared.max()),
+        max(1, int(config.data.mask_share * tokens)),
+        config.batch.micro_batch_size,
     )
-    return memory, tokens
+    chain, how = chain_of(config, batch, hardware), memory_at_most(config, dtype).plan
+    return estimate(config, chain, make_plan(chain, how.segments), on_cpu=hardware.on_cpu), tokens
+
+
+def _memory_rows(first: MemoryEstimate, most: MemoryEstimate) -> list[tuple[str, str]]:
+    rows = [
+        (name, f"{value / 2**20:12,.1f} {most.parts()[name] / 2**20:12,.1f}")
+        for name, value in first.parts().items()
+        if most.parts()[name]
+    ]
+    rows.append(("all", f"{first.total / 2**20:12,.1f} {most.total / 2**20:12,.1f}"))
+    return [*rows, ("", share_bar({name: value for name, value in most.parts().items() if value}))]
+
+
+def _recomputation_text(config: Config, most: PlannedMemory) -> str:
+    """What is computed again, what that saves and costs, and what the least peak would be."""
+    if most.too_small:
+        return most.too_small
+    how, kept, least = config.memory.recompute, keep_all(most.chain), least_peak(most.chain)
+    peak, share = most.plan.peak_bytes / 2**20, 100 * most.plan.recompute_s / most.chain.forward_s
+    text = f"{how}: activations at most {peak:,.0f} MiB"
+    if share:
+        text += f" instead of {kept.peak_bytes / 2**20:,.0f}, for {share:.0f} % of a forward pass by FLOPs"
+    return f"{text}; the least peak is {least.peak_bytes / 2**20:,.0f} MiB (memory.recompute=optimal)"
 
 
 def _memory_text(config: Config, memory: MemoryEstimate, tokens: int) -> str:
-    names = ("weights", "gradients", "optimizer", "averages", "residuals", "activations")
-    parts = ((name, getattr(memory, name)) for name in names)
-    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts if value)
+    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in memory.parts().items() if value)
     bound = "at least" if optimizer_state(config.model, config.optimizer) is None else "about"
     return f"{bound} {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from bert_fast.config import Config
 from bert_fast.config.choices import RECOMPUTE
+from bert_fast.data.batch import Batch
 from bert_fast.memory.chain import measure_chain
 from bert_fast.memory.modes import equal_chain
 from bert_fast.memory.recomputation import Recomputation, make_recomputation_plan
 from bert_fast.memory.remat import Chain, Plan, Segment, keep_all, make_plan
 from bert_fast.memory.segments import RecomputedAttention, SegmentRunner
 from bert_fast.model.bert import BertForPretraining
+from bert_fast.train.batches import batch_of_lengths, to_device
 from bert_fast.train.collectives import broadcast_value
 from bert_fast.train.environment import Environment
-from bert_fast.train.setup.warmup import synthetic_input
 
 
 def set_up_recomputation(config: Config, environment: Environment, model: BertForPretraining) -> Recomputation | None:
@@ -56,11 +58,20 @@ def broadcast_plan(chain: Chain, plan: Plan) -> Plan:
 
 def _measure(config: Config, environment: Environment, model: BertForPretraining) -> Chain:
     """The chain of the longest micro-batch that the config allows."""
-    inputs = synthetic_input(config, environment, seed=0)
-    batch = inputs.micro_batches[0]
+    batch = to_device(_longest_batch(config), environment.device, config.batch.shape_multiple)
     autocast = torch.autocast(
         environment.device.type, environment.dtype, enabled=environment.autocast, cache_enabled=False
     )
     with autocast:
         stages = model.stages(batch, model.read_rows(batch))
         return measure_chain(stages, batch.input_ids, lambda hidden: model.losses(hidden, batch).total)
+
+
+def _longest_batch(config: Config) -> Batch:
+    longest = config.data.max_seq_len
+    tokens, most = config.batch.micro_batch_size * longest, config.balance.max_tokens
+    if most is not None:
+        tokens = min(tokens, most)
+    lengths = [longest] * (tokens // longest) + [rest for rest in (tokens % longest,) if rest]
+    rng = np.random.default_rng(0)
+    return batch_of_lengths(np.array(lengths), config.model.vocab_size, rng, config.data.mask_share)
