@@ -272,19 +272,46 @@ DECAYS = {
 
 @dataclass(frozen=True)
 class EngineChoice(Choice):
-    """`steps_per_bucket`: whether a bucket's weights can be updated while later ones are reduced."""
+    """What a run must know of an engine before it is built.
+
+    steps_per_bucket: whether a bucket's weights can be updated while later ones are reduced
+    needs_group:      whether it needs a process group, also on one rank
+    not_clipped:      why it cannot clip before gradients are reduced; empty: it can
+    shards:           whether each rank has a part of weights, gradients and optimizer state
+    settings:         fields of `communication` that it reads and not every one does
+    """
 
     steps_per_bucket: bool = False
+    needs_group: bool = False
+    not_clipped: str = ""
+    shards: bool = False
+    settings: tuple[str, ...] = ()
 
+
+_BUCKETS = ("bucket_mb",)
 
 # A subclass of bert_fast.communication.engine.Engine. In SHARDED_ENGINES: what takes its place with
 # communication.shard_optimizer, where each rank updates a part of the weights.
 ENGINES = {
     "bucketed": EngineChoice(
-        "bert_fast.communication.reducer:BucketReducer", "our reducer, overlapped with backward", steps_per_bucket=True
+        "bert_fast.communication.reducer:BucketReducer",
+        "our reducer, overlapped with backward",
+        steps_per_bucket=True,
+        settings=_BUCKETS,
     ),
     "ddp": EngineChoice(
-        "bert_fast.communication.ddp:DdpEngine", "torch's DistributedDataParallel with the same clipping"
+        "bert_fast.communication.ddp:DdpEngine",
+        "torch's DistributedDataParallel with the same clipping",
+        needs_group=True,
+        settings=_BUCKETS,
+    ),
+    "fsdp": EngineChoice(
+        "bert_fast.communication.fsdp:FsdpEngine",
+        "torch's fully_shard: weights, gradients and optimizer state in parts",
+        needs_group=True,
+        not_clipped="torch's hooks reduce a gradient before it can be clipped",
+        shards=True,
+        settings=("reshard_after_forward", "shard_within_node"),
     ),
 }
 SHARDED_ENGINES = {

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, OPTIMIZERS, STRATEGIES, WIRE_FORMATS
+from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, ENGINES, OPTIMIZERS, STRATEGIES, WIRE_FORMATS
 
 if TYPE_CHECKING:
     from bert_fast.config.root import Config
@@ -55,6 +55,7 @@ _CHOOSERS: tuple[tuple[str, str, Mapping[str, _ReadsSettings]], ...] = (
     ("schedule", "decay", DECAYS),
     ("averaging", "method", AVERAGES),
     ("communication", "reduce_dtype", WIRE_FORMATS),
+    ("communication", "engine", ENGINES),
 )
 
 

@@ -254,11 +254,48 @@ def _engine_can_shard(config: Config) -> str | None:
 
 
 def _optimizer_can_shard(config: Config) -> str | None:
-    name = config.optimizer.name
+    name, engine = config.optimizer.name, config.communication.engine
     reason = OPTIMIZERS[name].not_sharded
-    if not config.communication.shard_optimizer or not reason:
+    if not reason:
+        return None
+    if ENGINES[engine].shards:
+        return f"communication.engine={engine} with optimizer.name={name}: {reason}; set communication.engine=bucketed"
+    if not config.communication.shard_optimizer:
         return None
     return f"communication.shard_optimizer=true with optimizer.name={name}: {reason}; set communication.shard_optimizer=false"
+
+
+def _engine_can_clip(config: Config) -> str | None:
+    engine, clip = config.communication.engine, config.communication.clip
+    mode, reason = CLIP_MODES[clip], ENGINES[engine].not_clipped
+    if not reason or not mode.bounds_sums:
+        return None
+    able = " or ".join(name for name, each in CLIP_MODES.items() if not each.bounds_sums)
+    return (
+        f"communication.clip={clip} with communication.engine={engine}: {reason}; set communication.clip={able}, or "
+        "communication.engine=bucketed with shard_optimizer=true"
+    )
+
+
+def _sharded_weights_have_their_settings(config: Config) -> str | None:
+    """What torch's hooks, which gather and reduce by themselves, leave room for."""
+    communication = config.communication
+    if not ENGINES[communication.engine].shards:
+        return None
+    engine = f"communication.engine={communication.engine}"
+    if communication.reduce_dtype == "fp16":
+        return (
+            f"communication.reduce_dtype=fp16 with {engine}, which does not scale sums into its range; set bf16 or fp32"
+        )
+    if config.train.compile:
+        return f"train.compile=true with {engine}: compiled halves of a layer do not run its hooks; set train.compile=false"
+    if config.optimizer.use_apex:
+        return (
+            f"optimizer.use_apex=true with {engine}: apex's optimizers need whole tensors; set optimizer.use_apex=false"
+        )
+    if config.train.precision == "fp8":
+        return f"train.precision=fp8 with {engine}: Transformer Engine's layers need whole weights; set train.precision=bf16"
+    return None
 
 
 def _optimizer_can_be_captured(config: Config) -> str | None:
@@ -461,6 +498,8 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _optimizer_can_step_per_bucket,
     _apex_cannot_step_per_bucket,
     _engine_can_shard,
+    _engine_can_clip,
+    _sharded_weights_have_their_settings,
     _optimizer_can_shard,
     _optimizer_can_be_captured,
     _package_optimizer_is_named,

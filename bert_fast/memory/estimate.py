@@ -9,7 +9,7 @@ from bert_fast.config.choices import AVERAGES, RECOMPUTE, WIRE_FORMATS
 from bert_fast.integers import ceil_div
 from bert_fast.memory.remat import Chain, Plan
 from bert_fast.memory.stages import Hardware, MicroBatch, encoder_chain
-from bert_fast.memory.state import num_parameters, optimizer_state, residual_bytes
+from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, residual_bytes
 
 _ASSUMED_VALUES = 2.0  # fp32 numbers for each parameter, of an optimizer whose state depends on its arguments
 _ROUNDING = 256  # bytes that an allocation of CUDA's allocator is too large on average: sizes are multiples of 512
@@ -91,7 +91,7 @@ def chain_of(config: Config, batch: MicroBatch, hardware: Hardware) -> Chain:
 def kept_from_step_to_step(config: Config) -> MemoryEstimate:
     """What a rank holds whatever its batch is. Where the table does not know the optimizer's state, two moments are assumed."""
     parameters, communication = num_parameters(config.model), config.communication
-    shards = config.system.world_size if communication.shard_optimizer else 1
+    shards = num_shards(config)
     on_wire = 0
     if config.system.world_size > 1:
         # Other formats decode into a gradient of a bucket's size while its message is still there
@@ -123,7 +123,7 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
 
     It is below `estimate` on purpose: a model with a lower bound above a machine's memory cannot run there.
     """
-    shards = config.system.world_size if config.communication.shard_optimizer else 1
+    shards = num_shards(config)
     tokens = config.batch.micro_batch_size * config.data.max_seq_len
     tokens += -tokens % config.batch.shape_multiple
     inputs = 3 * 8 * tokens * config.batch.micro_batches_per_step  # tokens, types, positions of the synthetic step

@@ -38,11 +38,12 @@ class SegmentRunner:
         segments: of a chain that begins with the stages that are called; later segments (heads, losses) are run by the caller.
         restore_random: put torch's random generators back before a segment is computed again; False where the stages draw
             none, as inside a CUDA graph, which cannot read the state of a generator.
+        to_the_end: compute all of a segment again, its last operations too, which nothing needs but hooks that wait for them.
     """
 
-    def __init__(self, segments: Sequence[Segment], *, restore_random: bool = True) -> None:
+    def __init__(self, segments: Sequence[Segment], *, restore_random: bool = True, to_the_end: bool = False) -> None:
         self.segments = tuple(segments)
-        self._restore_random = restore_random
+        self._how = {"restore_random": restore_random, "to_the_end": to_the_end}
 
     def __call__(self, stages: Sequence[ModelStage], first: torch.Tensor) -> torch.Tensor:
         """
@@ -56,16 +57,20 @@ class SegmentRunner:
         for segment in own:
             inside = stages[segment.begin : segment.end]
             if segment.recompute and torch.is_grad_enabled():
-                hidden = again_in_backward(_run, inside, hidden, restore_random=self._restore_random)
+                hidden = again_in_backward(_run, inside, hidden, **self._how)
             else:
                 hidden = _run(inside, hidden)
         return hidden
 
 
-def again_in_backward(function: Callable[..., torch.Tensor], *args: Any, restore_random: bool = True) -> torch.Tensor:
+def again_in_backward(
+    function: Callable[..., torch.Tensor], *args: Any, restore_random: bool = True, to_the_end: bool = False
+) -> torch.Tensor:
     """`function(*args)`, of which backward keeps the arguments alone and computes the rest again."""
     # `determinism_check` compares shapes of what is saved: cheap, and it notices a function that is not the same twice
-    result: torch.Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=restore_random)
+    result: torch.Tensor = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=restore_random, early_stop=not to_the_end
+    )
     return result
 
 

@@ -12,7 +12,7 @@ from bert_fast.compression.error_feedback import ErrorFeedback
 from bert_fast.compression.lowrank import has_smaller_factors
 from bert_fast.compression.topk import TopK
 from bert_fast.config import Config, ModelConfig, OptimizerConfig
-from bert_fast.config.choices import OPTIMIZERS, WIRE_FORMATS, WindowOfGradients
+from bert_fast.config.choices import ENGINES, OPTIMIZERS, WIRE_FORMATS, WindowOfGradients
 from bert_fast.integers import ceil_div
 
 _SPARSE_BYTES = 4  # of an entry: a place of 16 bits, and bf16
@@ -59,6 +59,14 @@ def num_matrix_parameters(config: ModelConfig) -> int:
     """Of them, those in the encoder's matrices: its projections without their biases."""
     layers = (group for group in parameter_groups(config) if group.name.startswith("layers"))
     return sum(rows * columns for group in layers for rows, columns in group.matrices)
+
+
+def num_shards(config: Config) -> int:
+    """Ranks over which an optimizer's state is divided."""
+    communication, system = config.communication, config.system
+    if ENGINES[communication.engine].shards:
+        return system.node_size if communication.shard_within_node else system.world_size
+    return system.world_size if communication.shard_optimizer else 1
 
 
 def rank_notes(config: Config) -> list[str]:

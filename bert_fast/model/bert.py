@@ -233,6 +233,13 @@ class BertForPretraining(nn.Module):
         """The layers, from first to last."""
         return [layer for layer in self.layers if isinstance(layer, EncoderLayer)]
 
+    def sharding_units(self) -> list[list[nn.Module]]:
+        """Modules whose weights are needed together, in the order of forward: each half of a layer. Not the tied ends."""
+        units: list[list[nn.Module]] = []
+        for layer in self.encoder_layers:
+            units += [[layer.qkv, layer.attention_out, layer.attention_norm], [layer.up, layer.down, layer.output_norm]]
+        return units
+
     def _embed(self, batch: BertInput) -> torch.Tensor:
         hidden_TD = self.embeddings(batch)
         device = hidden_TD.device.type

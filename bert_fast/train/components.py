@@ -37,6 +37,17 @@ class TrainComponents:
     average: WeightAverage | None = None
     recomputation: Recomputation | None = None
 
+    def whole_model(self) -> BertForPretraining:
+        """The model with all weights on this rank. A collective where they are in parts."""
+        if self.engine.holds_all_weights:
+            return self.model
+        weights = self.engine.whole_weights()
+        device = next(iter(weights.values())).device
+        with torch.device("meta"):
+            model = BertForPretraining(self.model.config, self.model.backend)
+        model.to_empty(device=device).load_state_dict(weights)
+        return model
+
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
         """Inside, the model has the weights that are evaluated and exported; afterwards the trained ones, bit for bit.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from bert_fast.allocator import keep_freed_memory
 from bert_fast.config import Config
+from bert_fast.config.choices import ENGINES
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.hardware import cpu_has_bf16, cpu_name
 from bert_fast.launch.binding import bind, is_bound_by_slurm
@@ -102,7 +103,7 @@ def join(config: Config) -> Environment:
 def needs_process_group(config: Config) -> bool:
     """Whether collectives are really called. One rank needs none, but a backend that is asked for by name is used."""
     communication = config.communication
-    return config.system.world_size > 1 or communication.engine == "ddp" or communication.backend != "auto"
+    return config.system.world_size > 1 or ENGINES[communication.engine].needs_group or communication.backend != "auto"
 
 
 def _init_process_group(config: Config, device: torch.device, rank: int, world: int) -> None:

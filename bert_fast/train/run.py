@@ -326,5 +326,6 @@ def _end_log(context: RunContext, summary: RunSummary) -> None:
     if context.config.checkpoint.save_final_model:
         components, manifest = summary.prepared.components, summary.data.store.manifest
         with components.evaluated_weights():  # entering it takes all ranks
+            model = components.whole_model()
             if context.environment.is_main:
-                export_model(components.model, context.config, manifest, context.folder / MODEL, context.log)
+                export_model(model, context.config, manifest, context.folder / MODEL, context.log)

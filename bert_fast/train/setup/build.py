@@ -27,6 +27,7 @@ from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, OPTIMIZERS
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
 from bert_fast.memory.estimate import least_bytes, optimizer_bytes
+from bert_fast.memory.state import num_shards
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.model.checkpoints import load_pretrained
@@ -153,8 +154,7 @@ def check_memory(config: Config, device: torch.device) -> None:
     needed = ranks * least_bytes(config)
     if needed > there:
         shape = config.model
-        shards = config.system.world_size if config.communication.shard_optimizer else 1
-        state = optimizer_bytes(shape, config.optimizer, unknown=0.0, shards=shards)
+        state = optimizer_bytes(shape, config.optimizer, unknown=0.0, shards=num_shards(config))
         window = OPTIMIZERS[config.optimizer.name].window
         if window is not None and 2 * state > least_bytes(config):
             rows = config.optimizer.window or window.rows
@@ -227,8 +227,15 @@ def make_engine(config: Config, environment: Environment, model: nn.Module, layo
             "auto"
         )
     wire = make_wire(config, environment, next(model.parameters()).dtype)
+    given: dict[str, Any] = {}
+    if ENGINES[communication.engine].shards:
+        given = {
+            "reshard_after_forward": communication.reshard_after_forward,
+            "within_node": communication.shard_within_node,
+            "ranks_per_node": config.system.node_size,
+        }
     engine: Engine = find(table, communication.engine)(
-        model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire
+        model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire, **given
     )
     if virtual_ranks > 1:
         if not wire.is_cast:

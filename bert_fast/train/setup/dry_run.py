@@ -15,7 +15,7 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.config import Config, OptimizerConfig
-from bert_fast.config.choices import OPTIMIZERS
+from bert_fast.config.choices import ENGINES, OPTIMIZERS
 from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
@@ -23,7 +23,7 @@ from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
 from bert_fast.memory.recomputation import make_recomputation_plan
 from bert_fast.memory.remat import Chain, Plan, keep_all, least_peak, make_plan
 from bert_fast.memory.stages import Hardware, MicroBatch, longest_micro_batch
-from bert_fast.memory.state import num_parameters, optimizer_state, rank_notes
+from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, rank_notes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.model.loss import chunk_rows
@@ -96,9 +96,8 @@ def dry_run(config: Config) -> None:
 
 def _kept_rows(config: Config, memory: MemoryEstimate) -> list[tuple[str, str]]:
     """Bytes for each parameter of what a rank keeps from step to step; of windows of gradients, beside those of other sizes."""
-    count, shards = num_parameters(config.model), 1
-    if config.communication.shard_optimizer:
-        shards = config.system.world_size
+    count = num_parameters(config.model)
+    shards = num_shards(config)
 
     def row(name: str, num_bytes: float) -> tuple[str, str]:
         return name, f"{num_bytes / count:8.2f} {num_bytes / 2**20:12,.1f} MiB"
@@ -128,8 +127,8 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
 
     Nothing is computed and nothing is sent; what does not fit together (layout, engine, optimizer) fails here.
     """
-    if config.communication.engine == "ddp":
-        return "none: torch's DistributedDataParallel wants a device"
+    if ENGINES[config.communication.engine].needs_group:
+        return f"none: engine {config.communication.engine} wants a device"
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     meta, world = torch.device("meta"), config.system.world_size

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bert_fast.config import Config
-from bert_fast.config.choices import RECOMPUTE
+from bert_fast.config.choices import ENGINES, RECOMPUTE
 from bert_fast.data.batch import Batch
 from bert_fast.memory.chain import measure_chain
 from bert_fast.memory.modes import equal_chain
@@ -39,7 +39,8 @@ def set_up_recomputation(config: Config, environment: Environment, model: BertFo
     else:
         chain = equal_chain(config.model.num_layers)
         plan = make_recomputation_plan(config, chain)
-    model.run_stages = SegmentRunner(plan.segments, restore_random=restore_random)
+    gathers = ENGINES[config.communication.engine].shards  # whose hooks count the modules of a unit that have run
+    model.run_stages = SegmentRunner(plan.segments, restore_random=restore_random, to_the_end=gathers)
     again = sum(1 for number in plan.recomputed if number)  # without the embeddings
     if not choice.reads_sizes:
         return Recomputation(how, again, 2 * config.model.num_layers)
