@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bert_fast.communication.buckets import GradientLayout
@@ -36,6 +36,7 @@ class FsdpEngine(Engine):
         clip: `none` or `global_after_reduce`.
         wire: `fp32` or `bf16`, in which gradients are reduced.
         ranks_per_node: with `within_node`, the ranks that share the parts; nodes then hold copies and average their gradients.
+        on_host: keep the parts in pinned memory of the host; needs a process group for its tensors too (cpu:gloo,cuda:nccl).
         reshard_after_forward: let go of a unit's weights after its forward pass, and gather them again for backward (ZeRO-3).
     """
 
@@ -50,6 +51,7 @@ class FsdpEngine(Engine):
         ranks_per_node: int,
         within_node: bool,
         reshard_after_forward: bool,
+        on_host: bool = False,
     ) -> None:
         self.layout, self.wire, self._mode, self._max_norm = layout, wire, CLIP_MODES[clip], max_norm
         self._world = dist.get_world_size()
@@ -59,7 +61,7 @@ class FsdpEngine(Engine):
         self._shards = mesh.get_group(mesh.ndim - 1)
         self._is_first_copy = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         self._reshards = reshard_after_forward
-        shard_units(model, mesh, wire.dtype, reshard_after_forward)
+        shard_units(model, mesh, wire.dtype, reshard_after_forward, on_host)
         self.module = model
         self._parameters: list[DTensor] = []
         self._updated: list[UpdatedSlice] = []
@@ -112,6 +114,7 @@ class FsdpEngine(Engine):
         assert update is None, "enable_nonfinite_flag() has refused this"
         start = time.perf_counter()
         unscale = None if self._scale is None else 1.0 / self._scale
+        gradients: list[torch.Tensor] = []
         squares = torch.zeros((), dtype=torch.float32, device=self._parameters[0].device)
         for each in self._updated:
             gradient = self._parameters[each.index].grad
@@ -122,13 +125,14 @@ class FsdpEngine(Engine):
             if unscale is not None:
                 local.mul_(unscale)
             each.parameter.grad = local
+            gradients.append(local)
             squares += torch.linalg.vector_norm(local, dtype=torch.float32) ** 2
         dist.all_reduce(squares, group=self._shards)
         norm = squares.sqrt()
         if self._mode.after_reduce:
             value = coefficient(norm, self._max_norm)
             self.clip_statistics.add(0, value)
-            torch._foreach_mul_([each.parameter.grad for each in self._updated], value)
+            torch._foreach_mul_(gradients, value)
         self.clip_statistics.end_step()
         self.exposed_s = time.perf_counter() - start  # torch's hooks wait inside forward and backward
         return norm
@@ -163,14 +167,19 @@ def _mesh(device: torch.device, world: int, shards: int) -> DeviceMesh:
     return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def shard_units(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def shard_units(
+    model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, reshard_after_forward: bool, on_host: bool
+) -> None:
     """Shard each of the model's units, and what is left as one."""
+    offload = CPUOffloadPolicy() if on_host else OffloadPolicy()
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     units: Sequence[list[nn.Module]] = model.sharding_units()  # type: ignore[operator]
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward
+        )
     # Embeddings and heads share a table, which is there from the first stage to the last
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
 
 
 def _first_element(parameter: DTensor, rank: int, world: int) -> int:

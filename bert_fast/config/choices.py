@@ -77,7 +77,7 @@ OPTIMIZERS = {
     "adamw": OptimizerChoice(
         "bert_fast.optim.adamw:build",
         "torch's fused AdamW",
-        settings=(*_ADAM, "use_apex"),
+        settings=(*_ADAM, "use_apex", "state_dtype", "state_on_host"),
         source="Loshchilov and Hutter, arXiv 1711.05101",
     ),
     "adam": OptimizerChoice(

@@ -169,6 +169,12 @@ RULES = (
         "set train.precision=fp16",
     ),
     Rule(
+        ("memory.offload_weights",),
+        lambda c: ENGINES[c.communication.engine].shards,
+        "communication.engine={c.communication.engine} needs all weights on the device",
+        "set communication.engine=fsdp",
+    ),
+    Rule(
         ("memory.budget_gib",),
         lambda c: c.memory.recompute == "budget",
         "memory.recompute={c.memory.recompute} is not chosen by a budget",

@@ -18,6 +18,15 @@ class MemoryConfig(Section):
         description="what backward computes again instead of keeping it from the forward pass; losses and gradients are the "
         "same, bit for bit",
     )
+    offload_activations: bool = Field(
+        False,
+        description="CUDA: keep what backward needs in the host's pinned memory, and bring it back when backward gets there",
+    )
+    offload_weights: bool = Field(
+        False,
+        description="CUDA, engine fsdp: keep the parts of weights, gradients and optimizer state in the host's pinned memory, "
+        "where they are updated",
+    )
     budget_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] | None = Field(
         None,
         description="recompute budget: GiB of a rank for weights, gradients, optimizer, communication and activations; on "

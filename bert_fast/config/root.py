@@ -459,6 +459,48 @@ def _precision_has_its_device(config: Config) -> str | None:
     return f"train.precision={precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
 
 
+def _moments_have_one_form(config: Config) -> str | None:
+    optimizer = config.optimizer
+    if optimizer.state_dtype == "fp32" and not optimizer.state_on_host:
+        return None
+    what = (
+        "optimizer.state_on_host=true" if optimizer.state_on_host else f"optimizer.state_dtype={optimizer.state_dtype}"
+    )
+    if optimizer.use_apex:
+        return f"{what} with optimizer.use_apex=true, whose moments are in fp32 on the device; set one of them"
+    if config.train.cuda_graphs:
+        return f"{what} with train.cuda_graphs=true: a graph cannot hold its step; set train.cuda_graphs=false"
+    if optimizer.state_on_host and config.memory.offload_weights:
+        return f"{what} with memory.offload_weights=true, which keeps all of them on the host already; set one of them"
+    return None
+
+
+def _offloading_has_a_device(config: Config) -> str | None:
+    """Where the device is named; one that is found (`auto`) is checked when it is."""
+    return offloads_nothing(config, config.system.device)
+
+
+def offloads_nothing(config: Config, device: str) -> str | None:
+    """What would be offloaded on this type of device, where all is in the host's memory already."""
+    settings = {
+        "memory.offload_activations": config.memory.offload_activations,
+        "memory.offload_weights": config.memory.offload_weights,
+        "optimizer.state_on_host": config.optimizer.state_on_host,
+    }
+    on = [name for name, value in settings.items() if value]
+    if device != "cpu" or not on:
+        return None
+    return f"{on[0]}=true on a CPU, where everything is in the host's memory already; set {on[0]}=false"
+
+
+def _activations_can_be_offloaded(config: Config) -> str | None:
+    if not config.memory.offload_activations:
+        return None
+    if config.train.cuda_graphs:
+        return "memory.offload_activations=true with train.cuda_graphs=true: a graph cannot wait for the host; set one of them"
+    return None
+
+
 def _budget_is_given(config: Config) -> str | None:
     if config.memory.recompute != "budget" or config.memory.budget_gib is not None:
         return None
@@ -513,6 +555,9 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _apex_cannot_shard,
     _closed_division_uses_lamb,
     _precision_has_its_device,
+    _moments_have_one_form,
+    _offloading_has_a_device,
+    _activations_can_be_offloaded,
     _budget_is_given,
     _recomputed_stages_run_twice,
 )

@@ -7,11 +7,13 @@ come from those. Losses and gradients are therefore those of a run that keeps ev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from bert_fast.errors import UserError
 from bert_fast.memory.remat import Segment
 
 
@@ -38,11 +40,20 @@ class SegmentRunner:
         segments: of a chain that begins with the stages that are called; later segments (heads, losses) are run by the caller.
         restore_random: put torch's random generators back before a segment is computed again; False where the stages draw
             none, as inside a CUDA graph, which cannot read the state of a generator.
+        on_host: keep what autograd saves in pinned memory of the host, and bring it back in backward.
         to_the_end: compute all of a segment again, its last operations too, which nothing needs but hooks that wait for them.
     """
 
-    def __init__(self, segments: Sequence[Segment], *, restore_random: bool = True, to_the_end: bool = False) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        restore_random: bool = True,
+        on_host: bool = False,
+        to_the_end: bool = False,
+    ) -> None:
         self.segments = tuple(segments)
+        self._on_host = on_host
         self._how = {"restore_random": restore_random, "to_the_end": to_the_end}
 
     def __call__(self, stages: Sequence[ModelStage], first: torch.Tensor) -> torch.Tensor:
@@ -53,14 +64,48 @@ class SegmentRunner:
         own = [segment for segment in self.segments if segment.begin < len(stages)]
         if not own or own[-1].end != len(stages):
             raise ValueError(f"no segment ends with the last of {len(stages)} stages, {stages[-1].name}")
-        hidden = first
-        for segment in own:
+        if not torch.is_grad_enabled():
+            return _run(stages, first)
+        with SavedOnHost(pin_memory=first.is_cuda) if self._on_host else nullcontext():
+            return self._run_segments(own, stages, first)
+
+    def _run_segments(
+        self, segments: Sequence[Segment], stages: Sequence[ModelStage], hidden: torch.Tensor
+    ) -> torch.Tensor:
+        for segment in segments:
             inside = stages[segment.begin : segment.end]
-            if segment.recompute and torch.is_grad_enabled():
+            if segment.recompute:
                 hidden = again_in_backward(_run, inside, hidden, **self._how)
             else:
                 hidden = _run(inside, hidden)
         return hidden
+
+
+class SavedOnHost(torch.autograd.graph.saved_tensors_hooks):
+    """As torch's save_on_cpu, but for parameters, which are on the device anyway."""
+
+    def __init__(self, *, pin_memory: bool) -> None:
+        def pack(tensor: torch.Tensor) -> Any:
+            if isinstance(tensor, torch.nn.Parameter):
+                return tensor
+            try:
+                kept = torch.empty_like(tensor, device="cpu", pin_memory=pin_memory)
+            except RuntimeError as error:
+                raise UserError(
+                    f"memory.offload_activations=true: the host has no pinned memory for them "
+                    f"({str(error).splitlines()[0][:100]}); raise the limit of locked memory (ulimit -l), or set "
+                    "memory.recompute=optimal instead"
+                ) from None
+            return tensor.device, kept.copy_(tensor, non_blocking=pin_memory)
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            device, kept = packed
+            back: torch.Tensor = kept.to(device, non_blocking=pin_memory) if pin_memory else kept.clone()
+            return back
+
+        super().__init__(pack, unpack)
 
 
 def again_in_backward(

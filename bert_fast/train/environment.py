@@ -107,13 +107,15 @@ def needs_process_group(config: Config) -> bool:
 
 
 def _init_process_group(config: Config, device: torch.device, rank: int, world: int) -> None:
-    backend = config.communication.backend
+    backend: str = config.communication.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if config.memory.offload_weights and device.type == "cuda":  # their parts are reduced on the host too
+            backend = "cpu:gloo,cuda:nccl"
     timeout = datetime.timedelta(seconds=config.communication.timeout_s)
     store = meet(rank, world, config.communication.timeout_s, lambda line: print(line, flush=True))
     try:
-        device_id = device if backend == "nccl" else None
+        device_id = device if "nccl" in backend else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         text = str(error).splitlines()[0]

@@ -24,6 +24,7 @@ from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_for
 from bert_fast.communication.zero_one import ZeroOne
 from bert_fast.config import Config
 from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, OPTIMIZERS, SHARDED_ENGINES, WIRE_FORMATS, find
+from bert_fast.config.root import offloads_nothing
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
 from bert_fast.memory.estimate import least_bytes, optimizer_bytes
@@ -130,6 +131,9 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
     Raises:
         UserError: it cannot fit the device's memory, or its checkpoint does not fit it.
     """
+    problem = offloads_nothing(config, environment.device.type)
+    if problem is not None:
+        raise UserError(problem)
     check_memory(config, environment.device)
     shape = config.model
     backend = choose_backend(shape.attention_backend, environment.device, environment.dtype, shape.attention_dropout)
@@ -233,6 +237,7 @@ def make_engine(config: Config, environment: Environment, model: nn.Module, layo
             "reshard_after_forward": communication.reshard_after_forward,
             "within_node": communication.shard_within_node,
             "ranks_per_node": config.system.node_size,
+            "on_host": config.memory.offload_weights,
         }
     engine: Engine = find(table, communication.engine)(
         model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire, **given

@@ -25,7 +25,9 @@ def set_up_recomputation(config: Config, environment: Environment, model: BertFo
     Raises:
         UserError: no plan fits into the budget.
     """
-    how = config.memory.recompute
+    how, on_host = config.memory.recompute, config.memory.offload_activations
+    if on_host:
+        model.run_stages = SegmentRunner(keep_all(equal_chain(config.model.num_layers)).segments, on_host=True)
     if how == "none":
         return None
     choice = RECOMPUTE[how]
@@ -40,7 +42,7 @@ def set_up_recomputation(config: Config, environment: Environment, model: BertFo
         chain = equal_chain(config.model.num_layers)
         plan = make_recomputation_plan(config, chain)
     gathers = ENGINES[config.communication.engine].shards  # whose hooks count the modules of a unit that have run
-    model.run_stages = SegmentRunner(plan.segments, restore_random=restore_random, to_the_end=gathers)
+    model.run_stages = SegmentRunner(plan.segments, restore_random=restore_random, on_host=on_host, to_the_end=gathers)
     again = sum(1 for number in plan.recomputed if number)  # without the embeddings
     if not choice.reads_sizes:
         return Recomputation(how, again, 2 * config.model.num_layers)

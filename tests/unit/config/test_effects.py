@@ -51,6 +51,9 @@ CASES = [
     ("communication.var_update_scaler=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
     ("communication.local_step_scaler=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
     ("communication.local_step_clipper=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
+    ("memory.offload_weights=true", [*FSDP, "system.device=auto"], ["system.device=auto"], "needs all weights on the device"),
+    ("optimizer.state_dtype=int8", [], [LAMB], "optimizer.name=lamb does not read it"),
+    ("optimizer.state_on_host=true", ["system.device=auto"], [LAMB, "system.device=auto"], "name=lamb does not read it"),
     ("memory.budget_gib=8", ["memory.recompute=budget"], ["memory.recompute=optimal"], "is not chosen by a budget"),
     ("schedule.warmup_steps=4", ["schedule.start_warmup_step=-2"], ["schedule.start_warmup_step=-3"], "warm-up is over"),
     ("schedule.warmup_steps=3", [REFERENCE, "schedule.start_warmup_step=-2"],
@@ -122,7 +125,7 @@ ALWAYS = {
     "balance": ["strategy", "cost", "prefetch"],
     # At one rank some have nothing to do, but the number of ranks is no reason to refuse a config
     "communication": ["engine", "clip", "shard_optimizer", "reduce_dtype", "backend", "timeout_s"],
-    "memory": ["recompute"],
+    "memory": ["recompute", "offload_activations"],
     "optimizer": ["name", "lr", "weight_decay", "step_per_bucket"],
     "schedule": ["total_steps", "decay"],
     "train": [

@@ -9,7 +9,7 @@ import torch
 from support.steps import PlannedSteps, weights_of
 
 from bert_fast.config import Config
-from bert_fast.config.choices import RECOMPUTE
+from bert_fast.config.choices import RECOMPUTE, find
 from bert_fast.errors import UserError
 from bert_fast.memory.chain import measure_chain
 from bert_fast.memory.estimate import kept_from_step_to_step
@@ -148,6 +148,39 @@ def test_measuring_leaves_no_trace(make_config: Callable[..., Config], environme
     )
     grown = sum(stage.gradient_bytes for stage in growing.stages)
     assert grown == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["none", "layer"])
+def test_what_is_saved_on_the_host_changes_nothing(
+    how: str, make_config: Callable[..., Config], environment: Environment
+) -> None:
+    """The runner by itself, as a run refuses it on a CPU."""
+    config, gradients = make_config(*DROPOUT, *settings(how)), []
+    for on_host in (False, True):
+        model = build_model(config, environment)
+        if on_host:
+            chain = equal_chain(config.model.num_layers)
+            plan = keep_all(chain) if how == "none" else find(RECOMPUTE, how)(chain, None)
+            model.run_stages = SegmentRunner(plan.segments, on_host=True)
+        torch.manual_seed(0)
+        model(PlannedSteps(config).input(0).micro_batches[0]).total.backward()
+        gradients.append(torch.cat([p.grad.ravel() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    "setting", ["memory.offload_activations=true", "optimizer.state_on_host=true", "memory.offload_weights=true"]
+)
+def test_on_a_cpu_nothing_is_offloaded(
+    setting: str, make_config: Callable[..., Config], environment: Environment
+) -> None:
+    """Where the device is named, and where it is found."""
+    others = ["communication.engine=fsdp", "communication.clip=none"] if "weights" in setting else []
+    said = f"{setting} on a CPU, where everything is in the host's memory already; set"
+    with pytest.raises(UserError, match=said):
+        make_config(setting, "system.device=cpu", *others)
+    with pytest.raises(UserError, match=said):
+        build_model(make_config(setting, "system.device=auto", *others), environment)
 
 
 def test_a_runner_needs_a_segment_that_ends_where_the_stages_do() -> None:
