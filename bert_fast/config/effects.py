@@ -176,9 +176,9 @@ RULES = (
     ),
     Rule(
         ("memory.budget_gib",),
-        lambda c: c.memory.recompute == "budget",
+        lambda c: c.memory.recompute in ("none", "budget"),
         "memory.recompute={c.memory.recompute} is not chosen by a budget",
-        "set memory.recompute=budget",
+        "set memory.recompute=none, for all to be chosen, or budget, for recomputation alone",
     ),
     Rule(
         ("checkpoint.async_save",),

@@ -29,6 +29,7 @@ class MemoryConfig(Section):
     )
     budget_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)] | None = Field(
         None,
-        description="recompute budget: GiB of a rank for weights, gradients, optimizer, communication and activations; on "
-        "CUDA what torch allocates, without the driver's context",
+        description="GiB of a rank for weights, gradients, optimizer, communication and activations; on CUDA what torch "
+        "allocates, without the driver's context. With recompute none the fastest micro-batch, accumulation, recomputation, "
+        "sharding and offloading within it are chosen before the run; with recompute budget recomputation alone",
     )

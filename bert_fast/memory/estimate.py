@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from bert_fast.config import AveragingConfig, Config, ModelConfig, OptimizerConfig
-from bert_fast.config.choices import AVERAGES, RECOMPUTE, WIRE_FORMATS
+from bert_fast.config.choices import AVERAGES, ENGINES, RECOMPUTE, WIRE_FORMATS
 from bert_fast.integers import ceil_div
 from bert_fast.memory.remat import Chain, Plan
 from bert_fast.memory.stages import Hardware, MicroBatch, encoder_chain
-from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, residual_bytes
+from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, parameter_groups, residual_bytes
 
 _ASSUMED_VALUES = 2.0  # fp32 numbers for each parameter, of an optimizer whose state depends on its arguments
 _ROUNDING = 256  # bytes that an allocation of CUDA's allocator is too large on average: sizes are multiples of 512
@@ -78,7 +78,10 @@ def estimate(config: Config, chain: Chain, plan: Plan, *, on_cpu: bool) -> Memor
     num_tensors = 16 * config.model.num_layers + 12
     # Weight, gradient and two moments of each tensor, and some ten tensors that each stage keeps
     allocations = 4 * num_tensors + 10 * len(chain.stages)
-    return replace(held, activations=plan.peak_bytes, rounding=0 if on_cpu else _ROUNDING * allocations)
+    activations = plan.peak_bytes
+    if config.memory.offload_activations:  # what is kept is on the host, and comes back stage by stage
+        activations = max(s.output_bytes + s.saved_bytes + s.temporary_bytes for s in chain.stages)
+    return replace(held, activations=activations, rounding=0 if on_cpu else _ROUNDING * allocations)
 
 
 def chain_of(config: Config, batch: MicroBatch, hardware: Hardware) -> Chain:
@@ -91,22 +94,43 @@ def chain_of(config: Config, batch: MicroBatch, hardware: Hardware) -> Chain:
 def kept_from_step_to_step(config: Config) -> MemoryEstimate:
     """What a rank holds whatever its batch is. Where the table does not know the optimizer's state, two moments are assumed."""
     parameters, communication = num_parameters(config.model), config.communication
-    shards = num_shards(config)
-    on_wire = 0
+    shards, on_wire = num_shards(config), 0
     if config.system.world_size > 1:
         # Other formats decode into a gradient of a bucket's size while its message is still there
         on_wire = _CAST_BYTES.get(communication.reduce_dtype, 4)
-    # The sum over virtual ranks lies beside the gradients, in the format that is sent
-    of_virtual_ranks = 0
-    if config.batch.virtual_ranks > 1 and WIRE_FORMATS[communication.reduce_dtype].is_cast:
-        of_virtual_ranks = _CAST_BYTES[communication.reduce_dtype] or 4
-    return MemoryEstimate(
+    held = MemoryEstimate(
         weights=4 * parameters,
-        gradients=(4 + of_virtual_ranks) * parameters,
+        gradients=4 * parameters,
         optimizer=optimizer_bytes(config.model, config.optimizer, shards=shards),
         averages=ceil_div(4 * average_copies(config.averaging) * parameters, shards),
         residuals=residual_bytes(config),
         communication=on_wire * parameters,
+    )
+    if ENGINES[communication.engine].shards:
+        return _in_parts(config, held, shards)
+    if config.batch.virtual_ranks > 1 and WIRE_FORMATS[communication.reduce_dtype].is_cast:
+        # The sum over virtual ranks lies beside the gradients, in the format that is sent
+        return replace(held, gradients=held.gradients + (_CAST_BYTES[communication.reduce_dtype] or 4) * parameters)
+    return held
+
+
+def _in_parts(config: Config, held: MemoryEstimate, shards: int) -> MemoryEstimate:
+    """Where weights and gradients are in parts, and a unit's whole ones are there while it runs (`communication.fsdp`)."""
+    parameters, groups = num_parameters(config.model), list(parameter_groups(config.model))
+    tied = sum(group.numel for group in groups if not group.name.startswith("layers"))
+    layer = max(group.numel for group in groups if group.name.startswith("layers"))
+    unit = max(2 * layer // 3, 1)  # the feed-forward half, nearly
+    # The tied ends from the first stage to the last, two units on the way; or, if they are kept, all
+    gathered = tied + 2 * unit if config.communication.reshard_after_forward else parameters
+    # Gradients of the ends until they are reduced, of a unit with a copy in the order of ranks; or all, between micro-batches
+    whole_gradients = tied + 2 * unit if config.batch.gradient_accumulation_steps == 1 else parameters
+    if config.memory.offload_weights:
+        return replace(held, weights=0, gradients=0, optimizer=0, communication=4 * (gathered + whole_gradients))
+    return replace(
+        held,
+        weights=ceil_div(held.weights, shards),
+        gradients=ceil_div(held.gradients, shards),
+        communication=4 * (gathered + whole_gradients),
     )
 
 

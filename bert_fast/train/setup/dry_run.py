@@ -22,11 +22,10 @@ from bert_fast.errors import UserError
 from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
 from bert_fast.memory.recomputation import make_recomputation_plan
 from bert_fast.memory.remat import Chain, Plan, keep_all, least_peak, make_plan
-from bert_fast.memory.stages import Hardware, MicroBatch, longest_micro_batch
+from bert_fast.memory.stages import MicroBatch, longest_micro_batch
 from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, rank_notes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
-from bert_fast.model.loss import chunk_rows
 from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.schedule import learning_rate
 from bert_fast.report.console import print_table, share_bar
@@ -36,6 +35,7 @@ from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.rank_optimizer import RankOptimizer
 from bert_fast.train.setup.build import make_engine, make_ordering, shards_of
 from bert_fast.train.setup.cost_model import make_cost, make_planner
+from bert_fast.train.setup.memory_fit import fit_lines, fit_to_budget, hardware_of, is_open
 
 _PLANNED_STEPS, _PLANNING_S = 20, 3.0
 # Optimizers beside which the memory of a window of gradients is shown
@@ -55,6 +55,9 @@ def dry_run(config: Config) -> None:
     The model is built on the meta device, so that any size fits this machine; the plan is computed for all ranks. The
     ready order of gradients is the model's own order reversed (a run measures it).
     """
+    if is_open(config):
+        config, found = fit_to_budget(config)
+        print_table("what the budget allows", [("", line) for line in fit_lines(found)])
     device = pick_device("cpu" if not torch.cuda.is_available() else config.system.device, 0)
     wanted = config.system.device if config.system.device != "auto" else device.type
     dtype = pick_dtype(config.train.precision, device)
@@ -214,14 +217,6 @@ def _schedule_text(config: Config) -> str:
     points = sorted({0, min(config.schedule.warmup_steps, last), last // 2, last})
     rates = (f"step {s}: {learning_rate(s, config.optimizer.lr, config.schedule):.3g}" for s in points)
     return f"{config.optimizer.name}, " + ", ".join(rates)
-
-
-def hardware_of(config: Config, dtype: torch.dtype) -> Hardware:
-    """How the config's device computes the model. Where it is left open, as a GPU does."""
-    device = config.system.device
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    rows = chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda")
-    return Hardware(4 if dtype == torch.float32 else 2, on_cpu, rows)
 
 
 @dataclass(frozen=True)

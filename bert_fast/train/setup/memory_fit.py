@@ -1,0 +1,47 @@
+"""`memory.budget_gib` of a run that leaves the choice open: the switches are chosen before anything is built."""
+
+from __future__ import annotations
+
+import torch
+
+from bert_fast.config import Config
+from bert_fast.memory.budget import MACHINES, Fit, fit, with_changes
+from bert_fast.memory.stages import Hardware
+from bert_fast.model.loss import chunk_rows
+from bert_fast.train.environment import pick_device, pick_dtype
+
+_SHOWN = 3  # other candidates
+
+
+def hardware_of(config: Config, dtype: torch.dtype) -> Hardware:
+    """How the config's device computes the model; the one that is found, where the config leaves it open."""
+    device = config.system.device
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    rows = chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda")
+    return Hardware(4 if dtype == torch.float32 else 2, on_cpu, rows)
+
+
+def is_open(config: Config) -> bool:
+    """Whether a budget is given, and what is done to keep to it is not."""
+    return config.memory.budget_gib is not None and config.memory.recompute == "none"
+
+
+def fit_to_budget(config: Config) -> tuple[Config, Fit]:
+    """The config with the switches of the fastest way within its budget: the same on every rank and at every start.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    assert config.memory.budget_gib is not None
+    device = pick_device("cpu" if not torch.cuda.is_available() else config.system.device, 0)
+    hardware = hardware_of(config, pick_dtype(config.train.precision, device))
+    found = fit(config, config.memory.budget_gib, hardware, MACHINES["cpu" if hardware.on_cpu else "cuda"])
+    chosen = {**found.best.changes, "memory.recompute": "budget", "memory.budget_gib": config.memory.budget_gib}
+    return with_changes(config, chosen), found
+
+
+def fit_lines(found: Fit) -> list[str]:
+    """What was chosen, the next best, and what could not be had, each on a line."""
+    lines = [f"memory.budget_gib={found.budget_bytes / 2**30:g}: {found.best.text()}"]
+    lines += [f"then: {other.text()}" for other in found.runners_up[:_SHOWN]]
+    return [*lines, *(f"not {switch}: {reason}" for switch, reason in found.refused.items())]
