@@ -127,20 +127,19 @@ def _wait(device: torch.device) -> None:
 
 
 def _sizes(name: str, function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> Stage:
-    def forward() -> tuple[torch.autograd.graph.GradientEdge, torch.Tensor]:
+    def both_ways() -> None:
         output = function(hidden)
-        return torch.autograd.graph.get_gradient_edge(output), torch.empty_like(output)
+        torch.autograd.backward(output, torch.ones_like(output))
 
-    edge, gradient = forward()
-    size = gradient.untyped_storage().nbytes()
-    with meter(hidden.device, storages_before(lambda: torch.autograd.backward(*forward()))) as count:
+    with meter(hidden.device, storages_before(both_ways)) as count:
         output = function(hidden)
+        size = output.untyped_storage().nbytes()
         saved, forward_peak = max(0, count.live - size), count.peak
-        edge = torch.autograd.graph.get_gradient_edge(output)
+        # A product whose gradient autograd makes and lets go of, as it does with that of a following stage
+        edge, one = torch.autograd.graph.get_gradient_edge(output * 1.0), output.new_ones(()).expand_as(output)
         del output
-        gradient = torch.ones_like(gradient)
         count.reset_peak()
-        torch.autograd.backward(edge, gradient)
+        torch.autograd.backward(edge, one)
         backward_peak = count.peak
     hidden.grad = None
     # Computed again, the forward pass has the gradient of the output beside it

@@ -97,7 +97,7 @@ class _Parts:
         masks = tokens * width if drops and not self._hardware.on_cpu else 0
         saved = wide + _STATISTICS * tokens + masks
         gradient = e * tokens * width
-        at_table = 4 * self._table + wide + gradient
+        at_table = 4 * self._table + wide
         at_norm = saved + gradient + (3 if drops else 2) * wide
         return self._stage("embeddings", tokens, saved, max(at_table, at_norm), 20.0 * tokens * width)
 
@@ -111,12 +111,12 @@ class _Parts:
             # The probabilities' gradient: qkv and its gradient, five rows of tokens, and dropout's factor, probabilities,
             # their gradient and the scores'
             drops = config.attention_dropout > 0
-            peak = 11 * whole + read + (4 if drops else 3) * scores * e
+            peak = 11 * whole + (4 if drops else 3) * scores * e
         else:
             masks = rows * width if config.hidden_dropout else 0
             saved = 3 * whole + 4 * config.num_heads * tokens + read + 4 * rows * width + masks + _STATISTICS * rows
             at_norm = saved + read + 8 * rows * width  # the norm's gradients are in fp32
-            at_kernel = saved - 4 * rows * width + 2 * read + 4 * whole + 4 * tokens * width
+            at_kernel = saved - 4 * rows * width + 2 * read + 3 * whole + 4 * tokens * width
             peak = max(at_norm, at_kernel)
         if self._casts:
             saved += 4 * width * width * e
@@ -133,7 +133,7 @@ class _Parts:
         drops = config.hidden_dropout > 0
         if self._hardware.on_cpu:
             saved = middle + out + _STATISTICS * rows
-            peak = 3 * middle + (3 if drops else 2) * out + weight * e
+            peak = 3 * middle + (2 if drops else 1) * out + weight * e
         else:
             masks = rows * width if drops else 0
             saved = 2 * middle + 4 * rows * width + masks + _STATISTICS * rows
