@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from bert_fast.allocator import keep_freed_memory
+from bert_fast.allocator import keep_freed_memory, return_freed_memory
 from bert_fast.config import Config
 from bert_fast.config.choices import ENGINES
 from bert_fast.errors import LostRankError, UserError
@@ -90,6 +90,8 @@ def join(config: Config) -> Environment:
     binding = _bind(config, machine, device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.memory.budget_gib is not None:
+        return_freed_memory()  # so that what is planned is what is resident
     else:
         keep_freed_memory()
     if config.train.deterministic and device.type == "cuda":  # cuBLAS reads it when it is first used

@@ -50,10 +50,10 @@ from .times import step_times
 
 _GIB, _MIB = 2**30, 2**20
 SHAPE = {
-    "vocab_size": 8192, "hidden_size": 512, "num_layers": 6, "num_heads": 8, "intermediate_size": 2048, "max_positions": 512,
+    "vocab_size": 8192, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "intermediate_size": 2048, "max_positions": 512,
 }  # fmt: skip
 WAYS = ("none", "attention", "layer", "half_layer", "optimal", "budget")
-_SAMPLES, _LENGTH = 24, 256
+_SAMPLES, _LENGTH = 32, 256
 # A model whose activations are most of its memory, so that a micro-batch of many GiB takes a minute
 _WIDE = {
     "vocab_size": 1024, "hidden_size": 256, "num_layers": 2, "num_heads": 4, "intermediate_size": 1024, "max_positions": 512,
@@ -125,7 +125,7 @@ def peaks(quick: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
         for how in WAYS:
             memory: dict[str, Any] = {"budget_gib": midway(make_config("none", precision))} if how == "budget" else {}
             config = make_config(how, precision, **memory)
-            found = run(config, [_LENGTH] * _SAMPLES, 1 if quick else 3)
+            found = run(config, [_LENGTH] * _SAMPLES, 1 if quick else 2)
             setting, predicted = f"{how}-{precision}", predicted_bytes(config)
             error = predicted / found["peak_bytes"] - 1
             errors.append(abs(error))
@@ -147,7 +147,7 @@ def largest(gibs: list[int], precision: str) -> tuple[dict[str, float], list[dic
         size = largest_micro_batch(config, gib, hardware_of(config))
         for name, samples in (("peak_gib", size), ("larger_peak_gib", size + -(-size // 10))):
             changed = with_changes(config, {"batch.micro_batch_size": samples, "batch.global_batch_size": samples})
-            found = run(changed, [512] * samples, 1)
+            found = run(changed, [512] * samples, 2)
             metrics[f"largest_micro_batch/{gib}/{name}"] = found["peak_bytes"] / _GIB
             rows.append({"gib": gib, "samples": samples, **found})
         metrics[f"largest_micro_batch/{gib}/size"] = float(size)

@@ -17,7 +17,8 @@ import scripts.guard  # noqa: F401
 import numpy as np
 import torch
 
-from bert_fast.allocator import keep_freed_memory
+from bert_fast.allocator import return_freed_memory
+from bert_fast.config import Config
 from bert_fast.config.load import config_from_tree
 from bert_fast.train.batches import batch_of_lengths, to_device
 from bert_fast.train.environment import Environment, pick_dtype
@@ -38,13 +39,26 @@ def resident(name: str) -> int:
 def main() -> None:
     task: dict[str, Any] = json.load(sys.stdin)
     config = config_from_tree(task["config"])
-    keep_freed_memory()
+    return_freed_memory()
     torch.set_num_threads(task.get("threads", 1))
-    _warm_libraries()
+    # What libraries take when they are first used is no part of a model
+    tiny = {"vocab_size": 128, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
+    run(with_model(task["config"], tiny), [16, 16], 1)
     before = resident("VmRSS")
+    result = run(config, task["lengths"], task["steps"])
+    print(json.dumps({"peak_bytes": resident("VmHWM") - before, **result}))
+
+
+def with_model(tree: dict[str, Any], shape: dict[str, Any]) -> Config:
+    """The config with another model."""
+    return config_from_tree({**tree, "model": {**tree["model"], **shape}})
+
+
+def run(config: Config, own_lengths: list[int], steps: int) -> dict[str, Any]:
+    """Build the config and run steps over one micro-batch of these lengths: seconds, losses, and what was planned."""
     environment = Environment(0, 0, 1, _CPU, pick_dtype(config.train.precision, _CPU))
     components = build(config, environment)
-    lengths = np.array(task["lengths"])
+    lengths = np.array(own_lengths)
     batches = [
         batch_of_lengths(lengths, config.model.vocab_size, np.random.default_rng(number), config.data.mask_share)
         for number in range(config.batch.micro_batches_per_step)
@@ -54,33 +68,18 @@ def main() -> None:
         [to_device(batch, _CPU, config.batch.shape_multiple) for batch in batches], masked, len(lengths) * len(batches)
     )
     seconds, losses = [], []
-    for _ in range(task["steps"]):
+    for _ in range(steps):
         start = time.perf_counter()
         result = components.step(inputs, lr=1e-4)
         seconds.append(time.perf_counter() - start)
         losses.append(result.mlm_sum.item())
     planned = components.recomputation
-    print(
-        json.dumps(
-            {
-                "peak_bytes": resident("VmHWM") - before,
-                "seconds": seconds,
-                "losses": losses,
-                "num_recomputed": 0 if planned is None else planned.num_recomputed,
-                "planned_activations_bytes": None if planned is None else planned.peak_bytes,
-            }
-        )
-    )
-
-
-def _warm_libraries() -> None:
-    """What libraries take when they are first used is no part of a model."""
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(64, 64, dtype=dtype, requires_grad=True)
-        (torch.nn.functional.layer_norm(a @ a, (64,)).float().softmax(-1).sum()).backward()
-    parameter = torch.nn.Parameter(torch.zeros(8))
-    parameter.grad = torch.ones(8)
-    torch.optim.AdamW([parameter], fused=True).step()
+    return {
+        "seconds": seconds,
+        "losses": losses,
+        "num_recomputed": 0 if planned is None else planned.num_recomputed,
+        "planned_activations_bytes": None if planned is None else planned.peak_bytes,
+    }
 
 
 if __name__ == "__main__":
