@@ -11,7 +11,6 @@ Nothing is built and nothing is run: sizes follow from shapes (docs/memory.md), 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from dataclasses import replace
@@ -26,22 +25,13 @@ from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
-from bert_fast.memory.budget import MACHINES, Machine, fit, largest_micro_batch, with_changes
+from bert_fast.memory.budget import MACHINES, Machine, fit, gib, largest_micro_batch, with_changes
 from bert_fast.memory.stages import Hardware
 from bert_fast.model.loss import chunk_rows
 from bert_fast.report.console import print_table
 from bert_fast.train.setup.memory_fit import fit_lines
 
-_UNITS = {"gib": 1.0, "gb": 1e9 / 2**30, "mib": 2**-10, "": 1.0}
 _MODES = ("none", "attention", "layer", "half_layer", "optimal")
-
-
-def gib(text: str) -> float:
-    """80GiB, 24GB, 512MiB or a number of GiB. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"'{text}' is not a size of memory; write it as 80GiB, 24GB or 512MiB")
-    return float(match[1]) * _UNITS[match[2].lower()]
 
 
 def measured(machine: Machine, dtype: torch.dtype, device: torch.device) -> Machine:

@@ -6,6 +6,7 @@ candidates; a benchmark on the machine says what a step takes (scripts/memory_po
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +21,18 @@ from bert_fast.memory.stages import Hardware, encoder_chain, longest_micro_batch
 from bert_fast.memory.state import num_parameters, num_shards
 
 _GIB, _MIB = 2**30, 2**20
+_UNITS = {"gib": 1.0, "gb": 1e9 / 2**30, "mib": 2**-10, "": 1.0}  # in GiB
 _HIDDEN = 0.8  # of backward's time, in which messages are on the wire
 _LARGEST = 2**13  # samples of a micro-batch that are tried
 _LOSSY_PASSES = 3.0  # passes of a rounded optimizer step over its numbers, of an exact one's
+
+
+def gib(text: str) -> float:
+    """80GiB, 24GB, 512MiB or a number of GiB. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"'{text}' is not a size of memory; write it as 80GiB, 24GB or 512MiB")
+    return float(match[1]) * _UNITS[match[2].lower()]
 
 
 @dataclass(frozen=True)

@@ -179,4 +179,8 @@ def _mfu_text(metrics: RunMetrics) -> str:
 
 def _memory_text(memory: PeakMemory) -> str:
     device = f", {memory.device_mib:,.0f} MiB on the device" if memory.device_mib else ""
-    return f"{memory.host_mib:,.0f} MiB resident{device} (largest rank)"
+    planned = ""
+    if memory.planned_mib is not None and memory.growth_mib is not None:
+        taken = memory.device_mib or memory.growth_mib
+        planned = f"; the model's {taken:,.0f} MiB, at most {memory.planned_mib:,.0f} expected"
+    return f"{memory.host_mib:,.0f} MiB resident{device} (largest rank){planned}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from bert_fast.config import Config, OptimizerConfig
 from bert_fast.config.choices import ENGINES, OPTIMIZERS
 from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
-from bert_fast.errors import UserError
 from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
-from bert_fast.memory.recomputation import make_recomputation_plan
-from bert_fast.memory.remat import Chain, Plan, keep_all, least_peak, make_plan
-from bert_fast.memory.stages import MicroBatch, longest_micro_batch
+from bert_fast.memory.remat import keep_all, least_peak, make_plan
+from bert_fast.memory.stages import MicroBatch
 from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, rank_notes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
@@ -35,7 +32,14 @@ from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.rank_optimizer import RankOptimizer
 from bert_fast.train.setup.build import make_engine, make_ordering, shards_of
 from bert_fast.train.setup.cost_model import make_cost, make_planner
-from bert_fast.train.setup.memory_fit import fit_lines, fit_to_budget, hardware_of, is_open
+from bert_fast.train.setup.memory_fit import (
+    PlannedMemory,
+    fit_lines,
+    fit_to_budget,
+    hardware_of,
+    is_open,
+    memory_at_most,
+)
 
 _PLANNED_STEPS, _PLANNING_S = 20, 3.0
 # Optimizers beside which the memory of a window of gradients is shown
@@ -217,30 +221,6 @@ def _schedule_text(config: Config) -> str:
     points = sorted({0, min(config.schedule.warmup_steps, last), last // 2, last})
     rates = (f"step {s}: {learning_rate(s, config.optimizer.lr, config.schedule):.3g}" for s in points)
     return f"{config.optimizer.name}, " + ", ".join(rates)
-
-
-@dataclass(frozen=True)
-class PlannedMemory:
-    """The memory of the longest micro-batch that a config allows, and how it is run.
-
-    too_small: what is wrong with the budget, if no plan keeps to it; the plan is then the one of least peak
-    """
-
-    memory: MemoryEstimate
-    chain: Chain
-    plan: Plan
-    too_small: str | None = None
-
-
-def memory_at_most(config: Config, dtype: torch.dtype) -> PlannedMemory:
-    """Plan `memory.recompute` as the run will, from the model's shape."""
-    hardware = hardware_of(config, dtype)
-    chain = chain_of(config, longest_micro_batch(config), hardware)
-    try:
-        plan, problem = make_recomputation_plan(config, chain), None
-    except UserError as error:
-        plan, problem = least_peak(chain), str(error)
-    return PlannedMemory(estimate(config, chain, plan, on_cpu=hardware.on_cpu), chain, plan, problem)
 
 
 def _memory(config: Config, planner: Planner, dtype: torch.dtype) -> tuple[MemoryEstimate, int]:

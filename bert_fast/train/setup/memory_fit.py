@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from bert_fast.config import Config
+from bert_fast.errors import UserError
 from bert_fast.memory.budget import MACHINES, Fit, fit, with_changes
-from bert_fast.memory.stages import Hardware
+from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
+from bert_fast.memory.recomputation import make_recomputation_plan
+from bert_fast.memory.remat import Chain, Plan, least_peak
+from bert_fast.memory.stages import Hardware, longest_micro_batch
 from bert_fast.model.loss import chunk_rows
 from bert_fast.train.environment import pick_device, pick_dtype
 
@@ -19,6 +25,30 @@ def hardware_of(config: Config, dtype: torch.dtype) -> Hardware:
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     rows = chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda")
     return Hardware(4 if dtype == torch.float32 else 2, on_cpu, rows)
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """The memory of the longest micro-batch that a config allows, and how it is run.
+
+    too_small: what is wrong with the budget, if no plan keeps to it; the plan is then the one of least peak
+    """
+
+    memory: MemoryEstimate
+    chain: Chain
+    plan: Plan
+    too_small: str | None = None
+
+
+def memory_at_most(config: Config, dtype: torch.dtype) -> PlannedMemory:
+    """Plan `memory.recompute` as the run will, from the model's shape."""
+    hardware = hardware_of(config, dtype)
+    chain = chain_of(config, longest_micro_batch(config), hardware)
+    try:
+        plan, problem = make_recomputation_plan(config, chain), None
+    except UserError as error:
+        plan, problem = least_peak(chain), str(error)
+    return PlannedMemory(estimate(config, chain, plan, on_cpu=hardware.on_cpu), chain, plan, problem)
 
 
 def is_open(config: Config) -> bool:
