@@ -6,8 +6,8 @@
 
 Every variant is a run of its own through run_pretraining.py, with its ranks, its engine and its data. The page (memory.md and
 memory.html) says of each: peak memory, measured and predicted, time of a step, energy, cost of a million samples, and whether
-its losses are those of the config as it is; and what is recommended: the fastest exact one within the budget. What cannot be had
-together is named with its reason. Energy is there where the machine meters it, money where you give a price.
+its losses are those of the config as it is; and what is recommended: the fastest exact one within the budget. What cannot be
+had together is named with its reason. Energy is there where the machine meters it, money where you give a price.
 """
 
 from __future__ import annotations
@@ -96,6 +96,10 @@ def variants(config: Config, on_cpu: bool, budget_gib: float | None) -> Iterator
         random = {"tolerance": _OTHER_RANDOM, "note": "dropout draws other numbers"} if dropout else {}
         yield Variant("half the micro-batch", halved, **random)  # type: ignore[arg-type]
         yield Variant("half the micro-batch, recompute layer", {**halved, "memory.recompute": "layer"}, **random)  # type: ignore[arg-type]
+    yield Variant("release gradients", {"memory.release_gradients": True})
+    yield Variant(
+        "release gradients, recompute optimal", {"memory.release_gradients": True, "memory.recompute": "optimal"}
+    )
     sharded: dict[str, Any] = {"communication.shard_optimizer": True}
     parts: dict[str, Any] = {"communication.engine": "fsdp", "communication.bucket_mb": 25.0}
     if config.system.world_size > 1 and not ENGINES[config.communication.engine].shards:

@@ -18,6 +18,11 @@ class MemoryConfig(Section):
         description="what backward computes again instead of keeping it from the forward pass; losses and gradients are the "
         "same, bit for bit",
     )
+    release_gradients: bool = Field(
+        False,
+        description="give a bucket of gradients memory when backward reaches it, and take it back after its update "
+        "(optimizer.step_per_bucket) or at the next step: gradients then grow while activations shrink",
+    )
     offload_activations: bool = Field(
         False,
         description="CUDA: keep what backward needs in the host's pinned memory, and bring it back when backward gets there",

@@ -475,6 +475,32 @@ def _moments_have_one_form(config: Config) -> str | None:
     return None
 
 
+def _gradients_can_be_released(config: Config) -> str | None:
+    if not config.memory.release_gradients:
+        return None
+    communication, what = config.communication, "memory.release_gradients=true"
+    if communication.engine != "bucketed":
+        return (
+            f"{what} with communication.engine={communication.engine}, which keeps its own gradients; set one of them"
+        )
+    if communication.shard_optimizer:
+        return f"{what} with communication.shard_optimizer=true, whose parts lie in one buffer; set one of them"
+    if CLIP_MODES[communication.clip].delays_communication:
+        return (
+            f"{what} with communication.clip={communication.clip}, which needs all gradients in one; set communication.clip="
+            "bucket_before_reduce or global_after_reduce"
+        )
+    if not WIRE_FORMATS[communication.reduce_dtype].is_cast:
+        return f"{what} with communication.reduce_dtype={communication.reduce_dtype}, which keeps what it did not send; set one"
+    if config.batch.virtual_ranks > 1:
+        return (
+            f"{what} with batch.virtual_ranks={config.batch.virtual_ranks}, whose sum is kept beside; set one of them"
+        )
+    if config.train.cuda_graphs:
+        return f"{what} with train.cuda_graphs=true, in which memory stays where it is; set one of them"
+    return None
+
+
 def _offloading_has_a_device(config: Config) -> str | None:
     """Where the device is named; one that is found (`auto`) is checked when it is."""
     return offloads_nothing(config, config.system.device)
@@ -556,6 +582,7 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _closed_division_uses_lamb,
     _precision_has_its_device,
     _moments_have_one_form,
+    _gradients_can_be_released,
     _offloading_has_a_device,
     _activations_can_be_offloaded,
     _budget_is_given,

@@ -118,16 +118,18 @@ class Planner:
     def evaluate(self, config: Config, changes: dict[str, Any], budget_bytes: int, is_exact: bool = True) -> Candidate:
         """Memory and time of a config whose recomputation is as little as the budget allows, or the least peak."""
         batch, on_cpu = longest_micro_batch(config), self.hardware.on_cpu
-        chain = encoder_chain(config.model, batch, self.hardware)
+        grow = config.memory.release_gradients
+        chain = encoder_chain(config.model, batch, self.hardware, gradients_grow=grow)
         smallest = least_peak(chain)
         least = estimate(config, chain, smallest, on_cpu=on_cpu)
         room, plan = budget_bytes - least.fixed, keep_all(chain)
         if smallest.peak_bytes > room:
             plan = smallest
         elif plan.peak_bytes > room and not config.memory.offload_activations:
-            if batch not in self._curves:
-                self._curves[batch] = pareto(chain, max_points=64)
-            plan = [each for each in self._curves[batch] if each.peak_bytes <= room][-1]
+            key = (batch, grow)
+            if key not in self._curves:
+                self._curves[key] = pareto(chain, max_points=64)
+            plan = [each for each in self._curves[key] if each.peak_bytes <= room][-1]
         memory = estimate(config, chain, plan, on_cpu=on_cpu)
         seconds = step_seconds(config, chain, plan, self.machine)
         return Candidate(changes, config, memory, plan, seconds, least.total, is_exact)
@@ -249,9 +251,16 @@ def _switches(config: Config, on_cpu: bool) -> Iterator[tuple[dict[str, Any], bo
     """Every combination as changes of the config, and whether it is exact. None changes what a step trains on."""
     for sharding in _shardings(config):
         for state, is_exact in _states(config, on_cpu):
-            for offload in [{}] if on_cpu else [{}, {"memory.offload_activations": True}]:
-                for micro_batch in _micro_batches(config):
-                    yield {**micro_batch, **sharding, **state, **offload}, is_exact
+            for released in _released(config, sharding):
+                for offload in [{}] if on_cpu else [{}, {"memory.offload_activations": True}]:
+                    for micro_batch in _micro_batches(config):
+                        yield {**micro_batch, **sharding, **state, **released, **offload}, is_exact
+
+
+def _released(config: Config, sharding: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gradients that come and go, where the engine can do that."""
+    can = not sharding and config.communication.engine == "bucketed" and not config.communication.shard_optimizer
+    return [{}, {"memory.release_gradients": True}] if can and not config.memory.release_gradients else [{}]
 
 
 def _micro_batches(config: Config) -> Iterator[dict[str, Any]]:
@@ -284,8 +293,11 @@ def _states(config: Config, on_cpu: bool) -> Iterator[tuple[dict[str, Any], bool
 
 
 def _switch_names(changes: dict[str, Any]) -> str:
-    """How weights are sharded, the rest of the switches aside: by that a candidate is refused."""
-    names = ("communication.engine", "communication.shard_optimizer", "communication.reshard_after_forward")
+    """How weights and gradients are kept, the rest of the switches aside: by that a candidate is refused."""
+    names = (
+        "communication.engine", "communication.shard_optimizer", "communication.reshard_after_forward",
+        "memory.release_gradients",
+    )  # fmt: skip
     return _changes_text({name: value for name, value in changes.items() if name in names and value is not False})
 
 

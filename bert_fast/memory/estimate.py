@@ -88,7 +88,8 @@ def chain_of(config: Config, batch: MicroBatch, hardware: Hardware) -> Chain:
     """The chain of a micro-batch of this config."""
     how = config.memory.recompute
     again = how in RECOMPUTE and RECOMPUTE[how].of_attention
-    return encoder_chain(config.model, batch, hardware, attention_again=again)
+    grow = config.memory.release_gradients
+    return encoder_chain(config.model, batch, hardware, attention_again=again, gradients_grow=grow)
 
 
 def kept_from_step_to_step(config: Config) -> MemoryEstimate:
@@ -106,6 +107,8 @@ def kept_from_step_to_step(config: Config) -> MemoryEstimate:
         residuals=residual_bytes(config),
         communication=on_wire * parameters,
     )
+    if config.memory.release_gradients:  # they are a part of the chain's peak
+        return replace(held, gradients=0)
     if ENGINES[communication.engine].shards:
         return _in_parts(config, held, shards)
     if config.batch.virtual_ranks > 1 and WIRE_FORMATS[communication.reduce_dtype].is_cast:

@@ -10,11 +10,12 @@ final states are read, e bytes of an activation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bert_fast.config import Config, ModelConfig
 from bert_fast.integers import round_up
 from bert_fast.memory.remat import Chain, Stage
+from bert_fast.memory.state import parameter_groups
 
 _STATISTICS = 8  # bytes of a row's mean and standard deviation
 
@@ -57,11 +58,18 @@ class Hardware:
     flops_per_s: float = 1e12
 
 
-def encoder_chain(config: ModelConfig, batch: MicroBatch, hardware: Hardware, attention_again: bool = False) -> Chain:
-    """The chain of a micro-batch, with gradients that stay from step to step.
+def encoder_chain(
+    config: ModelConfig,
+    batch: MicroBatch,
+    hardware: Hardware,
+    attention_again: bool = False,
+    gradients_grow: bool = False,
+) -> Chain:
+    """The chain of a micro-batch.
 
     Args:
         attention_again: the probabilities of attention are computed again (`memory.recompute: attention`).
+        gradients_grow: those of weights are made in backward, and do not stay from step to step.
     """
     parts = _Parts(config, batch, hardware, attention_again)
     stages = [parts.embeddings()]
@@ -69,7 +77,20 @@ def encoder_chain(config: ModelConfig, batch: MicroBatch, hardware: Hardware, at
         is_last = number == config.num_layers - 1
         rows = parts.rows_read if is_last else batch.tokens
         stages += [parts.attention(f"layers.{number}", rows), parts.feed_forward(f"layers.{number}", rows)]
-    return Chain((*stages, parts.heads()))
+    stages.append(parts.heads())
+    if gradients_grow:
+        stages = [replace(each, gradient_bytes=4 * num_weights(config, each.name)) for each in stages]
+    return Chain(tuple(stages))
+
+
+def num_weights(config: ModelConfig, stage: str) -> int:
+    """Parameters of a stage; the tied table is the embeddings', where its gradient is complete."""
+    width, inner = config.hidden_size, config.intermediate_size
+    if stage.endswith(".attention"):
+        return 4 * width * width + 6 * width
+    if stage.endswith(".feed_forward"):
+        return 2 * width * inner + inner + 3 * width
+    return next(group.numel for group in parameter_groups(config) if group.name == stage)
 
 
 class _Parts:

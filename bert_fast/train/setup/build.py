@@ -231,7 +231,7 @@ def make_engine(config: Config, environment: Environment, model: nn.Module, layo
             "auto"
         )
     wire = make_wire(config, environment, next(model.parameters()).dtype)
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"release_gradients": True} if config.memory.release_gradients else {}
     if ENGINES[communication.engine].shards:
         given = {
             "reshard_after_forward": communication.reshard_after_forward,

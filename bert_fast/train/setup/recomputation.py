@@ -67,7 +67,12 @@ def _measure(config: Config, environment: Environment, model: BertForPretraining
     )
     with autocast:
         stages = model.stages(batch, model.read_rows(batch))
-        return measure_chain(stages, batch.input_ids, lambda hidden: model.losses(hidden, batch).total)
+        return measure_chain(
+            stages,
+            batch.input_ids,
+            lambda hidden: model.losses(hidden, batch).total,
+            grads_resident=not config.memory.release_gradients,
+        )
 
 
 def _longest_batch(config: Config) -> Batch:

@@ -125,7 +125,7 @@ ALWAYS = {
     "balance": ["strategy", "cost", "prefetch"],
     # At one rank some have nothing to do, but the number of ranks is no reason to refuse a config
     "communication": ["engine", "clip", "shard_optimizer", "reduce_dtype", "backend", "timeout_s"],
-    "memory": ["recompute", "offload_activations"],
+    "memory": ["recompute", "release_gradients", "offload_activations"],
     "optimizer": ["name", "lr", "weight_decay", "step_per_bucket"],
     "schedule": ["total_steps", "decay"],
     "train": [

@@ -67,6 +67,21 @@ def test_every_stage_is_what_is_measured(shape: str, bf16: bool) -> None:
             assert peaks[0] == pytest.approx(peaks[1], rel=0.04), found.name
 
 
+def test_gradients_that_grow_are_those_of_all_weights() -> None:
+    for shape in SHAPES.values():
+        config = ModelConfig(**{"vocab_size": 300, "hidden_size": 64, "num_layers": 3, "num_heads": 2} | shape)
+        model, batch = BertForPretraining(config, "matmul"), batch_of(300, 2, 16)
+        measured = measure_chain(
+            model.stages(batch, model.read_rows(batch)), batch.input_ids,
+            lambda hidden, model=model, batch=batch: model.losses(hidden, batch).total,  # type: ignore[misc]
+            timed=False, grads_resident=False,
+        )  # fmt: skip
+        chain = encoder_chain(config, MicroBatch(32, 512, 4, 2), Hardware(4, on_cpu=True), gradients_grow=True)
+        for found, wanted in zip(measured.stages[1:-1], chain.stages[1:-1], strict=True):
+            assert found.gradient_bytes == wanted.gradient_bytes
+        assert sum(each.gradient_bytes for each in chain.stages) == 4 * sum(p.numel() for p in model.parameters())
+
+
 def test_what_a_gpu_keeps_is_what_the_plain_parts_keep() -> None:
     """In fp32 on a CPU, with its kernel that keeps no probabilities. Without dropout, whose mask is not a byte there."""
     sizes = {"vocab_size": 1000, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 256}
