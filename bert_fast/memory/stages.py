@@ -80,7 +80,19 @@ def encoder_chain(
     stages.append(parts.heads())
     if gradients_grow:
         stages = [replace(each, gradient_bytes=4 * num_weights(config, each.name)) for each in stages]
+        return grown_by_layer(Chain(tuple(stages)))
     return Chain(tuple(stages))
+
+
+def grown_by_layer(chain: Chain) -> Chain:
+    """The chain with all of a layer's gradients there as soon as backward reaches its second half, as buckets have them."""
+    stages = list(chain.stages)
+    for number, stage in enumerate(stages):
+        if stage.name.endswith(".attention"):
+            after = stages[number + 1]
+            stages[number + 1] = replace(after, gradient_bytes=after.gradient_bytes + stage.gradient_bytes)
+            stages[number] = replace(stage, gradient_bytes=0)
+    return replace(chain, stages=tuple(stages))
 
 
 def num_weights(config: ModelConfig, stage: str) -> int:

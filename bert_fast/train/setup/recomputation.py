@@ -7,16 +7,18 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.config.choices import ENGINES, RECOMPUTE
-from bert_fast.data.batch import Batch
 from bert_fast.memory.chain import measure_chain
 from bert_fast.memory.modes import equal_chain
 from bert_fast.memory.recomputation import Recomputation, make_recomputation_plan
 from bert_fast.memory.remat import Chain, Plan, Segment, keep_all, make_plan
 from bert_fast.memory.segments import RecomputedAttention, SegmentRunner
-from bert_fast.model.bert import BertForPretraining
+from bert_fast.memory.stages import grown_by_layer
+from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train.batches import batch_of_lengths, to_device
 from bert_fast.train.collectives import broadcast_value
 from bert_fast.train.environment import Environment
+
+_CPU = torch.device("cpu")
 
 
 def set_up_recomputation(config: Config, environment: Environment, model: BertForPretraining) -> Recomputation | None:
@@ -36,7 +38,7 @@ def set_up_recomputation(config: Config, environment: Environment, model: BertFo
         model.attend = RecomputedAttention(model.attend, restore_random=restore_random)
         return Recomputation(how, 0, 2 * config.model.num_layers)
     if choice.reads_sizes:
-        chain = _measure(config, environment, model)
+        chain = measured_chain(config, environment, model)
         plan = broadcast_plan(chain, make_recomputation_plan(config, chain))
     else:
         chain = equal_chain(config.model.num_layers)
@@ -59,27 +61,30 @@ def broadcast_plan(chain: Chain, plan: Plan) -> Plan:
     return make_plan(chain, (Segment(begin, end, bool(again)) for begin, end, again in shared))
 
 
-def _measure(config: Config, environment: Environment, model: BertForPretraining) -> Chain:
-    """The chain of the longest micro-batch that the config allows."""
-    batch = to_device(_longest_batch(config), environment.device, config.batch.shape_multiple)
+def measured_chain(config: Config, environment: Environment, model: BertForPretraining) -> Chain:
+    """The chain of the longest micro-batch that the config allows, measured on the run's device."""
+    batch = longest_batch(config, environment.device)
     autocast = torch.autocast(
         environment.device.type, environment.dtype, enabled=environment.autocast, cache_enabled=False
     )
     with autocast:
         stages = model.stages(batch, model.read_rows(batch))
-        return measure_chain(
+        chain = measure_chain(
             stages,
             batch.input_ids,
             lambda hidden: model.losses(hidden, batch).total,
             grads_resident=not config.memory.release_gradients,
         )
+    return grown_by_layer(chain) if config.memory.release_gradients else chain
 
 
-def _longest_batch(config: Config) -> Batch:
+def longest_batch(config: Config, device: torch.device = _CPU) -> BertInput:
+    """Made-up samples that fill the longest micro-batch that the config allows."""
     longest = config.data.max_seq_len
     tokens, most = config.batch.micro_batch_size * longest, config.balance.max_tokens
     if most is not None:
         tokens = min(tokens, most)
     lengths = [longest] * (tokens // longest) + [rest for rest in (tokens % longest,) if rest]
     rng = np.random.default_rng(0)
-    return batch_of_lengths(np.array(lengths), config.model.vocab_size, rng, config.data.mask_share)
+    batch = batch_of_lengths(np.array(lengths), config.model.vocab_size, rng, config.data.mask_share)
+    return to_device(batch, device, config.batch.shape_multiple)

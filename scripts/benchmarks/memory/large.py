@@ -15,6 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from bert_fast.config import ModelConfig
 from bert_fast.memory.chain import measure_chain
+from bert_fast.memory.meter import LiveBytes
 from bert_fast.memory.modes import half_layer, layer, none, optimal
 from bert_fast.memory.remat import Chain, Plan
 from bert_fast.memory.segments import SegmentRunner
@@ -55,35 +56,69 @@ def activation_ratios(quick: bool = False) -> tuple[dict[str, float], list[dict[
 def activations(num_layers: int, how: str) -> tuple[int, int, int, float]:
     """Bytes at most beside weights and gradients: measured, predicted by the measured chain, and by a GPU's shape; and the
     share of a forward pass that runs twice."""
-    config = ModelConfig(
-        vocab_size=30528, hidden_size=1024, num_layers=num_layers, num_heads=16, intermediate_size=4096,
-        hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+    config = shape_of(num_layers)
     with torch.device("meta"):
         model = BertForPretraining(config, "padded")
     with FakeTensorMode(allow_non_fake_inputs=True), fused.turned_off():
-        model.to_empty(device="cpu")
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        batch = _batch(config)
-        autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-        with autocast:
-            chain = measure_chain(
-                model.stages(batch), batch.input_ids, lambda hidden: model.losses(hidden, batch).total, timed=False
-            )
-        plan: Plan = _MODES[how](chain, None)
-        model.run_stages = SegmentRunner(plan.segments)
+        batch, plan = _planned(model, how)
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker:
-            with autocast:
-                losses = model(batch)
-            losses.total.backward()
+            _pass(model, batch)
         total: int = tracker.get_tracker_snapshot("peak")[_CPU]["Total"]
     fixed = 8 * sum(parameter.numel() for parameter in model.parameters())
     by_shape = _gpu_chain(config)
     again = sum(by_shape.stages[number].forward_s for number in plan.recomputed) / by_shape.forward_s
     return total - fixed, plan.peak_bytes, _MODES[how](by_shape, None).peak_bytes, again
+
+
+def timeline(num_layers: int, how: str) -> list[int]:
+    """Bytes that are live after each operation of one step, without weights and their gradients."""
+    line: list[int] = []
+
+    class Recorded(LiveBytes):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            line.append(self.live)
+            return result
+
+    with torch.device("meta"):
+        model = BertForPretraining(shape_of(num_layers), "padded")
+    with FakeTensorMode(allow_non_fake_inputs=True), fused.turned_off():
+        batch, _ = _planned(model, how)
+        own = [tensor.untyped_storage() for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+        with Recorded(own):
+            _pass(model, batch)
+    return line
+
+
+def shape_of(num_layers: int) -> ModelConfig:
+    """BERT-large with that many layers, without dropout."""
+    return ModelConfig(
+        vocab_size=30528, hidden_size=1024, num_layers=num_layers, num_heads=16, intermediate_size=4096,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+
+
+def _planned(model: BertForPretraining, how: str) -> tuple[BertInput, Plan]:
+    """Make a meta model a fake one with gradients that runs by a plan; its batch, and the plan."""
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = _batch(model.config)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        chain = measure_chain(
+            model.stages(batch), batch.input_ids, lambda hidden: model.losses(hidden, batch).total, timed=False
+        )
+    plan: Plan = _MODES[how](chain, None)
+    model.run_stages = SegmentRunner(plan.segments)
+    return batch, plan
+
+
+def _pass(model: BertForPretraining, batch: BertInput) -> None:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        losses = model(batch)
+    losses.total.backward()
 
 
 def _gpu_chain(config: ModelConfig) -> Chain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from bert_fast.config.choices import RECOMPUTE, find
 from bert_fast.errors import UserError
 from bert_fast.memory.chain import measure_chain
 from bert_fast.memory.estimate import kept_from_step_to_step
+from bert_fast.memory.meter import LiveBytes
 from bert_fast.memory.modes import encoder_names, equal_chain
 from bert_fast.memory.remat import Segment, keep_all
 from bert_fast.memory.segments import SegmentRunner
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import build, build_model
+from bert_fast.train.setup.recomputation import longest_batch, measured_chain
 from bert_fast.train.setup.warmup import synthetic_input
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
@@ -209,3 +212,31 @@ def test_modes_have_the_segments_of_their_names() -> None:
     assert [(s.begin, s.end) for s in layers if s.recompute] == [(1, 3), (3, 5), (5, 7)]
     assert [(s.begin, s.end) for s in halves if s.recompute] == [(k, k + 1) for k in range(1, 7)]
     assert modes.none(chain, None) == keep_all(chain)
+
+
+@pytest.mark.parametrize("how", ["none", "layer", "optimal"])
+@pytest.mark.parametrize("released", [False, True])
+def test_a_whole_pass_takes_what_the_plan_says(
+    how: str, released: bool, make_config: Callable[..., Config], environment: Environment
+) -> None:
+    """All that forward and backward make, buckets of gradients included where they come and go: within 2 %."""
+    config = make_config(
+        "model.num_layers=4", "model.hidden_size=64", "model.num_heads=2", "model.intermediate_size=256",
+        "train.precision=bf16", "batch.micro_batch_size=8", "data.max_seq_len=32", "communication.bucket_mb=0.01",
+        f"memory.recompute={how}", f"memory.release_gradients={str(released).lower()}",
+    )  # fmt: skip
+    environment = replace(environment, dtype=torch.bfloat16)
+    components = build(config, environment)
+    model, engine = components.model, components.engine
+    chain = measured_chain(config, environment, model)
+    plan = find(RECOMPUTE, how)(chain, None) if how != "none" else keep_all(chain)
+    batch = longest_batch(config)
+    own = [tensor.untyped_storage() for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+    engine.zero_grad()
+    with LiveBytes([] if released else own) as count, engine.micro_batch(last=False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            losses = model(batch)
+        losses.total.backward()
+    weights = sum(p.numel() * 4 for p in model.parameters()) if released else 0  # of which the count knows nothing
+    inputs = sum(t.numel() * t.element_size() for t in batch[:-1])
+    assert count.peak - weights - inputs == pytest.approx(plan.peak_bytes, rel=0.02)
