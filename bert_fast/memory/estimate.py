@@ -154,7 +154,16 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     tokens = config.batch.micro_batch_size * config.data.max_seq_len
     tokens += -tokens % config.batch.shape_multiple
     inputs = 3 * 8 * tokens * config.batch.micro_batches_per_step  # tokens, types, positions of the synthetic step
-    kept = tokens * config.model.hidden_size * config.model.num_layers * element_bytes
+    # Where layers run again, or what they keep is elsewhere, one boundary is there at least
+    boundaries = (
+        1 if config.memory.recompute != "none" or config.memory.offload_activations else config.model.num_layers
+    )
+    kept = tokens * config.model.hidden_size * boundaries * element_bytes
     state = optimizer_bytes(config.model, config.optimizer, unknown=0.0, shards=shards)
     averages = 4 * average_copies(config.averaging) * num_parameters(config.model) // shards
-    return 8 * num_parameters(config.model) + state + averages + residual_bytes(config) + inputs + kept
+    held = 8 * num_parameters(config.model)
+    if ENGINES[config.communication.engine].shards:
+        held = 0 if config.memory.offload_weights else held // shards
+    elif config.memory.release_gradients:
+        held //= 2
+    return held + state + averages + residual_bytes(config) + inputs + kept

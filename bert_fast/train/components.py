@@ -53,14 +53,16 @@ class TrainComponents:
         """Inside, the model has the weights that are evaluated and exported; afterwards the trained ones, bit for bit.
 
         They are an average's or the optimizer's, where either has others than the trained ones. Those are kept meanwhile, whole
-        on every rank, so that putting them back takes no collective. Entering it is one.
+        on every rank or in parts as they are, so that putting them back takes no collective. Entering it is one.
         """
         self.engine.wait_pending()
         source: WeightAverage | RunOptimizer = self.average or self.optimizer.optimizer
         if not source.evaluates_other_weights:
             yield
             return
-        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        whole = self.engine.holds_all_weights
+        held = self.model.parameters() if whole else (each.parameter for each in self.optimizer.slices)
+        parameters = [parameter.detach() for parameter in held]
         trained = [parameter.clone() for parameter in parameters]
         try:
             source.write_evaluated_weights()

@@ -104,7 +104,8 @@ def run(args: argparse.Namespace, process_start: float) -> int:
     adopt_slurm()
     launched = is_launched()
     if config.memory.budget_gib is not None:
-        config = _within_budget(config, speaks=not launched or os.environ["RANK"] == "0")
+        here = launched or config.system.world_size == 1
+        config = _within_budget(config, speaks=here and os.environ.get("RANK", "0") == "0")
     if args.preflight:
         return run_local(config, sys.argv) if not launched and config.system.world_size > 1 else _preflight(config)
     folder = run_folder(config)

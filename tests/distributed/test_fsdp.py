@@ -108,6 +108,34 @@ def test_a_checkpoint_goes_from_engine_to_engine(
         compare(straight, pool(4).call(trained, config, None, tmp_path / folder / checkpoint_name(2)))
 
 
+def evaluated(rank: int, world: int, config: Config) -> Any:
+    """The average of the weights, which is evaluated; and the trained ones, before and after."""
+    task = TinyTraining(rank, world, config)
+    for number in range(STEPS):
+        task.step(number)
+
+    def weights() -> np.ndarray:
+        model = task.components.whole_model()
+        return torch.cat([p.detach().ravel() for p in model.parameters()]).numpy().copy()
+
+    before = weights()
+    with task.components.evaluated_weights():
+        inside = weights()
+    return before, inside, weights()
+
+
+@pytest.mark.parametrize("within_node", [False, True])
+def test_the_evaluated_weights_are_the_average(pool: Pools, tiny_store: Path, within_node: bool) -> None:
+    others = {"system": {"ranks_per_node": 2}, "averaging": {"method": "exponential"}}
+    whole = pool(4).call(evaluated, config_of(tiny_store, 4, "bucketed", **others))
+    communication = {"shard_within_node": within_node}
+    parts = pool(4).call(evaluated, config_of(tiny_store, 4, "fsdp", communication=communication, **others))
+    for (_, expected, _), (before, inside, after) in zip(whole, parts, strict=True):
+        assert np.abs(inside - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert np.array_equal(before, after)
+        assert np.abs(inside - before).max() > 1e-4
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

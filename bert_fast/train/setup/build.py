@@ -225,6 +225,10 @@ def make_engine(config: Config, environment: Environment, model: nn.Module, layo
         if on_gloo:
             raise UserError("communication.shard_optimizer on CUDA needs NCCL; set communication.backend=nccl or auto")
         table = SHARDED_ENGINES
+    if on_gloo and ENGINES[communication.engine].shards:
+        raise UserError(
+            f"communication.engine={communication.engine} on CUDA needs NCCL; set communication.backend=nccl or auto"
+        )
     if on_gloo and not WIRE_FORMATS[communication.reduce_dtype].is_cast:
         raise UserError(
             f"communication.reduce_dtype={communication.reduce_dtype} on CUDA needs NCCL; set communication.backend=nccl or "
