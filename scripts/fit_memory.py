@@ -20,11 +20,13 @@ import guard  # noqa: F401
 import torch
 
 from bert_fast.command import guarded
+from bert_fast.config import Config
 from bert_fast.config.load import load_config
 from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
+from bert_fast.hardware import cpu_has_bf16
 from bert_fast.memory.budget import MACHINES, Machine, fit, gib, largest_micro_batch, with_changes
 from bert_fast.memory.stages import Hardware
 from bert_fast.model.loss import chunk_rows
@@ -32,6 +34,19 @@ from bert_fast.report.console import print_table
 from bert_fast.train.setup.memory_fit import fit_lines
 
 _MODES = ("none", "attention", "layer", "half_layer", "optimal")
+
+
+def _largest(config: Config, how: str, budget: float, hardware: Hardware) -> str:
+    """The largest micro-batch with a way to recompute, or why there is none."""
+    try:
+        return f"{largest_micro_batch(with_changes(config, {'memory.recompute': how}), budget, hardware):,}"
+    except UserError as error:
+        return str(error).removeprefix("config: ")
+
+
+def as_yaml(value: object) -> str:
+    """A value as it is written behind `section.field=`."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def measured(machine: Machine, dtype: torch.dtype, device: torch.device) -> Machine:
@@ -80,27 +95,24 @@ def main() -> int:
     kind = args.device or (config.system.device if config.system.device != "auto" else "cuda")
     config = with_changes(config, {"system.device": kind, "memory.recompute": "none"})
     precision = args.precision or config.train.precision
-    hardware = Hardware(4 if precision == "fp32" else 2, kind == "cpu", chunk_rows(config.model.vocab_size, kind))
+    whole = precision == "fp32" or (precision == "auto" and kind == "cpu" and not cpu_has_bf16())
+    hardware = Hardware(4 if whole else 2, kind == "cpu", chunk_rows(config.model.vocab_size, kind))
     machine = MACHINES[kind]
     if args.measure:
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError("--measure: this machine has no CUDA device; leave it out, or give --device cpu")
-        machine = measured(machine, torch.float32 if precision == "fp32" else torch.bfloat16, torch.device(kind))
+        machine = measured(machine, torch.float32 if whole else torch.bfloat16, torch.device(kind))
     found = fit(config, budget, hardware, machine)
-    fragment = found.fragment()
     if args.as_overrides:
-        print(*(f"{section}.{name}={value}" for section, values in fragment.items() for name, value in values.items()))
+        print(*(f"{name}={as_yaml(value)}" for name, value in found.changes().items()))
         return ExitCode.OK
-    rows = [
-        (how, f"{largest_micro_batch(with_changes(config, {'memory.recompute': how}), budget, hardware):,}")
-        for how in _MODES
-    ]
+    rows = [(how, _largest(config, how, budget, hardware)) for how in _MODES]
     print_table(
         f"largest micro-batch of {config.data.max_seq_len} tokens in {budget:.2f} GiB, by memory.recompute", rows
     )
     print_table("the fastest way to train this config in it", [("", line) for line in fit_lines(found)])
     if args.out:
-        write_atomically(args.out, to_yaml(fragment))
+        write_atomically(args.out, to_yaml(found.fragment()))
     return ExitCode.OK
 
 

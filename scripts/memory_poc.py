@@ -6,8 +6,8 @@
 
 Every variant is a run of its own through run_pretraining.py, with its ranks, its engine and its data. The page (memory.md and
 memory.html) says of each: peak memory, measured and predicted, time of a step, energy, cost of a million samples, and whether
-its losses are those of the config as it is; and what is recommended: the fastest exact one within the budget. What cannot be
-had together is named with its reason. Energy is there where the machine meters it, money where you give a price.
+its losses are those of the config as it is; and what is recommended: the fastest within the budget that rounds no moments. What
+cannot be had together is named with its reason. Energy is there where the machine meters it, money where you give a price.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
+from bert_fast.hardware import cpu_has_bf16
 from bert_fast.memory.budget import MACHINES, fit, gib, with_changes
 from bert_fast.memory.stages import Hardware
 from bert_fast.model.loss import chunk_rows
@@ -47,6 +48,7 @@ from programs import pretrain
 _SKIPPED = 1  # steps before those that are timed
 # Relative differences of losses that still count as equal: sums in another order, and moments that are rounded
 _EXACT, _OTHER_RANDOM, _ROUNDED = 1e-6, 0.05, 0.05
+_ROUNDED_NOTE = "rounded moments"
 _MILLION = 1e6
 
 
@@ -81,8 +83,8 @@ class Measured:
         return self.loss_difference <= self.tolerance
 
 
-def variants(config: Config, on_cpu: bool, budget_gib: float | None) -> Iterator[Variant]:
-    """Each switch by itself, those that go together, and what the budget asks for."""
+def variants(config: Config) -> Iterator[Variant]:
+    """Each switch by itself, and those that go together."""
     yield Variant("as it is", {})
     for how in ("attention", "layer", "half_layer", "optimal"):
         yield Variant(f"recompute {how}", {"memory.recompute": how})
@@ -106,28 +108,33 @@ def variants(config: Config, on_cpu: bool, budget_gib: float | None) -> Iterator
         yield Variant("shard optimizer", sharded)
         yield Variant("shard optimizer, recompute optimal", {**sharded, "memory.recompute": "optimal"})
         yield Variant("fsdp", parts)
+        yield Variant(
+            "fsdp, weights kept from forward to backward", {**parts, "communication.reshard_after_forward": False}
+        )
+        if 1 < config.system.node_size < config.system.world_size:
+            yield Variant("fsdp within a node", {**parts, "communication.shard_within_node": True})
         yield Variant("fsdp, recompute optimal", {**parts, "memory.recompute": "optimal"})
     for state in ("bf16", "int8", "int4"):
-        yield Variant(f"moments in {state}", {"optimizer.state_dtype": state}, _ROUNDED, "rounded moments")
+        yield Variant(f"moments in {state}", {"optimizer.state_dtype": state}, _ROUNDED, _ROUNDED_NOTE)
     yield Variant("moments on the host", {"optimizer.state_on_host": True})
     yield Variant("activations on the host", {"memory.offload_activations": True})
-    if budget_gib is not None:
-        hardware = hardware_of(config, on_cpu)
-        found = fit(config, budget_gib, hardware, MACHINES["cpu" if on_cpu else "cuda"])
-        changes = {**found.best.changes, "memory.recompute": "budget", "memory.budget_gib": budget_gib}
-        moved = "batch.micro_batch_size" in changes
-        yield Variant(
-            f"fastest in {budget_gib:g} GiB",
-            changes,
-            _OTHER_RANDOM if moved else _EXACT,
-            "chosen by the model of times",
-        )
+    yield Variant("weights on the host", {**parts, "memory.offload_weights": True})
+
+
+def fastest(config: Config, on_cpu: bool, budget_gib: float) -> Variant:
+    """What the budget asks for. Raises UserError where nothing fits."""
+    found = fit(config, budget_gib, hardware_of(config, on_cpu), MACHINES["cpu" if on_cpu else "cuda"])
+    changes = {name: value for name, value in found.changes().items() if value is not None}
+    moved = "batch.micro_batch_size" in changes
+    tolerance = _OTHER_RANDOM if moved else _EXACT
+    return Variant(f"fastest in {budget_gib:g} GiB", changes, tolerance, "chosen by the model of times")
 
 
 def hardware_of(config: Config, on_cpu: bool) -> Hardware:
     """How this machine computes the config."""
-    size = 4 if config.train.precision == "fp32" else 2
-    return Hardware(size, on_cpu, chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda"))
+    precision = config.train.precision
+    whole_numbers = precision == "fp32" or (precision == "auto" and on_cpu and not cpu_has_bf16())
+    return Hardware(4 if whole_numbers else 2, on_cpu, chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda"))
 
 
 def measure(
@@ -138,7 +145,8 @@ def measure(
     fixed = [
         f"train.max_steps={args.steps}", "train.log_every_steps=1", "evaluation.target_accuracy=null",
         "evaluation.every_samples=1000000000", "evaluation.num_samples=64", "checkpoint.save_final_model=false",
-        "checkpoint.every_steps=0", "run.tensorboard=false", "run.measure_peak_flops=false", "mlperf.enabled=false",
+        "checkpoint.every_steps=0", "checkpoint.async_save=true", "run.tensorboard=false", "run.measure_peak_flops=false",
+        "mlperf.enabled=false",
     ]  # fmt: skip
     record = pretrain(args.config, [*args.overrides, *overrides, *fixed], folder, variant.name)
     lines = of_kind(read_metrics(folder), StepLine)
@@ -169,9 +177,9 @@ def _plain(value: Any) -> str:
 
 def recommended(rows: list[Measured], budget_gib: float | None) -> Measured | None:
     """The fastest whose losses are equal and whose peak is within the budget; None: none is."""
-    fitting = [row for row in rows if row.is_equal and row.tolerance == _EXACT]
+    fitting = [row for row in rows if row.is_equal and row.note != _ROUNDED_NOTE]
     if budget_gib is not None:
-        fitting = [row for row in rows if row.is_equal and row.peak_mib <= 1024 * budget_gib]
+        fitting = [row for row in fitting if row.peak_mib <= 1024 * budget_gib]
     return min(fitting, key=lambda row: row.step_ms, default=None)
 
 
@@ -277,25 +285,31 @@ def main() -> int:
     parser.add_argument("--price-per-hour", type=float, help="of all devices together, in your currency")
     args = parser.parse_intermixed_args()
     args.budget = gib(args.budget) if args.budget else None
+    args.overrides += ["memory.recompute=none", "memory.budget_gib=null"]  # what is tried here
     config = load_config(args.config, args.overrides)
     on_cpu = config.system.device == "cpu" or not torch.cuda.is_available()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    planned = list(variants(config))
+    if args.budget is not None:
+        planned.append(fastest(config, on_cpu, args.budget))
     rows: list[Measured] = []
     refused: dict[str, str] = {}
     baseline: list[float] | None = None
-    for variant in variants(config, on_cpu, args.budget):
+    for variant in planned:
         try:
             with_changes(config, {**variant.changes, "system.device": "cpu" if on_cpu else "cuda"})
-        except UserError as error:
+            with tempfile.TemporaryDirectory() as scratch:
+                row, losses = measure(args, variant, baseline, Path(scratch) / "run")
+        except UserError as error:  # of the switches, or of a run that does not fit
             refused[variant.name] = str(error).removeprefix("config: ")
             print(f"{variant.name}: not to be had: {refused[variant.name]}", flush=True)
             continue
-        with tempfile.TemporaryDirectory() as scratch:
-            row, losses = measure(args, variant, baseline, Path(scratch) / "run")
         baseline = baseline or losses
         rows.append(row)
         print(f"{row.name}: {row.peak_mib:,.0f} MiB, {row.step_ms:,.1f} ms a step", flush=True)
+    if not rows:
+        raise UserError(f"no variant of {args.config} could be run; the first: {next(iter(refused.values()))}")
     for line in write_pages(out, args, config, rows, refused):
         print(line)
     metrics = {

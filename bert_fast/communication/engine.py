@@ -123,6 +123,9 @@ class Engine(ABC):
         all that a rank has of the model."""
         return True
 
+    def forget_gathered_weights(self) -> None:  # noqa: B027  # most engines gather nothing
+        """After weights were written from outside of a step: copies that were gathered before are of no use any more."""
+
     @property
     def is_first_copy(self) -> bool:
         """Whether this rank writes what it has of a model that is in parts: where nodes hold copies, one of them does."""

@@ -106,7 +106,7 @@ class FsdpEngine(Engine):
         self.module.set_requires_gradient_sync(last)
         yield
         whole = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
-        self._weight_bytes += whole // self._world * (2 if self._reshards else 1)
+        self._weight_bytes += whole // dist.get_world_size(self._shards) * (2 if self._reshards else 1)
         if last:
             self.wire.bytes_sent += sum(p.numel() for p in self._parameters) * self.wire.dtype.itemsize
 
@@ -123,7 +123,7 @@ class FsdpEngine(Engine):
                 assert isinstance(gradient, DTensor)
                 local = gradient.to_local().view(-1)
             if unscale is not None:
-                local.mul_(unscale)
+                local.mul_(unscale.to(local.device))
             each.parameter.grad = local
             gradients.append(local)
             squares += torch.linalg.vector_norm(local, dtype=torch.float32) ** 2
@@ -148,9 +148,16 @@ class FsdpEngine(Engine):
     def share_sums(self, sums: torch.Tensor) -> None:
         dist.all_reduce(sums, group=self._shards)
 
+    def forget_gathered_weights(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def whole_weights(self) -> dict[str, torch.Tensor]:
         names = [name for name, _ in self.module.named_parameters()]
-        return {name: weight.full_tensor() for name, weight in zip(names, self._parameters, strict=True)}
+        self.forget_gathered_weights()
+        # One after the other, and on the host: the device may have no room for all
+        return {name: weight.full_tensor().cpu() for name, weight in zip(names, self._parameters, strict=True)}
 
     def counters(self) -> dict[str, int]:
         return {**super().counters(), "weight_bytes": self._weight_bytes}

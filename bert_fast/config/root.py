@@ -293,6 +293,16 @@ def _sharded_weights_have_their_settings(config: Config) -> str | None:
         return (
             f"optimizer.use_apex=true with {engine}: apex's optimizers need whole tensors; set optimizer.use_apex=false"
         )
+    if config.balance.cost == "measure":
+        return f"balance.cost=measure with {engine}, whose passes wait for other ranks' weights; set balance.cost=flops"
+    if config.memory.offload_weights and communication.backend not in ("auto", "gloo"):
+        return (
+            f"communication.backend={communication.backend} with memory.offload_weights=true, whose parts are reduced on the "
+            "host as well; set communication.backend=auto"
+        )
+    samples, world = config.evaluation.num_samples, config.system.world_size
+    if samples is not None and samples < world:
+        return f"evaluation.num_samples={samples} with {engine}: all {world} ranks evaluate at once; set it to {world} or more"
     if config.train.precision == "fp8":
         return f"train.precision=fp8 with {engine}: Transformer Engine's layers need whole weights; set train.precision=bf16"
     return None
@@ -496,6 +506,13 @@ def _gradients_can_be_released(config: Config) -> str | None:
         return (
             f"{what} with batch.virtual_ranks={config.batch.virtual_ranks}, whose sum is kept beside; set one of them"
         )
+    if config.batch.gradient_accumulation_steps > 1:
+        return (
+            f"{what} with batch.gradient_accumulation_steps={config.batch.gradient_accumulation_steps}, between which all "
+            "gradients stay; set one of them"
+        )
+    if communication.bucket_mb == "auto":
+        return f"{what} with communication.bucket_mb=auto, whose buckets are planned later; set a size in MiB"
     if config.train.cuda_graphs:
         return f"{what} with train.cuda_graphs=true, in which memory stays where it is; set one of them"
     return None
@@ -522,6 +539,11 @@ def offloads_nothing(config: Config, device: str) -> str | None:
 def _activations_can_be_offloaded(config: Config) -> str | None:
     if not config.memory.offload_activations:
         return None
+    if config.memory.recompute != "none":
+        return (
+            f"memory.offload_activations=true with memory.recompute={config.memory.recompute}: what runs again is on the "
+            "device all the same; set one of them"
+        )
     if config.train.cuda_graphs:
         return "memory.offload_activations=true with train.cuda_graphs=true: a graph cannot wait for the host; set one of them"
     return None

@@ -6,23 +6,25 @@ candidates; a benchmark on the machine says what a step takes (scripts/memory_po
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bert_fast.config import Config, as_plain
-from bert_fast.config.choices import ENGINES, RECOMPUTE, find
+from bert_fast.config.choices import ENGINES, RECOMPUTE, WIRE_FORMATS, find
 from bert_fast.config.load import config_from_tree
 from bert_fast.errors import UserError
-from bert_fast.memory.estimate import MemoryEstimate, estimate
+from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
 from bert_fast.memory.remat import Chain, Plan, keep_all, least_peak, pareto
-from bert_fast.memory.stages import Hardware, encoder_chain, longest_micro_batch
+from bert_fast.memory.stages import Hardware, longest_micro_batch
 from bert_fast.memory.state import num_parameters, num_shards
 
 _GIB, _MIB = 2**30, 2**20
 _UNITS = {"gib": 1.0, "gb": 1e9 / 2**30, "mib": 2**-10, "": 1.0}  # in GiB
 _HIDDEN = 0.8  # of backward's time, in which messages are on the wire
+_MARGIN = 1.03  # of activations: a run measures its stages, and they may be larger than by their shapes
 _LARGEST = 2**13  # samples of a micro-batch that are tried
 _LOSSY_PASSES = 3.0  # passes of a rounded optimizer step over its numbers, of an exact one's
 
@@ -92,13 +94,18 @@ class Fit:
     runners_up: list[Candidate]
     refused: dict[str, str]
 
+    def changes(self) -> dict[str, Any]:
+        """All settings of the best one: a run with them chooses nothing any more."""
+        if self.best.config.memory.recompute == "none":
+            return {**self.best.changes, "memory.recompute": "none", "memory.budget_gib": None}
+        return {**self.best.changes, "memory.recompute": "budget", "memory.budget_gib": self.budget_bytes / _GIB}
+
     def fragment(self) -> dict[str, Any]:
-        """The switches as a piece of a config, nested."""
+        """The same as a piece of a config, nested."""
         tree: dict[str, Any] = {}
-        for name, value in {**self.best.changes, "memory.recompute": "budget"}.items():
+        for name, value in self.changes().items():
             section, _, field = name.partition(".")
             tree.setdefault(section, {})[field] = value
-        tree["memory"]["budget_gib"] = self.budget_bytes / _GIB
         return tree
 
 
@@ -116,27 +123,33 @@ class Planner:
         self._curves: dict[Any, list[Plan]] = {}
 
     def evaluate(self, config: Config, changes: dict[str, Any], budget_bytes: int, is_exact: bool = True) -> Candidate:
-        """Memory and time of a config whose recomputation is as little as the budget allows, or the least peak."""
+        """Memory and time of a config: with `memory.recompute: budget` as little as the budget allows is computed again, or the
+        least peak; with `none` nothing."""
         batch, on_cpu = longest_micro_batch(config), self.hardware.on_cpu
-        grow = config.memory.release_gradients
-        chain = encoder_chain(config.model, batch, self.hardware, gradients_grow=grow)
-        smallest = least_peak(chain)
-        least = estimate(config, chain, smallest, on_cpu=on_cpu)
-        room, plan = budget_bytes - least.fixed, keep_all(chain)
-        if smallest.peak_bytes > room:
-            plan = smallest
-        elif plan.peak_bytes > room and not config.memory.offload_activations:
-            key = (batch, grow)
-            if key not in self._curves:
-                self._curves[key] = pareto(chain, max_points=64)
-            plan = [each for each in self._curves[key] if each.peak_bytes <= room][-1]
-        memory = estimate(config, chain, plan, on_cpu=on_cpu)
+        chain = chain_of(config, batch, self.hardware)
+        plan = smallest = keep_all(chain)
+        if config.memory.recompute != "none":
+            smallest = least_peak(chain)
+            fixed = estimate(config, chain, smallest, on_cpu=on_cpu).fixed
+            room = int((budget_bytes - fixed) / _MARGIN)
+            if smallest.peak_bytes > room:
+                plan = smallest
+            elif plan.peak_bytes > room:
+                key = (batch, config.memory.release_gradients, config.communication.bucket_mb)
+                if str(key) not in self._curves:
+                    self._curves[str(key)] = pareto(chain, max_points=64)
+                plan = [each for each in self._curves[str(key)] if each.peak_bytes <= room][-1]
+        least, memory = (estimate(config, chain, each, on_cpu=on_cpu) for each in (smallest, plan))
         seconds = step_seconds(config, chain, plan, self.machine)
-        return Candidate(changes, config, memory, plan, seconds, least.total, is_exact)
+        needed = least.fixed + int(_MARGIN * least.activations)
+        return Candidate(changes, config, memory, plan, seconds, needed, is_exact)
 
 
-def fit(config: Config, budget_gib: float, hardware: Hardware, machine: Machine) -> Fit:
+def fit(config: Config, budget_gib: float, hardware: Hardware, machine: Machine, *, may_move_state: bool = True) -> Fit:
     """The fastest exact candidate within the budget.
+
+    Args:
+        may_move_state: whether the optimizer's state may go to the host, which a checkpoint of another place does not fit.
 
     Raises:
         UserError: nothing fits, with the least budget of any.
@@ -144,46 +157,71 @@ def fit(config: Config, budget_gib: float, hardware: Hardware, machine: Machine)
     budget_bytes, planner = int(budget_gib * _GIB), Planner(hardware, machine)
     found: list[Candidate] = []
     refused: dict[str, str] = {}
-    least: Candidate | None = None
-    for changes, is_exact in _switches(config, on_cpu=hardware.on_cpu):
+    least: dict[bool, Candidate] = {}
+    for changes, is_exact in _switches(config, hardware.on_cpu, may_move_state):
         try:
-            changed = with_changes(config, changes)
+            changed = _with_recomputation(config, changes, budget_gib)
         except UserError as error:
             refused.setdefault(_switch_names(changes), str(error).removeprefix("config: "))
             continue
         candidate = planner.evaluate(changed, changes, budget_bytes, is_exact)
-        if is_exact and (least is None or candidate.least_bytes < least.least_bytes):
-            least = candidate
-        if candidate.memory.total <= budget_bytes:
+        if is_exact not in least or candidate.least_bytes < least[is_exact].least_bytes:
+            least[is_exact] = candidate
+        if candidate.memory.fixed + _MARGIN * candidate.memory.activations <= budget_bytes:
             found.append(candidate)
     found.sort(key=lambda each: each.step_s)
     best = next((each for each in found if each.is_exact), None)
     if best is None:
-        assert least is not None, "the config itself is a candidate"
-        raise UserError(
-            f"memory.budget_gib={budget_gib:g} is too small for this model and batch; the least is "
-            f"{(least.least_bytes + _MIB) / _GIB:.3f} GiB, with {_changes_text(least.changes)} and memory.recompute=optimal; "
-            "set it to that or more, or use more ranks with communication.shard_optimizer=true"
-        )
+        raise UserError(_too_small(budget_gib, least, found))
     return Fit(budget_bytes, best, [each for each in found if each is not best], refused)
+
+
+def _with_recomputation(config: Config, changes: dict[str, Any], budget_gib: float) -> Config:
+    """The config as a run would have it: with recomputation by the budget, or none where it cannot be had.
+
+    Raises UserError where the changes themselves cannot be had.
+    """
+    try:
+        return with_changes(config, {**changes, "memory.recompute": "budget", "memory.budget_gib": budget_gib})
+    except UserError:
+        return with_changes(config, {**changes, "memory.recompute": "none"})
+
+
+def _too_small(budget_gib: float, least: dict[bool, Candidate], found: list[Candidate]) -> str:
+    text = f"memory.budget_gib={budget_gib:g} is too small for this model and batch"
+    if True in least:
+        smallest = least[True]
+        again = "" if smallest.config.memory.recompute == "none" else " and as much recomputation as there is"
+        text += (
+            f"; of what was tried the least is {(smallest.least_bytes + _MIB) / _GIB:.3f} GiB, with "
+            f"{_changes_text(smallest.changes)}{again}; set it to that or more, or use more ranks"
+        )
+    if found:
+        text += f"; with other numbers {_changes_text(found[0].changes)} fits"
+    return text
 
 
 def largest_micro_batch(config: Config, budget_gib: float, hardware: Hardware) -> int:
     """The largest micro-batch with which a config stays within a budget, with its own way to recompute; 0: none does.
 
     The global batch is not looked at: it follows from micro-batch, ranks and accumulation.
+
+    Args:
+        config: with any `memory.recompute` but `budget`.
+
+    Raises:
+        UserError: its settings do not go with other micro-batches.
     """
     budget_bytes = int(budget_gib * _GIB)
 
+    how = config.memory.recompute
+
     def fits(size: int) -> bool:
-        changes = {"batch.micro_batch_size": size, "batch.gradient_accumulation_steps": 1}
+        batch = {"batch.micro_batch_size": size, "batch.gradient_accumulation_steps": 1}
         world = config.system.world_size * config.batch.virtual_ranks
-        changed = with_changes(config, {**changes, "batch.global_batch_size": size * world, "memory.recompute": "none"})
-        how = config.memory.recompute
-        chain = encoder_chain(config.model, longest_micro_batch(changed), hardware, attention_again=how == "attention")
-        plan = find(RECOMPUTE, how)(chain, None) if how in RECOMPUTE and how != "budget" else keep_all(chain)
-        if how == "budget":
-            plan = least_peak(chain)
+        changed = with_changes(config, {**batch, "batch.global_batch_size": size * world})
+        chain = chain_of(changed, longest_micro_batch(changed), hardware)
+        plan: Plan = keep_all(chain) if how == "none" else find(RECOMPUTE, how)(chain, None)
         return estimate(changed, chain, plan, on_cpu=hardware.on_cpu).total <= budget_bytes
 
     if not fits(1):
@@ -208,7 +246,7 @@ def step_seconds(config: Config, chain: Chain, plan: Plan, machine: Machine) -> 
     compute = micro_batches * (chain.forward_s + backward + launches + passes)
     if config.memory.offload_activations:
         saved = sum(stage.saved_bytes + stage.output_bytes for stage in chain.stages)
-        compute = max(compute, micro_batches * 2 * saved / machine.host_bytes_per_s)
+        compute += micro_batches * 2 * saved / machine.host_bytes_per_s  # on the stream of the computation
     updated = parameters / num_shards(config)
     factor = _LOSSY_PASSES if config.optimizer.state_dtype != "fp32" else 1.0
     update = factor * updated * 28 / machine.memory_bytes_per_s
@@ -247,10 +285,10 @@ def with_changes(config: Config, changes: dict[str, Any]) -> Config:
     return config_from_tree(tree)
 
 
-def _switches(config: Config, on_cpu: bool) -> Iterator[tuple[dict[str, Any], bool]]:
+def _switches(config: Config, on_cpu: bool, may_move_state: bool) -> Iterator[tuple[dict[str, Any], bool]]:
     """Every combination as changes of the config, and whether it is exact. None changes what a step trains on."""
-    for sharding in _shardings(config):
-        for state, is_exact in _states(config, on_cpu):
+    for sharding in _shardings(config, on_cpu):
+        for state, is_exact in _states(config, on_cpu or not may_move_state):
             for released in _released(config, sharding):
                 for offload in [{}] if on_cpu else [{}, {"memory.offload_activations": True}]:
                     for micro_batch in _micro_batches(config):
@@ -271,15 +309,26 @@ def _micro_batches(config: Config) -> Iterator[dict[str, Any]]:
             yield {} if own else {"batch.micro_batch_size": size, "batch.gradient_accumulation_steps": samples // size}
 
 
-def _shardings(config: Config) -> Iterator[dict[str, Any]]:
+def _shardings(config: Config, on_cpu: bool) -> Iterator[dict[str, Any]]:
     yield {}
-    if config.system.world_size == 1 or ENGINES[config.communication.engine].shards:
+    communication, system = config.communication, config.system
+    is_fsdp = ENGINES[communication.engine].shards
+    if is_fsdp and not on_cpu and not config.memory.offload_weights:
+        yield {"memory.offload_weights": True}
+    if is_fsdp or system.world_size == 1:
         return
-    if not config.communication.shard_optimizer:
+    # A sum that is encoded anew is not the same in parts
+    if not communication.shard_optimizer and not WIRE_FORMATS[communication.reduce_dtype].sends_sums:
         yield {"communication.shard_optimizer": True}
-    fsdp = {"communication.engine": "fsdp", "communication.bucket_mb": 25.0, "communication.shard_optimizer": False}
-    for reshard in (False, True):
-        yield {**fsdp, "communication.reshard_after_forward": reshard}
+    fsdp = {"communication.engine": "fsdp", "communication.shard_optimizer": False}
+    for name in ("bucket_mb", "min_bucket_mb", "max_bucket_mb"):  # which it does not read
+        fsdp[f"communication.{name}"] = type(communication).model_fields[name].default
+    nodes = [False, True] if 1 < system.node_size < system.world_size else [False]
+    for within, reshard in itertools.product(nodes, (False, True)):
+        parts = {"communication.reshard_after_forward": reshard, "communication.shard_within_node": within}
+        yield {**fsdp, **parts}
+        if reshard and not on_cpu:
+            yield {**fsdp, **parts, "memory.offload_weights": True}
 
 
 def _states(config: Config, on_cpu: bool) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -296,7 +345,7 @@ def _switch_names(changes: dict[str, Any]) -> str:
     """How weights and gradients are kept, the rest of the switches aside: by that a candidate is refused."""
     names = (
         "communication.engine", "communication.shard_optimizer", "communication.reshard_after_forward",
-        "memory.release_gradients",
+        "communication.shard_within_node", "memory.release_gradients", "memory.offload_weights", "memory.offload_activations",
     )  # fmt: skip
     return _changes_text({name: value for name, value in changes.items() if name in names and value is not False})
 

@@ -84,12 +84,25 @@ def estimate(config: Config, chain: Chain, plan: Plan, *, on_cpu: bool) -> Memor
     return replace(held, activations=activations, rounding=0 if on_cpu else _ROUNDING * allocations)
 
 
+def with_buckets(chain: Chain, config: Config) -> Chain:
+    """A chain whose gradients grow, with what buckets larger than a layer have before their gradients are there."""
+    sizes = config.communication.bucket_mb
+    assert sizes != "auto", "the config has been checked"
+    largest = int(2**20 * max(sizes if isinstance(sizes, list) else [sizes]))
+    layer = max(4 * group.numel for group in parameter_groups(config.model))
+    early = max(0, min(largest, 4 * num_parameters(config.model)) - layer)
+    return replace(
+        chain, stages=tuple(replace(each, temporary_bytes=each.temporary_bytes + early) for each in chain.stages)
+    )
+
+
 def chain_of(config: Config, batch: MicroBatch, hardware: Hardware) -> Chain:
     """The chain of a micro-batch of this config."""
     how = config.memory.recompute
     again = how in RECOMPUTE and RECOMPUTE[how].of_attention
     grow = config.memory.release_gradients
-    return encoder_chain(config.model, batch, hardware, attention_again=again, gradients_grow=grow)
+    chain = encoder_chain(config.model, batch, hardware, attention_again=again, gradients_grow=grow)
+    return with_buckets(chain, config) if grow else chain
 
 
 def kept_from_step_to_step(config: Config) -> MemoryEstimate:

@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 from bert_fast.errors import UserError
 from bert_fast.optim.build import RunOptimizer
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 128  # numbers that share a scale
 _PIECE = 2**22  # numbers whose moments are whole at a time; a multiple of the block
 
@@ -148,31 +149,35 @@ class CompactAdamW(RunOptimizer):
     def __init__(self, params: Any, *, state_dtype: str, on_host: bool = False, **settings: Any) -> None:
         super().__init__(params, settings)
         self._formats, self._on_host = FORMATS[state_dtype], on_host
+        everything = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._numbers = {parameter: number for number, parameter in enumerate(everything)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update."""
         assert closure is None
-        for number, group in enumerate(self.param_groups):
-            for place, parameter in enumerate(group["params"]):
+        for group in self.param_groups:
+            for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group, 1_000_003 * number + place)
+                    self._update(parameter, group)
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any], place: int) -> None:
+    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         entry = self.state[parameter]
         if not entry:
+            entry["updates"] = 0  # as `step`, which is on the device
             entry["step"] = torch.zeros((), device=parameter.device)
-            for name, form in zip(("exp_avg", "exp_avg_sq"), self._formats, strict=True):
+            for name, form in zip(_MOMENTS, self._formats, strict=True):
                 entry[name] = self._kept(form, parameter)
         generator = torch.Generator(parameter.device)  # of its own: the run's random numbers are not touched
-        generator.manual_seed((int(entry["step"]) * 2_000_003 + place) % 2**63)
+        generator.manual_seed((entry["updates"] * 2_000_003 + self._numbers[parameter]) % 2**63)
+        entry["updates"] += 1
         weights, gradients = parameter.detach().view(-1), parameter.grad.view(-1)  # type: ignore[union-attr]
         count = entry["step"].clone()
         for start in range(0, weights.numel(), _PIECE):
             numel = min(_PIECE, weights.numel() - start)
             step = count.clone()
             moments, places = [], []
-            for name, form in zip(("exp_avg", "exp_avg_sq"), self._formats, strict=True):
+            for name, form in zip(_MOMENTS, self._formats, strict=True):
                 first = form.size(start)
                 places.append(entry[name][first : first + form.size(numel)])
                 moments.append(form.read(places[-1].to(parameter.device, non_blocking=True), numel))
@@ -206,11 +211,15 @@ class CompactAdamW(RunOptimizer):
                     kept.copy_(beside, non_blocking=True)
             entry["step"].copy_(step)
 
+    def state_device(self, parameter: torch.Tensor) -> torch.device:
+        return torch.device("cpu") if self._on_host else parameter.device
+
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """What was loaded is on the parameters' device."""
+        """What was loaded is in memory that is not pinned, and the count of updates with it."""
         if self._on_host:
             for parameter, entry in self.state.items():
-                for name, form in zip(("exp_avg", "exp_avg_sq"), self._formats, strict=True):
+                entry["step"] = entry["step"].to(parameter.device)
+                for name, form in zip(_MOMENTS, self._formats, strict=True):
                     entry[name] = self._kept(form, parameter).copy_(entry[name])
 
     def _kept(self, form: MomentFormat, parameter: torch.Tensor) -> torch.Tensor:

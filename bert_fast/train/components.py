@@ -38,7 +38,7 @@ class TrainComponents:
     recomputation: Recomputation | None = None
 
     def whole_model(self) -> BertForPretraining:
-        """The model with all weights on this rank. A collective where they are in parts."""
+        """The model with all weights: itself, or where they are in parts a copy on the host. A collective then."""
         if self.engine.holds_all_weights:
             return self.model
         weights = self.engine.whole_weights()
@@ -66,8 +66,10 @@ class TrainComponents:
         trained = [parameter.clone() for parameter in parameters]
         try:
             source.write_evaluated_weights()
+            self.engine.forget_gathered_weights()
             self.engine.gather_weights()
             self.engine.wait_pending()
             yield
         finally:
             torch._foreach_copy_(parameters, trained)
+            self.engine.forget_gathered_weights()

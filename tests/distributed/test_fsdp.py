@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from bert_fast.config import Config
 from bert_fast.errors import UserError
 from bert_fast.run_folder import checkpoint_name
+from bert_fast.train.setup.recomputation import longest_batch
 
 pytestmark = pytest.mark.distributed
 
@@ -119,9 +120,13 @@ def evaluated(rank: int, world: int, config: Config) -> Any:
         return torch.cat([p.detach().ravel() for p in model.parameters()]).numpy().copy()
 
     before = weights()
-    with task.components.evaluated_weights():
+    model, batch = task.components.model.eval(), longest_batch(config)
+    with task.components.evaluated_weights(), torch.no_grad():
         inside = weights()
-    return before, inside, weights()
+        model(batch)  # which gathers the evaluated weights
+    model.train()
+    after = weights()
+    return before, inside, after, task.step(STEPS).mlm_sum.item()
 
 
 @pytest.mark.parametrize("within_node", [False, True])
@@ -130,7 +135,8 @@ def test_the_evaluated_weights_are_the_average(pool: Pools, tiny_store: Path, wi
     whole = pool(4).call(evaluated, config_of(tiny_store, 4, "bucketed", **others))
     communication = {"shard_within_node": within_node}
     parts = pool(4).call(evaluated, config_of(tiny_store, 4, "fsdp", communication=communication, **others))
-    for (_, expected, _), (before, inside, after) in zip(whole, parts, strict=True):
+    for (_, expected, _, loss), (before, inside, after, same) in zip(whole, parts, strict=True):
+        assert same == pytest.approx(loss, rel=1e-6)
         assert np.abs(inside - expected).max() <= 1e-5 * np.abs(expected).max()
         assert np.array_equal(before, after)
         assert np.abs(inside - before).max() > 1e-4

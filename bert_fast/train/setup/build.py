@@ -30,7 +30,7 @@ from bert_fast.hardware import machine_memory
 from bert_fast.memory.estimate import least_bytes, optimizer_bytes
 from bert_fast.memory.state import num_shards
 from bert_fast.model.attention import choose_backend
-from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.model.objective import Objective
@@ -70,7 +70,10 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
             layer.compile_halves()
     recomputation = set_up_recomputation(config, environment, model)
     check_parameters([(name, list(p.shape)) for name, p in model.named_parameters()], environment)
-    ordering = make_ordering(config, model, _shared_ready_order(config, environment, model))
+    # torch's fully_shard has units of its own, and a whole pass may not fit before it has made them
+    measures = not ENGINES[config.communication.engine].shards
+    order = _shared_ready_order(config, environment, model) if measures else expected_ready_order(model)
+    ordering = make_ordering(config, model, order)
     ends, record = _bucket_ends(config, environment, model, ordering, planned)
     layout = lay_out(ordering, ends, shards_of(config))
     check_layout(layout, model, environment)

@@ -8,13 +8,13 @@ import torch
 
 from bert_fast.config import Config
 from bert_fast.errors import UserError
+from bert_fast.hardware import cpu_has_bf16
 from bert_fast.memory.budget import MACHINES, Fit, fit, with_changes
 from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
 from bert_fast.memory.recomputation import make_recomputation_plan
 from bert_fast.memory.remat import Chain, Plan, least_peak
 from bert_fast.memory.stages import Hardware, longest_micro_batch
 from bert_fast.model.loss import chunk_rows
-from bert_fast.train.environment import pick_device, pick_dtype
 
 _SHOWN = 3  # other candidates
 
@@ -63,11 +63,20 @@ def fit_to_budget(config: Config) -> tuple[Config, Fit]:
         UserError: nothing fits.
     """
     assert config.memory.budget_gib is not None
-    device = pick_device("cpu" if not torch.cuda.is_available() else config.system.device, 0)
-    hardware = hardware_of(config, pick_dtype(config.train.precision, device))
-    found = fit(config, config.memory.budget_gib, hardware, MACHINES["cpu" if hardware.on_cpu else "cuda"])
-    chosen = {**found.best.changes, "memory.recompute": "budget", "memory.budget_gib": config.memory.budget_gib}
-    return with_changes(config, chosen), found
+    hardware = hardware_of(config, _likely_dtype(config))
+    machine = MACHINES["cpu" if hardware.on_cpu else "cuda"]
+    # The optimizer's state stays where it is: a checkpoint has it in one form, and may be resumed with another budget
+    found = fit(config, config.memory.budget_gib, hardware, machine, may_move_state=False)
+    return with_changes(config, found.changes()), found
+
+
+def _likely_dtype(config: Config) -> torch.dtype:
+    """The format of activations, without asking a GPU: its context would take memory of the wrong card in every rank."""
+    precision = config.train.precision
+    if precision == "auto":
+        on_gpu = config.system.device != "cpu" and torch.cuda.is_available()
+        return torch.bfloat16 if on_gpu or cpu_has_bf16() else torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def fit_lines(found: Fit) -> list[str]:

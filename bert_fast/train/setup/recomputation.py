@@ -8,6 +8,7 @@ import torch
 from bert_fast.config import Config
 from bert_fast.config.choices import ENGINES, RECOMPUTE
 from bert_fast.memory.chain import measure_chain
+from bert_fast.memory.estimate import with_buckets
 from bert_fast.memory.modes import equal_chain
 from bert_fast.memory.recomputation import Recomputation, make_recomputation_plan
 from bert_fast.memory.remat import Chain, Plan, Segment, keep_all, make_plan
@@ -75,7 +76,7 @@ def measured_chain(config: Config, environment: Environment, model: BertForPretr
             lambda hidden: model.losses(hidden, batch).total,
             grads_resident=not config.memory.release_gradients,
         )
-    return grown_by_layer(chain) if config.memory.release_gradients else chain
+    return with_buckets(grown_by_layer(chain), config) if config.memory.release_gradients else chain
 
 
 def longest_batch(config: Config, device: torch.device = _CPU) -> BertInput:

@@ -101,7 +101,7 @@ def test_what_a_gpu_keeps_is_what_the_plain_parts_keep() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_plans_have_the_peaks_that_are_measured(bf16: bool) -> None:
-    """Of sixteen layers, in chunks of the logits and whole: within 2 %."""
+    """Of eight layers, in chunks of the logits and whole: within 2 %."""
     for vocabulary, (count, length) in itertools.product((1000, 50_000), ((4, 128), (32, 64))):
         config = ModelConfig(vocab_size=vocabulary, hidden_size=64, num_layers=8, num_heads=2, intermediate_size=256)
         measured, expected = both(config, bf16, count, length)
