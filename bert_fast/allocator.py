@@ -24,6 +24,18 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def return_freed_memory() -> None:
+    """Tell glibc to give the memory of every large array or tensor back as soon as it is freed.
+
+    What a process has in memory is then what it holds, without what lies idle between: a third less for a step of BERT, which
+    takes longer for it, as the kernel maps and zeroes pages anew. Does nothing with other C libraries.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None and platform.libc_ver()[0] == "glibc":
+        m_mmap_threshold = -3
+        mallopt(m_mmap_threshold, 1 << 20)
+
+
 @contextmanager
 def memory_at_most(extra: int) -> Iterator[None]:
     """Inside the block, the process may allocate at most `extra` bytes more than it has; further allocations fail.

@@ -7,6 +7,7 @@ gradient is ready.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -250,3 +251,74 @@ class FlatGradients:
     def zero(self) -> None:
         """Clear all gradients in one operation."""
         self.buffer.zero_()
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffer.device
+
+    def norm(self) -> torch.Tensor:
+        """Of all gradients, 0-dim."""
+        return torch.linalg.vector_norm(self.buffer)
+
+    def scale(self, value: torch.Tensor) -> None:
+        """Multiply all gradients by a 0-dim factor."""
+        self.buffer.mul_(value)
+
+    def hold(self, number: int) -> None:
+        """Before a bucket is read: all of them are there, always."""
+
+    def release(self, number: int) -> None:
+        """After a bucket was used for the last time in a step: it stays."""
+
+
+class GrowingGradients(FlatGradients):
+    """A buffer for each bucket, there from the first gradient of a step that falls into it until it is released.
+
+    Every `p.grad` is a view of its bucket's buffer, whose memory comes and goes: between steps it is empty.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], layout: GradientLayout) -> None:
+        first, self._buckets = parameters[0], layout.buckets
+        self._device = first.device
+        self._buffers = [torch.zeros(b.end - b.start, dtype=first.dtype, device=first.device) for b in layout.buckets]
+        self._starts = [bucket.start for bucket in layout.buckets]
+        self._parameters, self._views = list(parameters), []
+        for index, parameter in enumerate(parameters):
+            number = layout.bucket_of[index]
+            begin = layout.offsets[index] - self._starts[number]
+            self._views.append(self._buffers[number][begin : begin + layout.numel[index]].view_as(parameter))
+            parameter.register_hook(self._holds(number))  # which is called before a gradient is added to `grad`
+        self.attach()
+        self.zero()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def of(self, span: BufferRange) -> torch.Tensor:
+        number = bisect.bisect_right(self._starts, span.start) - 1
+        begin = span.start - self._starts[number]
+        return self._buffers[number][begin : begin + span.end - span.start]
+
+    def zero(self) -> None:
+        for number in range(len(self._buffers)):
+            self.release(number)
+
+    def norm(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(buffer) for buffer in self._buffers]))
+
+    def scale(self, value: torch.Tensor) -> None:
+        torch._foreach_mul_(self._buffers, value)
+
+    def hold(self, number: int) -> None:
+        buffer = self._buffers[number]
+        storage = buffer.untyped_storage()
+        if storage.nbytes() == 0:
+            storage.resize_(buffer.numel() * buffer.element_size())
+            buffer.zero_()
+
+    def release(self, number: int) -> None:
+        self._buffers[number].untyped_storage().resize_(0)
+
+    def _holds(self, number: int) -> Callable[[torch.Tensor], None]:
+        return lambda _: self.hold(number)

@@ -117,6 +117,24 @@ class Engine(ABC):
         """Whether each rank updates a part of the weights only."""
         return False
 
+    @property
+    def holds_all_weights(self) -> bool:
+        """Whether every rank has all weights between steps. Where not, a forward pass is a collective, and `updated_slices` are
+        all that a rank has of the model."""
+        return True
+
+    def forget_gathered_weights(self) -> None:  # noqa: B027  # most engines gather nothing
+        """After weights were written from outside of a step: copies that were gathered before are of no use any more."""
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank writes what it has of a model that is in parts: where nodes hold copies, one of them does."""
+        return True
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """All weights by name, on every rank. A collective where they are in parts."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
     def share_sums(self, sums: torch.Tensor) -> None:  # noqa: B027  # most engines hold whole parameters
         """Add `sums` over the ranks that hold parts of the same parameters, in place. A collective where it is sharded."""
 

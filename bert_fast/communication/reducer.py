@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bert_fast.c10d import timeout_of_default_group
-from bert_fast.communication.buckets import BufferRange, FlatGradients, GradientLayout
+from bert_fast.communication.buckets import BufferRange, FlatGradients, GradientLayout, GrowingGradients
 from bert_fast.communication.clip import ClipStatistics, coefficient, group_threshold
 from bert_fast.communication.engine import Engine, UpdatedSlice
 from bert_fast.communication.p2p import call_when_done
@@ -41,7 +41,11 @@ class _BucketInFlight:
 
 
 class BucketReducer(Engine):
-    """Engine `bucketed`: all-reduces every bucket as soon as backward has filled it."""
+    """Engine `bucketed`: all-reduces every bucket as soon as backward has filled it.
+
+    With `release_gradients` a bucket has memory from its first gradient in a step until it was used: by its update, where
+    buckets are updated one by one, and else until the next step. Then nothing may be clipped before all gradients are there.
+    """
 
     def __init__(
         self,
@@ -52,11 +56,13 @@ class BucketReducer(Engine):
         max_norm: float,
         wire: WireFormat,
         group: dist.ProcessGroup | None = None,
+        release_gradients: bool = False,
     ) -> None:
         self.module = model
         self.layout = layout
         self._parameters: Sequence[nn.Parameter] = list(model.parameters())
-        self.gradients = FlatGradients(self._parameters, layout)
+        self._releases = release_gradients
+        self.gradients = (GrowingGradients if release_gradients else FlatGradients)(self._parameters, layout)
         self._mode, self._max_norm, self.wire = CLIP_MODES[clip], max_norm, wire
         self._group = group
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -68,7 +74,7 @@ class BucketReducer(Engine):
         groups = layout.groups if self._mode.by_group else (layout.whole(),)
         self._threshold = group_threshold(max_norm, len(groups))
         self._groups_of = [layout.groups_in(bucket) for bucket in layout.buckets]
-        self.clip_statistics = ClipStatistics([g.name for g in groups], self.gradients.buffer.device)
+        self.clip_statistics = ClipStatistics([g.name for g in groups], self.gradients.device)
         self._full = [len(bucket.parameters) for bucket in layout.buckets]
         self._waiting = list(self._full)
         self._next = 0
@@ -77,7 +83,7 @@ class BucketReducer(Engine):
         self._scale: torch.Tensor | None = None
         self._nonfinite: torch.Tensor | None = None
         self._flag_group: dist.ProcessGroup | None = None  # for what must not queue behind buckets; else the default
-        device = self.gradients.buffer.device
+        device = self.gradients.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for index, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(self._hook(layout.bucket_of[index]))
@@ -120,7 +126,7 @@ class BucketReducer(Engine):
 
     def enable_nonfinite_flag(self) -> None:
         # The flag travels in a group of its own, past the buckets that are still on the wire
-        self._nonfinite = torch.zeros((), device=self.gradients.buffer.device)
+        self._nonfinite = torch.zeros((), device=self.gradients.device)
         if dist.is_initialized():
             self._flag_group = dist.new_group(timeout=timeout_of_default_group())
 
@@ -136,7 +142,7 @@ class BucketReducer(Engine):
                 self._launch()
             flag = self._share_flag() if update else None
             unscale = None if self._scale is None else 1.0 / self._scale  # `update` may change the scale
-        updates_s = 0.0
+        updates_s, norms = 0.0, []
         for pending in self._in_flight:
             with self._on_comm_stream():
                 while pending.work is not None:
@@ -147,12 +153,15 @@ class BucketReducer(Engine):
             if update and flag is not None:
                 self._wait_comm_stream()
                 before = time.perf_counter()
+                if self._releases:  # it is gone when the others' norms are known
+                    norms.append(torch.linalg.vector_norm(self.reduced(pending.number)))
                 update(pending.number, flag)
+                self.gradients.release(pending.number)
                 updates_s += time.perf_counter() - before
         self._in_flight.clear()
         self._wait_comm_stream()
         self.exposed_s = time.perf_counter() - start - updates_s
-        norm = self._norm()
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else self._norm()
         if self._mode.after_reduce:
             value = coefficient(norm, self._max_norm)
             self.clip_statistics.add(0, value)
@@ -175,10 +184,10 @@ class BucketReducer(Engine):
         ]
 
     def _norm(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(self.gradients.buffer)
+        return self.gradients.norm()
 
     def _scale_reduced(self, value: torch.Tensor) -> None:
-        self.gradients.buffer.mul_(value)
+        self.gradients.scale(value)
 
     def _share_flag(self) -> torch.Tensor:
         assert self._nonfinite is not None, "enable_nonfinite_flag() comes first"
@@ -231,6 +240,7 @@ class BucketReducer(Engine):
 
     def _clip_and_divide(self, number: int) -> torch.Tensor:
         """A bucket's gradients as a rank's part of the average, clipped where groups are; in place."""
+        self.gradients.hold(number)
         values = self.gradients.of(self.layout.buckets[number])
         if self._mode.by_group:
             for group in self._groups_of[number]:

@@ -11,6 +11,7 @@ from bert_fast.config.checkpoint import CheckpointConfig
 from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.evaluation import EvaluationConfig
+from bert_fast.config.memory import MemoryConfig
 from bert_fast.config.mlperf import MlperfConfig
 from bert_fast.config.model import ModelConfig
 from bert_fast.config.optimizer import OptimizerConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "MemoryConfig",
     "MlperfConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -77,7 +77,7 @@ OPTIMIZERS = {
     "adamw": OptimizerChoice(
         "bert_fast.optim.adamw:build",
         "torch's fused AdamW",
-        settings=(*_ADAM, "use_apex"),
+        settings=(*_ADAM, "use_apex", "state_dtype", "state_on_host"),
         source="Loshchilov and Hutter, arXiv 1711.05101",
     ),
     "adam": OptimizerChoice(
@@ -272,19 +272,46 @@ DECAYS = {
 
 @dataclass(frozen=True)
 class EngineChoice(Choice):
-    """`steps_per_bucket`: whether a bucket's weights can be updated while later ones are reduced."""
+    """What a run must know of an engine before it is built.
+
+    steps_per_bucket: whether a bucket's weights can be updated while later ones are reduced
+    needs_group:      whether it needs a process group, also on one rank
+    not_clipped:      why it cannot clip before gradients are reduced; empty: it can
+    shards:           whether each rank has a part of weights, gradients and optimizer state
+    settings:         fields of `communication` that it reads and not every one does
+    """
 
     steps_per_bucket: bool = False
+    needs_group: bool = False
+    not_clipped: str = ""
+    shards: bool = False
+    settings: tuple[str, ...] = ()
 
+
+_BUCKETS = ("bucket_mb",)
 
 # A subclass of bert_fast.communication.engine.Engine. In SHARDED_ENGINES: what takes its place with
 # communication.shard_optimizer, where each rank updates a part of the weights.
 ENGINES = {
     "bucketed": EngineChoice(
-        "bert_fast.communication.reducer:BucketReducer", "our reducer, overlapped with backward", steps_per_bucket=True
+        "bert_fast.communication.reducer:BucketReducer",
+        "our reducer, overlapped with backward",
+        steps_per_bucket=True,
+        settings=_BUCKETS,
     ),
     "ddp": EngineChoice(
-        "bert_fast.communication.ddp:DdpEngine", "torch's DistributedDataParallel with the same clipping"
+        "bert_fast.communication.ddp:DdpEngine",
+        "torch's DistributedDataParallel with the same clipping",
+        needs_group=True,
+        settings=_BUCKETS,
+    ),
+    "fsdp": EngineChoice(
+        "bert_fast.communication.fsdp:FsdpEngine",
+        "torch's fully_shard: weights, gradients and optimizer state in parts",
+        needs_group=True,
+        not_clipped="torch's hooks reduce a gradient before it can be clipped",
+        shards=True,
+        settings=("reshard_after_forward", "shard_within_node"),
     ),
 }
 SHARDED_ENGINES = {
@@ -412,6 +439,35 @@ CLIP_MODES = {
     "global_before_reduce": ClipMode("each rank's whole gradient", "gradient", before_reduce=True),
     "bucket_before_reduce": ClipMode("each clip group of a rank (the paper's, overlaps)", "groups", before_reduce=True),
     "global_after_reduce": ClipMode("the averaged gradient (the textbook's)", "gradient"),
+}
+
+
+@dataclass(frozen=True)
+class RecomputeChoice(Choice):
+    """What a run must know of a way to recompute before it is planned.
+
+    reads_sizes:  whether its plan follows from bytes and seconds of the model's stages, which are measured first
+    of_attention: whether attention alone is computed again, inside of stages that are kept
+    """
+
+    reads_sizes: bool = False
+    of_attention: bool = False
+
+
+# A function (memory.remat.Chain, budget in bytes or None) -> memory.remat.Plan, as bert_fast/memory/modes.py has it. `none`
+# is no entry: everything is kept.
+RECOMPUTE = {
+    "attention": RecomputeChoice(
+        "bert_fast.memory.modes:none", "scores and probabilities of attention, from its operands", of_attention=True
+    ),
+    "layer": RecomputeChoice("bert_fast.memory.modes:layer", "each layer, from its input"),
+    "half_layer": RecomputeChoice("bert_fast.memory.modes:half_layer", "each half of a layer, from its input"),
+    "optimal": RecomputeChoice(
+        "bert_fast.memory.modes:optimal", "runs of half layers, so that the peak is least", reads_sizes=True
+    ),
+    "budget": RecomputeChoice(
+        "bert_fast.memory.modes:budget", "as little as memory.budget_gib allows", reads_sizes=True
+    ),
 }
 
 

@@ -43,6 +43,16 @@ class CommunicationConfig(Section):
         description="reduce-scatter the gradients, update a part of the weights on each rank, and gather the weights "
         "during the next forward pass; each rank then holds only its part of the optimizer state",
     )
+    reshard_after_forward: bool = Field(
+        True,
+        description="fsdp: let go of a layer's weights after its forward pass and gather them again for backward (ZeRO-3); "
+        "false: keep them until backward has passed (ZeRO-2)",
+    )
+    shard_within_node: bool = Field(
+        False,
+        description="fsdp: divide weights, gradients and optimizer state over the ranks of a node, of which every node has a "
+        "copy, and not over all ranks",
+    )
     reduce_dtype: Annotated[str, one_of(WIRE_FORMATS)] = Field("fp32", description="number format on the wire")
     residual_dtype: Literal["fp32", "bf16", "int4"] = Field(
         "fp32", description="format of what error feedback keeps; there are two copies, as a step may be skipped"

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, OPTIMIZERS, STRATEGIES, WIRE_FORMATS
+from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, ENGINES, OPTIMIZERS, STRATEGIES, WIRE_FORMATS
 
 if TYPE_CHECKING:
     from bert_fast.config.root import Config
@@ -55,6 +55,7 @@ _CHOOSERS: tuple[tuple[str, str, Mapping[str, _ReadsSettings]], ...] = (
     ("schedule", "decay", DECAYS),
     ("averaging", "method", AVERAGES),
     ("communication", "reduce_dtype", WIRE_FORMATS),
+    ("communication", "engine", ENGINES),
 )
 
 
@@ -166,6 +167,18 @@ RULES = (
         lambda c: c.train.precision == "fp16",
         "train.precision={c.train.precision} has no loss scale",
         "set train.precision=fp16",
+    ),
+    Rule(
+        ("memory.offload_weights",),
+        lambda c: ENGINES[c.communication.engine].shards,
+        "communication.engine={c.communication.engine} needs all weights on the device",
+        "set communication.engine=fsdp",
+    ),
+    Rule(
+        ("memory.budget_gib",),
+        lambda c: c.memory.recompute in ("none", "budget"),
+        "memory.recompute={c.memory.recompute} is not chosen by a budget",
+        "set memory.recompute=none, for all to be chosen, or budget, for recomputation alone",
     ),
     Rule(
         ("checkpoint.async_save",),

@@ -32,6 +32,14 @@ class OptimizerConfig(Section):
     use_apex: bool = Field(
         False, description="adamw, adam: use apex's FusedAdam; the run stops if apex is not installed"
     )
+    state_dtype: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        "fp32",
+        description="adamw: format in which its moments are kept between steps; in int8 and int4 128 numbers share a scale",
+    )
+    state_on_host: bool = Field(
+        False,
+        description="adamw, on CUDA: keep its moments in the host's memory, and bring them over piece by piece in a step",
+    )
     trust: Literal["tensor", "group", "global"] = Field(
         "tensor",
         description="lamb: what has one trust ratio. tensor: each tensor of MLPerf's reference; group: all of an encoder "

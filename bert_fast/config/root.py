@@ -25,6 +25,7 @@ from bert_fast.config.communication import CommunicationConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.effects import idle_settings
 from bert_fast.config.evaluation import EvaluationConfig
+from bert_fast.config.memory import MemoryConfig
 from bert_fast.config.mlperf import MlperfConfig
 from bert_fast.config.model import ModelConfig
 from bert_fast.config.optimizer import OptimizerConfig
@@ -46,6 +47,9 @@ class Config(Section):
     balance: BalanceConfig = Field(default_factory=BalanceConfig, description="which rank gets which sample")
     communication: CommunicationConfig = Field(
         default_factory=CommunicationConfig, description="buckets, clipping and collectives"
+    )
+    memory: MemoryConfig = Field(
+        default_factory=MemoryConfig, description="what a rank keeps in memory, and what it computes again"
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="the update rule")
     schedule: ScheduleConfig = Field(description="the learning rate over steps")
@@ -250,11 +254,58 @@ def _engine_can_shard(config: Config) -> str | None:
 
 
 def _optimizer_can_shard(config: Config) -> str | None:
-    name = config.optimizer.name
+    name, engine = config.optimizer.name, config.communication.engine
     reason = OPTIMIZERS[name].not_sharded
-    if not config.communication.shard_optimizer or not reason:
+    if not reason:
+        return None
+    if ENGINES[engine].shards:
+        return f"communication.engine={engine} with optimizer.name={name}: {reason}; set communication.engine=bucketed"
+    if not config.communication.shard_optimizer:
         return None
     return f"communication.shard_optimizer=true with optimizer.name={name}: {reason}; set communication.shard_optimizer=false"
+
+
+def _engine_can_clip(config: Config) -> str | None:
+    engine, clip = config.communication.engine, config.communication.clip
+    mode, reason = CLIP_MODES[clip], ENGINES[engine].not_clipped
+    if not reason or not mode.bounds_sums:
+        return None
+    able = " or ".join(name for name, each in CLIP_MODES.items() if not each.bounds_sums)
+    return (
+        f"communication.clip={clip} with communication.engine={engine}: {reason}; set communication.clip={able}, or "
+        "communication.engine=bucketed with shard_optimizer=true"
+    )
+
+
+def _sharded_weights_have_their_settings(config: Config) -> str | None:
+    """What torch's hooks, which gather and reduce by themselves, leave room for."""
+    communication = config.communication
+    if not ENGINES[communication.engine].shards:
+        return None
+    engine = f"communication.engine={communication.engine}"
+    if communication.reduce_dtype == "fp16":
+        return (
+            f"communication.reduce_dtype=fp16 with {engine}, which does not scale sums into its range; set bf16 or fp32"
+        )
+    if config.train.compile:
+        return f"train.compile=true with {engine}: compiled halves of a layer do not run its hooks; set train.compile=false"
+    if config.optimizer.use_apex:
+        return (
+            f"optimizer.use_apex=true with {engine}: apex's optimizers need whole tensors; set optimizer.use_apex=false"
+        )
+    if config.balance.cost == "measure":
+        return f"balance.cost=measure with {engine}, whose passes wait for other ranks' weights; set balance.cost=flops"
+    if config.memory.offload_weights and communication.backend not in ("auto", "gloo"):
+        return (
+            f"communication.backend={communication.backend} with memory.offload_weights=true, whose parts are reduced on the "
+            "host as well; set communication.backend=auto"
+        )
+    samples, world = config.evaluation.num_samples, config.system.world_size
+    if samples is not None and samples < world:
+        return f"evaluation.num_samples={samples} with {engine}: all {world} ranks evaluate at once; set it to {world} or more"
+    if config.train.precision == "fp8":
+        return f"train.precision=fp8 with {engine}: Transformer Engine's layers need whole weights; set train.precision=bf16"
+    return None
 
 
 def _optimizer_can_be_captured(config: Config) -> str | None:
@@ -418,6 +469,109 @@ def _precision_has_its_device(config: Config) -> str | None:
     return f"train.precision={precision} needs CUDA; on CPU set train.precision=bf16 or fp32"
 
 
+def _moments_have_one_form(config: Config) -> str | None:
+    optimizer = config.optimizer
+    if optimizer.state_dtype == "fp32" and not optimizer.state_on_host:
+        return None
+    what = (
+        "optimizer.state_on_host=true" if optimizer.state_on_host else f"optimizer.state_dtype={optimizer.state_dtype}"
+    )
+    if optimizer.use_apex:
+        return f"{what} with optimizer.use_apex=true, whose moments are in fp32 on the device; set one of them"
+    if config.train.cuda_graphs:
+        return f"{what} with train.cuda_graphs=true: a graph cannot hold its step; set train.cuda_graphs=false"
+    if optimizer.state_on_host and config.memory.offload_weights:
+        return f"{what} with memory.offload_weights=true, which keeps all of them on the host already; set one of them"
+    return None
+
+
+def _gradients_can_be_released(config: Config) -> str | None:
+    if not config.memory.release_gradients:
+        return None
+    communication, what = config.communication, "memory.release_gradients=true"
+    if communication.engine != "bucketed":
+        return (
+            f"{what} with communication.engine={communication.engine}, which keeps its own gradients; set one of them"
+        )
+    if communication.shard_optimizer:
+        return f"{what} with communication.shard_optimizer=true, whose parts lie in one buffer; set one of them"
+    if CLIP_MODES[communication.clip].delays_communication:
+        return (
+            f"{what} with communication.clip={communication.clip}, which needs all gradients in one; set communication.clip="
+            "bucket_before_reduce or global_after_reduce"
+        )
+    if not WIRE_FORMATS[communication.reduce_dtype].is_cast:
+        return f"{what} with communication.reduce_dtype={communication.reduce_dtype}, which keeps what it did not send; set one"
+    if config.batch.virtual_ranks > 1:
+        return (
+            f"{what} with batch.virtual_ranks={config.batch.virtual_ranks}, whose sum is kept beside; set one of them"
+        )
+    if config.batch.gradient_accumulation_steps > 1:
+        return (
+            f"{what} with batch.gradient_accumulation_steps={config.batch.gradient_accumulation_steps}, between which all "
+            "gradients stay; set one of them"
+        )
+    if communication.bucket_mb == "auto":
+        return f"{what} with communication.bucket_mb=auto, whose buckets are planned later; set a size in MiB"
+    if config.train.cuda_graphs:
+        return f"{what} with train.cuda_graphs=true, in which memory stays where it is; set one of them"
+    return None
+
+
+def _offloading_has_a_device(config: Config) -> str | None:
+    """Where the device is named; one that is found (`auto`) is checked when it is."""
+    return offloads_nothing(config, config.system.device)
+
+
+def offloads_nothing(config: Config, device: str) -> str | None:
+    """What would be offloaded on this type of device, where all is in the host's memory already."""
+    settings = {
+        "memory.offload_activations": config.memory.offload_activations,
+        "memory.offload_weights": config.memory.offload_weights,
+        "optimizer.state_on_host": config.optimizer.state_on_host,
+    }
+    on = [name for name, value in settings.items() if value]
+    if device != "cpu" or not on:
+        return None
+    return f"{on[0]}=true on a CPU, where everything is in the host's memory already; set {on[0]}=false"
+
+
+def _activations_can_be_offloaded(config: Config) -> str | None:
+    if not config.memory.offload_activations:
+        return None
+    if config.memory.recompute != "none":
+        return (
+            f"memory.offload_activations=true with memory.recompute={config.memory.recompute}: what runs again is on the "
+            "device all the same; set one of them"
+        )
+    if config.train.cuda_graphs:
+        return "memory.offload_activations=true with train.cuda_graphs=true: a graph cannot wait for the host; set one of them"
+    return None
+
+
+def _budget_is_given(config: Config) -> str | None:
+    if config.memory.recompute != "budget" or config.memory.budget_gib is not None:
+        return None
+    return "memory.recompute=budget needs a budget; set memory.budget_gib to the GiB that a rank may take"
+
+
+def _recomputed_stages_run_twice(config: Config) -> str | None:
+    how, dropout = config.memory.recompute, max(config.model.hidden_dropout, config.model.attention_dropout)
+    if how == "none":
+        return None
+    if config.train.precision == "fp8":
+        return (
+            f"memory.recompute={how} with train.precision=fp8: Transformer Engine updates its scales in each forward pass, "
+            "and a layer that runs twice would not compute the same; set memory.recompute=none or train.precision=bf16"
+        )
+    if config.train.cuda_graphs and dropout > 0:
+        return (
+            f"memory.recompute={how} with train.cuda_graphs=true and dropout: a graph cannot put random generators back; set "
+            "memory.recompute=none, train.cuda_graphs=false, or model.hidden_dropout=0 and model.attention_dropout=0"
+        )
+    return None
+
+
 CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _global_batch_is_the_product,
     _samples_per_rank_can_be_planned,
@@ -434,6 +588,8 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _optimizer_can_step_per_bucket,
     _apex_cannot_step_per_bucket,
     _engine_can_shard,
+    _engine_can_clip,
+    _sharded_weights_have_their_settings,
     _optimizer_can_shard,
     _optimizer_can_be_captured,
     _package_optimizer_is_named,
@@ -447,4 +603,10 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _apex_cannot_shard,
     _closed_division_uses_lamb,
     _precision_has_its_device,
+    _moments_have_one_form,
+    _gradients_can_be_released,
+    _offloading_has_a_device,
+    _activations_can_be_offloaded,
+    _budget_is_given,
+    _recomputed_stages_run_twice,
 )

@@ -12,9 +12,15 @@ from bert_fast.compression.error_feedback import ErrorFeedback
 from bert_fast.compression.lowrank import has_smaller_factors
 from bert_fast.compression.topk import TopK
 from bert_fast.config import Config, ModelConfig, OptimizerConfig
-from bert_fast.config.choices import OPTIMIZERS, WIRE_FORMATS, WindowOfGradients
+from bert_fast.config.choices import ENGINES, OPTIMIZERS, WIRE_FORMATS, WindowOfGradients
 from bert_fast.integers import ceil_div
 
+_MOMENT_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "int8": 1 + 4 / 128,
+    "int4": 0.5 + 4 / 128,
+}  # of a number, with its block's scale
 _SPARSE_BYTES = 4  # of an entry: a place of 16 bits, and bf16
 
 
@@ -59,6 +65,14 @@ def num_matrix_parameters(config: ModelConfig) -> int:
     """Of them, those in the encoder's matrices: its projections without their biases."""
     layers = (group for group in parameter_groups(config) if group.name.startswith("layers"))
     return sum(rows * columns for group in layers for rows, columns in group.matrices)
+
+
+def num_shards(config: Config) -> int:
+    """Ranks over which an optimizer's state is divided."""
+    communication, system = config.communication, config.system
+    if ENGINES[communication.engine].shards:
+        return system.node_size if communication.shard_within_node else system.world_size
+    return system.world_size if communication.shard_optimizer else 1
 
 
 def rank_notes(config: Config) -> list[str]:
@@ -107,7 +121,9 @@ def _whole_state(model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, in
     matrices = num_matrix_parameters(model)
     of_matrices = choice.state_values if choice.matrix_values is None else choice.matrix_values
     values = choice.state_values * (num_parameters(model) - matrices) + of_matrices * matrices
-    return {"moments": int(4 * values)}
+    if optimizer.state_on_host:
+        return {"moments, on the host": 0}
+    return {"moments": int(_MOMENT_BYTES[optimizer.state_dtype] * values)}
 
 
 def _window_state(model: ModelConfig, optimizer: OptimizerConfig, kind: WindowOfGradients) -> dict[str, int]:

@@ -7,6 +7,8 @@ vocabulary projection and only [CLS] rows the next-sentence head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -101,14 +103,30 @@ class EncoderLayer(nn.Module):
         self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Attention, rows_R: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[T, D]; with `rows_R` (int64 [R]) the output of these tokens alone, [R, D]."""
+        return self.feed_forward(self.attention(hidden_TD, layout, attend, rows_R))
+
+    def attention(
+        self, hidden_TD: torch.Tensor, layout: SequenceLayout, attend: Attention, rows_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer's first half: self-attention, dropout, residual, LayerNorm. [T, D], or [R, D] with `rows_R`."""
         qkv_T3HK = self.qkv(hidden_TD).unflatten(-1, (3, self.num_heads, -1))
         context_TD = attend(qkv_T3HK, layout, self.attention_dropout if self.training else 0.0)
         if rows_R is not None:  # what follows works on each token by itself
             context_TD, hidden_TD = context_TD.index_select(0, rows_R), hidden_TD.index_select(0, rows_R)
-        dropout = self.hidden_dropout if self.training else 0.0
-        hidden_TD = self.attention_norm(self.attention_out(context_TD), hidden_TD, dropout)
-        output_TD = self.down(self.up(hidden_TD), self.gelu_form)
-        return self.output_norm(output_TD, hidden_TD, dropout)
+        return self.attention_norm(self.attention_out(context_TD), hidden_TD, self._dropout)
+
+    def feed_forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """The layer's second half: feed-forward, dropout, residual, LayerNorm. Same shape."""
+        return self.output_norm(self.down(self.up(hidden_TD), self.gelu_form), hidden_TD, self._dropout)
+
+    @property
+    def _dropout(self) -> float:
+        return self.hidden_dropout if self.training else 0.0
+
+    def compile_halves(self) -> None:
+        """Compile each half by itself with `torch.compile`."""
+        for name in ("attention", "feed_forward"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
 
 class PretrainingHeads(nn.Module):
@@ -133,8 +151,33 @@ class PretrainingHeads(nn.Module):
         return masked_MD, None if first_BD is None else self.next_sentence(torch.tanh(self.pooler(first_BD)))
 
 
+class EncoderStage(NamedTuple):
+    """A part of the encoder from one tensor to the next: `run` takes what the stage before it returned.
+
+    The first one, the embeddings, takes a tensor that it does not read.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+
+# Computes stages one after the other, from the tensor that the first one takes
+StageRunner = Callable[[Sequence[EncoderStage], torch.Tensor], torch.Tensor]
+
+
+def run_in_order(stages: Sequence[EncoderStage], first: torch.Tensor) -> torch.Tensor:
+    """Each stage once; autograd keeps what backward needs."""
+    hidden = first
+    for stage in stages:
+        hidden = stage.run(hidden)
+    return hidden
+
+
 class BertForPretraining(nn.Module):
     """Embeddings, encoder, heads. `forward` returns sums of losses and counts, which the caller normalizes.
+
+    run_stages: computes the encoder from its stages; another one keeps less for backward (memory/segments.py)
+    attend:     computes attention
 
     Args:
         config: the shape of the model.
@@ -145,7 +188,8 @@ class BertForPretraining(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend
-        self._attend = find_backend(backend).compute
+        self.attend: Attention = find_backend(backend).compute
+        self.run_stages: StageRunner = run_in_order
         self.fp8 = False  # set by fp8.use_fp8
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
@@ -166,25 +210,59 @@ class BertForPretraining(nn.Module):
         Args:
             rows_R: int64 [R], the tokens whose final states are wanted; the outcome is then [R, D].
         """
+        stages = self.stages(batch, rows_R)
+        with fp8_context(self.fp8):
+            return self.run_stages(stages, batch.input_ids)
+
+    def stages(self, batch: BertInput, rows_R: torch.Tensor | None = None) -> list[EncoderStage]:
+        """The encoder cut wherever one tensor [T, D] holds all that follows: the embeddings, then each layer's two halves.
+
+        Args:
+            rows_R: as `encode` has it.
+        """
+        stages = [EncoderStage("embeddings", lambda _: self._embed(batch))]
+        for number, layer in enumerate(self.encoder_layers):
+            rows = rows_R if number == len(self.layers) - 1 else None
+            attention = partial(layer.attention, layout=batch.layout, attend=self.attend, rows_R=rows)
+            stages.append(EncoderStage(f"layers.{number}.attention", attention))
+            stages.append(EncoderStage(f"layers.{number}.feed_forward", layer.feed_forward))
+        return stages
+
+    @property
+    def encoder_layers(self) -> list[EncoderLayer]:
+        """The layers, from first to last."""
+        return [layer for layer in self.layers if isinstance(layer, EncoderLayer)]
+
+    def sharding_units(self) -> list[list[nn.Module]]:
+        """Modules whose weights are needed together, in the order of forward: each half of a layer. Not the tied ends."""
+        units: list[list[nn.Module]] = []
+        for layer in self.encoder_layers:
+            units += [[layer.qkv, layer.attention_out, layer.attention_norm], [layer.up, layer.down, layer.output_norm]]
+        return units
+
+    def _embed(self, batch: BertInput) -> torch.Tensor:
         hidden_TD = self.embeddings(batch)
         device = hidden_TD.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device))
-        with fp8_context(self.fp8):
-            for number, layer in enumerate(self.layers, start=1):
-                rows = rows_R if number == len(self.layers) else None
-                hidden_TD = layer(hidden_TD, batch.layout, self._attend, rows)
         return hidden_TD
 
-    def _head_inputs(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor | None]:
-        starts_B = self._starts(batch) if self.config.next_sentence else None
+    def read_rows(self, batch: BertInput) -> torch.Tensor | None:
+        """The tokens whose final states are computed, int64 [R]; None: all of them."""
+        if self.config.last_layer != "predicted":
+            return None
+        if not self.config.next_sentence:
+            return batch.masked_positions
+        return torch.cat([batch.masked_positions, self._starts(batch)])
+
+    def _head_inputs(self, hidden_RD: torch.Tensor, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From the states of `read_rows` (of all tokens if None) to the heads' outputs."""
+        next_sentence = self.config.next_sentence
         if self.config.last_layer == "predicted":
-            rows_R = batch.masked_positions if starts_B is None else torch.cat([batch.masked_positions, starts_B])
-            hidden_RD, num_masked = self.encode(batch, rows_R), len(batch.masked_positions)
-            return self.heads(hidden_RD[:num_masked], None if starts_B is None else hidden_RD[num_masked:])
-        hidden_TD = self.encode(batch)
-        masked_MD = hidden_TD.index_select(0, batch.masked_positions)
-        return self.heads(masked_MD, None if starts_B is None else hidden_TD.index_select(0, starts_B))
+            num_masked = len(batch.masked_positions)
+            return self.heads(hidden_RD[:num_masked], hidden_RD[num_masked:] if next_sentence else None)
+        masked_MD = hidden_RD.index_select(0, batch.masked_positions)
+        return self.heads(masked_MD, hidden_RD.index_select(0, self._starts(batch)) if next_sentence else None)
 
     def _starts(self, batch: BertInput) -> torch.Tensor:
         """Where each sample's [CLS] lies, int64 [B]."""
@@ -194,11 +272,15 @@ class BertForPretraining(nn.Module):
 
     def logits(self, batch: BertInput) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Masked-LM logits [M, V] of the masked positions and next-sentence logits [B, 2], None without that head."""
-        masked_MD, nsp_logits_B2 = self._head_inputs(batch)
+        masked_MD, nsp_logits_B2 = self._head_inputs(self.encode(batch, self.read_rows(batch)), batch)
         return F.linear(masked_MD, self.embeddings.word.weight, self.heads.decoder_bias), nsp_logits_B2
 
     def forward(self, batch: BertInput, with_accuracy: bool = False) -> LossSums:
-        masked_MD, nsp_logits_B2 = self._head_inputs(batch)
+        return self.losses(self.encode(batch, self.read_rows(batch)), batch, with_accuracy)
+
+    def losses(self, hidden_RD: torch.Tensor, batch: BertInput, with_accuracy: bool = False) -> LossSums:
+        """What follows the encoder: heads and losses, from its output."""
+        masked_MD, nsp_logits_B2 = self._head_inputs(hidden_RD, batch)
         return loss_sums(
             masked_MD,
             self.embeddings.word.weight,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bert_fast.integers import ceil_div
 
@@ -47,8 +48,9 @@ def turned_off() -> Iterator[None]:
 
 
 def draw_seed() -> int:
-    """A seed for one dropout, drawn from torch's generator."""
-    return int(torch.randint(0, 2**62, ()))
+    """A seed for one dropout, drawn from torch's generator. Fake tensors, which have sizes alone, have no random numbers."""
+    seed = torch.randint(0, 2**62, ())
+    return 0 if isinstance(seed, FakeTensor) else int(seed)
 
 
 def dropout_factor(shape: torch.Size, dtype: torch.dtype, p: float, seed: int) -> torch.Tensor:
@@ -56,6 +58,9 @@ def dropout_factor(shape: torch.Size, dtype: torch.dtype, p: float, seed: int) -
 
     The probability is rounded to a multiple of 2^-15, and the factor belongs to the rounded one.
     """
+    empty = torch.empty(0, dtype=dtype)
+    if isinstance(empty, FakeTensor):
+        return empty.new_empty(shape)
     count = math.prod(shape)
     threshold = round(p * 2**_DRAW_BITS)
     integer = _INTEGER[dtype.itemsize]

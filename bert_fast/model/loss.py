@@ -79,7 +79,10 @@ class ProjectedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         weight_kind, bias_kind = ctx.kinds
-        return d_hidden * grad, d_weight.to(weight_kind) * grad, (d_bias * grad).to(bias_kind), None, None, None
+        wide = d_weight.to(weight_kind)
+        # The table's gradient is large: where it was cast, the cast is ours to change
+        d_weight = wide * grad if wide is d_weight else wide.mul_(grad)
+        return d_hidden * grad, d_weight, (d_bias * grad).to(bias_kind), None, None, None
 
 
 def loss_sums(

@@ -11,6 +11,7 @@ from torch import nn
 from bert_fast.config import OptimizerConfig
 from bert_fast.errors import UserError
 from bert_fast.optim.build import RunOptimizer, decay_groups
+from bert_fast.optim.compact import CompactAdamW
 
 
 class AdamW(torch.optim.AdamW, RunOptimizer):
@@ -22,10 +23,14 @@ class AdamW(torch.optim.AdamW, RunOptimizer):
 
 
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> RunOptimizer:
-    """torch's AdamW, fused; apex's with `use_apex`. Raises UserError if apex is missing."""
+    """torch's AdamW, fused, or with moments in another format or place; or apex's. Raises UserError if apex is missing."""
     groups = decay_groups(named_parameters, config.weight_decay)
     if config.use_apex:
         return build_apex(groups, config, decoupled=True)
+    if config.state_dtype != "fp32" or config.state_on_host:
+        return CompactAdamW(
+            groups, **adam_settings(config), state_dtype=config.state_dtype, on_host=config.state_on_host
+        )
     return AdamW(groups, **adam_settings(config), fused=True)
 
 

@@ -62,6 +62,10 @@ class RunOptimizer(torch.optim.Optimizer):
     parameter's name. The result has every group of the model. It is a collective: every rank calls it as often, with `{}`
     where it holds nothing."""
 
+    def state_device(self, parameter: torch.Tensor) -> torch.device:
+        """Where the state of a parameter is kept."""
+        return parameter.device
+
     def extra_state(self) -> dict[str, Any]:
         """With `has_opaque_state`: what is kept beside `state`, as plain values and copies of tensors."""
         return {}

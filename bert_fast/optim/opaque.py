@@ -44,7 +44,7 @@ def load_opaque_state(optimizer: RunOptimizer, saved: dict[str, Any]) -> None:
         if isinstance(key, str):
             by_key[key] = _moved(entry, parameters[0].device)
         else:
-            by_key[parameters[key]] = _moved(entry, parameters[key].device)
+            by_key[parameters[key]] = _moved(entry, optimizer.state_device(parameters[key]))
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(_mapped(settings, torch.Tensor.clone))
     optimizer.load_extra_state(saved["extra"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -81,6 +81,18 @@ class ProgressLine:
         if self._open:
             print(flush=True)
             self._open = False
+
+
+def share_bar(parts: Mapping[str, float], width: int = 60) -> str:
+    """Parts of a whole as runs of letters, a letter for each name: its first one that no earlier name has."""
+    total = sum(parts.values())
+    letters: dict[str, str] = {}
+    for name in parts:
+        free = [c for c in name if c.isalpha() and c not in letters.values()]
+        letters[name] = free[0] if free else "?"
+    ends = np.rint(np.cumsum([width * value / total for value in parts.values()])).astype(int) if total else []
+    runs = np.diff(ends, prepend=0)
+    return "".join(letters[name] * int(run) for name, run in zip(parts, runs, strict=True)) if total else ""
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -167,4 +179,8 @@ def _mfu_text(metrics: RunMetrics) -> str:
 
 def _memory_text(memory: PeakMemory) -> str:
     device = f", {memory.device_mib:,.0f} MiB on the device" if memory.device_mib else ""
-    return f"{memory.host_mib:,.0f} MiB resident{device} (largest rank)"
+    planned = ""
+    if memory.planned_mib is not None and memory.growth_mib is not None:
+        taken = memory.device_mib or memory.growth_mib
+        planned = f"; the model's {taken:,.0f} MiB, at most {memory.planned_mib:,.0f} expected"
+    return f"{memory.host_mib:,.0f} MiB resident{device} (largest rank){planned}"

@@ -216,6 +216,8 @@ class PeakMemory:
 
     host_mib: float  # resident
     device_mib: float  # allocated by torch; 0 without a GPU
+    growth_mib: float | None = None  # resident, beyond what the process took before the model was built
+    planned_mib: float | None = None  # what was expected of the longest micro-batch that the config allows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from bert_fast.allocator import keep_freed_memory
+from bert_fast.allocator import keep_freed_memory, return_freed_memory
 from bert_fast.config import Config
+from bert_fast.config.choices import ENGINES
 from bert_fast.errors import LostRankError, UserError
 from bert_fast.hardware import cpu_has_bf16, cpu_name
 from bert_fast.launch.binding import bind, is_bound_by_slurm
@@ -89,6 +90,8 @@ def join(config: Config) -> Environment:
     binding = _bind(config, machine, device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.memory.budget_gib is not None:
+        return_freed_memory()  # so that what is planned is what is resident
     else:
         keep_freed_memory()
     if config.train.deterministic and device.type == "cuda":  # cuBLAS reads it when it is first used
@@ -102,17 +105,19 @@ def join(config: Config) -> Environment:
 def needs_process_group(config: Config) -> bool:
     """Whether collectives are really called. One rank needs none, but a backend that is asked for by name is used."""
     communication = config.communication
-    return config.system.world_size > 1 or communication.engine == "ddp" or communication.backend != "auto"
+    return config.system.world_size > 1 or ENGINES[communication.engine].needs_group or communication.backend != "auto"
 
 
 def _init_process_group(config: Config, device: torch.device, rank: int, world: int) -> None:
-    backend = config.communication.backend
+    backend: str = config.communication.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if config.memory.offload_weights and device.type == "cuda":  # their parts are reduced on the host too
+            backend = "cpu:gloo,cuda:nccl"
     timeout = datetime.timedelta(seconds=config.communication.timeout_s)
     store = meet(rank, world, config.communication.timeout_s, lambda line: print(line, flush=True))
     try:
-        device_id = device if backend == "nccl" else None
+        device_id = device if "nccl" in backend else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         text = str(error).splitlines()[0]

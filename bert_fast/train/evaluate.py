@@ -15,11 +15,12 @@ from bert_fast.balance.assign import karmarkar_karp
 from bert_fast.balance.cost import CostModel
 from bert_fast.config import EvaluationConfig
 from bert_fast.data.store import Store
+from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.report.schema import EvaluationLine
 from bert_fast.train.batches import to_device
 from bert_fast.train.checkpoint.train_state import TrainState
-from bert_fast.train.collectives import broadcast_value
+from bert_fast.train.collectives import broadcast_value, max_over_ranks
 from bert_fast.train.context import RunContext
 from bert_fast.train.environment import Environment
 from bert_fast.train.health.phases import EVALUATION, METRICS_SYNC
@@ -51,6 +52,7 @@ class Evaluator:
         environment: Environment,
     ) -> None:
         self._environment = environment
+        self._rounds = 0
         total = min(len(store), config.num_samples or len(store))
         lengths = np.asarray(store.lengths[:total])
         self._num_samples = total
@@ -61,6 +63,11 @@ class Evaluator:
             to_device(store.batch(mine[start : start + config.batch_size]), environment.device, shape_multiple)
             for start in range(0, len(mine), config.batch_size)
         ]
+
+    def meet_in_every_batch(self) -> None:
+        """From now on all ranks run as many batches, as each forward pass needs all of them. A collective."""
+        most = max_over_ranks(np.array([len(self.batches)]), self._environment.device)
+        self._rounds = int(most[0])
 
     @torch.no_grad()
     def __call__(
@@ -79,11 +86,19 @@ class Evaluator:
         sums = torch.zeros(4, dtype=torch.float64, device=environment.device)
         nothing = torch.zeros((), device=environment.device)
         was_training = model.training
+        if not self.batches and self._rounds:
+            raise UserError(
+                f"evaluation.num_samples={self._num_samples} leaves a rank of {environment.world_size} without a sample, and "
+                "with communication.engine=fsdp all ranks evaluate together; set it to at least the number of ranks"
+            )
         model.eval()
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
-            for batch in self.batches:
+            for number in range(max(self._rounds, len(self.batches))):
                 on_batch()
-                losses = model(batch, with_accuracy=True)
+                counts = number < len(self.batches)
+                losses = model(self.batches[number if counts else 0], with_accuracy=True)
+                if not counts:  # only so that the other ranks can go on
+                    continue
                 sums += torch.stack([(nothing if x is None else x).double() for x in losses])
         model.train(was_training)
         on_sync()
@@ -150,6 +165,8 @@ class EvaluationRunner:
             if self._evaluator is None:
                 multiple = context.config.batch.shape_multiple
                 self._evaluator = Evaluator(self._store, config, multiple, self._state.cost, context.environment)
+                if not self._state.components.engine.holds_all_weights:
+                    self._evaluator.meet_in_every_batch()
             with self._state.components.evaluated_weights():
                 result = self._evaluator(
                     self._state.components.model,

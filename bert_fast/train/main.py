@@ -103,6 +103,9 @@ def run(args: argparse.Namespace, process_start: float) -> int:
     adopt_mpi()
     adopt_slurm()
     launched = is_launched()
+    if config.memory.budget_gib is not None:
+        here = launched or config.system.world_size == 1
+        config = _within_budget(config, speaks=here and os.environ.get("RANK", "0") == "0")
     if args.preflight:
         return run_local(config, sys.argv) if not launched and config.system.world_size > 1 else _preflight(config)
     folder = run_folder(config)
@@ -123,6 +126,19 @@ def run(args: argparse.Namespace, process_start: float) -> int:
         return _be_a_rank(config, args.resume, process_start)
     finally:
         release(folder)
+
+
+def _within_budget(config: Config, speaks: bool) -> Config:
+    """The config with the switches that its memory budget leaves open chosen. Raises UserError where nothing fits."""
+    from bert_fast.train.setup.memory_fit import fit_lines, fit_to_budget, is_open
+
+    if not is_open(config):
+        return config
+    config, found = fit_to_budget(config)
+    if speaks:
+        for line in fit_lines(found):
+            print(line, flush=True)
+    return config
 
 
 def _finished(folder: Path) -> int | None:

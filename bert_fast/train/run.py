@@ -49,7 +49,7 @@ from bert_fast.train.setup.held_out import find_shared_text, shared_text_note
 from bert_fast.train.setup.inputs import checkpoint_vocabulary
 from bert_fast.train.setup.page_cache import clear_caches
 from bert_fast.train.setup.preflight import preflight, print_preflight
-from bert_fast.train.telemetry.hardware import matmul_peak
+from bert_fast.train.telemetry.hardware import matmul_peak, resident_mib
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Prepared:
     cost, cost_source: the cost model, and where it is from in words
     vocab_sha256:      of the vocabulary that stores must have been made with, if the config or the checkpoint says one
     peak_flops:        measured matmul rate of all ranks together in FLOP/s; 0: not measured
+    before_mib:        resident memory before the model was built
     init_s:            seconds from the start of the process to here
     """
 
@@ -69,6 +70,7 @@ class Prepared:
     vocab_sha256: str | None
     peak_flops: float
     init_s: float
+    before_mib: float
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def prepare(context: RunContext, process_start: float) -> Prepared:
         mllog.start(constants.INIT_START)
         mllog.hyperparameters(config)
     vocab_sha256 = config.data.vocab_sha256 or checkpoint_vocabulary(config.checkpoint.init_from)
+    before_mib = resident_mib()
     components = build(config, environment, _planned_buckets(context))
     if not context.resume:
         variables = google_variables(config.model.num_layers, config.model.next_sentence)
@@ -165,7 +168,7 @@ def prepare(context: RunContext, process_start: float) -> Prepared:
     if config.mlperf.enabled and not context.resume:
         check_init_time(init_s, config.mlperf.division)
         mllog.end(constants.INIT_STOP)
-    return Prepared(components, writer, cost, cost_source, vocab_sha256, peak_flops, init_s)
+    return Prepared(components, writer, cost, cost_source, vocab_sha256, peak_flops, init_s, before_mib)
 
 
 def _planned_buckets(context: RunContext) -> dict[str, Any] | None:
@@ -177,8 +180,11 @@ def _planned_buckets(context: RunContext) -> dict[str, Any] | None:
 def _record_buckets(context: RunContext, components: TrainComponents) -> None:
     """What `bucket_mb: auto` chose, for people as a piece of a config, and what it was measured from."""
     bucket = bucket_note(context.config, components.engine.layout)
-    for note in [*([bucket] if bucket else []), *rank_notes(context.config)]:
-        context.log(note)
+    recomputation = components.recomputation
+    notes = [bucket, *rank_notes(context.config), recomputation.summary() if recomputation else None]
+    for note in notes:
+        if note:
+            context.log(note)
     record = components.bucket_record
     if record is None or not context.environment.is_main:
         return
@@ -323,5 +329,6 @@ def _end_log(context: RunContext, summary: RunSummary) -> None:
     if context.config.checkpoint.save_final_model:
         components, manifest = summary.prepared.components, summary.data.store.manifest
         with components.evaluated_weights():  # entering it takes all ranks
+            model = components.whole_model()
             if context.environment.is_main:
-                export_model(components.model, context.config, manifest, context.folder / MODEL, context.log)
+                export_model(model, context.config, manifest, context.folder / MODEL, context.log)

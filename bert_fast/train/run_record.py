@@ -29,19 +29,24 @@ from bert_fast.train.context import RunContext
 from bert_fast.train.environment import describe
 from bert_fast.train.progress import Progress
 from bert_fast.train.run import RunSummary
+from bert_fast.train.setup.memory_fit import memory_at_most
 from bert_fast.train.telemetry.hardware import peak_memory
 
 
 def finish(context: RunContext, summary: RunSummary) -> None:
     """Make the run's record and what follows from it (train.complete). Collective until the record is made."""
-    memory = peak_memory(context.environment)
+    memory = peak_memory(context.environment, summary.prepared.before_mib)
     if not context.environment.is_main:
         return
-    record = make_record(context, summary, PeakMemory(**memory))
+    record = make_record(context, summary, PeakMemory(**memory, planned_mib=_planned_mib(context)))
     write_json(context.folder / PENDING_RECORD, record.as_json())
     if context.environment.world_size > 1:
         context.log(text(summary.loop.metrics.stragglers.worst(3), context.heartbeat.hosts))
     complete(context.folder)
+
+
+def _planned_mib(context: RunContext) -> float:
+    return memory_at_most(context.config, context.environment.dtype).memory.total / 2**20
 
 
 def make_record(context: RunContext, summary: RunSummary, memory: PeakMemory) -> RunRecord:

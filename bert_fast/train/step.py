@@ -186,7 +186,11 @@ class TrainStep:
         for index, batch in enumerate(inputs.micro_batches):
             last = index == len(inputs.micro_batches) - 1
             with self.engine.micro_batch(last, scale):
-                autocast = torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+                # Without autocast's cache: a weight is cast once in a forward pass anyway, and the cache would hold all casts
+                # until its end, those of layers that are computed again as well
+                autocast = torch.autocast(
+                    self._device.type, self._dtype, enabled=self._dtype != torch.float32, cache_enabled=False
+                )
                 with autocast, span_or_nothing(self._trace, "compute", f"forward {index}"):
                     losses = self.engine.module(batch)
                 loss = self._num_ranks * self._objective.loss(losses, inputs.global_masked, inputs.global_samples)

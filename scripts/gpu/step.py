@@ -25,7 +25,9 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.config import Config
 from bert_fast.data.batch import Batch, padded
 from bert_fast.errors import UserError
-from bert_fast.memory.estimate import estimate
+from bert_fast.memory.estimate import chain_of, estimate
+from bert_fast.memory.recomputation import make_recomputation_plan
+from bert_fast.memory.stages import Hardware, MicroBatch
 from bert_fast.model.flops import train_flops
 from bert_fast.model.loss import chunk_rows
 from bert_fast.train.batches import batch_of_lengths, lay_out
@@ -188,16 +190,12 @@ def expected_mib(config: Config, batches: Sequence[Batch], device: str) -> float
     shapes = [padded(batch, config.batch.shape_multiple) for batch in batches]
     largest = max(shapes, key=lambda batch: batch.num_tokens)
     lengths = np.array(largest.lengths, np.int64)
-    memory = estimate(
-        config.model,
-        tokens=int(lengths.sum()),
-        tokens_squared=int((lengths**2).sum()),
-        masked=len(largest.masked_labels),
-        element_bytes=2,
-        keeps_scores=device == "cpu",
-        logits_rows=chunk_rows(config.model.vocab_size, device),
+    sums = MicroBatch(
+        int(lengths.sum()), int((lengths**2).sum()), len(largest.masked_labels), len(largest.next_sentence_labels)
     )
-    return memory.total / 2**20
+    hardware = Hardware(2, on_cpu=device == "cpu", logits_rows=chunk_rows(config.model.vocab_size, device))
+    chain = chain_of(config, sums, hardware)
+    return estimate(config, chain, make_recomputation_plan(config, chain), on_cpu=hardware.on_cpu).total / 2**20
 
 
 def batches_of(config: Config, peer: Peer) -> list[Batch]:

@@ -21,14 +21,15 @@ from bert_fast.train.environment import Environment
 # What may differ between the run that wrote a checkpoint and the one that goes on: how fast, where, how long, how watched.
 # Everything else decides which weights come out, and is refused.
 MAY_CHANGE = (
-    "run.*", "system.*", "recovery.*", "mlperf.clear_caches", "model.attention_backend", "model.last_layer",
+    "run.*", "system.*", "recovery.*", "memory.*", "mlperf.clear_caches", "model.attention_backend", "model.last_layer",
     "data.train", "evaluation.data",  # where they lie; what is in them is compared by hash
     "data.allow_shared_text",
     "batch.micro_batch_size", "batch.gradient_accumulation_steps", "batch.shape_multiple",
     "batch.virtual_ranks",
     "evaluation.batch_size", "balance.prefetch",
     "communication.engine", "communication.bucket_mb", "communication.min_bucket_mb", "communication.max_bucket_mb",
-    "communication.shard_optimizer", "communication.backend", "communication.timeout_s",
+    "communication.shard_optimizer", "communication.reshard_after_forward", "communication.shard_within_node",
+    "communication.backend", "communication.timeout_s",
     "optimizer.step_per_bucket", "data.scrub_mb_per_s", "checkpoint.timeout_s",
     "checkpoint.init_from", "train.compile", "train.cuda_graphs", "train.deterministic", "train.warmup_batches",
     "train.max_steps", "evaluation.target_accuracy", "evaluation.every_samples", "evaluation.start_samples",

@@ -47,6 +47,10 @@ def slices_to_write(components: TrainComponents, environment: Environment) -> li
     whole = [(f"model.{name}", value) for name, value in _tensors(components.model)]
     held_here = [*_optimizer_slices(components), *_average_slices(components)]
     slices: list[TensorSlice] = []
+    if not components.engine.holds_all_weights:
+        whole, held_here = [], [*_weight_slices(components), *held_here]
+    if not components.engine.is_first_copy:
+        held_here = []
     if components.engine.is_sharded:
         slices += held_here
     else:
@@ -59,6 +63,12 @@ def slices_to_write(components: TrainComponents, environment: Environment) -> li
         name, value = whole[index]
         slices.append(TensorSlice(name, begin, value.numel(), _flat(value)[begin:end]))
     return slices
+
+
+def _weight_slices(components: TrainComponents) -> Iterator[TensorSlice]:
+    """This rank's part of the weights."""
+    for held in components.optimizer.slices:
+        yield TensorSlice(f"model.{held.name}", held.begin, held.numel, _flat(held.parameter))
 
 
 def _optimizer_slices(components: TrainComponents) -> Iterator[TensorSlice]:
@@ -130,7 +140,10 @@ def load_tensors(
     """
     components.engine.wait_pending()
     metadata = read_metadata(path)
-    slices = [TensorSlice(f"model.{n}", 0, v.numel(), _flat(v)) for n, v in _tensors(components.model)]
+    if components.engine.holds_all_weights:
+        slices = [TensorSlice(f"model.{n}", 0, v.numel(), _flat(v)) for n, v in _tensors(components.model)]
+    else:
+        slices = list(_weight_slices(components))
     if components.optimizer.optimizer.has_opaque_state:
         _load_opaque(path, metadata, components, environment, num_ranks)
     else:

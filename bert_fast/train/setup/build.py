@@ -24,11 +24,13 @@ from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_for
 from bert_fast.communication.zero_one import ZeroOne
 from bert_fast.config import Config
 from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, OPTIMIZERS, SHARDED_ENGINES, WIRE_FORMATS, find
+from bert_fast.config.root import offloads_nothing
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
 from bert_fast.memory.estimate import least_bytes, optimizer_bytes
+from bert_fast.memory.state import num_shards
 from bert_fast.model.attention import choose_backend
-from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.bert import BertForPretraining, expected_ready_order
 from bert_fast.model.checkpoints import load_pretrained
 from bert_fast.model.fp8 import check_fp8, use_fp8
 from bert_fast.model.objective import Objective
@@ -45,6 +47,7 @@ from bert_fast.train.loss_scale import LossScale
 from bert_fast.train.rank_optimizer import RankOptimizer
 from bert_fast.train.setup.bucket_sizes import measure_and_plan
 from bert_fast.train.setup.consistency import check_layout, check_parameters
+from bert_fast.train.setup.recomputation import set_up_recomputation
 from bert_fast.train.setup.warmup import synthetic_loss, warm_up
 from bert_fast.train.step import TrainStep
 
@@ -63,10 +66,14 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     if config.train.cuda_graphs:
         check_graphs(config, environment.device, model.backend)
     if config.train.compile:
-        for layer in model.layers:
-            layer.compile(dynamic=True)
+        for layer in model.encoder_layers:
+            layer.compile_halves()
+    recomputation = set_up_recomputation(config, environment, model)
     check_parameters([(name, list(p.shape)) for name, p in model.named_parameters()], environment)
-    ordering = make_ordering(config, model, _shared_ready_order(config, environment, model))
+    # torch's fully_shard has units of its own, and a whole pass may not fit before it has made them
+    measures = not ENGINES[config.communication.engine].shards
+    order = _shared_ready_order(config, environment, model) if measures else expected_ready_order(model)
+    ordering = make_ordering(config, model, order)
     ends, record = _bucket_ends(config, environment, model, ordering, planned)
     layout = lay_out(ordering, ends, shards_of(config))
     check_layout(layout, model, environment)
@@ -92,10 +99,10 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     warm_up(config, environment, TrainComponents(model, engine, optimizer, loss_scale, step))
     seed_ranks(config.train.seed, environment)
     if not config.train.cuda_graphs:
-        return TrainComponents(model, engine, optimizer, loss_scale, step, record, average)
+        return TrainComponents(model, engine, optimizer, loss_scale, step, record, average, recomputation)
     tensor_rates(optimizer.optimizer, environment.device)
     graphed = CudaGraphStep(step, config.data.max_seq_len, capture_on_cuda, DeviceTimer())
-    return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average)
+    return TrainComponents(model, engine, optimizer, loss_scale, graphed, record, average, recomputation)
 
 
 def pair_with_wire(wire: OneBit, optimizer: RunOptimizer, parameters: list[nn.Parameter]) -> None:
@@ -127,6 +134,9 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
     Raises:
         UserError: it cannot fit the device's memory, or its checkpoint does not fit it.
     """
+    problem = offloads_nothing(config, environment.device.type)
+    if problem is not None:
+        raise UserError(problem)
     check_memory(config, environment.device)
     shape = config.model
     backend = choose_backend(shape.attention_backend, environment.device, environment.dtype, shape.attention_dropout)
@@ -151,8 +161,7 @@ def check_memory(config: Config, device: torch.device) -> None:
     needed = ranks * least_bytes(config)
     if needed > there:
         shape = config.model
-        shards = config.system.world_size if config.communication.shard_optimizer else 1
-        state = optimizer_bytes(shape, config.optimizer, unknown=0.0, shards=shards)
+        state = optimizer_bytes(shape, config.optimizer, unknown=0.0, shards=num_shards(config))
         window = OPTIMIZERS[config.optimizer.name].window
         if window is not None and 2 * state > least_bytes(config):
             rows = config.optimizer.window or window.rows
@@ -219,14 +228,26 @@ def make_engine(config: Config, environment: Environment, model: nn.Module, layo
         if on_gloo:
             raise UserError("communication.shard_optimizer on CUDA needs NCCL; set communication.backend=nccl or auto")
         table = SHARDED_ENGINES
+    if on_gloo and ENGINES[communication.engine].shards:
+        raise UserError(
+            f"communication.engine={communication.engine} on CUDA needs NCCL; set communication.backend=nccl or auto"
+        )
     if on_gloo and not WIRE_FORMATS[communication.reduce_dtype].is_cast:
         raise UserError(
             f"communication.reduce_dtype={communication.reduce_dtype} on CUDA needs NCCL; set communication.backend=nccl or "
             "auto"
         )
     wire = make_wire(config, environment, next(model.parameters()).dtype)
+    given: dict[str, Any] = {"release_gradients": True} if config.memory.release_gradients else {}
+    if ENGINES[communication.engine].shards:
+        given = {
+            "reshard_after_forward": communication.reshard_after_forward,
+            "within_node": communication.shard_within_node,
+            "ranks_per_node": config.system.node_size,
+            "on_host": config.memory.offload_weights,
+        }
     engine: Engine = find(table, communication.engine)(
-        model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire
+        model, layout, clip=communication.clip, max_norm=communication.max_norm, wire=wire, **given
     )
     if virtual_ranks > 1:
         if not wire.is_cast:

@@ -70,7 +70,10 @@ def time_forward_backward(components: TrainComponents, batch: BertInput, environ
     synchronize(environment.device)
     start = time.perf_counter()
     with components.engine.micro_batch(last=False):
-        with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
+        autocast = torch.autocast(
+            environment.device.type, environment.dtype, enabled=environment.autocast, cache_enabled=False
+        )
+        with autocast:
             losses = components.engine.module(batch)
         losses.total.backward()
     synchronize(environment.device)

@@ -13,25 +13,33 @@ import torch.distributed as dist
 from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
-from bert_fast.communication.wire_format import wire_format
 from bert_fast.config import Config, OptimizerConfig
-from bert_fast.config.choices import OPTIMIZERS
+from bert_fast.config.choices import ENGINES, OPTIMIZERS
 from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
-from bert_fast.memory.estimate import MemoryEstimate, average_copies, estimate
-from bert_fast.memory.state import num_parameters, optimizer_state, rank_notes, residual_bytes
+from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
+from bert_fast.memory.remat import keep_all, least_peak, make_plan
+from bert_fast.memory.stages import MicroBatch
+from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, rank_notes
 from bert_fast.model.attention import choose_backend
 from bert_fast.model.bert import BertForPretraining, expected_ready_order
-from bert_fast.model.loss import chunk_rows
 from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.schedule import learning_rate
-from bert_fast.report.console import print_table
+from bert_fast.report.console import print_table, share_bar
 from bert_fast.run_folder import run_folder
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.rank_optimizer import RankOptimizer
 from bert_fast.train.setup.build import make_engine, make_ordering, shards_of
 from bert_fast.train.setup.cost_model import make_cost, make_planner
+from bert_fast.train.setup.memory_fit import (
+    PlannedMemory,
+    fit_lines,
+    fit_to_budget,
+    hardware_of,
+    is_open,
+    memory_at_most,
+)
 
 _PLANNED_STEPS, _PLANNING_S = 20, 3.0
 # Optimizers beside which the memory of a window of gradients is shown
@@ -51,6 +59,9 @@ def dry_run(config: Config) -> None:
     The model is built on the meta device, so that any size fits this machine; the plan is computed for all ranks. The
     ready order of gradients is the model's own order reversed (a run measures it).
     """
+    if is_open(config):
+        config, found = fit_to_budget(config)
+        print_table("what the budget allows", [("", line) for line in fit_lines(found)])
     device = pick_device("cpu" if not torch.cuda.is_available() else config.system.device, 0)
     wanted = config.system.device if config.system.device != "auto" else device.type
     dtype = pick_dtype(config.train.precision, device)
@@ -61,6 +72,7 @@ def dry_run(config: Config) -> None:
     lengths, where = _lengths(config)
     planner = make_planner(config, lengths)
     memory, tokens = _memory(config, planner, dtype)
+    most = memory_at_most(config, dtype)
     print_table(
         f"{config.run.name}: dry run",
         [
@@ -74,6 +86,7 @@ def dry_run(config: Config) -> None:
             ),
             ("learning rate", _schedule_text(config)),
             ("memory of a rank", _memory_text(config, memory, tokens)),
+            ("recomputation", _recomputation_text(config, most)),
             ("lengths", where),
             ("plan", _plan_text(config, planner)),
             ("clipping", f"{config.communication.clip}, {len(ordering.groups)} clip groups"),
@@ -82,14 +95,16 @@ def dry_run(config: Config) -> None:
             *(("note", note) for note in rank_notes(config)),
         ],
     )
+    print_table(
+        "memory of a rank, MiB: in the first step, and at most by the config", _memory_rows(memory, most.memory)
+    )
     print_table("kept from step to step, bytes per parameter", _kept_rows(config, memory))
 
 
 def _kept_rows(config: Config, memory: MemoryEstimate) -> list[tuple[str, str]]:
     """Bytes for each parameter of what a rank keeps from step to step; of windows of gradients, beside those of other sizes."""
-    count, shards = num_parameters(config.model), 1
-    if config.communication.shard_optimizer:
-        shards = config.system.world_size
+    count = num_parameters(config.model)
+    shards = num_shards(config)
 
     def row(name: str, num_bytes: float) -> tuple[str, str]:
         return name, f"{num_bytes / count:8.2f} {num_bytes / 2**20:12,.1f} MiB"
@@ -119,8 +134,8 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
 
     Nothing is computed and nothing is sent; what does not fit together (layout, engine, optimizer) fails here.
     """
-    if config.communication.engine == "ddp":
-        return "none: torch's DistributedDataParallel wants a device"
+    if ENGINES[config.communication.engine].needs_group:
+        return f"none: engine {config.communication.engine} wants a device"
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     meta, world = torch.device("meta"), config.system.world_size
@@ -210,31 +225,42 @@ def _schedule_text(config: Config) -> str:
 
 def _memory(config: Config, planner: Planner, dtype: torch.dtype) -> tuple[MemoryEstimate, int]:
     """The estimate for the largest micro-batch of the first step, and its tokens."""
-    plan = planner.plan(0)
-    tokens, squared = int(plan.tokens.max()), int(plan.tokens_squared.max())
-    memory = estimate(
-        config.model,
-        tokens=tokens,
-        tokens_squared=squared,
-        masked=int(config.data.mask_share * tokens),
-        element_bytes=4 if dtype == torch.float32 else 2,
-        keeps_scores=config.system.device == "cpu",
-        logits_rows=chunk_rows(config.model.vocab_size, config.system.device),
-        optimizer=config.optimizer,
-        shards=config.system.world_size if config.communication.shard_optimizer else 1,
-        residuals=residual_bytes(config),
-        average_copies=average_copies(config.averaging),
-        kept_bytes=wire_format(config.communication.reduce_dtype, torch.float32).dtype.itemsize
-        if config.batch.virtual_ranks > 1
-        else 0,
+    plan, hardware = planner.plan(0), hardware_of(config, dtype)
+    tokens = int(plan.tokens.max())
+    batch = MicroBatch(
+        tokens,
+        int(plan.tokens_squared.max()),
+        max(1, int(config.data.mask_share * tokens)),
+        config.batch.micro_batch_size,
     )
-    return memory, tokens
+    chain, how = chain_of(config, batch, hardware), memory_at_most(config, dtype).plan
+    return estimate(config, chain, make_plan(chain, how.segments), on_cpu=hardware.on_cpu), tokens
+
+
+def _memory_rows(first: MemoryEstimate, most: MemoryEstimate) -> list[tuple[str, str]]:
+    rows = [
+        (name, f"{value / 2**20:12,.1f} {most.parts()[name] / 2**20:12,.1f}")
+        for name, value in first.parts().items()
+        if most.parts()[name]
+    ]
+    rows.append(("all", f"{first.total / 2**20:12,.1f} {most.total / 2**20:12,.1f}"))
+    return [*rows, ("", share_bar({name: value for name, value in most.parts().items() if value}))]
+
+
+def _recomputation_text(config: Config, most: PlannedMemory) -> str:
+    """What is computed again, what that saves and costs, and what the least peak would be."""
+    if most.too_small:
+        return most.too_small
+    how, kept, least = config.memory.recompute, keep_all(most.chain), least_peak(most.chain)
+    peak, share = most.plan.peak_bytes / 2**20, 100 * most.plan.recompute_s / most.chain.forward_s
+    text = f"{how}: activations at most {peak:,.0f} MiB"
+    if share:
+        text += f" instead of {kept.peak_bytes / 2**20:,.0f}, for {share:.0f} % of a forward pass by FLOPs"
+    return f"{text}; the least peak is {least.peak_bytes / 2**20:,.0f} MiB (memory.recompute=optimal)"
 
 
 def _memory_text(config: Config, memory: MemoryEstimate, tokens: int) -> str:
-    names = ("weights", "gradients", "optimizer", "averages", "residuals", "activations")
-    parts = ((name, getattr(memory, name)) for name in names)
-    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts if value)
+    listed = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in memory.parts().items() if value)
     bound = "at least" if optimizer_state(config.model, config.optimizer) is None else "about"
     return f"{bound} {memory.total / 2**20:,.0f} MiB ({listed}) for a micro-batch of {tokens:,} tokens"
 

@@ -31,7 +31,7 @@ def synthetic_input(config: Config, environment: Environment, seed: int) -> Step
 def synthetic_loss(config: Config, environment: Environment, model: BertForPretraining) -> torch.Tensor:
     """The summed losses of a made-up micro-batch, 0-dim, with their graph."""
     inputs = synthetic_input(config, environment, seed=0)
-    with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
+    with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast, cache_enabled=False):
         losses = model(inputs.micro_batches[0])
     total: torch.Tensor = losses.total
     return total

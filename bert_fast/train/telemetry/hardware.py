@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from pathlib import Path
 
 import torch
 
@@ -33,10 +34,19 @@ def matmul_peak(environment: Environment, seconds: float = 0.3) -> float:
     return best
 
 
-def peak_memory(environment: Environment) -> dict[str, float]:
-    """Largest over ranks: `host_mib` (resident) and `device_mib` (allocated). A collective."""
+def resident_mib() -> float:
+    """MiB of this process that are in memory now; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0.0
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_memory(environment: Environment, before_mib: float = 0.0) -> dict[str, float]:
+    """Largest over ranks: `host_mib` (resident), `device_mib` (allocated), `growth_mib` beyond `before_mib`. A collective."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     cuda = environment.device.type == "cuda"
     device = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
-    table = gather_floats([host, device], environment.device)
-    return {"host_mib": float(table[:, 0].max()), "device_mib": float(table[:, 1].max())}
+    table = gather_floats([host, device, host - before_mib], environment.device)
+    return dict(zip(("host_mib", "device_mib", "growth_mib"), table.max(axis=0).tolist(), strict=True))

@@ -23,6 +23,7 @@ POWERSGD = "communication.reduce_dtype=powersgd"
 INT8 = "communication.reduce_dtype=int8_ef"
 ONEBIT_LAMB = ["optimizer.name=onebit_lamb", "communication.reduce_dtype=onebit", "communication.exact_steps=2"]
 ZERO_ONE = ["optimizer.name=zero_one_adam", "communication.reduce_dtype=zero_one", "communication.exact_steps=2"]
+FSDP = ["communication.engine=fsdp", "communication.clip=none"]
 SPARSE = "optimizer.name=mfac_sparse"
 
 # A setting; overrides with which it has an effect; overrides with which it has none, and the reason that is given
@@ -38,6 +39,9 @@ CASES = [
     ("balance.pack_order=shortest", [PACKED], [], "balance.strategy=balanced does not read it"),
     ("communication.min_bucket_mb=1", [AUTO], [], "nothing is planned; set communication.bucket_mb=auto"),
     ("communication.max_bucket_mb=9", [AUTO], ["communication.bucket_mb=[1, 2]"], "nothing is planned"),
+    ("communication.bucket_mb=3", [], FSDP, "engine=fsdp does not read it"),
+    ("communication.reshard_after_forward=false", FSDP, [], "engine=bucketed does not read it; set communication.engine=fsdp"),
+    ("communication.shard_within_node=true", FSDP, [], "engine=bucketed does not read it; set communication.engine=fsdp"),
     ("communication.max_norm=2", ["communication.clip=global_after_reduce"], ["communication.clip=none"], "clips no gradient"),
     ("communication.clip_groups=tensor", [], ["communication.clip=global_after_reduce"], "global_after_reduce clips no groups"),
     ("communication.residual_dtype=bf16", [INT8], ["communication.reduce_dtype=bf16"], "reduce_dtype=bf16 does not read it"),
@@ -47,6 +51,10 @@ CASES = [
     ("communication.var_update_scaler=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
     ("communication.local_step_scaler=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
     ("communication.local_step_clipper=4", ZERO_ONE, [], "reduce_dtype=fp32 does not read it"),
+    ("memory.offload_weights=true", [*FSDP, "system.device=auto"], ["system.device=auto"], "needs all weights on the device"),
+    ("optimizer.state_dtype=int8", [], [LAMB], "optimizer.name=lamb does not read it"),
+    ("optimizer.state_on_host=true", ["system.device=auto"], [LAMB, "system.device=auto"], "name=lamb does not read it"),
+    ("memory.budget_gib=8", ["memory.recompute=budget"], ["memory.recompute=optimal"], "is not chosen by a budget"),
     ("schedule.warmup_steps=4", ["schedule.start_warmup_step=-2"], ["schedule.start_warmup_step=-3"], "warm-up is over"),
     ("schedule.warmup_steps=3", [REFERENCE, "schedule.start_warmup_step=-2"],
      [REFERENCE, "schedule.start_warmup_step=-3"], "warm-up is over"),
@@ -116,7 +124,8 @@ ALWAYS = {
     "batch": ["global_batch_size", "micro_batch_size", "gradient_accumulation_steps", "virtual_ranks", "shape_multiple"],
     "balance": ["strategy", "cost", "prefetch"],
     # At one rank some have nothing to do, but the number of ranks is no reason to refuse a config
-    "communication": ["engine", "bucket_mb", "clip", "shard_optimizer", "reduce_dtype", "backend", "timeout_s"],
+    "communication": ["engine", "clip", "shard_optimizer", "reduce_dtype", "backend", "timeout_s"],
+    "memory": ["recompute", "release_gradients", "offload_activations"],
     "optimizer": ["name", "lr", "weight_decay", "step_per_bucket"],
     "schedule": ["total_steps", "decay"],
     "train": [

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bert_fast.config.load import config_from_tree
-from bert_fast.memory.estimate import activation_bytes_per_token, estimate
 from bert_fast.model import fused
-from bert_fast.model.attention import SequenceLayout, find_backend
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train.batches import synthetic_batch, to_device
 
@@ -220,70 +218,6 @@ def test_less_is_kept_for_backward() -> None:
     with fused.turned_off():
         plain = kept_bytes(model, batch)
     assert ours < 0.62 * plain, (ours, plain)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_what_is_kept_is_what_the_estimate_says(dropout: float) -> None:
-    """Of the encoder alone, in fp32: within 5 % and a little for index tables."""
-    model, batch = make_model(dropout)
-    storages: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.is_floating_point():
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hidden = torch.randn(len(batch.input_ids), 32, requires_grad=True)
-    layout = SequenceLayout([16] * (len(batch.input_ids) // 16), torch.arange(0, len(batch.input_ids) + 1, 16))
-    hidden = hidden[: sum(layout.lengths)]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = hidden * 1.0
-        for layer in model.layers:
-            out = layer(out, layout, find_backend("matmul").compute)
-    tokens, squared = sum(layout.lengths), sum(length**2 for length in layout.lengths)
-    config = model.config
-    expected = (
-        tokens * activation_bytes_per_token(config, 4, fused=True) + config.num_layers * config.num_heads * squared * 4
-    )
-    assert sum(storages.values()) == pytest.approx(expected, rel=0.06)
-
-
-def test_what_the_plain_pieces_keep_is_what_the_estimate_says() -> None:
-    """What a GPU runs, in fp32: within 3 %. Without dropout, whose mask is not a byte on a CPU."""
-    model, batch = make_model(0.0)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.dtype in (torch.float32, torch.bool):
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    layout = SequenceLayout([16] * (len(batch.input_ids) // 16), torch.arange(0, len(batch.input_ids) + 1, 16))
-    out = torch.randn(sum(layout.lengths), 32, requires_grad=True) * 1.0
-    with fused.turned_off(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for layer in model.layers:
-            out = layer(out, layout, find_backend("padded").compute)
-    expected = sum(layout.lengths) * activation_bytes_per_token(model.config, 4)
-    assert sum(storages.values()) == pytest.approx(expected, rel=0.03)
-
-
-def test_a_last_layer_of_predicted_tokens_keeps_what_the_estimate_says() -> None:
-    """The difference to all tokens, in fp32: within 3 %."""
-    kept, estimates = [], []
-    for last_layer in ("all", "predicted"):
-        model, batch = make_model(0.0)
-        model.config = model.config.model_copy(update={"last_layer": last_layer})
-        tokens, masked = len(batch.input_ids), len(batch.masked_positions)
-        assert masked < tokens / 2
-        kept.append(kept_bytes(model, batch))
-        sums = {"tokens": tokens, "tokens_squared": 16 * tokens, "masked": masked}
-        estimates.append(estimate(model.config, element_bytes=4, keeps_scores=True, **sums).activations)
-    cls = len(batch.next_sentence_labels) * (estimates[0] - estimates[1]) / (tokens - masked)
-    assert kept[0] - kept[1] == pytest.approx(estimates[0] - estimates[1] - cls, rel=0.03)
 
 
 def test_compiled_layers_use_the_plain_twins() -> None:

@@ -1,0 +1,205 @@
+"""The chain of BERT from its shape alone: what each stage keeps, takes and costs, without a model or a device.
+
+Stages are those of `BertForPretraining.stages` and the heads with their losses. On CPUs the fused parts (`model/fused.py`) keep
+the attention's probabilities and no masks; a CUDA device keeps dropout's masks, the norms' inputs in fp32 and no probabilities.
+Under bf16 or fp16 each product also keeps its weight in that format. tests/unit/memory/test_stages.py measures the CPU's.
+
+Letters: T tokens, D hidden width, F feed-forward width, H heads, V vocabulary, M masked positions, B samples, R tokens whose
+final states are read, e bytes of an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from bert_fast.config import Config, ModelConfig
+from bert_fast.integers import round_up
+from bert_fast.memory.remat import Chain, Stage
+from bert_fast.memory.state import parameter_groups
+
+_STATISTICS = 8  # bytes of a row's mean and standard deviation
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The sums that a micro-batch's memory follows from: tokens, squared lengths, masked positions, samples."""
+
+    tokens: int
+    tokens_squared: int
+    masked: int
+    samples: int
+
+
+def longest_micro_batch(config: Config) -> MicroBatch:
+    """The most that a micro-batch of this config can hold: full samples, up to the token cap if there is one."""
+    longest, samples = config.data.max_seq_len, config.batch.micro_batch_size
+    tokens, most = samples * longest, config.balance.max_tokens
+    if most is not None:
+        tokens = min(tokens, most)
+    rest = tokens % longest
+    rounded = round_up(tokens, config.batch.shape_multiple)
+    masked = max(1, int(config.data.mask_share * tokens))
+    return MicroBatch(rounded, tokens // longest * longest**2 + rest**2, masked, samples)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How a model is computed.
+
+    element_bytes: of activations: 2 under bf16 or fp16 autocast, 4 in fp32
+    on_cpu:        by the CPU's fused parts
+    logits_rows:   rows of logits in memory at a time (all masked positions if None)
+    flops_per_s:   of matrix products, for the seconds of stages
+    """
+
+    element_bytes: int
+    on_cpu: bool
+    logits_rows: int | None = None
+    flops_per_s: float = 1e12
+
+
+def encoder_chain(
+    config: ModelConfig,
+    batch: MicroBatch,
+    hardware: Hardware,
+    attention_again: bool = False,
+    gradients_grow: bool = False,
+) -> Chain:
+    """The chain of a micro-batch.
+
+    Args:
+        attention_again: the probabilities of attention are computed again (`memory.recompute: attention`).
+        gradients_grow: those of weights are made in backward, and do not stay from step to step.
+    """
+    parts = _Parts(config, batch, hardware, attention_again)
+    stages = [parts.embeddings()]
+    for number in range(config.num_layers):
+        is_last = number == config.num_layers - 1
+        rows = parts.rows_read if is_last else batch.tokens
+        stages += [parts.attention(f"layers.{number}", rows), parts.feed_forward(f"layers.{number}", rows)]
+    stages.append(parts.heads())
+    if gradients_grow:
+        stages = [replace(each, gradient_bytes=4 * num_weights(config, each.name)) for each in stages]
+        return grown_by_layer(Chain(tuple(stages)))
+    return Chain(tuple(stages))
+
+
+def grown_by_layer(chain: Chain) -> Chain:
+    """The chain with all of a layer's gradients there as soon as backward reaches its second half, as buckets have them."""
+    stages = list(chain.stages)
+    for number, stage in enumerate(stages):
+        if stage.name.endswith(".attention"):
+            after = stages[number + 1]
+            stages[number + 1] = replace(after, gradient_bytes=after.gradient_bytes + stage.gradient_bytes)
+            stages[number] = replace(stage, gradient_bytes=0)
+    return replace(chain, stages=tuple(stages))
+
+
+def num_weights(config: ModelConfig, stage: str) -> int:
+    """Parameters of a stage; the tied table is the embeddings', where its gradient is complete."""
+    width, inner = config.hidden_size, config.intermediate_size
+    if stage.endswith(".attention"):
+        return 4 * width * width + 6 * width
+    if stage.endswith(".feed_forward"):
+        return 2 * width * inner + inner + 3 * width
+    return next(group.numel for group in parameter_groups(config) if group.name == stage)
+
+
+class _Parts:
+    """Bytes at the peak of each stage are written as the tensors that are live at that point, one term each."""
+
+    def __init__(self, config: ModelConfig, batch: MicroBatch, hardware: Hardware, attention_again: bool) -> None:
+        self._config, self._batch, self._hardware = config, batch, hardware
+        self._e = hardware.element_bytes
+        self._casts = self._e < 4  # weights are cast, and the casts kept
+        self._table = config.vocab_size * config.hidden_size
+        self._attention_again = attention_again
+        self.rows_read = batch.tokens
+        if config.last_layer == "predicted":
+            self.rows_read = batch.masked + (batch.samples if config.next_sentence else 0)
+
+    def _stage(self, name: str, rows: int, saved: int, peak: int, flops: float) -> Stage:
+        """`peak`: what is live at most, the stage's input aside; the tied table's gradient waits beside it."""
+        output = rows * self._config.hidden_size * self._e
+        temporary = max(0, peak - saved - output) + 4 * self._table
+        return Stage(name, output, saved, flops / self._hardware.flops_per_s, temporary)
+
+    def embeddings(self) -> Stage:
+        tokens, width, e = self._batch.tokens, self._config.hidden_size, self._e
+        wide, drops = 4 * tokens * width, self._config.hidden_dropout > 0
+        masks = tokens * width if drops and not self._hardware.on_cpu else 0
+        saved = wide + _STATISTICS * tokens + masks
+        gradient = e * tokens * width
+        at_table = 4 * self._table + wide
+        at_norm = saved + gradient + (3 if drops else 2) * wide
+        return self._stage("embeddings", tokens, saved, max(at_table, at_norm), 20.0 * tokens * width)
+
+    def attention(self, layer: str, rows: int) -> Stage:
+        config, e = self._config, self._e
+        tokens, width = self._batch.tokens, config.hidden_size
+        whole, read = tokens * width * e, rows * width * e
+        scores = config.num_heads * self._batch.tokens_squared
+        if self._hardware.on_cpu:
+            saved = 3 * whole + scores * e + 2 * read + _STATISTICS * rows
+            # The probabilities' gradient: qkv and its gradient, five rows of tokens, and dropout's factor, probabilities,
+            # their gradient and the scores'
+            drops = config.attention_dropout > 0
+            peak = 11 * whole + (4 if drops else 3) * scores * e
+        else:
+            masks = rows * width if config.hidden_dropout else 0
+            saved = 3 * whole + 4 * config.num_heads * tokens + read + 4 * rows * width + masks + _STATISTICS * rows
+            at_norm = saved + read + 8 * rows * width  # the norm's gradients are in fp32
+            at_kernel = saved - 4 * rows * width + 2 * read + 3 * whole + 4 * tokens * width
+            peak = max(at_norm, at_kernel)
+        if self._casts:
+            saved += 4 * width * width * e
+            peak += 3 * width * width * e
+        if self._attention_again and self._hardware.on_cpu:
+            saved -= scores * e
+        flops = 2 * (3 * tokens + rows) * width * width + 4 * self._batch.tokens_squared * width
+        return self._stage(f"{layer}.attention", rows, saved, peak, flops)
+
+    def feed_forward(self, layer: str, rows: int) -> Stage:
+        config, e = self._config, self._e
+        width, inner = config.hidden_size, config.intermediate_size
+        out, middle, weight = rows * width * e, rows * inner * e, width * inner
+        drops = config.hidden_dropout > 0
+        if self._hardware.on_cpu:
+            saved = middle + out + _STATISTICS * rows
+            peak = 3 * middle + (2 if drops else 1) * out + weight * e
+        else:
+            masks = rows * width if drops else 0
+            saved = 2 * middle + 4 * rows * width + masks + _STATISTICS * rows
+            at_norm = saved + out + 8 * rows * width
+            at_product = 3 * middle + 2 * out + weight * e
+            peak = max(at_norm, at_product)
+        if self._casts:
+            saved += 2 * weight * e
+            peak += 2 * weight * e
+        return self._stage(f"{layer}.feed_forward", rows, saved, peak, 4.0 * rows * width * inner)
+
+    def heads(self) -> Stage:
+        config, e, masked = self._config, self._e, self._batch.masked
+        width, vocabulary, table = config.hidden_size, config.vocab_size, self._table
+        rows = masked if self._hardware.logits_rows is None else min(masked, self._hardware.logits_rows)
+        samples = self._batch.samples if config.next_sentence else 0
+        in_chunks = rows < masked
+        table_gradient = table * (4 if in_chunks or not self._casts else e)
+        states = 4 * masked * width * e + _STATISTICS * masked + 3 * samples * width * e
+        if config.last_layer == "predicted":  # the heads read slices of the encoder's output
+            states -= (masked + samples) * width * e
+        if not self._hardware.on_cpu:
+            states += 4 * masked * width  # the norm's input
+        if self._casts:
+            states += (2 if samples else 1) * width * width * e
+        saved = states + table_gradient + 4 * vocabulary
+        narrow = table * e if self._casts else 0
+        logits = (
+            rows * vocabulary * (8 + 2 * e if self._casts else 8)
+        )  # logits, in fp32, their gradient in fp32, and cast
+        beside = 2 * masked * width * e + states + 4 * vocabulary + narrow
+        of_products = table * 4 + (rows * vocabulary * (2 * e) if self._casts else logits)
+        forward = beside + max(logits + (table_gradient if in_chunks else 0), of_products)
+        backward = saved + 4 * table
+        flops = 2.0 * (masked + samples) * width * width + 6.0 * masked * table
+        return Stage("heads", 0, saved, flops / self._hardware.flops_per_s, max(forward, backward) - saved)
