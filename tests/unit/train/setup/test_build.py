@@ -16,7 +16,7 @@ from bert_fast.communication.bucket_record import ends_of_record
 from bert_fast.communication.buckets import lay_out, order_gradients
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.config import Config
-from bert_fast.config.choices import ENGINES, OBJECTIVES, Choice
+from bert_fast.config.choices import ENGINES, OBJECTIVES, Choice, EngineChoice
 from bert_fast.model.objective import MlmNsp
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import bucket_note, build, build_model, make_engine, make_layout
@@ -82,7 +82,7 @@ def test_another_engine_is_one_class_and_one_entry(
     other_module: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(ENGINES, "dummy", Choice(f"{other_module}:DummyEngine", "a dummy"))
+    monkeypatch.setitem(ENGINES, "dummy", EngineChoice(f"{other_module}:DummyEngine", "a dummy"))
     config = make_config("communication.engine=dummy")
     model = build_model(config, environment)
     layout = make_layout(config, model, list(range(len(list(model.parameters())))))
