@@ -19,7 +19,7 @@ import guard  # noqa: F401
 
 import torch
 
-from bert_fast.command import guarded
+from bert_fast.command import guarded, share
 from bert_fast.config import Config
 from bert_fast.config.load import load_config
 from bert_fast.config.yaml_files import to_yaml
@@ -57,8 +57,8 @@ def measured(machine: Machine, dtype: torch.dtype, device: torch.device) -> Mach
     other = torch.zeros_like(big)
     product = min(_seconds(lambda: a @ a, device) for _ in range(5))
     copy = min(_seconds(lambda: other.copy_(big), device) for _ in range(5))
-    share = 0.5  # of the rate of large products that a whole step reaches
-    return replace(machine, flops_per_s=share * 2 * size**3 / product, memory_bytes_per_s=2 * 4 * big.numel() / copy)
+    reached = 0.5  # of the rate of large products, by a whole step
+    return replace(machine, flops_per_s=reached * 2 * size**3 / product, memory_bytes_per_s=2 * 4 * big.numel() / copy)
 
 
 def _seconds(action: object, device: torch.device) -> float:
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="the run's config")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings in place of the config's")
     parser.add_argument("--gpus", required=True, metavar="SIZE", help="memory of a rank's device, such as 80GiB")
-    parser.add_argument("--reserve", type=float, default=0.05, help="share of it that is left free (default 0.05)")
+    parser.add_argument("--reserve", type=share, default=0.05, help="share of it that is left free (default 0.05)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="what will compute (default: the config's, or cuda)")
     parser.add_argument(
         "--precision", choices=["bf16", "fp32"], default=None, help="of activations (default: the config's)"
@@ -88,8 +88,8 @@ def main() -> int:
     parser.add_argument("--out", metavar="FILE", help="write the switches there, as a piece of a config")
     parser.add_argument("--as-overrides", action="store_true", help="print the switches alone, as overrides")
     args = parser.parse_intermixed_args()
-    if not 0 <= args.reserve < 1:
-        raise UserError(f"--reserve={args.reserve:g} is not a share; give a number from 0 to below 1")
+    if args.reserve == 1:
+        raise UserError("--reserve=1 leaves nothing; give a share below 1")
     budget = gib(args.gpus) * (1 - args.reserve)
     config = load_config(args.config, args.overrides)
     kind = args.device or (config.system.device if config.system.device != "auto" else "cuda")

@@ -26,7 +26,7 @@ import guard  # noqa: F401
 
 import torch
 
-from bert_fast.command import guarded, whole
+from bert_fast.command import guarded, not_negative, whole
 from bert_fast.config import Config
 from bert_fast.config.choices import ENGINES
 from bert_fast.config.load import load_config
@@ -282,7 +282,7 @@ def main() -> int:
     parser.add_argument("--out", default="results/memory_poc", metavar="FOLDER", help="default %(default)s")
     parser.add_argument("--steps", type=whole(2, 10_000), default=6, help="of each variant (default %(default)s)")
     parser.add_argument("--budget", metavar="SIZE", help="memory of a rank, such as 24GiB")
-    parser.add_argument("--price-per-hour", type=float, help="of all devices together, in your currency")
+    parser.add_argument("--price-per-hour", type=not_negative, help="of all devices together, in your currency")
     args = parser.parse_intermixed_args()
     args.budget = gib(args.budget) if args.budget else None
     args.overrides += ["memory.recompute=none", "memory.budget_gib=null"]  # what is tried here

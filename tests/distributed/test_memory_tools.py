@@ -39,7 +39,7 @@ def test_what_fits_is_printed_and_written_for_a_later_run(config_file: Path, tmp
     ("arguments", "said"),
     [
         (["--gpus", "24 gallons"], "'24 gallons' is not a size of memory"),
-        pytest.param(["--gpus", "24GiB", "--reserve", "1"], "--reserve=1 is not a share", marks=pytest.mark.slow),
+        pytest.param(["--gpus", "24GiB", "--reserve", "1"], "--reserve=1 leaves nothing", marks=pytest.mark.slow),
         pytest.param(["--gpus", "0.1MiB"], "memory.budget_gib=", marks=pytest.mark.slow),
         pytest.param(["--gpus", "1GiB", "model.num_heads=3"], "model.num_heads=3", marks=pytest.mark.slow),
     ],

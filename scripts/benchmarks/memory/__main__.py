@@ -31,7 +31,7 @@ import scripts.guard  # noqa: F401
 
 import torch
 
-from bert_fast.command import guarded
+from bert_fast.command import guarded, whole
 from bert_fast.config import Config
 from bert_fast.config.load import config_from_tree
 from bert_fast.errors import UserError
@@ -170,8 +170,10 @@ def planner_seconds(stages: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--repeats", type=int, default=7, help="steps of each way, in turn (default 7)")
-    parser.add_argument("--gib", type=int, nargs="*", default=[4, 8, 16], help="budgets for the largest micro-batch")
+    parser.add_argument("--repeats", type=whole(1, 10_000), default=7, help="steps of each way, in turn (default 7)")
+    parser.add_argument(
+        "--gib", type=whole(1, 4096), nargs="*", default=[4, 8, 16], help="budgets for the largest micro-batch"
+    )
     parser.add_argument("--only", choices=["peaks", "times", "large", "planner", "largest"], help="one part of it")
     args = parser.parse_args()
     metrics: dict[str, Any] = {}

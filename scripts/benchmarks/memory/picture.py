@@ -14,7 +14,7 @@ import sys
 
 import scripts.guard  # noqa: F401
 
-from bert_fast.command import guarded
+from bert_fast.command import guarded, whole
 from scripts.plots import svg_figure
 
 from .large import timeline
@@ -27,7 +27,7 @@ _POINTS = 1500  # of a line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/memory/step.svg", metavar="FILE", help="default %(default)s")
-    parser.add_argument("--layers", type=int, default=24, help="of the encoder (default %(default)s)")
+    parser.add_argument("--layers", type=whole(1, 1024), default=24, help="of the encoder (default %(default)s)")
     args = parser.parse_args()
     with svg_figure(args.out, (7.5, 5.5), rows=2, sharex=True) as axes:
         for how, axis in (("none", 0), ("layer", 1), ("optimal", 1)):
