@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory: otherwise the kernel maps and zeroes every large array or tensor anew.
@@ -17,11 +19,7 @@ def keep_freed_memory() -> None:
     This is worth about 10 % of a small model's step (docs/performance.md), and helps the import, whose arrays have the same
     sizes from block to block. Does nothing with other C libraries.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None and platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 1 << 30)
-        mallopt(m_trim_threshold, (1 << 31) - 1)
+    _mallopt({_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: (1 << 31) - 1})
 
 
 def return_freed_memory() -> None:
@@ -30,10 +28,15 @@ def return_freed_memory() -> None:
     What a process has in memory is then what it holds, without what lies idle between: a third less for a step of BERT, which
     takes longer for it, as the kernel maps and zeroes pages anew. Does nothing with other C libraries.
     """
+    _mallopt({_MMAP_THRESHOLD: 1 << 20})
+
+
+def _mallopt(settings: dict[int, int]) -> None:
+    """Set glibc's parameters, by their numbers in malloc.h."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None and platform.libc_ver()[0] == "glibc":
-        m_mmap_threshold = -3
-        mallopt(m_mmap_threshold, 1 << 20)
+        for parameter, value in settings.items():
+            mallopt(parameter, value)
 
 
 @contextmanager

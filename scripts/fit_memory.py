@@ -26,12 +26,10 @@ from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
-from bert_fast.hardware import cpu_has_bf16
 from bert_fast.memory.budget import MACHINES, Machine, fit, gib, largest_micro_batch, with_changes
 from bert_fast.memory.stages import Hardware
-from bert_fast.model.loss import chunk_rows
 from bert_fast.report.console import print_table
-from bert_fast.train.setup.memory_fit import fit_lines
+from bert_fast.train.setup.memory_fit import fit_lines, likely_hardware
 
 _MODES = ("none", "attention", "layer", "half_layer", "optimal")
 
@@ -94,14 +92,16 @@ def main() -> int:
     config = load_config(args.config, args.overrides)
     kind = args.device or (config.system.device if config.system.device != "auto" else "cuda")
     config = with_changes(config, {"system.device": kind, "memory.recompute": "none"})
-    precision = args.precision or config.train.precision
-    whole = precision == "fp32" or (precision == "auto" and kind == "cpu" and not cpu_has_bf16())
-    hardware = Hardware(4 if whole else 2, kind == "cpu", chunk_rows(config.model.vocab_size, kind))
+    if args.precision is not None:
+        config = with_changes(config, {"train.precision": args.precision})
+    hardware = likely_hardware(config, kind)
     machine = MACHINES[kind]
     if args.measure:
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError("--measure: this machine has no CUDA device; leave it out, or give --device cpu")
-        machine = measured(machine, torch.float32 if whole else torch.bfloat16, torch.device(kind))
+        machine = measured(
+            machine, torch.float32 if hardware.element_bytes == 4 else torch.bfloat16, torch.device(kind)
+        )
     found = fit(config, budget, hardware, machine)
     if args.as_overrides:
         print(*(f"{name}={as_yaml(value)}" for name, value in found.changes().items()))

@@ -34,15 +34,13 @@ from bert_fast.config.yaml_files import to_yaml
 from bert_fast.errors import UserError
 from bert_fast.exit_codes import ExitCode
 from bert_fast.files import write_atomically
-from bert_fast.hardware import cpu_has_bf16
 from bert_fast.memory.budget import MACHINES, fit, gib, with_changes
-from bert_fast.memory.stages import Hardware
-from bert_fast.model.loss import chunk_rows
 from bert_fast.report.bench import environment, markdown_table, write_result
 from bert_fast.report.html import document, section
 from bert_fast.report.html_tables import number_table, table
 from bert_fast.report.metrics import of_kind, read_metrics
 from bert_fast.report.schema import StepLine
+from bert_fast.train.setup.memory_fit import likely_hardware
 from programs import pretrain
 
 _SKIPPED = 1  # steps before those that are timed
@@ -123,18 +121,12 @@ def variants(config: Config) -> Iterator[Variant]:
 
 def fastest(config: Config, on_cpu: bool, budget_gib: float) -> Variant:
     """What the budget asks for. Raises UserError where nothing fits."""
-    found = fit(config, budget_gib, hardware_of(config, on_cpu), MACHINES["cpu" if on_cpu else "cuda"])
+    kind = "cpu" if on_cpu else "cuda"
+    found = fit(config, budget_gib, likely_hardware(config, kind), MACHINES[kind])
     changes = {name: value for name, value in found.changes().items() if value is not None}
     moved = "batch.micro_batch_size" in changes
     tolerance = _OTHER_RANDOM if moved else _EXACT
     return Variant(f"fastest in {budget_gib:g} GiB", changes, tolerance, "chosen by the model of times")
-
-
-def hardware_of(config: Config, on_cpu: bool) -> Hardware:
-    """How this machine computes the config."""
-    precision = config.train.precision
-    whole_numbers = precision == "fp32" or (precision == "auto" and on_cpu and not cpu_has_bf16())
-    return Hardware(4 if whole_numbers else 2, on_cpu, chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda"))
 
 
 def measure(

@@ -54,10 +54,10 @@ class FsdpEngine(Engine):
         on_host: bool = False,
     ) -> None:
         self.layout, self.wire, self._mode, self._max_norm = layout, wire, CLIP_MODES[clip], max_norm
-        self._world = dist.get_world_size()
         before = list(model.named_parameters())
         device = before[0][1].device
-        mesh = _mesh(device, self._world, ranks_per_node if within_node else self._world)
+        world = dist.get_world_size()
+        mesh = _mesh(device, world, ranks_per_node if within_node else world)
         self._shards = mesh.get_group(mesh.ndim - 1)
         self._is_first_copy = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         self._reshards = reshard_after_forward
@@ -65,8 +65,9 @@ class FsdpEngine(Engine):
         self.module = model
         self._parameters: list[DTensor] = []
         self._updated: list[UpdatedSlice] = []
-        for index, (_, old) in enumerate(before):
-            new = dict(model.named_parameters())[before[index][0]]
+        in_parts = dict(model.named_parameters())
+        for index, (name, old) in enumerate(before):
+            new = in_parts[name]
             assert isinstance(new, DTensor)
             declare_parts(new, parts_of(old))
             self._parameters.append(new)
@@ -77,7 +78,6 @@ class FsdpEngine(Engine):
                     UpdatedSlice(index, layout.bucket_of[index], begin, nn.Parameter(local.detach().view(-1)))
                 )
         self.clip_statistics = ClipStatistics(["model"], device)
-        self._num_backward = 0
         self._scale: torch.Tensor | None = None
         self._weight_bytes = 0
 

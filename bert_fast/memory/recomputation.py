@@ -45,13 +45,12 @@ def make_recomputation_plan(config: Config, chain: Chain) -> Plan:
     how, budget_bytes = config.memory.recompute, None
     if how == "none":
         return keep_all(chain)
+    held = kept_from_step_to_step(config).total
     if config.memory.budget_gib is not None:
-        held = kept_from_step_to_step(config).total
         budget_bytes = int(config.memory.budget_gib * _GIB) - held
     try:
         plan: Plan = find(RECOMPUTE, how)(chain, budget_bytes)
     except BudgetTooSmallError as error:
-        held = kept_from_step_to_step(config).total
         least = (held + error.least_bytes) / _GIB
         raise UserError(
             f"memory.budget_gib={config.memory.budget_gib:g} is too small: weights, gradients and optimizer take "

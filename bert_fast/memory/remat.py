@@ -110,8 +110,11 @@ def make_plan(chain: Chain, segments: Iterable[Segment]) -> Plan:
     for segment in segments:
         if segment.end <= segment.begin or (not segment.recompute and segment.end != segment.begin + 1):
             raise ValueError(f"{segment} is neither a stage that is kept nor a run of stages that is recomputed")
-    again = sum(chain.stages[k].forward_s for s in segments if s.recompute for k in range(s.begin, s.end))
-    return Plan(segments, peak_of(chain, segments), again)
+    return Plan(segments, peak_of(chain, segments), _recompute_seconds(chain, segments))
+
+
+def _recompute_seconds(chain: Chain, segments: Iterable[Segment]) -> float:
+    return sum(chain.stages[k].forward_s for s in segments if s.recompute for k in range(s.begin, s.end))
 
 
 def peak_of(chain: Chain, segments: Sequence[Segment]) -> int:
@@ -200,8 +203,7 @@ def least_peak(chain: Chain) -> Plan:
         segments.append(Segment(begin, end_of[begin], recompute=True))
         begin = end_of[begin]
     segments += [Segment(k, k + 1, recompute=False) for k in range(begin, n)]
-    again = sum(chain.stages[k].forward_s for k in range(begin))
-    return Plan(tuple(segments), least[0], again)
+    return Plan(tuple(segments), least[0], _recompute_seconds(chain, segments))
 
 
 @dataclass(frozen=True)
@@ -269,9 +271,7 @@ def _follow(chain: Chain, fronts: list[_Front], point: int) -> Plan:
         end, at = int(front.ends[at]), int(front.rest[at])
         segments.append(Segment(begin, end or begin + 1, recompute=end > 0))
         begin = segments[-1].end
-    first = fronts[n]
-    again = sum(chain.stages[k].forward_s for s in segments if s.recompute for k in range(s.begin, s.end))
-    return Plan(tuple(segments), int(first.peaks[point]), again)
+    return Plan(tuple(segments), int(fronts[n].peaks[point]), _recompute_seconds(chain, segments))
 
 
 def fastest_within(curve: Sequence[Plan], budget_bytes: int) -> Plan:

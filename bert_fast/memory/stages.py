@@ -30,16 +30,23 @@ class MicroBatch:
     samples: int
 
 
-def longest_micro_batch(config: Config) -> MicroBatch:
-    """The most that a micro-batch of this config can hold: full samples, up to the token cap if there is one."""
-    longest, samples = config.data.max_seq_len, config.batch.micro_batch_size
-    tokens, most = samples * longest, config.balance.max_tokens
+def longest_lengths(config: Config) -> list[int]:
+    """Of the samples of the longest micro-batch that a config allows: full ones, up to the token cap if there is one."""
+    longest = config.data.max_seq_len
+    tokens, most = config.batch.micro_batch_size * longest, config.balance.max_tokens
     if most is not None:
         tokens = min(tokens, most)
-    rest = tokens % longest
+    whole, rest = divmod(tokens, longest)
+    return [longest] * whole + ([rest] if rest else [])
+
+
+def longest_micro_batch(config: Config) -> MicroBatch:
+    """The sums of the longest micro-batch that a config allows."""
+    lengths = longest_lengths(config)
+    tokens = sum(lengths)
     rounded = round_up(tokens, config.batch.shape_multiple)
     masked = max(1, int(config.data.mask_share * tokens))
-    return MicroBatch(rounded, tokens // longest * longest**2 + rest**2, masked, samples)
+    return MicroBatch(rounded, sum(length**2 for length in lengths), masked, config.batch.micro_batch_size)
 
 
 @dataclass(frozen=True)

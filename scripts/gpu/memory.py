@@ -9,19 +9,16 @@ import gc
 from functools import partial
 from typing import Any
 
-import torch
-
 from bert_fast.config import Config
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import build
 from bert_fast.train.setup.memory_fit import memory_at_most
 from bert_fast.train.setup.recomputation import longest_batch
 from bert_fast.train.step import StepInput
-from bert_fast.train.telemetry.hardware import synchronize
 
 from .parts import config_of, environment_of, precision_of, process_group
 from .stage import CheckFailed, Context, NotAvailable
-from .timing import peak_mib, reset_peak
+from .timing import peak_mib, repeat, reset_peak
 
 _BATCH = 32
 _STEPS = 3
@@ -88,22 +85,13 @@ def _case(
 
 
 def _steps(config: Config, environment: Environment) -> tuple[list[float], float]:
-    """Losses, and milliseconds of the last step."""
+    """Losses, and milliseconds of a step."""
     components = build(config, environment)
     batch = longest_batch(config, environment.device)
     inputs = StepInput([batch], len(batch.masked_labels), len(batch.next_sentence_labels))
-    losses, milliseconds = [], 0.0
-    for _ in range(_STEPS):
-        synchronize(environment.device)
-        start = torch.cuda.Event(enable_timing=True) if environment.device.type == "cuda" else None
-        if start is not None:
-            start.record()
-        outcome = components.step(inputs, 1e-4)
-        if start is not None:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            synchronize(environment.device)
-            milliseconds = start.elapsed_time(end)
-        losses.append(outcome.mlm_sum.item())
+    losses: list[float] = []
+    times = repeat(
+        lambda: losses.append(components.step(inputs, 1e-4).mlm_sum.item()), config.system.device, _STEPS - 1, warm_up=1
+    )
     components.engine.wait_pending()
-    return losses, milliseconds
+    return losses, 1e3 * min(times)

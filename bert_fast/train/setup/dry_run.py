@@ -18,7 +18,7 @@ from bert_fast.config.choices import ENGINES, OPTIMIZERS
 from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
 from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
-from bert_fast.memory.remat import keep_all, least_peak, make_plan
+from bert_fast.memory.remat import Plan, keep_all, least_peak, make_plan
 from bert_fast.memory.stages import MicroBatch
 from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, rank_notes
 from bert_fast.model.attention import choose_backend
@@ -71,8 +71,8 @@ def dry_run(config: Config) -> None:
     ordering = make_ordering(config, model, expected_ready_order(model))
     lengths, where = _lengths(config)
     planner = make_planner(config, lengths)
-    memory, tokens = _memory(config, planner, dtype)
     most = memory_at_most(config, dtype)
+    memory, tokens = _memory(config, planner, dtype, most.plan)
     print_table(
         f"{config.run.name}: dry run",
         [
@@ -223,8 +223,8 @@ def _schedule_text(config: Config) -> str:
     return f"{config.optimizer.name}, " + ", ".join(rates)
 
 
-def _memory(config: Config, planner: Planner, dtype: torch.dtype) -> tuple[MemoryEstimate, int]:
-    """The estimate for the largest micro-batch of the first step, and its tokens."""
+def _memory(config: Config, planner: Planner, dtype: torch.dtype, how: Plan) -> tuple[MemoryEstimate, int]:
+    """The estimate for the largest micro-batch of the first step, run by the plan of the longest one, and its tokens."""
     plan, hardware = planner.plan(0), hardware_of(config, dtype)
     tokens = int(plan.tokens.max())
     batch = MicroBatch(
@@ -233,7 +233,7 @@ def _memory(config: Config, planner: Planner, dtype: torch.dtype) -> tuple[Memor
         max(1, int(config.data.mask_share * tokens)),
         config.batch.micro_batch_size,
     )
-    chain, how = chain_of(config, batch, hardware), memory_at_most(config, dtype).plan
+    chain = chain_of(config, batch, hardware)
     return estimate(config, chain, make_plan(chain, how.segments), on_cpu=hardware.on_cpu), tokens
 
 

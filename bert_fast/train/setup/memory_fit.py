@@ -21,10 +21,25 @@ _SHOWN = 3  # other candidates
 
 def hardware_of(config: Config, dtype: torch.dtype) -> Hardware:
     """How the config's device computes the model; the one that is found, where the config leaves it open."""
+    return _hardware(config, dtype, _found_kind(config))
+
+
+def likely_hardware(config: Config, kind: str) -> Hardware:
+    """How a device of this kind (`cpu` or `cuda`) computes the config, without asking a GPU for its formats: that would take
+    memory of a card in every rank."""
+    precision = config.train.precision
+    whole = precision == "fp32" or (precision == "auto" and kind == "cpu" and not cpu_has_bf16())
+    return _hardware(config, torch.float32 if whole else torch.bfloat16, kind)
+
+
+def _found_kind(config: Config) -> str:
     device = config.system.device
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    rows = chunk_rows(config.model.vocab_size, "cpu" if on_cpu else "cuda")
-    return Hardware(4 if dtype == torch.float32 else 2, on_cpu, rows)
+    return "cpu" if device == "cpu" or (device == "auto" and not torch.cuda.is_available()) else "cuda"
+
+
+def _hardware(config: Config, dtype: torch.dtype, kind: str) -> Hardware:
+    rows = chunk_rows(config.model.vocab_size, kind)
+    return Hardware(4 if dtype == torch.float32 else 2, kind == "cpu", rows)
 
 
 @dataclass(frozen=True)
@@ -63,20 +78,10 @@ def fit_to_budget(config: Config) -> tuple[Config, Fit]:
         UserError: nothing fits.
     """
     assert config.memory.budget_gib is not None
-    hardware = hardware_of(config, _likely_dtype(config))
-    machine = MACHINES["cpu" if hardware.on_cpu else "cuda"]
+    kind = _found_kind(config)
     # The optimizer's state stays where it is: a checkpoint has it in one form, and may be resumed with another budget
-    found = fit(config, config.memory.budget_gib, hardware, machine, may_move_state=False)
+    found = fit(config, config.memory.budget_gib, likely_hardware(config, kind), MACHINES[kind], may_move_state=False)
     return with_changes(config, found.changes()), found
-
-
-def _likely_dtype(config: Config) -> torch.dtype:
-    """The format of activations, without asking a GPU: its context would take memory of the wrong card in every rank."""
-    precision = config.train.precision
-    if precision == "auto":
-        on_gpu = config.system.device != "cpu" and torch.cuda.is_available()
-        return torch.bfloat16 if on_gpu or cpu_has_bf16() else torch.float32
-    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def fit_lines(found: Fit) -> list[str]:

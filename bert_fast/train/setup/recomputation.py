@@ -13,7 +13,7 @@ from bert_fast.memory.modes import equal_chain
 from bert_fast.memory.recomputation import Recomputation, make_recomputation_plan
 from bert_fast.memory.remat import Chain, Plan, Segment, keep_all, make_plan
 from bert_fast.memory.segments import RecomputedAttention, SegmentRunner
-from bert_fast.memory.stages import grown_by_layer
+from bert_fast.memory.stages import grown_by_layer, longest_lengths
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.train.batches import batch_of_lengths, to_device
 from bert_fast.train.collectives import broadcast_value
@@ -28,8 +28,8 @@ def set_up_recomputation(config: Config, environment: Environment, model: BertFo
     Raises:
         UserError: no plan fits into the budget.
     """
-    how, on_host = config.memory.recompute, config.memory.offload_activations
-    if on_host:
+    how = config.memory.recompute
+    if config.memory.offload_activations:  # with nothing computed again, as the config has been checked
         model.run_stages = SegmentRunner(keep_all(equal_chain(config.model.num_layers)).segments, on_host=True)
     if how == "none":
         return None
@@ -45,7 +45,7 @@ def set_up_recomputation(config: Config, environment: Environment, model: BertFo
         chain = equal_chain(config.model.num_layers)
         plan = make_recomputation_plan(config, chain)
     gathers = ENGINES[config.communication.engine].shards  # whose hooks count the modules of a unit that have run
-    model.run_stages = SegmentRunner(plan.segments, restore_random=restore_random, on_host=on_host, to_the_end=gathers)
+    model.run_stages = SegmentRunner(plan.segments, restore_random=restore_random, to_the_end=gathers)
     again = sum(1 for number in plan.recomputed if number)  # without the embeddings
     if not choice.reads_sizes:
         return Recomputation(how, again, 2 * config.model.num_layers)
@@ -81,11 +81,7 @@ def measured_chain(config: Config, environment: Environment, model: BertForPretr
 
 def longest_batch(config: Config, device: torch.device = _CPU) -> BertInput:
     """Made-up samples that fill the longest micro-batch that the config allows."""
-    longest = config.data.max_seq_len
-    tokens, most = config.batch.micro_batch_size * longest, config.balance.max_tokens
-    if most is not None:
-        tokens = min(tokens, most)
-    lengths = [longest] * (tokens // longest) + [rest for rest in (tokens % longest,) if rest]
     rng = np.random.default_rng(0)
-    batch = batch_of_lengths(np.array(lengths), config.model.vocab_size, rng, config.data.mask_share)
+    lengths = np.array(longest_lengths(config))
+    batch = batch_of_lengths(lengths, config.model.vocab_size, rng, config.data.mask_share)
     return to_device(batch, device, config.batch.shape_multiple)

@@ -40,9 +40,9 @@ from bert_fast.memory.budget import largest_micro_batch, with_changes
 from bert_fast.memory.estimate import chain_of, estimate
 from bert_fast.memory.recomputation import make_recomputation_plan
 from bert_fast.memory.remat import Chain, Stage, keep_all, least_peak
-from bert_fast.memory.stages import Hardware, longest_micro_batch
-from bert_fast.model.loss import chunk_rows
+from bert_fast.memory.stages import longest_micro_batch
 from bert_fast.report.bench import add_arguments, environment, markdown_table, write_result
+from bert_fast.train.setup.memory_fit import likely_hardware
 from scripts.programs import ROOT
 
 from .large import activation_ratios
@@ -85,21 +85,15 @@ def make_config(
     )
 
 
-def hardware_of(config: Config) -> Hardware:
-    """As the CPU computes it."""
-    size = 2 if config.train.precision == "bf16" else 4
-    return Hardware(size, on_cpu=True, logits_rows=chunk_rows(config.model.vocab_size, "cpu"))
-
-
 def predicted_bytes(config: Config) -> int:
     """What `--dry-run` says of the longest micro-batch."""
-    chain = chain_of(config, longest_micro_batch(config), hardware_of(config))
+    chain = chain_of(config, longest_micro_batch(config), likely_hardware(config, "cpu"))
     return estimate(config, chain, make_recomputation_plan(config, chain), on_cpu=True).total
 
 
 def midway(config: Config) -> float:
     """GiB in the middle between the least peak and keeping everything."""
-    chain = chain_of(config, longest_micro_batch(config), hardware_of(config))
+    chain = chain_of(config, longest_micro_batch(config), likely_hardware(config, "cpu"))
     ends = [estimate(config, chain, plan, on_cpu=True).total for plan in (least_peak(chain), keep_all(chain))]
     return sum(ends) / 2 / _GIB
 
@@ -144,7 +138,7 @@ def largest(gibs: list[int], precision: str) -> tuple[dict[str, float], list[dic
     metrics, rows = {}, []
     for gib in gibs:
         config = make_config("optimal", precision, _WIDE, 1, 512)
-        size = largest_micro_batch(config, gib, hardware_of(config))
+        size = largest_micro_batch(config, gib, likely_hardware(config, "cpu"))
         for name, samples in (("peak_gib", size), ("larger_peak_gib", size + -(-size // 10))):
             changed = with_changes(config, {"batch.micro_batch_size": samples, "batch.global_batch_size": samples})
             found = run(changed, [512] * samples, 2)
