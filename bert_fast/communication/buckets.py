@@ -278,7 +278,7 @@ class GrowingGradients(FlatGradients):
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], layout: GradientLayout) -> None:
-        first, self._buckets = parameters[0], layout.buckets
+        first = parameters[0]
         self._device = first.device
         self._buffers = [torch.zeros(b.end - b.start, dtype=first.dtype, device=first.device) for b in layout.buckets]
         self._starts = [bucket.start for bucket in layout.buckets]

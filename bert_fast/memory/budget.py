@@ -1,4 +1,4 @@
-"""`memory.budget_gib`: the fastest way to train within a budget, of all combinations of the switches that change no number.
+"""`memory.budget_gib`: the fastest way to train within a budget, of combinations of switches that round nothing.
 
 Times are modelled: matrix products at one rate, passes over memory, messages and copies to the host at others. They rank
 candidates; a benchmark on the machine says what a step takes (scripts/memory_poc.py).
@@ -17,7 +17,7 @@ from bert_fast.config.choices import ENGINES, RECOMPUTE, WIRE_FORMATS, find
 from bert_fast.config.load import config_from_tree
 from bert_fast.errors import UserError
 from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
-from bert_fast.memory.remat import Chain, Plan, keep_all, least_peak, pareto
+from bert_fast.memory.remat import Chain, Plan, fastest_within, keep_all, least_peak, pareto
 from bert_fast.memory.stages import Hardware, longest_micro_batch
 from bert_fast.memory.state import num_parameters, num_shards
 
@@ -120,7 +120,7 @@ class Planner:
     def __init__(self, hardware: Hardware, machine: Machine) -> None:
         self.hardware = replace(hardware, flops_per_s=machine.flops_per_s)
         self.machine = machine
-        self._curves: dict[Any, list[Plan]] = {}
+        self._curves: dict[Chain, list[Plan]] = {}
 
     def evaluate(self, config: Config, changes: dict[str, Any], budget_bytes: int, is_exact: bool = True) -> Candidate:
         """Memory and time of a config: with `memory.recompute: budget` as little as the budget allows is computed again, or the
@@ -135,10 +135,9 @@ class Planner:
             if smallest.peak_bytes > room:
                 plan = smallest
             elif plan.peak_bytes > room:
-                key = (batch, config.memory.release_gradients, config.communication.bucket_mb)
-                if str(key) not in self._curves:
-                    self._curves[str(key)] = pareto(chain, max_points=64)
-                plan = [each for each in self._curves[str(key)] if each.peak_bytes <= room][-1]
+                if chain not in self._curves:
+                    self._curves[chain] = pareto(chain, max_points=64)
+                plan = fastest_within(self._curves[chain], room)
         least, memory = (estimate(config, chain, each, on_cpu=on_cpu) for each in (smallest, plan))
         seconds = step_seconds(config, chain, plan, self.machine)
         needed = least.fixed + int(_MARGIN * least.activations)
@@ -212,9 +211,7 @@ def largest_micro_batch(config: Config, budget_gib: float, hardware: Hardware) -
     Raises:
         UserError: its settings do not go with other micro-batches.
     """
-    budget_bytes = int(budget_gib * _GIB)
-
-    how = config.memory.recompute
+    budget_bytes, how = int(budget_gib * _GIB), config.memory.recompute
 
     def fits(size: int) -> bool:
         batch = {"batch.micro_batch_size": size, "batch.gradient_accumulation_steps": 1}
