@@ -44,8 +44,8 @@ class BucketReducer(Engine):
     """Engine `bucketed`: all-reduces every bucket as soon as backward has filled it.
 
     With `release_gradients` a bucket has memory from its first gradient in a step until it was used: by its update, where
-    buckets are updated one by one, and else until the next step. `global_before_reduce`, which reads all gradients as one, needs
-    the flat buffer.
+    buckets are updated one by one, and else until the next step. `global_before_reduce`, which reads all gradients as one,
+    needs the flat buffer.
     """
 
     def __init__(
