@@ -1,0 +1,1 @@
+"""How one tile of scores is computed: a file for each way."""
