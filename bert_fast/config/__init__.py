@@ -9,6 +9,7 @@ from bert_fast.config.balance import BalanceConfig
 from bert_fast.config.batch import BatchConfig
 from bert_fast.config.checkpoint import CheckpointConfig
 from bert_fast.config.communication import CommunicationConfig
+from bert_fast.config.contrastive import ContrastiveConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.evaluation import EvaluationConfig
 from bert_fast.config.memory import MemoryConfig
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointConfig",
     "CommunicationConfig",
     "Config",
+    "ContrastiveConfig",
     "DataConfig",
     "EvaluationConfig",
     "MemoryConfig",

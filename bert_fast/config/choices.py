@@ -320,9 +320,48 @@ SHARDED_ENGINES = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class ObjectiveChoice(Choice):
+    """What a run must know of an objective beside its class.
+
+    section:   of the config, which the class is given; empty: it takes no argument
+    store:     class of its stores
+    change:    function from a batch of samples, as stores have them, to the batch that the model is given; empty: the same
+    made_up:   the same for batches of random tokens, before the clock
+    step:      class of a step
+    evaluator: function from store, config, cost model and environment to what evaluates
+    export:    function that writes the final model
+    on_pairs:  whether a sample is a pair of texts, whose cosines are learned
+    """
+
+    section: str = ""
+    store: str = "bert_fast.data.store:Store"
+    change: str = ""
+    made_up: str = ""
+    step: str = "bert_fast.train.step:TrainStep"
+    evaluator: str = "bert_fast.train.evaluate:make_evaluator"
+    export: str = "bert_fast.train.checkpoint.export:export_model"
+    on_pairs: bool = False
+
+
 # A class as bert_fast.model.objective.Objective describes it.
-OBJECTIVES = {
-    "mlm_nsp": Choice("bert_fast.model.objective:MlmNsp", "masked-token and next-sentence prediction, as BERT has it"),
+OBJECTIVES: dict[str, ObjectiveChoice] = {
+    "mlm_nsp": ObjectiveChoice(
+        "bert_fast.model.objective:MlmNsp", "masked-token and next-sentence prediction, as BERT has it"
+    ),
+    "contrastive": ObjectiveChoice(
+        "bert_fast.contrastive.objective:Contrastive",
+        "embeddings of pairs of texts: each query chooses its key among those of all pairs (docs/contrastive.md)",
+        section="contrastive",
+        store="bert_fast.data.pairs.store:PairStore",
+        change="bert_fast.data.pairs.batch:texts_of",
+        made_up="bert_fast.train.contrastive_step:made_up_pairs",
+        step="bert_fast.train.contrastive_step:ContrastiveStep",
+        evaluator="bert_fast.train.retrieval:RetrievalEvaluator",
+        export="bert_fast.train.checkpoint.export:export_embedding_model",
+        on_pairs=True,
+    ),
 }
 
 
@@ -476,17 +515,21 @@ class StrategyChoice(Choice):
     """`settings`: fields of `balance` that this strategy reads and not every one does.
 
     `draws_by_rank`: which samples are in a step depends on how many ranks there are, and not every batch is as likely.
+    `pads`: micro-batches are laid out with padding.
     """
 
     settings: tuple[str, ...] = ()
     draws_by_rank: bool = False
+    pads: bool = False
 
 
 # A subclass of balance.strategies.base.Strategy.
 STRATEGIES = {
     "random": StrategyChoice("bert_fast.balance.strategies.as_drawn:Random", "as drawn"),
     "pad_to_longest": StrategyChoice(
-        "bert_fast.balance.strategies.as_drawn:PadToLongest", "as drawn, padded to the longest of a micro-batch"
+        "bert_fast.balance.strategies.as_drawn:PadToLongest",
+        "as drawn, padded to the longest of a micro-batch",
+        pads=True,
     ),
     "exchange": StrategyChoice("bert_fast.balance.strategies.descending:Exchange", "sorted, assigned in rounds"),
     "exchange_snake": StrategyChoice(
@@ -512,6 +555,7 @@ STRATEGIES = {
         "bert_fast.balance.strategies.packed:Packed",
         "packed into rows of data.max_seq_len",
         settings=("num_packs", "max_samples_per_pack", "pack_order"),
+        pads=True,
     ),
 }
 
@@ -603,5 +647,10 @@ def one_of(table: Mapping[str, Described], also: Mapping[str, str] | None = None
 
 def find(table: Mapping[str, Choice], name: str) -> Any:
     """Import the variant `name` of a table."""
-    module, _, attribute = table[name].where.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return attribute(table[name].where)
+
+
+def attribute(where: str) -> Any:
+    """Import what is at `module:attribute`."""
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -15,7 +15,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from bert_fast.config.choices import AVERAGES, CLIP_MODES, DECAYS, ENGINES, OPTIMIZERS, STRATEGIES, WIRE_FORMATS
+from bert_fast.config.choices import (
+    AVERAGES,
+    CLIP_MODES,
+    DECAYS,
+    ENGINES,
+    OBJECTIVES,
+    OPTIMIZERS,
+    STRATEGIES,
+    WIRE_FORMATS,
+)
+from bert_fast.config.contrastive import ContrastiveConfig
 
 if TYPE_CHECKING:
     from bert_fast.config.root import Config
@@ -81,8 +91,40 @@ _WARMUP_IS_OVER = (
     "schedule.warmup_steps={c.schedule.warmup_steps})"
 )
 
+_MASKED_LM_ALONE = (
+    "data.mask_fraction",
+    "data.dynamic_masking",
+    "batch.virtual_ranks",
+    "model.next_sentence",
+    "model.last_layer",
+)
+
 RULES = (
     *_rules_of_tables(),
+    Rule(
+        tuple(f"contrastive.{name}" for name in ContrastiveConfig.model_fields),
+        lambda c: OBJECTIVES[c.train.objective].on_pairs,
+        "train.objective={c.train.objective} compares no pairs",
+        "set train.objective=contrastive",
+    ),
+    Rule(
+        _MASKED_LM_ALONE,
+        lambda c: not OBJECTIVES[c.train.objective].on_pairs,
+        "train.objective={c.train.objective} predicts no tokens",
+        "set train.objective=mlm_nsp",
+    ),
+    Rule(
+        ("contrastive.max_scale",),
+        lambda c: c.contrastive.learn_scale,
+        "contrastive.learn_scale=false: the scale stays as it is",
+        "set contrastive.learn_scale=true",
+    ),
+    Rule(
+        ("contrastive.width_weights",),
+        lambda c: bool(c.contrastive.widths),
+        "contrastive.widths names no widths",
+        "set contrastive.widths",
+    ),
     Rule(
         ("balance.num_strata",),
         lambda c: c.balance.strata is None,

@@ -17,11 +17,14 @@ from bert_fast.config.choices import (
     CLIP_MODES,
     DECAYS,
     ENGINES,
+    OBJECTIVES,
     OPTIMIZERS,
     SHARDED_ENGINES,
+    STRATEGIES,
     WIRE_FORMATS,
 )
 from bert_fast.config.communication import CommunicationConfig
+from bert_fast.config.contrastive import ContrastiveConfig
 from bert_fast.config.data import DataConfig
 from bert_fast.config.effects import idle_settings
 from bert_fast.config.evaluation import EvaluationConfig
@@ -50,6 +53,9 @@ class Config(Section):
     )
     memory: MemoryConfig = Field(
         default_factory=MemoryConfig, description="what a rank keeps in memory, and what it computes again"
+    )
+    contrastive: ContrastiveConfig = Field(
+        default_factory=ContrastiveConfig, description="the contrastive objective: what is compared with what"
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="the update rule")
     schedule: ScheduleConfig = Field(description="the learning rate over steps")
@@ -125,6 +131,14 @@ def _samples_per_rank_can_be_planned(config: Config) -> str | None:
 
 
 def _samples_fit_the_position_table(config: Config) -> str | None:
+    if OBJECTIVES[config.train.objective].on_pairs:  # whose samples are several texts
+        texts = 2 + config.contrastive.negatives
+        if config.data.max_seq_len <= texts * config.model.max_positions:
+            return None
+        return (
+            f"data.max_seq_len={config.data.max_seq_len} tokens of a pair are more than {texts} texts of "
+            f"model.max_positions={config.model.max_positions}; lower data.max_seq_len"
+        )
     if config.data.max_seq_len <= config.model.max_positions:
         return None
     return (
@@ -572,6 +586,40 @@ def _recomputed_stages_run_twice(config: Config) -> str | None:
     return None
 
 
+def _pairs_have_their_settings(config: Config) -> str | None:
+    """What the contrastive objective cannot be combined with."""
+    if not OBJECTIVES[config.train.objective].on_pairs:
+        return None
+    objective, strategy = f"train.objective={config.train.objective}", config.balance.strategy
+    if config.train.cuda_graphs:
+        return (
+            f"train.cuda_graphs=true with {objective}, whose ranks exchange embeddings inside a step; set it to false"
+        )
+    if strategy not in _FLAT:
+        return f"balance.strategy={strategy} with {objective}, whose texts lie end to end; set {' or '.join(_FLAT)}"
+    if ENGINES[config.communication.engine].shards:
+        return f"communication.engine={config.communication.engine} with {objective} is not tried; set bucketed or ddp"
+    if config.mlperf.enabled and config.mlperf.division == "closed":
+        return f"mlperf.division=closed with {objective}: MLPerf's BERT is masked-LM; set mlperf.division=open"
+    if config.batch.global_batch_size < 2:
+        return f"batch.global_batch_size=1 with {objective}: the other pairs are a pair's negatives; set at least 2"
+    if config.memory.recompute in ("optimal", "budget") or config.memory.budget_gib is not None:
+        how = config.memory.recompute
+        return f"memory.recompute={how} with {objective} has no plan; set none, attention, layer or half_layer and no budget"
+    if config.balance.cost == "measure":
+        return f"balance.cost=measure with {objective}: one pass is not a step's cost; set balance.cost=flops"
+    widths, weights = config.contrastive.widths, config.contrastive.width_weights
+    if list(widths) != sorted(set(widths)) or (widths and widths[-1] > config.model.hidden_size):
+        return f"contrastive.widths={list(widths)} must ascend to at most model.hidden_size={config.model.hidden_size}"
+    if weights and len(weights) != len(widths):
+        return f"contrastive.width_weights={list(weights)} needs one for each of the {len(widths)} contrastive.widths"
+    if config.contrastive.learn_scale and config.contrastive.scale > config.contrastive.max_scale:
+        return f"contrastive.scale={config.contrastive.scale:g} is above contrastive.max_scale={config.contrastive.max_scale:g}"
+    return None
+
+
+_FLAT = tuple(name for name, choice in STRATEGIES.items() if not (choice.draws_by_rank or choice.pads))
+
 CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _global_batch_is_the_product,
     _samples_per_rank_can_be_planned,
@@ -609,4 +657,5 @@ CROSS_CHECKS: tuple[Callable[[Config], str | None], ...] = (
     _activations_can_be_offloaded,
     _budget_is_given,
     _recomputed_stages_run_twice,
+    _pairs_have_their_settings,
 )

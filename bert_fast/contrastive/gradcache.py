@@ -19,22 +19,24 @@ MicroBatch = TypeVar("MicroBatch")
 def cached_backward(
     encode: Callable[[MicroBatch], torch.Tensor],
     micro_batches: Sequence[MicroBatch],
-    loss: Callable[[list[torch.Tensor]], torch.Tensor],
+    loss: Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor],
     device: torch.device,
     around: Callable[[int], AbstractContextManager[object]] = lambda _number: nullcontext(),
     scale: torch.Tensor | None = None,
+    parameters: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """Add the gradients of the loss to those of the encoder and of whatever else the loss depends on.
+    """Add the gradients of the loss to those of the encoder and of `parameters`.
 
     Gradients are those of one pass over everything, to rounding, dropout included. A single micro-batch is computed once.
 
     Args:
         encode: a micro-batch's embeddings [n, d].
-        loss: 0-dim, from the embeddings of each micro-batch in order. Runs once.
+        loss: 0-dim, from the embeddings of each micro-batch in order, and from `parameters`. Runs once.
         device: of the encoder, whose random numbers are repeated.
         around: entered for the pass of a micro-batch that has a gradient, by its number: where communication is held back until
             the last one (DistributedDataParallel's `no_sync`).
         scale: what the loss is multiplied by before backward (fp16).
+        parameters: of the loss itself, such as its temperature; their gradients come with those of the last micro-batch.
 
     Returns:
         The loss, 0-dim, detached and without the scale.
@@ -42,28 +44,33 @@ def cached_backward(
     if not micro_batches:
         raise ValueError("no micro-batch")
 
-    def from_loss(embeddings: list[torch.Tensor]) -> torch.Tensor:
-        value = loss(embeddings)
+    def from_loss(embeddings: list[torch.Tensor], used: list[torch.Tensor]) -> torch.Tensor:
+        value = loss(embeddings, used)
         (value if scale is None else value * scale).backward()
         return value.detach()
 
     if len(micro_batches) == 1:
         with around(0):
-            return from_loss([encode(micro_batches[0])])
+            return from_loss([encode(micro_batches[0])], list(parameters))
     before, embeddings = [], []
     with torch.no_grad():
         for micro_batch in micro_batches:
             before.append(RandomState(device))
             embeddings.append(encode(micro_batch))
     leaves = [each.detach().requires_grad_() for each in embeddings]
-    value = from_loss(leaves)
+    copies = [each.detach().clone().requires_grad_() for each in parameters]
+    value = from_loss(leaves, copies)
     after = RandomState(device)
     for number, micro_batch in enumerate(micro_batches):
-        gradient = leaves[number].grad
         before[number].restore()
         with around(number):
-            again = encode(micro_batch)
-            again.backward(torch.zeros_like(again) if gradient is None else gradient)
+            outputs, gradients = [encode(micro_batch)], [leaves[number].grad]
+            if number == len(micro_batches) - 1:
+                outputs += parameters
+                gradients += [copy.grad for copy in copies]
+            torch.autograd.backward(
+                outputs, [torch.zeros_like(x) if g is None else g for x, g in zip(outputs, gradients, strict=True)]
+            )
         leaves[number].grad = None
     after.restore()
     return value

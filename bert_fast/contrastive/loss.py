@@ -73,14 +73,22 @@ class ContrastiveLoss(nn.Module):
         positives: torch.Tensor | None = None,
         query_ids: torch.Tensor | None = None,
         key_ids: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss, fp32 0-dim. A collective, and so is its backward pass. Arguments as `Pairs` has them.
+
+        Args:
+            scale: 0-dim, in place of this module's.
 
         Raises:
             UserError: on every rank, for embeddings of a rank that are not finite, of another width or too few.
         """
         loss: torch.Tensor = _Loss.apply(
-            queries, keys, self.scale, Pairs(queries.detach(), keys.detach(), positives, query_ids, key_ids), self
+            queries,
+            keys,
+            self.scale if scale is None else scale,
+            Pairs(queries.detach(), keys.detach(), positives, query_ids, key_ids),
+            self,
         )
         return loss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,11 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 def _pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
     """Our parameter names, and the Hugging Face names that each concatenates (three for query, key, value)."""
+    yield from _encoder_pairs(config)
+    yield from _head_pairs(config)
+
+
+def _encoder_pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
     yield "embeddings.word.weight", ["bert.embeddings.word_embeddings.weight"]
     yield "embeddings.position.weight", ["bert.embeddings.position_embeddings.weight"]
     yield "embeddings.token_type.weight", ["bert.embeddings.token_type_embeddings.weight"]
@@ -36,6 +41,10 @@ def _pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
             yield f"{ours}.up.{kind}", [f"{theirs}.intermediate.dense.{kind}"]
             yield f"{ours}.down.{kind}", [f"{theirs}.output.dense.{kind}"]
             yield f"{ours}.output_norm.{kind}", [f"{theirs}.output.LayerNorm.{kind}"]
+
+
+def _head_pairs(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
+    for kind in ("weight", "bias"):
         yield f"heads.transform.{kind}", [f"cls.predictions.transform.dense.{kind}"]
         yield f"heads.transform_norm.{kind}", [f"cls.predictions.transform.LayerNorm.{kind}"]
         if config.next_sentence:
@@ -49,8 +58,18 @@ def to_huggingface(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[
 
     Without next-sentence prediction these are the names of its BertForMaskedLM.
     """
+    return _renamed(state, _pairs(config))
+
+
+def encoder_to_huggingface(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The encoder alone, under the names of transformers' BertModel, without its pooler."""
+    named = _renamed(state, _encoder_pairs(config))
+    return {name.removeprefix("bert."): tensor for name, tensor in named.items()}
+
+
+def _renamed(state: dict[str, torch.Tensor], pairs: Iterable[tuple[str, list[str]]]) -> dict[str, torch.Tensor]:
     renamed: dict[str, torch.Tensor] = {}
-    for ours, theirs in _pairs(config):
+    for ours, theirs in pairs:
         for name, tensor in zip(theirs, state[ours].chunk(len(theirs)), strict=True):
             renamed[name] = tensor.detach().cpu().contiguous()
     return renamed
@@ -69,11 +88,16 @@ _PADDED = ("embeddings.word.weight", "heads.decoder_bias")  # a row for each tok
 
 
 def from_huggingface(
-    weights: Mapping[str, Stored], config: ModelConfig, shapes: Mapping[str, torch.Size], where: str = ""
+    weights: Mapping[str, Stored],
+    config: ModelConfig,
+    shapes: Mapping[str, torch.Size],
+    where: str = "",
+    heads: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The inverse of `to_huggingface`, in fp32. Rows beyond a shorter vocabulary are zero.
 
     Args:
+        heads: also those of the heads for pretraining.
         shapes: of our tensors, by name.
         where: the checkpoint, for messages.
 
@@ -81,7 +105,7 @@ def from_huggingface(
         UserError: a tensor, which is named, is missing, of another shape, or of a dtype that is not supported.
     """
     state: dict[str, torch.Tensor] = {}
-    for ours, theirs in _pairs(config):
+    for ours, theirs in _pairs(config) if heads else _encoder_pairs(config):
         parts = []
         for name in theirs:
             if name not in weights:
@@ -150,6 +174,18 @@ def _check_extra(weights: Mapping[str, Stored], config: ModelConfig, where: str)
         raise UserError(
             f"checkpoint {where} has tensors that this model has no place for: {shown(', '.join(extra[:5]), 400)}{more}; its "
             "outputs would be others without them. Save it as a plain BertForPreTraining"
+        )
+
+
+def _check_encoder_extra(weights: Mapping[str, Stored], config: ModelConfig, where: str) -> None:
+    """Refuse tensors inside the encoder that this one has no place for: its outputs would be others without them."""
+    known = {name for _, theirs in _encoder_pairs(config) for name in theirs} | _BUFFERS
+    inside = ("bert.embeddings.", "bert.encoder.")
+    extra = sorted(name for name in weights if name.startswith(inside) and name not in known)
+    if extra:
+        raise UserError(
+            f"checkpoint {where} has tensors that this encoder has no place for: {shown(', '.join(extra[:5]), 400)}; its "
+            "outputs would be others without them"
         )
 
 
@@ -234,8 +270,22 @@ def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
     A model without next-sentence prediction is for `BertForMaskedLM.from_pretrained`.
     """
     folder = Path(folder)
+    _write(
+        folder,
+        to_huggingface(model.state_dict(), config),
+        config,
+        "BertForPreTraining" if config.next_sentence else "BertForMaskedLM",
+    )
+
+
+def save_encoder(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
+    """As `save_pretrained`, the encoder alone, for `BertModel.from_pretrained`."""
+    _write(Path(folder), encoder_to_huggingface(model.state_dict(), config), config, "BertModel")
+
+
+def _write(folder: Path, weights: dict[str, torch.Tensor], config: ModelConfig, architecture: str) -> None:
     description: dict[str, Any] = {
-        "architectures": ["BertForPreTraining" if config.next_sentence else "BertForMaskedLM"],
+        "architectures": [architecture],
         "model_type": "bert",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -251,14 +301,15 @@ def save_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": True,
     }
-    write_atomically(folder / "model.safetensors", save(to_huggingface(model.state_dict(), config), {"format": "pt"}))
+    write_atomically(folder / "model.safetensors", save(weights, {"format": "pt"}))
     write_json(folder / "config.json", description)
 
 
-def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path) -> None:
+def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | Path, heads: bool = True) -> None:
     """Load a Hugging Face folder, or a TensorFlow checkpoint by its prefix (`model.ckpt-28252`), into `model`.
 
-    Dropout comes from the config, as it changes how a model is trained and not what its weights mean.
+    Without `heads` the encoder alone is loaded, of a checkpoint with any heads or none (a BertModel), and the rest of `model`
+    stays as it is. Dropout comes from the config, as it changes how a model is trained and not what its weights mean.
 
     Raises:
         UserError: files are missing or damaged; a tensor is missing, unknown or of another shape; or the description does
@@ -274,16 +325,20 @@ def load_pretrained(model: torch.nn.Module, config: ModelConfig, folder: str | P
             weights = from_tensorflow(bundle, layers) if layers == config.num_layers else {}
         else:
             weights = _read_safetensors(Path(folder), files)
-            _check_description(
-                config, Path(folder) / "config.json", untied="cls.predictions.decoder.weight" not in weights
-            )
+            if not heads and not any(name.startswith("bert.") for name in weights):  # a BertModel
+                weights = {f"bert.{name}": stored for name, stored in weights.items()}
+            untied = heads and "cls.predictions.decoder.weight" not in weights
+            _check_description(config, Path(folder) / "config.json", untied=untied)
             layers = sum(key.endswith("attention.self.query.weight") for key in weights)
         if layers != config.num_layers:
             raise UserError(f"checkpoint {where} has {layers} layers, model.num_layers={config.num_layers}")
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        state = from_huggingface(weights, config, shapes, where)
-        _check_extra(weights, config, where)
-    model.load_state_dict(state)
+        state = from_huggingface(weights, config, shapes, where, heads)
+        if heads:
+            _check_extra(weights, config, where)
+        else:
+            _check_encoder_extra(weights, config, where)
+    model.load_state_dict(state, strict=heads)
 
 
 _MOST_HEADER_BYTES = 16 << 20  # BERT-large's has 0.05 MB

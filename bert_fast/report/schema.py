@@ -81,6 +81,9 @@ class StepLine:
         return {**vars(self), "clip": {group: dict(vars(clip)) for group, clip in self.clip.items()}}
 
 
+_OF_RETRIEVAL = ("at_10", "mrr", "alignment", "uniformity")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationLine:
     """One evaluation on held-out samples. Losses and accuracies are means over all of them."""
@@ -95,6 +98,11 @@ class EvaluationLine:
     mlm_loss: float
     nsp_accuracy: float | None  # a share; None: next sentences are not predicted
     nsp_loss: float | None
+    # With the contrastive objective; `accuracy` is then of finding a query's positive first among all keys, a share
+    at_10: float | None = None  # the same among the first ten
+    mrr: float | None = None  # mean of one over the positive's rank
+    alignment: float | None = None  # mean squared distance of a pair
+    uniformity: float | None = None  # logarithm of the mean of exp(-2 d^2) over distances d of embeddings
 
     @property
     def loss(self) -> float:
@@ -102,12 +110,12 @@ class EvaluationLine:
         return self.mlm_loss + (self.nsp_loss or 0.0)
 
     def as_json(self) -> dict[str, Any]:
-        """The line as plain values."""
-        return dict(vars(self))
+        """The line as plain values, without those of another objective."""
+        return {name: value for name, value in vars(self).items() if value is not None or name not in _OF_RETRIEVAL}
 
     def values(self) -> dict[str, Any]:
         """The same without its kind, as metrics.json and checkpoints keep it."""
-        return {name: value for name, value in vars(self).items() if name != "kind"}
+        return {name: value for name, value in self.as_json().items() if name != "kind"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +138,9 @@ Line = StepLine | EvaluationLine | SkippedLine
 
 
 # ---- metrics.json -----------------------------------------------------------------------------------------------------
+
+
+_OF_PAIRS = ("retrieval_at_1", "retrieval_at_10", "pairs_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +166,14 @@ class RunMetrics:
     gradient_bytes_per_step: float  # bytes a rank sends
     weight_bytes_per_step: float  # bytes a rank sends of updated weights; 0 where the optimizer is not sharded
     compliance_passed: int | None  # 1 or 0; None: not checked
+    # With the contrastive objective, of the last evaluation
+    retrieval_at_1: float | None = None
+    retrieval_at_10: float | None = None
+    pairs_per_s: float | None = None  # without evaluations and checkpoints
+
+    def as_json(self) -> dict[str, Any]:
+        """The metrics as plain values, without those of another objective."""
+        return {name: value for name, value in vars(self).items() if value is not None or name not in _OF_PAIRS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +384,7 @@ class RunRecord:
         """The record as plain values."""
         return {
             **vars(self),
-            "metrics": dict(vars(self.metrics)),
+            "metrics": self.metrics.as_json(),
             "samples": dict(vars(self.samples)),
             "evaluations": [each.values() for each in self.evaluations],
             "time_split_s": self.time_split_s.as_json(),

@@ -13,7 +13,8 @@ from mlperf_logging.mllog import constants
 
 from bert_fast.balance.assign import karmarkar_karp
 from bert_fast.balance.cost import CostModel
-from bert_fast.config import EvaluationConfig
+from bert_fast.config import Config, EvaluationConfig
+from bert_fast.config.choices import OBJECTIVES, attribute
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining, BertInput
@@ -29,12 +30,20 @@ from bert_fast.train.step import do_nothing
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over the whole held-out set. None of next sentences: the model does not predict them."""
+    """Over the whole held-out set. None of next sentences: the model does not predict them.
+
+    With the contrastive objective the accuracy is that of finding a query's positive, the loss that of choosing it, and there
+    are the four numbers of `EvaluationLine`; else None.
+    """
 
     mlm_accuracy: float
     mlm_loss: float
     nsp_accuracy: float | None
     nsp_loss: float | None
+    at_10: float | None = None
+    mrr: float | None = None
+    alignment: float | None = None
+    uniformity: float | None = None
 
 
 class Evaluator:
@@ -113,6 +122,11 @@ class Evaluator:
         )
 
 
+def make_evaluator(store: Store, config: Config, cost: CostModel, environment: Environment) -> Evaluator:
+    """Of masked-LM accuracy, for a run."""
+    return Evaluator(store, config.evaluation, config.batch.shape_multiple, cost, environment)
+
+
 class Decision(Enum):
     """What follows from an evaluation."""
 
@@ -163,8 +177,9 @@ class EvaluationRunner:
             context.mllog.interval(constants.EVAL_START, constants.EVAL_STOP, epoch_num=samples),
         ):
             if self._evaluator is None:
-                multiple = context.config.batch.shape_multiple
-                self._evaluator = Evaluator(self._store, config, multiple, self._state.cost, context.environment)
+                make = attribute(OBJECTIVES[context.config.train.objective].evaluator)
+                evaluator: Evaluator = make(self._store, context.config, self._state.cost, context.environment)
+                self._evaluator = evaluator
                 if not self._state.components.engine.holds_all_weights:
                     self._evaluator.meet_in_every_batch()
             with self._state.components.evaluated_weights():
@@ -196,12 +211,18 @@ class EvaluationRunner:
             mlm_loss=result.mlm_loss,
             nsp_accuracy=result.nsp_accuracy,
             nsp_loss=result.nsp_loss,
+            at_10=result.at_10,
+            mrr=result.mrr,
+            alignment=result.alignment,
+            uniformity=result.uniformity,
         )
         progress.evaluations.append(line)
         context.metrics.write(line)
+        what = "masked-LM accuracy" if result.mrr is None else "retrieval accuracy@1"
+        rest = "" if result.mrr is None else f", @10 {result.at_10:.4f}, MRR {result.mrr:.4f}"
         context.log(
-            f"evaluation at {progress.samples:,} samples, {context.clock.elapsed:.1f} s: masked-LM accuracy "
-            f"{result.mlm_accuracy:.4f}, loss {line.loss:.4f}"
+            f"evaluation at {progress.samples:,} samples, {context.clock.elapsed:.1f} s: {what} "
+            f"{result.mlm_accuracy:.4f}{rest}, loss {line.loss:.4f}"
         )
         return line
 

@@ -18,6 +18,7 @@ from mlperf_logging.mllog import constants
 from bert_fast.balance.cost import CostModel, cost_record
 from bert_fast.balance.planner import Planner
 from bert_fast.config import Config
+from bert_fast.config.choices import OBJECTIVES, attribute
 from bert_fast.config.yaml_files import to_yaml
 from bert_fast.data.batch import Batch
 from bert_fast.data.masking import check_fraction, mask_id_of, redraw
@@ -32,7 +33,6 @@ from bert_fast.model.checkpoints import google_variables
 from bert_fast.run_folder import BUCKETS_CONFIG, BUCKETS_RECORD, CHECKPOINTS, COST, MODEL, NODES, PREFLIGHT
 from bert_fast.train.batches import PlannedStep, StepLoader, plan_step
 from bert_fast.train.checkpoint.async_writer import AsyncCheckpointWriter, saving_group
-from bert_fast.train.checkpoint.export import export_model
 from bert_fast.train.checkpoint.resume import latest_valid_checkpoint, load_checkpoint, resume_key
 from bert_fast.train.checkpoint.train_state import TrainState
 from bert_fast.train.collectives import barrier, gather_floats
@@ -47,6 +47,7 @@ from bert_fast.train.setup.consistency import check_config, check_state, open_st
 from bert_fast.train.setup.cost_model import fit_cost_model, make_cost, make_planner
 from bert_fast.train.setup.held_out import find_shared_text, shared_text_note
 from bert_fast.train.setup.inputs import checkpoint_vocabulary
+from bert_fast.train.setup.pairs import check_pairs, draw_of
 from bert_fast.train.setup.page_cache import clear_caches
 from bert_fast.train.setup.preflight import preflight, print_preflight
 from bert_fast.train.telemetry.hardware import matmul_peak, resident_mib
@@ -200,7 +201,9 @@ def _record_buckets(context: RunContext, components: TrainComponents) -> None:
 def open_data(context: RunContext, prepared: Prepared) -> OpenData:
     """Open and check both stores, start to scrub the training store. On the clock."""
     config, environment = context.config, context.environment
-    store, eval_store = open_stores(config, prepared.vocab_sha256, environment, context.store_of)
+    choice = OBJECTIVES[config.train.objective]
+    store_of = attribute(choice.store) if context.store_of is Store else context.store_of
+    store, eval_store = open_stores(config, prepared.vocab_sha256, environment, store_of)
     vocab = prepared.vocab_sha256 or store.manifest["vocab_sha256"]
     for each, sha256 in ((store, None), (eval_store, config.evaluation.sha256)):
         each.check(
@@ -219,6 +222,9 @@ def open_data(context: RunContext, prepared: Prepared) -> OpenData:
     scrubber.start()
     check_evaluation_set(len(eval_store), config)
     change = _redraw_of(config, store) if config.data.dynamic_masking else None
+    if choice.on_pairs:
+        for each in (store, eval_store):
+            check_pairs(each, config)
     key = resume_key(config, store.manifest["sha256"], eval_store.manifest["sha256"])
     data = OpenData(store, eval_store, shared, scrubber, change, key)
     if not context.resume:
@@ -263,7 +269,9 @@ def train(context: RunContext, prepared: Prepared, data: OpenData) -> RunSummary
         },
         environment,
     )
-    planner = make_planner(config, data.store.lengths, state.cost, data.store.manifest["max_length"])
+    planner = make_planner(
+        config, data.store.lengths, state.cost, data.store.manifest["max_length"], draw_of(data.store, config)
+    )
     if environment.is_main:
         write_json(context.folder / COST, cost_record(state.cost, state.cost_source, None))
     first_step = state.progress.step
@@ -310,11 +318,17 @@ def _resume(context: RunContext, state: TrainState, data: OpenData) -> None:
 def _read_step(context: RunContext, data: OpenData, planner: Planner, step: int) -> PlannedStep:
     """Plan a step and read this rank's samples (in the loader's thread)."""
     plan, rank = planner.plan(step), context.environment.rank
-    change = functools.partial(data.redraw, step=step) if data.redraw else None
+    change = functools.partial(data.redraw, step=step) if data.redraw else _change_of(context.config)
     try:
         return plan_step(data.store, plan, rank, context.config, change)
     except (ValueError, IndexError) as error:
         raise explain(error, plan, rank, [], data.scrubber) from error
+
+
+def _change_of(config: Config) -> Callable[[Batch], Batch] | None:
+    """What makes samples, as stores have them, the batch that the objective's model is given; None: nothing has to."""
+    where = OBJECTIVES[config.train.objective].change
+    return attribute(where) if where else None
 
 
 def _end_log(context: RunContext, summary: RunSummary) -> None:
@@ -331,4 +345,5 @@ def _end_log(context: RunContext, summary: RunSummary) -> None:
         with components.evaluated_weights():  # entering it takes all ranks
             model = components.whole_model()
             if context.environment.is_main:
-                export_model(model, context.config, manifest, context.folder / MODEL, context.log)
+                export = attribute(OBJECTIVES[context.config.train.objective].export)
+                export(model, context.config, manifest, context.folder / MODEL, context.log)

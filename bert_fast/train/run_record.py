@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bert_fast.config import as_plain
+from bert_fast.config.choices import OBJECTIVES
 from bert_fast.files import write_json
 from bert_fast.launch.provenance import commit
 from bert_fast.model.flops import train_flops
@@ -85,14 +86,17 @@ def make_record(context: RunContext, summary: RunSummary, memory: PeakMemory) ->
 def _metrics(context: RunContext, summary: RunSummary) -> RunMetrics:
     progress, prepared = summary.state.progress, summary.prepared
     training_s = summary.time_to_train_s - sum(context.clock.paused.values())
-    flops = train_flops(context.config.model, progress.tokens, progress.tokens_squared, progress.masked)
+    on_pairs = OBJECTIVES[context.config.train.objective].on_pairs
+    masked = 0 if on_pairs else progress.masked
+    flops = train_flops(context.config.model, progress.tokens, progress.tokens_squared, masked)
+    last = progress.evaluations[-1] if progress.evaluations else None
     steps_here = max(1, progress.step - summary.first_step)  # of this session: bytes are counted anew in each
     counters, peak_flops = prepared.components.engine.counters(), prepared.peak_flops
     return RunMetrics(
         time_to_train_s=summary.time_to_train_s,
         samples_to_target=progress.samples,
         target_reached=int(summary.outcome.reached),
-        final_accuracy=progress.evaluations[-1].accuracy if progress.evaluations else None,
+        final_accuracy=last.accuracy if last else None,
         steps=progress.step,
         samples_per_s=progress.samples / training_s,
         tokens_per_s=progress.tokens / training_s,
@@ -106,6 +110,9 @@ def _metrics(context: RunContext, summary: RunSummary) -> RunMetrics:
         gradient_bytes_per_step=counters["gradient_bytes"] / steps_here,
         weight_bytes_per_step=counters["weight_bytes"] / steps_here,
         compliance_passed=None,
+        retrieval_at_1=last.accuracy if last and on_pairs else None,
+        retrieval_at_10=last.at_10 if last else None,
+        pairs_per_s=progress.samples / training_s if on_pairs else None,
     )
 
 

@@ -94,6 +94,7 @@ class TrainStep:
         loss_scale: LossScale | None,
         parameters_by_bucket: Sequence[Sequence[torch.Tensor]] | None = None,
         use_device_timers: bool = True,
+        ranks_per_node: int | None = None,
     ) -> None:
         """
         Args:
@@ -101,6 +102,7 @@ class TrainStep:
             dtype: autocast format; fp32: no autocast.
             parameters_by_bucket: what the optimizer updates of each bucket, to update each as soon as it is reduced
                 (`optimizer.step_per_bucket`); None: all at the end. With it the call is a collective.
+            ranks_per_node: for objectives whose ranks exchange more than gradients.
             use_device_timers: time a CUDA device by events; not inside a CUDA graph, whose events cannot be read.
         """
         self.engine, self.optimizer, self._objective = engine, optimizer, objective
@@ -111,6 +113,7 @@ class TrainStep:
             self._bucketwise = BucketwiseOptimizer(optimizer, parameters_by_bucket)
             engine.enable_nonfinite_flag()
         self._trace: Trace | None = None
+        self._ranks_per_node = ranks_per_node
         timed = use_device_timers and device.type == "cuda"
         self._compute_timer = DeviceTimer() if timed else None
         self._exposed_timer = DeviceTimer() if timed else None  # from backward's end to the averaged gradient

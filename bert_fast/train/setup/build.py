@@ -23,7 +23,16 @@ from bert_fast.communication.onebit import OneBit
 from bert_fast.communication.wire_format import WireFormat, fp16_scale, wire_format
 from bert_fast.communication.zero_one import ZeroOne
 from bert_fast.config import Config
-from bert_fast.config.choices import CLIP_MODES, ENGINES, OBJECTIVES, OPTIMIZERS, SHARDED_ENGINES, WIRE_FORMATS, find
+from bert_fast.config.choices import (
+    CLIP_MODES,
+    ENGINES,
+    OBJECTIVES,
+    OPTIMIZERS,
+    SHARDED_ENGINES,
+    WIRE_FORMATS,
+    attribute,
+    find,
+)
 from bert_fast.config.root import offloads_nothing
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
@@ -84,7 +93,8 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
     if isinstance(engine.wire, OneBit):
         pair_with_wire(engine.wire, optimizer.optimizer, list(model.parameters()))
     loss_scale = LossScale(config.train.loss_scale, environment.device) if environment.dtype == torch.float16 else None
-    step = TrainStep(
+    step_class: type[TrainStep] = attribute(OBJECTIVES[config.train.objective].step)
+    step = step_class(
         engine,
         optimizer.optimizer,
         make_objective(config),
@@ -94,6 +104,7 @@ def build(config: Config, environment: Environment, planned: dict[str, Any] | No
         loss_scale=loss_scale,
         parameters_by_bucket=optimizer.parameters_by_bucket if config.optimizer.step_per_bucket else None,
         use_device_timers=not config.train.cuda_graphs,
+        ranks_per_node=config.system.node_size,
     )
     average = build_average([each.parameter for each in optimizer.slices], config.averaging)
     warm_up(config, environment, TrainComponents(model, engine, optimizer, loss_scale, step))
@@ -124,7 +135,8 @@ def pair_with_wire(wire: OneBit, optimizer: RunOptimizer, parameters: list[nn.Pa
 
 def make_objective(config: Config) -> Objective:
     """The objective of the config."""
-    objective: Objective = find(OBJECTIVES, config.train.objective)()
+    kind, section = find(OBJECTIVES, config.train.objective), OBJECTIVES[config.train.objective].section
+    objective: Objective = kind(getattr(config, section)) if section else kind()
     return objective
 
 
@@ -144,7 +156,9 @@ def build_model(config: Config, environment: Environment) -> BertForPretraining:
     with environment.device:  # 336 million random numbers take a CPU seconds
         model = make_objective(config).build_model(shape, backend)
     if config.checkpoint.init_from:
-        load_pretrained(model, shape, config.checkpoint.init_from)
+        load_pretrained(
+            model, shape, config.checkpoint.init_from, heads=not OBJECTIVES[config.train.objective].on_pairs
+        )
     if config.train.precision == "fp8":
         check_fp8(environment.device, config.batch.shape_multiple)
         use_fp8(model)

@@ -35,9 +35,13 @@ def make_cost(config: Config) -> tuple[CostModel, str]:
 
 
 def make_planner(
-    config: Config, lengths: np.ndarray, cost: CostModel | None = None, longest: int | None = None
+    config: Config,
+    lengths: np.ndarray,
+    cost: CostModel | None = None,
+    longest: int | None = None,
+    draw: Callable[[int], np.ndarray] | None = None,
 ) -> Planner:
-    """The planner of a config over a length table; `longest` is the largest length, if known."""
+    """The planner of a config over a length table; `longest` is the largest length, if known, `draw` as `Planner` has it."""
     return Planner(
         lengths,
         config.balance,
@@ -51,6 +55,7 @@ def make_planner(
         seed=config.train.seed,
         num_steps=config.train.max_steps,
         longest=longest,
+        draw=draw,
     )
 
 

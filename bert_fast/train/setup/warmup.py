@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bert_fast.config import Config
+from bert_fast.config.choices import OBJECTIVES, attribute
+from bert_fast.data.batch import Batch
 from bert_fast.model.bert import BertForPretraining
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.components import TrainComponents
@@ -19,8 +23,9 @@ from bert_fast.train.telemetry.hardware import synchronize
 def synthetic_input(config: Config, environment: Environment, seed: int) -> StepInput:
     """Made-up batches of a rank, as long as the config allows; the same for the same seed."""
     count, vocab_size, share = config.batch.micro_batch_size, config.model.vocab_size, config.data.mask_share
+    made_up = made_up_for(config)
     batches = [
-        synthetic_batch(count, config.data.max_seq_len, vocab_size, seed + i, share)
+        made_up(synthetic_batch(count, config.data.max_seq_len, vocab_size, seed + i, share))
         for i in range(config.batch.micro_batches_per_step)
     ]
     masked = sum(len(b.masked_labels) for b in batches) * environment.world_size
@@ -28,11 +33,21 @@ def synthetic_input(config: Config, environment: Environment, seed: int) -> Step
     return StepInput(inputs, masked, config.batch.global_batch_size)
 
 
+def made_up_for(config: Config) -> Callable[[Batch], Batch]:
+    """What makes random sequences the batch that the objective's model is given."""
+    choice = OBJECTIVES[config.train.objective]
+    if not choice.made_up:
+        return lambda batch: batch
+    return functools.partial(attribute(choice.made_up), config=config)
+
+
 def synthetic_loss(config: Config, environment: Environment, model: BertForPretraining) -> torch.Tensor:
     """The summed losses of a made-up micro-batch, 0-dim, with their graph."""
     inputs = synthetic_input(config, environment, seed=0)
     with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast, cache_enabled=False):
         losses = model(inputs.micro_batches[0])
+    if isinstance(losses, torch.Tensor):  # embeddings; every parameter has a gradient, that of the loss's scale as well
+        return losses.sum() + sum(parameter.sum() for parameter in model.heads.parameters())
     total: torch.Tensor = losses.total
     return total
 

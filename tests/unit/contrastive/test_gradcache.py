@@ -29,9 +29,9 @@ def micro_batches() -> list[torch.Tensor]:
 
 
 def loss_of(module: ContrastiveLoss):
-    def loss(embeddings: list[torch.Tensor]) -> torch.Tensor:
+    def loss(embeddings: list[torch.Tensor], parameters: list[torch.Tensor]) -> torch.Tensor:
         every = F.normalize(torch.cat(embeddings), dim=-1)
-        return module(every[:, 0], every[:, 1])
+        return module(every[:, 0], every[:, 1], scale=parameters[0].exp() if parameters else None)
 
     return loss
 
@@ -45,10 +45,12 @@ def test_gradients_are_those_of_one_pass() -> None:
     model, module = encoder(), ContrastiveLoss(learn_scale=True)
     whole, whole_module = copy.deepcopy(model), copy.deepcopy(module)
     torch.manual_seed(7)
-    value = cached_backward(model, micro_batches(), loss_of(module), CPU)
+    value = cached_backward(model, micro_batches(), loss_of(module), CPU, parameters=list(module.parameters()))
     after = torch.get_rng_state()
     torch.manual_seed(7)
-    right = loss_of(whole_module)([whole(each) for each in micro_batches()])  # one graph of all
+    right = loss_of(whole_module)(
+        [whole(each) for each in micro_batches()], list(whole_module.parameters())
+    )  # one graph of all
     right.backward()
     assert value.item() == pytest.approx(right.item(), rel=1e-6)
     assert torch.equal(torch.get_rng_state(), after)  # what follows draws what it would have drawn
