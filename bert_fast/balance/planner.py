@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -98,6 +99,7 @@ class Planner:
         num_steps: int | None = None,
         longest: int | None = None,
         virtual_ranks: int = 1,
+        draw: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         """
         Args:
@@ -108,11 +110,21 @@ class Planner:
             longest: the largest length, if the caller knows it; else the table is read for it.
             virtual_ranks: ranks that each of the `world_size` real ones computes. Plans are those of world_size x virtual_ranks
                 ranks: real rank r has the `virtual_ranks` from r x virtual_ranks on, and a node those of its real ranks.
+            draw: a function of the step that gives the ids of its samples, int64 [global batch], such as
+                `balance.sources.SourceDraw.draw`; it takes the place of the strategy's own draw. Which rank gets what is
+                still the strategy's. The ids must depend on the step alone.
 
         Raises:
             UserError: an empty table, a length above `max_seq_len`, fewer samples than one global batch, or settings that the
-                strategy cannot keep.
+                strategy cannot keep; a `draw` with a strategy that draws by length and rank.
         """
+        choice = STRATEGIES[config.strategy]
+        if draw is not None and choice.draws_by_rank:
+            raise UserError(
+                f"balance.strategy={config.strategy} chooses the samples of a step itself, rank by rank, and these are drawn "
+                "source by source; choose a strategy that only assigns them, such as balance.strategy=balanced"
+            )
+        self._draw = draw
         self._lengths, self._seed, self._num_steps = lengths, seed, num_steps
         num_ranks, ranks_per_node = world_size * virtual_ranks, node_size * virtual_ranks
         shape = StepShape(num_ranks, gradient_accumulation_steps, micro_batch_size, ranks_per_node, max_seq_len)
@@ -170,7 +182,15 @@ class Planner:
 
     def draw(self, step: int) -> np.ndarray:
         """Ids of the samples of a step as they are drawn, before they are assigned, int64 [global batch]."""
-        return self._strategy.draw(step)
+        if self._draw is None:
+            return self._strategy.draw(step)
+        ids = self._draw(step)
+        if len(ids) != self.global_batch_size:
+            raise UserError(
+                f"step {step}: {len(ids)} samples are drawn, and batch.global_batch_size={self.global_batch_size}; give both "
+                "the same number"
+            )
+        return ids
 
     def lengths_of(self, plan: Plan) -> np.ndarray:
         """Lengths of the samples of a plan, int64 [samples]."""

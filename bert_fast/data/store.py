@@ -14,11 +14,11 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -35,7 +35,7 @@ _BLOCKS = "blocks.npy"
 FILES = ("samples.bin", *_TABLES, _BLOCKS, "manifest.json")  # all files of a store
 BLOCK_BYTES = 1 << 22  # of samples.bin that share a checksum
 # What np.load raises for a damaged header of a .npy file, which it evaluates as a Python literal
-_DAMAGED = (
+DAMAGED = (
     OSError,
     ValueError,
     EOFError,
@@ -173,13 +173,19 @@ def read_part(path: str | Path) -> Part | None:
         with np.load(tables, allow_pickle=False) as loaded:
             part = Part(str(path), len(loaded["lengths"]), int(loaded["num_random"]))
             expected = record_sizes(loaded["lengths"], loaded["num_masked"]).sum() * _BYTES
-    except (*_DAMAGED, zipfile.BadZipFile, zlib.error):  # damaged: it is made again
+    except (*DAMAGED, zipfile.BadZipFile, zlib.error):  # damaged: it is made again
         return None
     return part if Path(path).stat().st_size == expected else None
 
 
-def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any]) -> dict[str, Any]:
+def merge_parts(
+    folder: str | Path, parts: list[Part], manifest: dict[str, Any], more_tables: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
     """Join parts into a store in `folder`. The manifest is written last: a folder without one is not a store.
+
+    Args:
+        manifest: entries beside those that are counted here.
+        more_tables: further tables of the samples by the names of their files, `groups.npy`, which are hashed as the others.
 
     Returns:
         The manifest, completed with counts, the length histogram and the hashes of the files.
@@ -215,6 +221,9 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
             masked_file.write(num_masked.astype("<u2").tobytes())
             histogram += np.bincount(lengths, minlength=1 << 16)
             masked += int(num_masked.sum(dtype=np.int64))
+    for name, table in (more_tables or {}).items():
+        with atomic_file(folder / name) as out:
+            np.save(out, table)
     used = np.flatnonzero(histogram)
     tokens = int((histogram[used] * used).sum())
     complete = {
@@ -227,7 +236,7 @@ def merge_parts(folder: str | Path, parts: list[Part], manifest: dict[str, Any])
         "mean_length": round(tokens / total, 3),
         "length_histogram": {str(n): int(histogram[n]) for n in used},
         "sha256": sha256,
-        "tables_sha256": {name: sha256_of(folder / name) for name in (*_TABLES, _BLOCKS)},
+        "tables_sha256": {name: sha256_of(folder / name) for name in (*_TABLES, _BLOCKS, *(more_tables or {}))},
         **manifest,
     }
     write_json(folder / "manifest.json", complete)
@@ -263,8 +272,8 @@ def is_store(folder: Path) -> bool:
         return False
 
 
-def _table(path: Path) -> np.ndarray:
-    """A memory-mapped one-dimensional array of integers. Raises one of `_DAMAGED`."""
+def read_table(path: Path) -> np.ndarray:
+    """A memory-mapped one-dimensional array of integers. Raises one of `DAMAGED`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about headers that numpy parses in a slower way
         table: object = np.load(path, mmap_mode="r")
@@ -280,6 +289,12 @@ def _shown(value: Any) -> str:
 class Store:
     """Read access to a prepared store. Opening is O(1) in the number of samples; tables are memory-mapped."""
 
+    kind: ClassVar[str] = "samples"
+    """What its samples are, as `kind` in the manifest has it; a store of pretraining samples has no such entry."""
+
+    command: ClassVar[str] = "scripts/prepare_data.py"
+    """The script that makes such a store."""
+
     def __init__(self, folder: str | Path) -> None:
         """Open `folder`. Raises UserError for a missing, foreign or truncated store."""
         self.folder = Path(folder)
@@ -287,7 +302,7 @@ class Store:
         if not manifest_path.is_file():
             raise UserError(
                 f"no data at {self.folder} (manifest.json is missing); make it with: "
-                f"python scripts/prepare_data.py --out {self.folder.parent}"
+                f"python {self.command} --out {self.folder.parent}"
             )
         try:
             self.manifest: dict[str, Any] = read_json(manifest_path, "manifest")
@@ -303,10 +318,10 @@ class Store:
         promised = self.manifest.get("num_samples")
         try:
             self._tokens = np.memmap(self.folder / "samples.bin", dtype=np.uint16, mode="r").view(np.ndarray)
-            self._offsets, self.lengths, self.num_masked = (_table(self.folder / name) for name in _TABLES)
+            self._offsets, self.lengths, self.num_masked = (read_table(self.folder / name) for name in _TABLES)
             blocks = self.folder / _BLOCKS
-            self.block_crcs = _table(blocks) if blocks.is_file() else None  # older stores have none
-        except _DAMAGED as error:
+            self.block_crcs = read_table(blocks) if blocks.is_file() else None  # older stores have none
+        except DAMAGED as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"store {self.folder} is damaged ({reason}); prepare the data again") from None
         tables = (len(self._offsets) - 1, len(self.lengths), len(self.num_masked))
@@ -358,6 +373,11 @@ class Store:
         last = np.searchsorted(self._offsets, (end - 1) // _BYTES, side="right") - 1
         return int(first), min(int(last), len(self) - 1)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that a model is given."""
+        return int(self.manifest["max_length"])
+
     def check(self, *, vocab_size: int, max_seq_len: int, vocab_sha256: str | None, sha256: str | None) -> None:
         """Refuse a store that does not fit the config. Raises UserError.
 
@@ -365,14 +385,15 @@ class Store:
             vocab_sha256, sha256: the hashes that the manifest must have; None accepts any.
         """
         manifest = self.manifest
+        self.check_kind()
         if manifest["vocab_size"] > vocab_size:
             raise UserError(
                 f"store {self.folder} was made with a vocabulary of {manifest['vocab_size']} tokens and "
                 f"model.vocab_size={vocab_size}; use the matching store or model"
             )
-        if manifest["max_length"] > max_seq_len:
+        if self.longest_sequence > max_seq_len:
             raise UserError(
-                f"store {self.folder} holds a sample of {manifest['max_length']} tokens and "
+                f"store {self.folder} holds a sample of {self.longest_sequence} tokens and "
                 f"data.max_seq_len={max_seq_len}; raise it or prepare shorter samples"
             )
         for what, expected, found in (
@@ -384,6 +405,16 @@ class Store:
                     f"store {self.folder} {what}: hash {found[:16]}..., expected {expected[:16]}...; prepare the data "
                     "with the vocabulary and text of this config"
                 )
+
+    def check_kind(self) -> None:
+        """Refuse a store of something other than what this class reads, which may well be opened. Raises UserError."""
+        kind = self.manifest.get("kind", self.kind)
+        if kind != self.kind:
+            what = "pairs of texts" if kind == "pairs" else _shown(kind)
+            raise UserError(
+                f"store {self.folder} holds {what} and no pretraining samples; set train.objective=contrastive, or give a "
+                f"store of {self.command}"
+            )
 
     def check_bytes(self, sha256: str) -> None:
         """Hash the token file, which may differ from its manifest, and refuse another hash than this. Raises UserError."""

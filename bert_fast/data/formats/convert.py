@@ -218,6 +218,7 @@ def export_store(
             it holds files of others, which readers of the folder would take for samples.
     """
     store = Store(folder)
+    store.check_kind()
     if per_file < 1:
         raise UserError(f"--per-file {per_file}: give at least 1")
     if store.manifest["max_length"] > width or int(store.num_masked.max()) > most_masked:

@@ -1,0 +1,1 @@
+"""Pairs of texts, from which an embedding model is trained: their stores, and what they are made from."""
