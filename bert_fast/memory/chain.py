@@ -41,13 +41,13 @@ def measure_chain(
     for name, function in functions:
         if hidden.is_floating_point():
             hidden = hidden.detach().requires_grad_()
-        following = function(hidden)  # what is made at first use (tables of indices) is no part of a step
-        weights.append(_weights_of(following))
+        weights.append(_weights_of(function(hidden)))  # what is made at first use (tables of indices) is no part of a step
         seconds = _seconds(function, hidden) if timed else 0.0
         with _gradients_of(weights[-1]):
             stage = _sizes(name, function, hidden)
         measured.append(replace(stage, forward_s=seconds))
-        hidden = following
+        with torch.no_grad():  # only now, as it would be memory beside what is measured
+            hidden = function(hidden)
     waiting, first_use = _waiting(weights), set()
     for number, stage in reversed(list(enumerate(measured))):
         new = [weight for weight in weights[number] if weight not in first_use]
