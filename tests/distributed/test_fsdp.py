@@ -109,6 +109,35 @@ def test_a_checkpoint_goes_from_engine_to_engine(
         compare(straight, pool(4).call(trained, config, None, tmp_path / folder / checkpoint_name(2)))
 
 
+def refused(rank: int, world: int, config: Config, path: Path) -> str:
+    task = TinyTraining(rank, world, config)
+    try:
+        task.load(path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("engine", "sharded", "world", "said"),
+    [
+        ("fsdp", False, 4, "over 4 rank(s) with communication.engine=fsdp; resume it as it was run"),
+        ("bucketed", False, 2, "over 2 rank(s) with communication.shard_optimizer=false; resume it as it was run"),
+        ("bucketed", True, 4, "over 4 rank(s) with communication.shard_optimizer=true; resume it as it was run"),
+        ("bucketed", True, 2, "for other parts of the model, which are of other buckets or another engine"),
+    ],
+)
+def test_a_state_of_blocks_stays_with_its_parts(
+    pool: Pools, tiny_store: Path, tmp_path: Path, engine: str, sharded: bool, world: int, said: str
+) -> None:
+    """Moments in 8 bits have scales for blocks of a part; what is refused names the setting that the run really has."""
+    blocks = {"state_dtype": "int8"}
+    pool(2).call(trained, config_of(tiny_store, 2, "fsdp", optimizer=blocks), tmp_path, None, 2)
+    other = config_of(tiny_store, world, engine, optimizer=blocks, communication={"shard_optimizer": sharded})
+    for text in pool(world).call(refused, other, tmp_path / checkpoint_name(2)):
+        assert said in text
+
+
 def evaluated(rank: int, world: int, config: Config) -> Any:
     """The average of the weights, which is evaluated; and the trained ones, before and after."""
     task = TinyTraining(rank, world, config)
