@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from bert_fast.memory.meter import meter, storages_before
+from bert_fast.memory.meter import meter
 from bert_fast.memory.remat import Chain, Stage
 from bert_fast.memory.segments import ModelStage
 
@@ -131,7 +131,7 @@ def _sizes(name: str, function: Callable[[torch.Tensor], torch.Tensor], hidden: 
         output = function(hidden)
         torch.autograd.backward(output, torch.ones_like(output))
 
-    with meter(hidden.device, storages_before(both_ways)) as count:
+    with meter(hidden.device, both_ways) as count:
         output = function(hidden)
         size = output.untyped_storage().nbytes()
         saved, forward_peak = max(0, count.live - size), count.peak
