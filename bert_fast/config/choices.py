@@ -518,9 +518,14 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class AttentionChoice(Choice):
-    """`has_dropout`: whether it can drop attention probabilities."""
+    """What a config must know of a way to compute attention.
+
+    has_dropout:         whether it can drop attention probabilities
+    keeps_probabilities: whether a GPU keeps them for backward; the others compute them again in one kernel
+    """
 
     has_dropout: bool = True
+    keeps_probabilities: bool = False
 
 
 # A model.attention.backend.Backend. `auto` is no entry: it picks one of these (model.attention.choose_backend).
@@ -530,7 +535,9 @@ ATTENTION_BACKENDS = {
     ),
     "grouped": AttentionChoice("bert_fast.model.attention.rectangles:GROUPED", "neighbours of similar length together"),
     "matmul": AttentionChoice(
-        "bert_fast.model.attention.rectangles:MATMUL", "the same by plain products; fast on CPUs"
+        "bert_fast.model.attention.rectangles:MATMUL",
+        "the same by plain products; fast on CPUs",
+        keeps_probabilities=True,
     ),
     "padded": AttentionChoice("bert_fast.model.attention.rectangles:PADDED", "all padded to the longest"),
     "block_diagonal": AttentionChoice(

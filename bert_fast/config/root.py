@@ -300,9 +300,6 @@ def _sharded_weights_have_their_settings(config: Config) -> str | None:
             f"communication.backend={communication.backend} with memory.offload_weights=true, whose parts are reduced on the "
             "host as well; set communication.backend=auto"
         )
-    samples, world = config.evaluation.num_samples, config.system.world_size
-    if samples is not None and samples < world:
-        return f"evaluation.num_samples={samples} with {engine}: all {world} ranks evaluate at once; set it to {world} or more"
     if config.train.precision == "fp8":
         return f"train.precision=fp8 with {engine}: Transformer Engine's layers need whole weights; set train.precision=bf16"
     return None
