@@ -207,6 +207,16 @@ OPTIMIZERS = {
         package="pytorch_optimizer",
         source="github.com/kozistr/pytorch_optimizer, which names the paper of each class",
     ),
+    "torchao": OptimizerChoice(
+        "bert_fast.optim.torchao:build",
+        "AdamW of the package torchao with moments in few bits: optimizer.class_name AdamW8bit, AdamW4bit or AdamWFp8",
+        settings=(*_ADAM, "class_name"),
+        state_values=None,
+        not_sharded="torchao keeps a moment in fp32 whose size is no multiple of its block, as a shard's mostly is",
+        capturable=False,
+        package="torchao",
+        source="github.com/pytorch/ao; arXiv 2110.02861 (8 bits), 2309.01507 (4 bits)",
+    ),
 }
 
 

@@ -317,9 +317,10 @@ def _optimizer_can_be_captured(config: Config) -> str | None:
 
 
 def _package_optimizer_is_named(config: Config) -> str | None:
-    if config.optimizer.name != "pytorch_optimizer" or config.optimizer.class_name:
+    example = {"pytorch_optimizer": "SOAP", "torchao": "AdamW8bit"}.get(config.optimizer.name)
+    if example is None or config.optimizer.class_name:
         return None
-    return "optimizer.name=pytorch_optimizer needs a class; set optimizer.class_name, to SOAP for example"
+    return f"optimizer.name={config.optimizer.name} needs a class; set optimizer.class_name, to {example} for example"
 
 
 def _schedule_free_is_an_average(config: Config) -> str | None:
