@@ -141,6 +141,17 @@ def test_plans_have_the_peaks_that_are_measured(bf16: bool) -> None:
             assert wanted == pytest.approx(found, rel=0.02), (mode.__name__, vocabulary, count)
 
 
+def test_measuring_takes_no_more_than_the_least_peak() -> None:
+    """Else a plan that fits could not be made where it is needed. Two layers, of which attention is most."""
+    config = ModelConfig(vocab_size=100, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=256)
+    model, batch = BertForPretraining(config, "matmul"), batch_of(100, 2, 256)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes(x.untyped_storage() for p in model.parameters() for x in (p, p.grad) if x is not None) as count:
+        chain = measure_chain(model.stages(batch), batch.input_ids, lambda hidden: model.losses(hidden, batch).total)
+    assert count.peak < 1.02 * optimal(chain, None).peak_bytes
+
+
 @pytest.mark.parametrize("mode", [none, layer, half_layer, optimal])
 def test_a_whole_pass_as_on_a_gpu_takes_what_its_plan_says(mode: Callable[..., Plan]) -> None:
     """A norm's gradient is in fp32 already when what is before it is computed again."""
