@@ -207,6 +207,16 @@ OPTIMIZERS = {
         package="pytorch_optimizer",
         source="github.com/kozistr/pytorch_optimizer, which names the paper of each class",
     ),
+    "torchao": OptimizerChoice(
+        "bert_fast.optim.torchao:build",
+        "AdamW of the package torchao with moments in few bits: optimizer.class_name AdamW8bit, AdamW4bit or AdamWFp8",
+        settings=(*_ADAM, "class_name"),
+        state_values=None,
+        not_sharded="torchao keeps a moment in fp32 whose size is no multiple of its block, as a shard's mostly is",
+        capturable=False,
+        package="torchao",
+        source="github.com/pytorch/ao; arXiv 2110.02861 (8 bits), 2309.01507 (4 bits)",
+    ),
 }
 
 
@@ -562,9 +572,14 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class AttentionChoice(Choice):
-    """`has_dropout`: whether it can drop attention probabilities."""
+    """What a config must know of a way to compute attention.
+
+    has_dropout:         whether it can drop attention probabilities
+    keeps_probabilities: whether a GPU keeps them for backward; the others compute them again in one kernel
+    """
 
     has_dropout: bool = True
+    keeps_probabilities: bool = False
 
 
 # A model.attention.backend.Backend. `auto` is no entry: it picks one of these (model.attention.choose_backend).
@@ -574,7 +589,9 @@ ATTENTION_BACKENDS = {
     ),
     "grouped": AttentionChoice("bert_fast.model.attention.rectangles:GROUPED", "neighbours of similar length together"),
     "matmul": AttentionChoice(
-        "bert_fast.model.attention.rectangles:MATMUL", "the same by plain products; fast on CPUs"
+        "bert_fast.model.attention.rectangles:MATMUL",
+        "the same by plain products; fast on CPUs",
+        keeps_probabilities=True,
     ),
     "padded": AttentionChoice("bert_fast.model.attention.rectangles:PADDED", "all padded to the longest"),
     "block_diagonal": AttentionChoice(

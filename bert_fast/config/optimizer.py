@@ -71,7 +71,9 @@ class OptimizerConfig(Section):
         description="onebit_lamb: largest factor of a frozen trust ratio, at least 1; with both bounds 1 it stays frozen",
     )
     class_name: str | None = Field(
-        None, description="pytorch_optimizer: name of the class, such as SOAP, Lion or Shampoo, in any case"
+        None,
+        description="pytorch_optimizer: name of the class, such as SOAP, Lion or Shampoo, in any case; torchao: AdamW8bit, "
+        "AdamW4bit or AdamWFp8",
     )
     arguments: dict[str, Any] = Field(
         {},

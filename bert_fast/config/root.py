@@ -314,9 +314,6 @@ def _sharded_weights_have_their_settings(config: Config) -> str | None:
             f"communication.backend={communication.backend} with memory.offload_weights=true, whose parts are reduced on the "
             "host as well; set communication.backend=auto"
         )
-    samples, world = config.evaluation.num_samples, config.system.world_size
-    if samples is not None and samples < world:
-        return f"evaluation.num_samples={samples} with {engine}: all {world} ranks evaluate at once; set it to {world} or more"
     if config.train.precision == "fp8":
         return f"train.precision=fp8 with {engine}: Transformer Engine's layers need whole weights; set train.precision=bf16"
     return None
@@ -334,9 +331,10 @@ def _optimizer_can_be_captured(config: Config) -> str | None:
 
 
 def _package_optimizer_is_named(config: Config) -> str | None:
-    if config.optimizer.name != "pytorch_optimizer" or config.optimizer.class_name:
+    example = {"pytorch_optimizer": "SOAP", "torchao": "AdamW8bit"}.get(config.optimizer.name)
+    if example is None or config.optimizer.class_name:
         return None
-    return "optimizer.name=pytorch_optimizer needs a class; set optimizer.class_name, to SOAP for example"
+    return f"optimizer.name={config.optimizer.name} needs a class; set optimizer.class_name, to {example} for example"
 
 
 def _schedule_free_is_an_average(config: Config) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from bert_fast.memory.meter import meter, storages_before
+from bert_fast.memory.meter import meter
 from bert_fast.memory.remat import Chain, Stage
 from bert_fast.memory.segments import ModelStage
 
@@ -41,13 +41,13 @@ def measure_chain(
     for name, function in functions:
         if hidden.is_floating_point():
             hidden = hidden.detach().requires_grad_()
-        following = function(hidden)  # what is made at first use (tables of indices) is no part of a step
-        weights.append(_weights_of(following))
+        weights.append(_weights_of(function(hidden)))  # what is made at first use (tables of indices) is no part of a step
         seconds = _seconds(function, hidden) if timed else 0.0
         with _gradients_of(weights[-1]):
             stage = _sizes(name, function, hidden)
         measured.append(replace(stage, forward_s=seconds))
-        hidden = following
+        with torch.no_grad():  # only now, as it would be memory beside what is measured
+            hidden = function(hidden)
     waiting, first_use = _waiting(weights), set()
     for number, stage in reversed(list(enumerate(measured))):
         new = [weight for weight in weights[number] if weight not in first_use]
@@ -131,17 +131,26 @@ def _sizes(name: str, function: Callable[[torch.Tensor], torch.Tensor], hidden: 
         output = function(hidden)
         torch.autograd.backward(output, torch.ones_like(output))
 
-    with meter(hidden.device, storages_before(both_ways)) as count:
-        output = function(hidden)
+    at_first_use: list[int] = []  # bytes that are live when backward asks for something that is saved
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        at_first_use.append(count.live)
+        return tensor
+
+    with meter(hidden.device, both_ways) as count:
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, unpack):
+            output = function(hidden)
         size = output.untyped_storage().nbytes()
         saved, forward_peak = max(0, count.live - size), count.peak
         # A product whose gradient autograd makes and lets go of, as it does with that of a following stage
         edge, one = torch.autograd.graph.get_gradient_edge(output * 1.0), output.new_ones(()).expand_as(output)
         del output
         count.reset_peak()
+        before = count.live
         torch.autograd.backward(edge, one)
         backward_peak = count.peak
     hidden.grad = None
-    # Computed again, the forward pass has the gradient of the output beside it
-    temporary = max(forward_peak, backward_peak - size) - saved
+    # Computed again, the forward pass has the gradient of the output beside it, which may be in a wider format by then
+    gradient = max(size, at_first_use[0] - before) if at_first_use else size
+    temporary = max(forward_peak + gradient - size, backward_peak - size) - saved
     return Stage(name, size, saved, temporary_bytes=max(0, temporary))

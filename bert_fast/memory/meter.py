@@ -1,7 +1,8 @@
 """What a piece of a model takes: bytes that are live, bytes that it saves for backward, and the most at a time.
 
 On CUDA the allocator is asked. Elsewhere a dispatch mode sees every tensor that an operation returns, also of fake tensors,
-which have sizes and no memory; scratch memory inside a kernel is not seen.
+which have sizes and no memory; scratch memory inside a kernel is not seen. What `torch.compile` has compiled runs as it is
+written then: a dispatch mode cannot look into it, and torch would not compile it any more, ever.
 """
 
 from __future__ import annotations
@@ -115,10 +116,11 @@ class _Allocator:
 
 
 @contextmanager
-def meter(device: torch.device, before: Iterable[torch.UntypedStorage] = ()) -> Iterator[Meter]:
-    """Inside, bytes are counted; `before`: storages that are not."""
+def meter(device: torch.device, function: Callable[[], object]) -> Iterator[Meter]:
+    """Inside, bytes are counted, but for those that a call of `function`, made first, works on and that outlive it."""
     if device.type == "cuda":
+        function()
         yield _Allocator(device)
     else:
-        with LiveBytes(before) as live:
+        with torch.compiler.set_stance("force_eager"), LiveBytes(storages_before(function)) as live:
             yield live

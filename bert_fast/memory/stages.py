@@ -1,8 +1,10 @@
 """The chain of BERT from its shape alone: what each stage keeps, takes and costs, without a model or a device.
 
 Stages are those of `BertForPretraining.stages` and the heads with their losses. On CPUs the fused parts (`model/fused.py`) keep
-the attention's probabilities and no masks; a CUDA device keeps dropout's masks, the norms' inputs in fp32 and no probabilities.
-Under bf16 or fp16 each product also keeps its weight in that format. tests/unit/memory/test_stages.py measures the CPU's.
+the attention's probabilities and no masks; a CUDA device keeps dropout's masks, the norms' inputs in fp32 and no probabilities,
+unless `model.attention_backend` computes them by plain products: their softmax is in fp32 there. Under bf16 or fp16 each
+product also keeps its weight in that format. tests/unit/memory/test_stages.py measures the CPU's parts, and plain ones that
+compute as CUDA does.
 
 Letters: T tokens, D hidden width, F feed-forward width, H heads, V vocabulary, M masked positions, B samples, R tokens whose
 final states are read, e bytes of an activation.
@@ -13,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from bert_fast.config import Config, ModelConfig
+from bert_fast.config.choices import ATTENTION_BACKENDS
 from bert_fast.integers import round_up
 from bert_fast.memory.remat import Chain, Stage
 from bert_fast.memory.state import parameter_groups
@@ -121,6 +124,8 @@ class _Parts:
         self._casts = self._e < 4  # weights are cast, and the casts kept
         self._table = config.vocab_size * config.hidden_size
         self._attention_again = attention_again
+        backend = ATTENTION_BACKENDS.get(config.attention_backend)  # `auto` picks none that keeps them on CUDA
+        self._keeps_probabilities = backend is not None and backend.keeps_probabilities
         self.rows_read = batch.tokens
         if config.last_layer == "predicted":
             self.rows_read = batch.masked + (batch.samples if config.next_sentence else 0)
@@ -132,13 +137,12 @@ class _Parts:
         return Stage(name, output, saved, flops / self._hardware.flops_per_s, temporary)
 
     def embeddings(self) -> Stage:
-        tokens, width, e = self._batch.tokens, self._config.hidden_size, self._e
+        tokens, width = self._batch.tokens, self._config.hidden_size
         wide, drops = 4 * tokens * width, self._config.hidden_dropout > 0
         masks = tokens * width if drops and not self._hardware.on_cpu else 0
         saved = wide + _STATISTICS * tokens + masks
-        gradient = e * tokens * width
         at_table = 4 * self._table + wide
-        at_norm = saved + gradient + (3 if drops else 2) * wide
+        at_norm = saved + wide + (3 if drops and self._hardware.on_cpu else 2) * wide
         return self._stage("embeddings", tokens, saved, max(at_table, at_norm), 20.0 * tokens * width)
 
     def attention(self, layer: str, rows: int) -> Stage:
@@ -147,24 +151,48 @@ class _Parts:
         whole, read = tokens * width * e, rows * width * e
         scores = config.num_heads * self._batch.tokens_squared
         if self._hardware.on_cpu:
-            saved = 3 * whole + scores * e + 2 * read + _STATISTICS * rows
+            kept = scores * e
+            saved = 3 * whole + kept + 2 * read + _STATISTICS * rows
             # The probabilities' gradient: qkv and its gradient, five rows of tokens, and dropout's factor, probabilities,
             # their gradient and the scores'
             drops = config.attention_dropout > 0
             peak = 11 * whole + (4 if drops else 3) * scores * e
         else:
             masks = rows * width if config.hidden_dropout else 0
-            saved = 3 * whole + 4 * config.num_heads * tokens + read + 4 * rows * width + masks + _STATISTICS * rows
-            at_norm = saved + read + 8 * rows * width  # the norm's gradients are in fp32
-            at_kernel = saved - 4 * rows * width + 2 * read + 3 * whole + 4 * tokens * width
+            saved = 3 * whole + read + 4 * rows * width + masks + _STATISTICS * rows
+            at_kernel = saved - 4 * rows * width + 2 * read + 3 * whole
+            if self._keeps_probabilities:
+                drops = config.attention_dropout > 0
+                kept = self._bytes_of_probability(drops) * scores
+                # Forward has the scores, what softmax and dropout return, the mask, and a cast for the product. Backward of
+                # the product has its gradient beside what is kept; that of softmax three in fp32, and less of the tokens
+                at_softmax = at_kernel - 3 * whole - 2 * read + 12 * scores
+                at_kernel = max(at_kernel + (13 * scores if drops else kept + e * scores), at_softmax)
+            else:
+                kept = 4 * config.num_heads * tokens  # sums of the rows' exponentials
+                at_kernel += kept + 4 * tokens * width
+            saved += kept
+            at_norm = saved + self._norms(rows)
             peak = max(at_norm, at_kernel)
         if self._casts:
             saved += 4 * width * width * e
             peak += 3 * width * width * e
-        if self._attention_again and self._hardware.on_cpu:
-            saved -= scores * e
+        if self._attention_again:
+            saved -= kept
         flops = 2 * (3 * tokens + rows) * width * width + 4 * self._batch.tokens_squared * width
         return self._stage(f"{layer}.attention", rows, saved, peak, flops)
+
+    def _norms(self, rows: int) -> int:
+        """What a CUDA device has at a norm beside what is kept: its output and gradient in fp32, and its terms as they came.
+
+        So it is where a run of stages has been computed again up to here: backward asked for it with the gradient cast.
+        """
+        return rows * self._config.hidden_size * (8 + self._e * (2 if self._casts else 1))
+
+    def _bytes_of_probability(self, drops: bool) -> int:
+        """What a CUDA device keeps of one: as softmax returns it, in fp32; dropout's mask; and as the product reads it."""
+        of_product = self._e if self._casts or drops else 0  # else it reads what softmax returned
+        return 4 + (1 if drops else 0) + of_product
 
     def feed_forward(self, layer: str, rows: int) -> Stage:
         config, e = self._config, self._e
@@ -177,7 +205,7 @@ class _Parts:
         else:
             masks = rows * width if drops else 0
             saved = 2 * middle + 4 * rows * width + masks + _STATISTICS * rows
-            at_norm = saved + out + 8 * rows * width
+            at_norm = saved + self._norms(rows)
             at_product = 3 * middle + 2 * out + weight * e
             peak = max(at_norm, at_product)
         if self._casts:
@@ -196,7 +224,7 @@ class _Parts:
         if config.last_layer == "predicted":  # the heads read slices of the encoder's output
             states -= (masked + samples) * width * e
         if not self._hardware.on_cpu:
-            states += 4 * masked * width  # the norm's input
+            states += (4 - e) * masked * width  # the norm's input, in fp32
         if self._casts:
             states += (2 if samples else 1) * width * width * e
         saved = states + table_gradient + 4 * vocabulary

@@ -16,14 +16,17 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch.optim.adamw import adamw
 
+from bert_fast.compression.compiled import on
 from bert_fast.errors import UserError
 from bert_fast.optim.build import RunOptimizer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 128  # numbers that share a scale
-_PIECE = 2**22  # numbers whose moments are whole at a time; a multiple of the block
+# Numbers whose moments are whole at a time, a multiple of the block: on CPUs what stays in a core's cache over all passes
+_PIECE, _CPU_PIECE = 2**22, 2**18
 
 
 class MomentFormat(ABC):
@@ -78,53 +81,65 @@ class Bf16(Whole):
 
 
 class _Blocks(MomentFormat):
-    """Whole numbers up to `_largest` times a scale per block: scales first, as bytes of fp32, then codes."""
+    """Whole numbers up to `_largest` times a scale per block: each block is its scale, as bytes of fp32, and its codes."""
 
     def __init__(self, bits: int, is_signed: bool, at_random: bool) -> None:
-        self._bits, self._is_signed, self._at_random = bits, is_signed, at_random
-        self._largest = 2 ** (bits - 1) - 1 if is_signed else 2**bits - 1
+        self._is_half, self._is_signed, self._at_random = bits == 4, is_signed, at_random
+        self._largest = 2.0 ** (bits - 1) - 1 if is_signed else 2.0**bits - 1
+        self._stride = 4 + _BLOCK * bits // 8
 
     def size(self, numel: int) -> int:
-        blocks = -(-numel // _BLOCK)
-        return 4 * blocks + blocks * _BLOCK * self._bits // 8
+        return -(-numel // _BLOCK) * self._stride
 
     def read(self, kept: torch.Tensor, numel: int) -> torch.Tensor:
-        blocks = -(-numel // _BLOCK)
-        scales = kept[: 4 * blocks].view(torch.float32)[:, None]
-        codes = kept[4 * blocks :]
-        if self._bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1)
-        numbers = codes.view(blocks, _BLOCK).float()
-        if self._is_signed:
-            numbers -= self._largest
-        else:
-            numbers *= numbers
-        return numbers.mul_(scales).view(-1)[:numel].contiguous()
+        scales, codes = self._parts(kept)
+        numbers = on(kept.device, _numbers)(scales, codes, self._largest, self._is_half, self._is_signed)
+        return numbers.view(-1)[:numel]
 
     def write(self, values: torch.Tensor, kept: torch.Tensor, noise: Callable[[], torch.Tensor]) -> None:
-        blocks = -(-values.numel() // _BLOCK)
-        rows = torch.zeros(blocks * _BLOCK, device=values.device)
-        rows[: values.numel()] = values if self._is_signed else values.sqrt_()
-        rows = rows.view(blocks, _BLOCK)
-        scales = rows.abs().amax(dim=1, keepdim=True) / self._largest
-        kept[: 4 * blocks] = (scales if self._is_signed else scales * scales).view(torch.uint8).view(-1)
-        codes = rows / torch.where(scales > 0, scales, 1.0)
-        if self._at_random:
-            shift = torch.zeros_like(codes)
-            shift.view(-1)[: values.numel()] = noise()
-            rounded = (codes + shift).floor_()
-        else:
-            rounded = codes.round()
-        if self._is_signed:
-            rounded.clamp_(-self._largest, self._largest).add_(self._largest)
-        else:
-            rounded.clamp_(max=self._largest)
-            rounded = torch.where(codes > 0, rounded.clamp_min(1.0), 0.0)
-        packed = rounded.to(torch.uint8).view(-1)
-        if self._bits == 4:
-            pairs = packed.view(-1, 2)
-            packed = pairs[:, 0] | (pairs[:, 1] << 4)
-        kept[4 * blocks :] = packed
+        drawn = noise() if self._at_random else None
+        missing = -values.numel() % _BLOCK
+        if missing:
+            values = nn.functional.pad(values, (0, missing))
+            drawn = None if drawn is None else nn.functional.pad(drawn, (0, missing))
+        rows = values.view(-1, _BLOCK)
+        drawn = None if drawn is None else drawn.view(-1, _BLOCK)
+        scales, codes = self._parts(kept)
+        new = on(kept.device, _scales_and_codes)(rows, drawn, self._largest, self._is_half, self._is_signed)
+        scales.copy_(new[0])
+        codes.copy_(new[1])
+
+    def _parts(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales [blocks, 1], in fp32, and codes [blocks, bytes]."""
+        return kept.view(torch.float32).view(-1, self._stride // 4)[:, :1], kept.view(-1, self._stride)[:, 4:]
+
+
+def _numbers(scales: torch.Tensor, codes: torch.Tensor, largest: float, is_half: bool, is_signed: bool) -> torch.Tensor:
+    """fp32 [blocks, _BLOCK]. With 4 bits the first half of a block is in the lower bits of its bytes."""
+    numbers = torch.cat([codes & 15, codes >> 4], dim=1).float() if is_half else codes.float()
+    return (numbers.sub_(largest) if is_signed else numbers.mul_(numbers)).mul_(scales)
+
+
+def _scales_and_codes(
+    rows: torch.Tensor, drawn: torch.Tensor | None, largest: float, is_half: bool, is_signed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept of `rows` [blocks, _BLOCK]. `drawn`: what is added before rounding down; None: rounded to the nearest."""
+    if is_signed:
+        scales = rows.abs().amax(dim=1, keepdim=True) / largest
+    else:
+        rows = rows.sqrt()
+        scales = rows.amax(dim=1, keepdim=True) / largest
+    codes = rows / torch.where(scales > 0, scales, 1.0)
+    rounded = codes.round() if drawn is None else (codes + drawn).floor_()
+    if is_signed:
+        rounded.clamp_(-largest, largest).add_(largest)
+    else:
+        rounded = torch.maximum(rounded.clamp_(max=largest), codes.sign())  # no positive number becomes 0
+    if is_half:
+        half = rounded.shape[1] // 2
+        rounded = rounded[:, :half].add(rounded[:, half:], alpha=16)
+    packed = rounded.to(torch.int16).to(torch.uint8)  # in two, as torch is slow from fp32 to 8 bits on CPUs
+    return scales if is_signed else scales * scales, packed
 
 
 # First and second moment
@@ -134,6 +149,12 @@ FORMATS: dict[str, tuple[MomentFormat, MomentFormat]] = {
     "int8": (_Blocks(8, is_signed=True, at_random=False), _Blocks(8, is_signed=False, at_random=True)),
     "int4": (_Blocks(4, is_signed=True, at_random=True), _Blocks(4, is_signed=False, at_random=True)),
 }
+
+
+def _noise(numel: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """fp32 in [0, 1), multiples of 2^-16: four for each number that is drawn, as drawing takes longer on CPUs than rounding."""
+    drawn = torch.empty(-(-numel // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return drawn.view(torch.int16)[:numel].float().add_(2**15).mul_(2**-16)
 
 
 class CompactAdamW(RunOptimizer):
@@ -173,8 +194,9 @@ class CompactAdamW(RunOptimizer):
         entry["updates"] += 1
         weights, gradients = parameter.detach().view(-1), parameter.grad.view(-1)  # type: ignore[union-attr]
         count = entry["step"].clone()
-        for start in range(0, weights.numel(), _PIECE):
-            numel = min(_PIECE, weights.numel() - start)
+        piece = _CPU_PIECE if parameter.device.type == "cpu" else _PIECE
+        for start in range(0, weights.numel(), piece):
+            numel = min(piece, weights.numel() - start)
             step = count.clone()
             moments, places = [], []
             for name, form in zip(_MOMENTS, self._formats, strict=True):
@@ -200,7 +222,7 @@ class CompactAdamW(RunOptimizer):
             )
 
             def noise(numel: int = numel) -> torch.Tensor:
-                return torch.rand(numel, device=parameter.device, generator=generator)
+                return _noise(numel, parameter.device, generator)
 
             for kept, form, values in zip(places, self._formats, moments, strict=True):
                 if kept.device == values.device:

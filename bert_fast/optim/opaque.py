@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bert_fast.optim.build import RunOptimizer
 
@@ -59,7 +61,11 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor in its dicts, lists and tuples changed."""
+    """`value` with every tensor in its dicts, lists and tuples changed; of one that is made of others (torchao's), those."""
+    if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+        names, context = value.__tensor_flatten__()
+        parts = {name: change(getattr(value, name)) for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):

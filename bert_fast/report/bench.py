@@ -13,7 +13,7 @@ from typing import Any
 from bert_fast.files import write_json
 from bert_fast.hardware import cpu_name
 
-_PACKAGES = ("bert_fast", "torch", "transformers", "numpy", "pytorch_optimizer", "schedulefree")
+_PACKAGES = ("bert_fast", "torch", "transformers", "numpy", "pytorch_optimizer", "schedulefree", "torchao")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config, EvaluationConfig
 from bert_fast.config.choices import OBJECTIVES, attribute
 from bert_fast.data.store import Store
-from bert_fast.errors import UserError
 from bert_fast.model.bert import BertForPretraining, BertInput
 from bert_fast.report.schema import EvaluationLine
 from bert_fast.train.batches import to_device
@@ -61,7 +60,7 @@ class Evaluator:
         environment: Environment,
     ) -> None:
         self._environment = environment
-        self._rounds = 0
+        self._passes = 0
         total = min(len(store), config.num_samples or len(store))
         lengths = np.asarray(store.lengths[:total])
         self._num_samples = total
@@ -72,11 +71,13 @@ class Evaluator:
             to_device(store.batch(mine[start : start + config.batch_size]), environment.device, shape_multiple)
             for start in range(0, len(mine), config.batch_size)
         ]
+        # Of one sample: what a rank without a further batch runs where the others' forward passes need it
+        self._uncounted = to_device(store.batch(np.zeros(1, np.int64)), environment.device, shape_multiple)
 
     def meet_in_every_batch(self) -> None:
-        """From now on all ranks run as many batches, as each forward pass needs all of them. A collective."""
+        """From now on all ranks run as many forward passes, as each one needs all of them. A collective."""
         most = max_over_ranks(np.array([len(self.batches)]), self._environment.device)
-        self._rounds = int(most[0])
+        self._passes = int(most[0])
 
     @torch.no_grad()
     def __call__(
@@ -95,20 +96,15 @@ class Evaluator:
         sums = torch.zeros(4, dtype=torch.float64, device=environment.device)
         nothing = torch.zeros((), device=environment.device)
         was_training = model.training
-        if not self.batches and self._rounds:
-            raise UserError(
-                f"evaluation.num_samples={self._num_samples} leaves a rank of {environment.world_size} without a sample, and "
-                "with communication.engine=fsdp all ranks evaluate together; set it to at least the number of ranks"
-            )
         model.eval()
         with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast):
-            for number in range(max(self._rounds, len(self.batches))):
+            for batch in self.batches:
                 on_batch()
-                counts = number < len(self.batches)
-                losses = model(self.batches[number if counts else 0], with_accuracy=True)
-                if not counts:  # only so that the other ranks can go on
-                    continue
+                losses = model(batch, with_accuracy=True)
                 sums += torch.stack([(nothing if x is None else x).double() for x in losses])
+            for _ in range(len(self.batches), self._passes):
+                on_batch()
+                model(self._uncounted, with_accuracy=True)
         model.train(was_training)
         on_sync()
         if dist.is_initialized():

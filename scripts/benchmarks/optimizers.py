@@ -27,6 +27,7 @@ import scripts.guard  # noqa: F401
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bert_fast.cluster.backward_trace import SHAPES
 from bert_fast.command import guarded, whole
@@ -79,7 +80,9 @@ def step_seconds(optimizer: RunOptimizer) -> float:
 
 
 def state_bytes(value: Any) -> int:
-    """Bytes of all tensors in an optimizer's state, however deep they lie."""
+    """Bytes of all tensors in an optimizer's state, however deep they lie; of one that is made of others (torchao's), those."""
+    if is_traceable_wrapper_subclass(value):
+        return sum(state_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()

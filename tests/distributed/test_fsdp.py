@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from support.rank_pool import RankPool
 from support.tiny_training import TinyTraining, make_config
 from torch.distributed.tensor import DTensor
 
+from bert_fast.balance.cost import CostModel
 from bert_fast.config import Config
+from bert_fast.data.store import Store
 from bert_fast.errors import UserError
 from bert_fast.run_folder import checkpoint_name
+from bert_fast.train.evaluate import Evaluator
 from bert_fast.train.setup.recomputation import longest_batch
 
 pytestmark = pytest.mark.distributed
@@ -109,6 +113,35 @@ def test_a_checkpoint_goes_from_engine_to_engine(
         compare(straight, pool(4).call(trained, config, None, tmp_path / folder / checkpoint_name(2)))
 
 
+def refused(rank: int, world: int, config: Config, path: Path) -> str:
+    task = TinyTraining(rank, world, config)
+    try:
+        task.load(path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("engine", "sharded", "world", "said"),
+    [
+        ("fsdp", False, 4, "over 4 rank(s) with communication.engine=fsdp; resume it as it was run"),
+        ("bucketed", False, 2, "over 2 rank(s) with communication.shard_optimizer=false; resume it as it was run"),
+        ("bucketed", True, 4, "over 4 rank(s) with communication.shard_optimizer=true; resume it as it was run"),
+        ("bucketed", True, 2, "for other parts of the model, which are of other buckets or another engine"),
+    ],
+)
+def test_a_state_of_blocks_stays_with_its_parts(
+    pool: Pools, tiny_store: Path, tmp_path: Path, engine: str, sharded: bool, world: int, said: str
+) -> None:
+    """Moments in 8 bits have scales for blocks of a part; what is refused names the setting that the run really has."""
+    blocks = {"state_dtype": "int8"}
+    pool(2).call(trained, config_of(tiny_store, 2, "fsdp", optimizer=blocks), tmp_path, None, 2)
+    other = config_of(tiny_store, world, engine, optimizer=blocks, communication={"shard_optimizer": sharded})
+    for text in pool(world).call(refused, other, tmp_path / checkpoint_name(2)):
+        assert said in text
+
+
 def evaluated(rank: int, world: int, config: Config) -> Any:
     """The average of the weights, which is evaluated; and the trained ones, before and after."""
     task = TinyTraining(rank, world, config)
@@ -140,6 +173,39 @@ def test_the_evaluated_weights_are_the_average(pool: Pools, tiny_store: Path, wi
         assert np.abs(inside - expected).max() <= 1e-5 * np.abs(expected).max()
         assert np.array_equal(before, after)
         assert np.abs(inside - before).max() > 1e-4
+
+
+def evaluation(rank: int, world: int, config: Config) -> Any:
+    """What an evaluation finds, and how many batches and forward passes of this rank it took."""
+    task, passes = TinyTraining(rank, world, config), 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    evaluator = Evaluator(
+        Store(config.evaluation.data), config.evaluation, 1, CostModel(1.0, 0.0), task.environment
+    )  # fmt: skip
+    if not task.components.engine.holds_all_weights:
+        evaluator.meet_in_every_batch()
+    task.components.model.embeddings.register_forward_hook(count)
+    found = evaluator(task.components.model)
+    return astuple(found), len(evaluator.batches), passes
+
+
+@pytest.mark.parametrize(("samples", "batches"), [(3, [1, 1, 1, 0]), (9, [3, 2, 2, 2]), (13, [4, 3, 3, 3])])
+def test_ranks_with_other_numbers_of_batches_evaluate_together(
+    pool: Pools, tiny_store: Path, samples: int, batches: list[int]
+) -> None:
+    """One has none. They find what one rank finds, and each whose weights are whole runs its own batches alone."""
+    part = {"evaluation": {"num_samples": samples, "batch_size": 1}}
+    expected, _, _ = evaluation(0, 1, config_of(tiny_store, 1, "bucketed", **part))
+    for engine in ("bucketed", "fsdp"):
+        by_rank = pool(4).call(evaluation, config_of(tiny_store, 4, engine, **part))
+        assert [each[1] for each in by_rank] == batches
+        assert [each[2] for each in by_rank] == (batches if engine == "bucketed" else [max(batches)] * 4)
+        for found, _, _ in by_rank:
+            assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

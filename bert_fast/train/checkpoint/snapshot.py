@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
+from bert_fast.communication.engine import Engine
 from bert_fast.errors import UserError
 from bert_fast.optim.opaque import load_opaque_state, opaque_state
 from bert_fast.train.checkpoint.storage import TensorSlice, as_bytes, read_bytes, read_metadata, read_slices
@@ -201,6 +202,13 @@ def _opaque_name(components: TrainComponents, environment: Environment) -> str:
     return f"{_OPAQUE}.{environment.rank}" if components.engine.is_sharded else _OPAQUE
 
 
+def _sharding_setting(engine: Engine) -> str:
+    """The setting of the config by which the optimizer's state is in parts, or is not."""
+    if not engine.holds_all_weights:
+        return "communication.engine=fsdp"
+    return f"communication.shard_optimizer={str(engine.is_sharded).lower()}"
+
+
 def _slices_of(components: TrainComponents) -> list[list[Any]]:
     """Of which elements of which parameters this rank's optimizer has the state."""
     return [[each.name, each.begin, each.parameter.numel()] for each in components.optimizer.slices]
@@ -216,8 +224,7 @@ def _load_opaque(
         of = f"{num_ranks} ranks, each a part," if was_sharded else "a run that is not sharded"
         raise UserError(
             f"checkpoint {path} has the state of this optimizer as {of} had it, which cannot be divided anew over "
-            f"{environment.world_size} rank(s) with communication.shard_optimizer={str(is_sharded).lower()}; resume it as it "
-            "was run"
+            f"{environment.world_size} rank(s) with {_sharding_setting(components.engine)}; resume it as it was run"
         )
     saved = read_bytes(path, metadata, name)
     try:
@@ -231,8 +238,8 @@ def _load_opaque(
         ) from None
     if not is_ours:
         raise UserError(
-            f"checkpoint {path} has the state of this optimizer for other parts of the model, which are of other buckets; "
-            "resume with the communication settings that it was run with"
+            f"checkpoint {path} has the state of this optimizer for other parts of the model, which are of other buckets "
+            "or another engine; resume with the communication settings that it was run with"
         )
 
 

@@ -7,12 +7,13 @@
    memory from before the model is built, over some steps, against the estimate from shapes.
 2. Times: the same steps in one process, the ways in turn; medians over the median of keeping everything.
 3. BERT-large and a model of twice the layers at 56 x 512 tokens in bf16: activations of the least peak over those of a layer at
-   a time, by the chain from shapes of a GPU, and on fake tensors by torch's MemTracker.
+   a time, on fake tensors by torch's MemTracker; and the chain from shapes of a GPU against it, with norms as a GPU has them.
 4. The planner on 100,000 stages.
 5. The largest micro-batch that is said to fit some GiB is run, and one that is 10 % larger.
 
 Metrics: peak_mib/SETTING, predicted_mib/SETTING, prediction_error_max, time_ratio/SETTING,
-budget_overhead_over_layer, activation_ratio_optimal_over_layer/{large,large48}, memtracker_error_max, planner_100k_s,
+budget_overhead_over_layer, activation_ratio_optimal_over_layer/{large,large48}, memtracker_error_max,
+gpu_by_shape_error_max (relative to MemTracker's bytes), planner_100k_s,
 largest_micro_batch/GIB/{size,peak_gib,larger_peak_gib}.
 """
 

@@ -86,8 +86,8 @@ def test_a_window_is_as_large_as_estimated(name: str, precondition: str) -> None
 
 
 def test_every_optimizer_has_an_estimate_or_arguments_that_it_depends_on() -> None:
-    for name, choice in OPTIMIZERS.items():
-        assert (choice.state_values is None) == (choice.window is not None or name == "pytorch_optimizer")
+    for choice in OPTIMIZERS.values():
+        assert (choice.state_values is None) == (choice.window is not None or "class_name" in choice.settings)
 
 
 def test_groups_are_those_of_the_model() -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from bert_fast.compression import compiled
 from bert_fast.config import OptimizerConfig
 from bert_fast.memory.estimate import optimizer_bytes
 from bert_fast.memory.state import num_parameters
+from bert_fast.optim import compact
 from bert_fast.optim.adamw import AdamW
 from bert_fast.optim.build import build_optimizer
 from bert_fast.optim.compact import FORMATS, CompactAdamW
@@ -88,6 +90,55 @@ def test_zeros_stay_zeros_and_odd_sizes_come_back(state_dtype: str) -> None:
             kept = torch.zeros(form.size(numel), dtype=form.dtype)
             form.write(torch.zeros(numel), kept, lambda numel=numel: torch.rand(numel))  # type: ignore[misc]
             assert torch.equal(form.read(kept, numel), torch.zeros(numel))
+
+
+@pytest.mark.parametrize("state_dtype", LOSSY)
+def test_the_size_of_a_piece_is_not_seen_in_what_is_kept(state_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that a CPU wrote can be read on a GPU, which has larger pieces."""
+    first, whole = FORMATS[state_dtype][0], torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    kept = [torch.zeros(first.size(1000), dtype=first.dtype) for _ in range(2)]
+    first.write(whole.clone(), kept[0], lambda: torch.full((1000,), 0.5))
+    for start in range(0, 1000, 256):
+        numel = min(256, 1000 - start)
+        place = kept[1][first.size(start) :][: first.size(numel)]
+        half = torch.full((numel,), 0.5)
+        first.write(whole[start : start + numel].clone(), place, half.clone)
+    assert torch.equal(*kept)
+    one, other = parameters(), parameters()
+    expected = run(CompactAdamW(groups(one), **SETTINGS, state_dtype=state_dtype), one, 20)
+    monkeypatch.setattr(compact, "_CPU_PIECE", 256)
+    found = run(CompactAdamW(groups(other), **SETTINGS, state_dtype=state_dtype), other, 20)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("numel", [1, 4, 1023])
+def test_noise_is_uniform_and_less_than_one(numel: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([compact._noise(numel, torch.device("cpu"), generator) for _ in range(20_000 // numel)])
+    assert drawn.shape[1] == numel
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert drawn.std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+def test_what_cuda_compiles_compiled_for_the_cpu(state_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for form in FORMATS[state_dtype]:
+        for numel in (640, 1000):
+            values = torch.rand(numel, generator=torch.Generator().manual_seed(numel))
+            kept = [torch.zeros(form.size(numel), dtype=torch.uint8) for _ in range(2)]
+            form.write(values.clone(), kept[0], lambda numel=numel: torch.full((numel,), 0.3))  # type: ignore[misc]
+            expected = form.read(kept[0], numel)
+            with monkeypatch.context() as everywhere:
+                everywhere.setattr(compact, "on", lambda _device, function: compiled._compiled(function))
+                form.write(values.clone(), kept[1], lambda numel=numel: torch.full((numel,), 0.3))  # type: ignore[misc]
+                found = form.read(kept[1], numel)
+            # A quotient may be rounded in another way, and then lie on the other side of a whole number
+            assert torch.isclose(found, expected, rtol=1e-5).float().mean() > 0.99
+            assert (found - expected).abs().max() < 0.3
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("on_host", [False, True])

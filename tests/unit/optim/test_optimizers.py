@@ -330,7 +330,9 @@ def test_an_optimizer_says_what_its_state_is(name: str) -> None:
     """What checkpoints and sharding go by. A parameter may have a part of the names, as Muon's matrices have."""
     parameters = {name: nn.Parameter(torch.tensor(w)) for name, w in random_weights().items()}
     parameters["layers.0.up.weight"] = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
-    class_name = "Lion" if name == "pytorch_optimizer" else None
+    if OPTIMIZERS[name].package:
+        pytest.importorskip(OPTIMIZERS[name].package)
+    class_name = {"pytorch_optimizer": "Lion", "torchao": "AdamW8bit"}.get(name)
     optimizer = build_optimizer(parameters.items(), OptimizerConfig(name=name, class_name=class_name))
     assert optimizer.has_opaque_state or OPTIMIZERS[name].state_values is not None
     for parameter in parameters.values():
