@@ -18,11 +18,12 @@ Function = Callable[..., Any]
 
 def on(device: torch.device, function: Function) -> Function:
     """`function`, compiled by torch where the device is CUDA and Triton is there; for shapes of any size, once."""
-    return _compiled(function) if device.type == "cuda" and _has_triton() else function
+    return _compiled(function) if device.type == "cuda" and has_triton() else function
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from bert_fast.compression.compiled import has_triton
 from bert_fast.contrastive.embeddings import Pairs, Shares
 from bert_fast.contrastive.options import LossOptions
 from bert_fast.contrastive.ring import Ring, Shape
@@ -24,18 +25,19 @@ from bert_fast.contrastive.softmax import Denominators, Weights, weights_of
 from bert_fast.contrastive.sweep import Sweep
 from bert_fast.contrastive.tile_size import MakeTiles, tile_size
 from bert_fast.contrastive.tiles.plain import TorchTiles
+from bert_fast.contrastive.tiles.triton_tiles import TritonTiles
 from bert_fast.contrastive.tiles.widths import WidthTiles
 from bert_fast.contrastive.vectors import Gradient, Vectors, inverse_lengths
 
 _ROWS = 4096  # of embeddings that are copied at a time
 
 # Ways to compute tiles of embeddings as they are, by name
-BACKENDS: dict[str, MakeTiles] = {"torch": TorchTiles}
+BACKENDS: dict[str, MakeTiles] = {"torch": TorchTiles, "triton": TritonTiles}
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The fastest way to compute tiles on a device."""
-    return "torch"
+    return "triton" if device.type == "cuda" and has_triton() else "torch"
 
 
 @functools.cache

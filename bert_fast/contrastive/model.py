@@ -18,7 +18,7 @@ class ScaleHead(nn.Module):
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
         if config.learn_scale:
-            self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+            self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
 
 
 class BertForEmbeddings(BertForPretraining):

@@ -56,7 +56,7 @@ class Contrastive:
             return torch.tensor(self.config.scale)
         with torch.no_grad():
             log_scale.clamp_(max=math.log(self.config.max_scale))
-        return log_scale.exp()
+        return log_scale.exp().squeeze()
 
     def split(self, embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [b, d], keys [b x (1 + negatives), d], and each query's key (int64 [b]), of all micro-batches."""

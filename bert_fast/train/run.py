@@ -47,8 +47,8 @@ from bert_fast.train.setup.consistency import check_config, check_state, open_st
 from bert_fast.train.setup.cost_model import fit_cost_model, make_cost, make_planner
 from bert_fast.train.setup.held_out import find_shared_text, shared_text_note
 from bert_fast.train.setup.inputs import checkpoint_vocabulary
-from bert_fast.train.setup.pairs import check_pairs, draw_of
 from bert_fast.train.setup.page_cache import clear_caches
+from bert_fast.train.setup.pairs import check_pairs, draw_of
 from bert_fast.train.setup.preflight import preflight, print_preflight
 from bert_fast.train.telemetry.hardware import matmul_peak, resident_mib
 

@@ -47,11 +47,13 @@ class Buffers:
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
 
-    def __call__(self, name: str, num_rows: int, num_columns: int, device: torch.device) -> torch.Tensor:
-        """fp32 [rows, columns] with any content; the next call by this name returns the same memory."""
+    def __call__(
+        self, name: str, num_rows: int, num_columns: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """[rows, columns] with any content; the next call by this name returns the same memory."""
         kept, size = self._kept.get(name), num_rows * num_columns
-        if kept is None or kept.numel() < size or kept.device != device:
-            kept = self._kept[name] = torch.empty(size, device=device)
+        if kept is None or kept.numel() < size or kept.device != device or kept.dtype != dtype:
+            kept = self._kept[name] = torch.empty(size, device=device, dtype=dtype)
         return kept[:size].view(num_rows, num_columns)
 
 
@@ -72,4 +74,4 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     elif b.device.type == "cuda":
         total.add_(torch.mm(a.to(b.dtype), b, out_dtype=torch.float32))
     else:
-        total.addmm_(a, b.float())
+        total.addmm_(a.float(), b.float())
