@@ -622,6 +622,22 @@ CORPORA = {
     "parquet": Choice("bert_fast.data.corpora.parquet:CORPUS", "Parquet files, one document per row"),
 }
 
+# An instance of a subclass of data.pairs.sources.base.PairReader.
+PAIR_SOURCES = {
+    "jsonl": Choice("bert_fast.data.pairs.sources.jsonl:READER", "files of JSON lines, one pair per line"),
+    "parquet": Choice("bert_fast.data.pairs.sources.parquet:READER", "Parquet files, one pair per row"),
+    "datasets": Choice("bert_fast.data.pairs.sources.datasets:READER", "a folder that `datasets` saved"),
+    "dropout": Choice(
+        "bert_fast.data.pairs.sources.dropout:READER", "text of a corpus, the same on both sides (SimCSE)"
+    ),
+    "inverse_cloze": Choice(
+        "bert_fast.data.pairs.sources.inverse_cloze:READER", "a sentence of a corpus, and the passage around it"
+    ),
+    "docstrings": Choice(
+        "bert_fast.data.pairs.sources.docstrings:READER", "the first sentence of documentation strings, and the rest"
+    ),
+}
+
 
 class Described(Protocol):
     """What an entry of every table has."""

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bert_fast.claims import LOCK, MARK, Kind, digits, is_marked
+from bert_fast.data.pairs.store import GROUPS
 from bert_fast.data.store import FILES, is_store
 from bert_fast.errors import UserError
 
@@ -59,6 +60,16 @@ PREPARATION = Kind(
     ),
     "choose another --out",
     is_older=_is_older,
+)
+PAIR_FILES = (f"{digits(6)}.bin", f"{digits(6)}.bin.npz", *(f"{s}.bin{n}" for s in SPLITS for n in ("", ".npz")))
+PAIRS = Kind(
+    "a preparation of pairs",
+    (
+        "vocab.txt",
+        *(f"{split}/{name}" for split in SPLITS for name in (*FILES, GROUPS)),
+        *(f"parts-pairs/{name}" for name in PAIR_FILES),
+    ),
+    "choose another --out",
 )
 STORE = Kind("a store", FILES, "choose another --out", is_older=is_store)
 IMPORT_PARTS = Kind(
@@ -142,7 +153,7 @@ def files_below(root: Path) -> tuple[list[Path], dict[Path, str]]:
 def _own_names(folder: Path, names: list[str]) -> set[str]:
     """Names in a folder that a preparation, an import or an export writes."""
     own: set[str] = {MARK, LOCK}
-    for kind in (PREPARATION, STORE, IMPORT_PARTS, EXPORT):
+    for kind in (PREPARATION, PAIRS, STORE, IMPORT_PARTS, EXPORT):
         if is_marked(folder, kind) or kind.is_older(folder):
             own |= {name for name in names if _is_ours(name, kind)}
     if folder.name == "text" and (is_marked(folder.parent, PREPARATION) or _is_older(folder.parent)):

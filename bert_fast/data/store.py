@@ -134,11 +134,11 @@ def take_evenly(parts: list[Part], count: int, folder: Path) -> list[Part]:
     if total <= count:
         return parts
     wanted = (np.arange(count) * (total / count)).astype(np.int64)
-    return [write_part_of_records(folder / "picked.bin", _picked(parts, wanted))]
+    return [write_part_of_records(folder / "picked.bin", picked(parts, wanted))]
 
 
-def _picked(parts: list[Part], wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
-    """The samples with these numbers as blocks of `write_part_of_records`, one per part."""
+def picked(parts: list[Part], wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """The samples with these numbers (int64, ascending) as blocks of `write_part_of_records`, one per part."""
     first = 0
     for part in parts:
         ids = wanted[(wanted >= first) & (wanted < first + part.num_samples)] - first

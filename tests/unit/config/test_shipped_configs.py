@@ -1,7 +1,8 @@
-"""Every config in configs/ loads, plans and lays out its buckets; every data recipe is one that prepare_data.py knows."""
+"""Every config in configs/ loads, plans and lays out its buckets; every data recipe is one that its script knows."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -84,9 +85,9 @@ def test_dry_run_reads_the_lengths_of_a_store(
     assert f"samples of {config.data.train}" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def prepare_data() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data_script", ROOT / "scripts" / "prepare_data.py")
+@functools.cache
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -95,8 +96,9 @@ def prepare_data() -> ModuleType:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
-def test_recipe_is_understood(path: Path, prepare_data: ModuleType) -> None:
+def test_recipe_is_understood(path: Path) -> None:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    parsed = vars(prepare_data.parse(["--recipe", str(path), "--seed", "7"]))
+    program = script("prepare_pairs" if "source" in values else "prepare_data")
+    parsed = vars(program.parse(["--recipe", str(path), "--seed", "7"]))
     for name, value in values.items():
         assert parsed[name] == (7 if name == "seed" else value), name

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from bert_fast.data.batch import Batch, padded
+from bert_fast.data.formats.convert import export_store
 from bert_fast.data.pairs.batch import texts_of
 from bert_fast.data.pairs.store import PairSource, PairStore, pair_sample, write_pair_store
 from bert_fast.data.store import Store, write_part
+from bert_fast.data.verify import verify_store
 from bert_fast.data.wordpiece import Vocabulary
 from bert_fast.errors import UserError
 
@@ -88,6 +90,17 @@ def test_the_longest_text_counts_and_not_the_longest_pair(store: PairStore) -> N
 def test_pretraining_on_pairs_is_refused(store: PairStore) -> None:
     with pytest.raises(UserError, match=r"holds pairs of texts and no pretraining samples; set train\.objective=contr"):
         Store(store.folder).check(vocab_size=64, max_seq_len=512, vocab_sha256=None, sha256=None)
+
+
+def test_pairs_are_not_exported_as_samples(store: PairStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds pairs of texts and no pretraining samples"):
+        export_store(store.folder, tmp_path / "out", "tfrecord", width=64, most_masked=8, per_file=10, log=print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_are_verified_as_far_as_all_stores_are(store: PairStore, vocabulary: Vocabulary) -> None:
+    findings = verify_store(Store(store.folder), vocabulary)
+    assert [(each.name, each.passed) for each in findings] == [("vocabulary", True), ("headers of records", True)]
 
 
 def test_training_on_pairs_needs_pairs(stores: Path, tmp_path: Path) -> None:

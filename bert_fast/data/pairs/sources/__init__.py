@@ -1,0 +1,1 @@
+"""The kinds of sources of pairs, one file per kind; `config.choices.PAIR_SOURCES` lists them."""
