@@ -41,7 +41,9 @@ def measure_chain(
     for name, function in functions:
         if hidden.is_floating_point():
             hidden = hidden.detach().requires_grad_()
-        weights.append(_weights_of(function(hidden)))  # what is made at first use (tables of indices) is no part of a step
+        weights.append(
+            _weights_of(function(hidden))
+        )  # what is made at first use (tables of indices) is no part of a step
         seconds = _seconds(function, hidden) if timed else 0.0
         with _gradients_of(weights[-1]):
             stage = _sizes(name, function, hidden)
