@@ -73,6 +73,16 @@ class Config(Section):
     )
     mlperf: MlperfConfig = Field(default_factory=MlperfConfig, description="the MLPerf log")
 
+    @property
+    def texts_per_sample(self) -> int:
+        """Sequences that a sample is: 1, or those of a pair with its hard negatives."""
+        return 2 + self.contrastive.negatives if OBJECTIVES[self.train.objective].on_pairs else 1
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest sample that is allowed, all of its sequences together."""
+        return self.texts_per_sample * self.data.max_seq_len
+
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Config:
         _raise_if_any(idle_settings(self))
@@ -131,14 +141,6 @@ def _samples_per_rank_can_be_planned(config: Config) -> str | None:
 
 
 def _samples_fit_the_position_table(config: Config) -> str | None:
-    if OBJECTIVES[config.train.objective].on_pairs:  # whose samples are several texts
-        texts = 2 + config.contrastive.negatives
-        if config.data.max_seq_len <= texts * config.model.max_positions:
-            return None
-        return (
-            f"data.max_seq_len={config.data.max_seq_len} tokens of a pair are more than {texts} texts of "
-            f"model.max_positions={config.model.max_positions}; lower data.max_seq_len"
-        )
     if config.data.max_seq_len <= config.model.max_positions:
         return None
     return (
@@ -158,14 +160,14 @@ def _strata_counts_add_up(config: Config) -> str | None:
 
 
 def _strata_reach_the_longest_sample(config: Config) -> str | None:
-    strata, longest = config.balance.strata, config.data.max_seq_len
+    strata, longest = config.balance.strata, config.longest_sample
     if not strata or strata[-1] == longest:
         return None
     return f"balance.strata={strata} must end with data.max_seq_len={longest}, so that every sample is in a stratum"
 
 
 def _longest_sample_fits_a_micro_batch(config: Config) -> str | None:
-    most, longest = config.balance.max_tokens, config.data.max_seq_len
+    most, longest = config.balance.max_tokens, config.longest_sample
     if most is None or most >= longest:
         return None
     return (

@@ -164,7 +164,7 @@ def least_bytes(config: Config, element_bytes: int = 2) -> int:
     It is below `estimate` on purpose: a model with a lower bound above a machine's memory cannot run there.
     """
     shards = num_shards(config)
-    tokens = config.batch.micro_batch_size * config.data.max_seq_len
+    tokens = config.batch.micro_batch_size * config.longest_sample
     tokens += -tokens % config.batch.shape_multiple
     inputs = 3 * 8 * tokens * config.batch.micro_batches_per_step  # tokens, types, positions of the synthetic step
     # Where layers run again, or what they keep is elsewhere, one boundary is there at least

@@ -36,7 +36,7 @@ class MicroBatch:
 def longest_lengths(config: Config) -> list[int]:
     """Of the samples of the longest micro-batch that a config allows: full ones, up to the token cap if there is one."""
     longest = config.data.max_seq_len
-    tokens, most = config.batch.micro_batch_size * longest, config.balance.max_tokens
+    tokens, most = config.batch.micro_batch_size * config.longest_sample, config.balance.max_tokens
     if most is not None:
         tokens = min(tokens, most)
     whole, rest = divmod(tokens, longest)

@@ -23,8 +23,8 @@ from bert_fast.train.step import StepInput, TrainStep
 class ContrastiveStep(TrainStep):
     """Embeddings of all micro-batches without a graph, the loss, and each micro-batch again with one.
 
-    contrastive/gradcache.py does that. A single micro-batch is computed once. The loss that a step returns counts for every text
-    of the rank, so that sums over ranks divided by all texts are the loss.
+    contrastive/gradcache.py does that. A single micro-batch is computed once. The loss that a step returns counts for every
+    text of the rank, so that sums over ranks divided by all texts are the loss.
     """
 
     _objective: Contrastive

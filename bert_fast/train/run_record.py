@@ -46,7 +46,9 @@ def finish(context: RunContext, summary: RunSummary) -> None:
     complete(context.folder)
 
 
-def _planned_mib(context: RunContext) -> float:
+def _planned_mib(context: RunContext) -> float | None:
+    if OBJECTIVES[context.config.train.objective].on_pairs:  # the estimate knows the heads of pretraining alone
+        return None
     return memory_at_most(context.config, context.environment.dtype).memory.total / 2**20
 
 

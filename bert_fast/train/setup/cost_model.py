@@ -51,7 +51,7 @@ def make_planner(
         micro_batch_size=config.batch.micro_batch_size,
         node_size=config.system.node_size,
         virtual_ranks=config.batch.virtual_ranks,
-        max_seq_len=config.data.max_seq_len,
+        max_seq_len=config.longest_sample,
         seed=config.train.seed,
         num_steps=config.train.max_steps,
         longest=longest,

@@ -14,7 +14,7 @@ from bert_fast.balance.lengths import wikipedia_like
 from bert_fast.balance.planner import Planner
 from bert_fast.communication.buckets import Ordering, bucket_ends, lay_out, measure_ready_order
 from bert_fast.config import Config, OptimizerConfig
-from bert_fast.config.choices import ENGINES, OPTIMIZERS
+from bert_fast.config.choices import ENGINES, OBJECTIVES, OPTIMIZERS, attribute
 from bert_fast.data.masking import check_fraction
 from bert_fast.data.store import Store
 from bert_fast.memory.estimate import MemoryEstimate, chain_of, estimate
@@ -30,7 +30,7 @@ from bert_fast.run_folder import run_folder
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.environment import Environment, pick_device, pick_dtype
 from bert_fast.train.rank_optimizer import RankOptimizer
-from bert_fast.train.setup.build import make_engine, make_ordering, shards_of
+from bert_fast.train.setup.build import make_engine, make_objective, make_ordering, shards_of
 from bert_fast.train.setup.cost_model import make_cost, make_planner
 from bert_fast.train.setup.memory_fit import (
     PlannedMemory,
@@ -40,6 +40,7 @@ from bert_fast.train.setup.memory_fit import (
     is_open,
     memory_at_most,
 )
+from bert_fast.train.setup.warmup import made_up_for, total_of
 
 _PLANNED_STEPS, _PLANNING_S = 20, 3.0
 # Optimizers beside which the memory of a window of gradients is shown
@@ -146,14 +147,13 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
     try:
         environment = Environment(world - 1, (world - 1) % config.system.node_size, world, meta, torch.float32)
         with meta:
-            model = BertForPretraining(shape, "loop")
-        count, longest = min(4, config.batch.micro_batch_size), config.data.max_seq_len
-        batch = synthetic_batch(count, longest, shape.vocab_size, 0, config.data.mask_share)
+            model = make_objective(config).build_model(shape, "loop")
+        count, longest = min(4, config.batch.micro_batch_size), config.longest_sample
+        batch = made_up_for(config)(synthetic_batch(count, longest, shape.vocab_size, 0, config.data.mask_share))
         inputs = to_device(batch, meta, config.batch.shape_multiple)
 
         def backward() -> None:
-            losses = model(inputs)
-            losses.total.backward()
+            total_of(model, model(inputs)).backward()
 
         order = measure_ready_order(list(model.parameters()), backward)
         model.zero_grad(set_to_none=True)
@@ -183,14 +183,16 @@ def rehearse(config: Config, num_layers: int = 2) -> str:
 def _lengths(config: Config) -> tuple[np.ndarray, str]:
     folder = Path(config.data.train)
     if (folder / "manifest.json").is_file():
-        store = Store(folder)
-        check_fraction(store.manifest, config.data.train, config.data)
+        choice = OBJECTIVES[config.train.objective]
+        store: Store = attribute(choice.store)(folder)
+        if not choice.on_pairs:
+            check_fraction(store.manifest, config.data.train, config.data)
         mean = store.manifest["mean_length"]
         return (
             store.lengths,
             f"{len(store):,} samples of {folder}, mean {mean:.0f}, longest {store.manifest['max_length']}",
         )
-    longest = config.data.max_seq_len
+    longest = config.longest_sample
     lengths = np.minimum(wikipedia_like(max(100_000, 4 * config.batch.global_batch_size)), longest)
     return (
         lengths,

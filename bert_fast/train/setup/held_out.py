@@ -10,6 +10,8 @@ import contextlib
 
 from bert_fast.config import Config
 from bert_fast.data.overlap import Shared, known_shared_text, shared_text
+from bert_fast.data.pairs.overlap import shared_queries
+from bert_fast.data.pairs.store import PairStore
 from bert_fast.data.store import Store
 from bert_fast.errors import UserError
 from bert_fast.train.collectives import broadcast_numbers
@@ -27,7 +29,7 @@ def find_shared_text(train: Store, evaluation: Store, config: Config, environmen
         with contextlib.suppress(
             UserError, ValueError, IndexError
         ):  # of damaged samples more is said where a step reads them
-            own = known_shared_text(train, evaluation) or shared_text(train, evaluation, config.evaluation.num_samples)
+            own = _compare(train, evaluation, config.evaluation.num_samples)
             numbers = [own.found, own.compared, own.looked_at]
     found, compared, looked_at = broadcast_numbers(numbers, environment.device)
     shared = Shared(int(found), int(compared), looked_at)
@@ -37,6 +39,12 @@ def find_shared_text(train: Store, evaluation: Store, config: Config, environmen
             "a store of other documents, or set data.allow_shared_text=true"
         )
     return shared
+
+
+def _compare(train: Store, evaluation: Store, num_samples: int | None) -> Shared:
+    if isinstance(train, PairStore) and isinstance(evaluation, PairStore):
+        return shared_queries(train, evaluation, num_samples)
+    return known_shared_text(train, evaluation) or shared_text(train, evaluation, num_samples)
 
 
 def shared_text_note(config: Config, shared: Shared) -> str:

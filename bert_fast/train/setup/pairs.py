@@ -24,12 +24,6 @@ def check_pairs(store: Store, config: Config) -> None:
             f"store {store.folder} has {found} hard negative(s) for each pair and contrastive.negatives="
             f"{config.contrastive.negatives}; set contrastive.negatives={found} or prepare other pairs"
         )
-    longest = store.max_text_length
-    if longest > config.model.max_positions:
-        raise UserError(
-            f"store {store.folder} holds a text of {longest} tokens and model.max_positions={config.model.max_positions}; "
-            "prepare shorter texts (--max-seq-len)"
-        )
     if len(store) < 2:
         raise UserError(
             f"store {store.folder} has {len(store)} pair(s); at least 2 are needed, one to tell the other from"

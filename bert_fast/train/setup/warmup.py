@@ -13,6 +13,7 @@ from bert_fast.config import Config
 from bert_fast.config.choices import OBJECTIVES, attribute
 from bert_fast.data.batch import Batch
 from bert_fast.model.bert import BertForPretraining
+from bert_fast.model.loss import LossSums
 from bert_fast.train.batches import synthetic_batch, to_device
 from bert_fast.train.components import TrainComponents
 from bert_fast.train.environment import Environment
@@ -25,7 +26,7 @@ def synthetic_input(config: Config, environment: Environment, seed: int) -> Step
     count, vocab_size, share = config.batch.micro_batch_size, config.model.vocab_size, config.data.mask_share
     made_up = made_up_for(config)
     batches = [
-        made_up(synthetic_batch(count, config.data.max_seq_len, vocab_size, seed + i, share))
+        made_up(synthetic_batch(count, config.longest_sample, vocab_size, seed + i, share))
         for i in range(config.batch.micro_batches_per_step)
     ]
     masked = sum(len(b.masked_labels) for b in batches) * environment.world_size
@@ -45,11 +46,15 @@ def synthetic_loss(config: Config, environment: Environment, model: BertForPretr
     """The summed losses of a made-up micro-batch, 0-dim, with their graph."""
     inputs = synthetic_input(config, environment, seed=0)
     with torch.autocast(environment.device.type, environment.dtype, enabled=environment.autocast, cache_enabled=False):
-        losses = model(inputs.micro_batches[0])
-    if isinstance(losses, torch.Tensor):  # embeddings; every parameter has a gradient, that of the loss's scale as well
-        return losses.sum() + sum(parameter.sum() for parameter in model.heads.parameters())
-    total: torch.Tensor = losses.total
-    return total
+        output = model(inputs.micro_batches[0])
+    return total_of(model, output)
+
+
+def total_of(model: BertForPretraining, output: LossSums | torch.Tensor) -> torch.Tensor:
+    """A 0-dim number on which every parameter has an influence, from what the model returned."""
+    if isinstance(output, torch.Tensor):  # embeddings, which the scale of their loss is no part of
+        return output.sum() + sum(parameter.sum() for parameter in model.heads.parameters())
+    return output.total
 
 
 def warm_up(config: Config, environment: Environment, components: TrainComponents) -> None:

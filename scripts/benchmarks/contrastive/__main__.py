@@ -3,13 +3,12 @@
 
     python -m scripts.benchmarks.contrastive --json results/contrastive/loss.json
 
-Each loss on each batch is computed in a process of its own, in turn, round after round; medians. `extra_mib` is the growth of
-resident memory (of torch's allocations on a GPU) beyond inputs and their gradients in the first call. What would need more memory
-than `--limit-gib` by its own arithmetic is left out and said. Rivals that are not installed are left out and said (rivals.py has
-the commands).
+Memory is that of a process of its own: the growth of resident memory (of torch's allocations on a GPU) beyond inputs and their
+gradients. Times are medians of calls in one process, the losses in turn. What would need more memory than `--limit-gib` by
+its own arithmetic is left out and said, and so are rivals that are not installed (rivals.py has the commands).
 
 Metrics: loss_ms/B/d/IMPLEMENTATION, cpu_ms/B/d/IMPLEMENTATION, extra_mib/B/d/IMPLEMENTATION, ratio_openclip_over_ours/B,
-ratio_linear_cross_entropy_over_ours/B, flops_over_B2d, extra_mib_per_pair (slope over batches, and the largest deviation from it).
+ratio_linear_cross_entropy_over_ours/B, flops_over_B2d, extra_mib_per_pair (slope over batches) and extra_mib_deviation from it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import scripts.guard  # noqa: F401
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast.command import guarded, whole
 from bert_fast.contrastive.loss import ContrastiveLoss
@@ -44,16 +43,18 @@ _MATRICES = {"full_logits": 4, "open_clip": 4}
 _PACKAGES = {"open_clip": "open_clip", "sentence_transformers": "sentence_transformers"}
 
 
-def run(rival: str, pairs: int, width: int, threads: int, device: str) -> dict[str, Any]:
+def run(rivals: list[str], pairs: int, width: int, args: argparse.Namespace) -> dict[str, Any]:
     """A process of its own (worker.py)."""
-    task = {"rival": rival, "pairs": pairs, "width": width, "threads": threads, "repeats": 1, "device": device}
+    task = {
+        "rivals": rivals, "pairs": pairs, "width": width, "threads": args.threads, "rounds": args.rounds, "device": args.device
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "scripts.benchmarks.contrastive.worker"], input=json.dumps(task), capture_output=True,
         text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-        raise UserError(f"{rival} with {pairs:,} pairs: {lines[-1]}")
+        raise UserError(f"{', '.join(rivals)} with {pairs:,} pairs: {lines[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -71,17 +72,32 @@ def is_wanted(rival: str, pairs: int, limit_gib: float) -> bool:
     return True
 
 
+class _Products(TorchDispatchMode):
+    """Counts operations of matrix products, a multiply-add as two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
 def operations() -> float:
-    """Operations of loss and gradients over B^2 d, counted by torch."""
+    """Operations of loss and gradients over B^2 d."""
     pairs, width = 512, 64
     queries, keys = (x.requires_grad_() for x in embeddings(pairs, width, "cpu"))
-    with FlopCounterMode(display=False) as counter:
+    with _Products() as counter:
         ContrastiveLoss(tile=(128, 128))(queries, keys).backward()
-    return counter.get_total_flops() / (pairs**2 * width)
+    return counter.operations / (pairs**2 * width)
 
 
 def largest_deviation(pairs: list[int], bytes_by_pairs: list[float]) -> tuple[float, float]:
-    """Slope of a line through the memory of several batches, bytes a pair, and its largest deviation as a share of the largest."""
+    """Slope of a line through the memory of several batches, and the largest deviation from it as a share of the largest."""
     slope, offset = np.polyfit(pairs, bytes_by_pairs, 1)
     off = np.abs(np.array(bytes_by_pairs) - (slope * np.array(pairs) + offset))
     return float(slope), float(off.max() / max(bytes_by_pairs))
@@ -93,9 +109,7 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--pairs", type=whole(2, 2**24), nargs="*", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--widths", type=whole(1, 65536), nargs="*", default=[384, 768])
-    parser.add_argument(
-        "--rounds", type=whole(1, 1000), default=3, help="processes of each loss and batch, in turn (default 3)"
-    )
+    parser.add_argument("--rounds", type=whole(1, 1000), default=3, help="calls of each loss, in turn (default 3)")
     parser.add_argument("--threads", type=whole(1, 1024), default=2, help="of a process (default 2)")
     parser.add_argument("--losses", nargs="*", choices=RIVALS, default=[name for name in RIVALS if name != "ours_bf16"])
     parser.add_argument(
@@ -114,27 +128,26 @@ def main() -> int:
         for pairs in args.pairs:
             losses = [
                 name for name in args.losses
-                if is_wanted(name, pairs, args.limit_gib) and (name.startswith("ours") or pairs <= args.most_pairs_of_rivals)
+                if is_wanted(name, pairs, args.limit_gib) and (name.startswith("ours") or pairs <= args.most_pairs_timed)
             ]  # fmt: skip
-            rounds = args.rounds if pairs <= args.most_pairs_of_rivals else 1
-            found: dict[str, list[dict[str, Any]]] = {name: [] for name in losses}
-            for _ in range(rounds):
-                for name in losses:
-                    found[name].append(run(name, pairs, width, args.threads, args.device))
-            for name, runs in found.items():
+            for name in losses:
+                metrics[f"extra_mib/{pairs}/{width}/{name}"] = run([name], pairs, width, args)["extra_bytes"] / _MIB
+            if pairs > args.most_pairs_timed or len(losses) < 2:
+                continue
+            found = run(losses, pairs, width, args)
+            for name, calls in found.items():
                 key = f"{pairs}/{width}/{name}"
-                metrics[f"loss_ms/{key}"] = 1e3 * statistics.median(each["wall_s"][0] for each in runs)
-                metrics[f"cpu_ms/{key}"] = 1e3 * statistics.median(each["cpu_s"][0] for each in runs)
-                metrics[f"extra_mib/{key}"] = statistics.median(each["extra_bytes"] for each in runs) / _MIB
-                samples[key] = runs
+                metrics[f"loss_ms/{key}"] = 1e3 * statistics.median(each["wall_s"] for each in calls)
+                metrics[f"cpu_ms/{key}"] = 1e3 * statistics.median(each["cpu_s"] for each in calls)
+                samples[key] = calls
                 print(
                     f"{key}: {metrics[f'loss_ms/{key}']:,.0f} ms, {metrics[f'cpu_ms/{key}']:,.0f} ms of CPU, "
-                    f"{metrics[f'extra_mib/{key}']:,.0f} MiB, loss {runs[0]['loss']:.6f}", flush=True,
+                    f"{metrics[f'extra_mib/{key}']:,.0f} MiB, loss {calls[0]['loss']:.6f}", flush=True,
                 )  # fmt: skip
             for rival, name in (("open_clip", "openclip"), ("linear_cross_entropy", "linear_cross_entropy")):
                 if rival in found and "ours" in found and width == max(args.widths):
                     ratios = [
-                        theirs["wall_s"][0] / mine["wall_s"][0]
+                        theirs["wall_s"] / mine["wall_s"]
                         for theirs, mine in zip(found[rival], found["ours"], strict=True)
                     ]
                     metrics[f"ratio_{name}_over_ours/{pairs}"] = statistics.median(ratios)

@@ -1,7 +1,7 @@
 """One process of the contrastive benchmark: one loss on one batch, its time and the memory beyond inputs and gradients.
 
-Started by `python -m scripts.benchmarks.contrastive.worker` with a JSON object on its standard input: `rival`, `pairs`, `width`,
-`threads`, `repeats`, `device`. Prints one JSON object.
+Started by `python -m scripts.benchmarks.contrastive.worker` with a JSON object on its standard input: `rivals`, `pairs`, `width`,
+`threads`, `rounds` and `device`. Prints one JSON object. With several rivals they are called in turn, and memory means nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import scripts.guard  # noqa: F401
@@ -54,22 +55,40 @@ def wait(device: torch.device) -> None:
 
 def main() -> None:
     task: dict[str, Any] = json.load(sys.stdin)
-    return_freed_memory()
+    rivals, device = task["rivals"], task["device"]
+    alone = len(rivals) == 1
+    if alone:
+        return_freed_memory()
     torch.set_num_threads(task["threads"])
-    small = embeddings(256, task["width"], task["device"])
-    once(task["rival"], *small)  # what libraries take when they first run is no part of a loss
-    queries, keys = embeddings(task["pairs"], task["width"], task["device"])
+    small = embeddings(256, task["width"], device)
+    for rival in rivals:
+        once(rival, *small)  # what libraries take when they first run is no part of a loss
+    queries, keys = embeddings(task["pairs"], task["width"], device)
+    if alone:
+        print(json.dumps({"extra_bytes": extra_bytes(rivals[0], queries, keys)}))
+        return
+    found: dict[str, list[dict[str, float]]] = {rival: [] for rival in rivals}
+    for number in range(task["rounds"] + 1):
+        for rival in rivals:
+            wall, cpu, loss = once(rival, queries, keys)
+            if number:  # the first has to find its memory, and measures tiles
+                found[rival].append({"wall_s": wall, "cpu_s": cpu, "loss": loss})
+    print(json.dumps(found))
+
+
+def extra_bytes(rival: str, queries: torch.Tensor, keys: torch.Tensor) -> int:
+    """The most memory at a time in a call, beyond its inputs and their gradients."""
     gradients = 2 * queries.numel() * 4
     gc.collect()
-    on_cuda = queries.device.type == "cuda"
-    if on_cuda:
+    if queries.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if on_cuda else resident("VmRSS")
-    found = [once(task["rival"], queries, keys)]
-    peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
-    found += [once(task["rival"], queries, keys) for _ in range(task["repeats"] - 1)]
-    result = {"wall_s": [x[0] for x in found], "cpu_s": [x[1] for x in found], "loss": found[0][2]}
-    print(json.dumps({"extra_bytes": peak - before - gradients, **result}))
+        before = torch.cuda.memory_allocated()
+        once(rival, queries, keys)
+        return torch.cuda.max_memory_allocated() - before - gradients
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here on
+    before = resident("VmRSS")
+    once(rival, queries, keys)
+    return resident("VmHWM") - before - gradients
 
 
 if __name__ == "__main__":
