@@ -8,7 +8,7 @@ from bert_fast.config import AveragingConfig, Config, ModelConfig, OptimizerConf
 from bert_fast.config.choices import AVERAGES, ENGINES, RECOMPUTE, WIRE_FORMATS
 from bert_fast.integers import ceil_div
 from bert_fast.memory.remat import Chain, Plan
-from bert_fast.memory.stages import Hardware, MicroBatch, encoder_chain
+from bert_fast.memory.stages import Hardware, MicroBatch, encoder_chain, longest_micro_batch
 from bert_fast.memory.state import num_parameters, num_shards, optimizer_state, parameter_groups, residual_bytes
 
 _ASSUMED_VALUES = 2.0  # fp32 numbers for each parameter, of an optimizer whose state depends on its arguments
@@ -26,6 +26,7 @@ class MemoryEstimate:
     averages:      of the weights
     residuals:     what the wire format keeps of gradients that it has not sent
     communication: copies of gradients on the wire, of all buckets at once
+    inputs:        tokens and what goes with them, of a step; on a CPU also of those that are read ahead
     activations:   what forward keeps, and most that there is beside it at a time, by the plan of recomputation
     rounding:      of the allocator
     """
@@ -36,6 +37,7 @@ class MemoryEstimate:
     averages: int = 0
     residuals: int = 0
     communication: int = 0
+    inputs: int = 0
     activations: int = 0
     rounding: int = 0
 
@@ -45,7 +47,7 @@ class MemoryEstimate:
 
     @property
     def fixed(self) -> int:
-        """Without what follows from the batch."""
+        """Without activations."""
         return self.total - self.activations
 
     def parts(self) -> dict[str, int]:
@@ -81,7 +83,19 @@ def estimate(config: Config, chain: Chain, plan: Plan, *, on_cpu: bool) -> Memor
     activations = plan.peak_bytes
     if config.memory.offload_activations:  # what is kept is on the host, and comes back stage by stage
         activations = max(s.output_bytes + s.saved_bytes + s.temporary_bytes for s in chain.stages)
-    return replace(held, activations=activations, rounding=0 if on_cpu else _ROUNDING * allocations)
+    return replace(
+        held,
+        inputs=input_bytes(config, on_cpu),
+        activations=activations,
+        rounding=0 if on_cpu else _ROUNDING * allocations,
+    )
+
+
+def input_bytes(config: Config, on_cpu: bool) -> int:
+    """Of a step's batches: ids, types and positions of tokens, positions and labels of masks, as int64."""
+    batch = longest_micro_batch(config)
+    step = (3 * 8 * batch.tokens + 2 * 8 * batch.masked) * config.batch.micro_batches_per_step
+    return step * (1 + config.balance.prefetch if on_cpu else 1)
 
 
 def with_buckets(chain: Chain, config: Config) -> Chain:

@@ -53,6 +53,7 @@ def test_bad_input_is_one_line(config_file: Path, arguments: list[str], said: st
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_proof_of_concept_measures_every_switch_on_one_page(config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "poc"
     done = start(

@@ -99,9 +99,9 @@ def midway(config: Config) -> float:
     return sum(ends) / 2 / _GIB
 
 
-def run(config: Config, lengths: list[int], steps: int) -> dict[str, Any]:
+def run(config: Config, lengths: list[int], steps: int, threads: int = 1) -> dict[str, Any]:
     """A process of its own (worker.py). Raises UserError where it fails."""
-    task = {"config": config.model_dump(mode="json"), "lengths": lengths, "steps": steps}
+    task = {"config": config.model_dump(mode="json"), "lengths": lengths, "steps": steps, "threads": threads}
     done = subprocess.run(
         [sys.executable, "-m", "scripts.benchmarks.memory.worker"], input=json.dumps(task), capture_output=True, text=True,
         check=False, cwd=ROOT,
@@ -138,11 +138,11 @@ def largest(gibs: list[int], precision: str) -> tuple[dict[str, float], list[dic
     """The largest micro-batch for a budget, run, and 10 % more."""
     metrics, rows = {}, []
     for gib in gibs:
-        config = make_config("optimal", precision, _WIDE, 1, 512)
+        config = make_config("none", precision, _WIDE, 1, 512)
         size = largest_micro_batch(config, gib, likely_hardware(config, "cpu"))
         for name, samples in (("peak_gib", size), ("larger_peak_gib", size + -(-size // 10))):
             changed = with_changes(config, {"batch.micro_batch_size": samples, "batch.global_batch_size": samples})
-            found = run(changed, [512] * samples, 2)
+            found = run(changed, [512] * samples, 2, threads=2)
             metrics[f"largest_micro_batch/{gib}/{name}"] = found["peak_bytes"] / _GIB
             rows.append({"gib": gib, "samples": samples, **found})
         metrics[f"largest_micro_batch/{gib}/size"] = float(size)
