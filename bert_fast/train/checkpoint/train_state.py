@@ -49,6 +49,10 @@ class _Evaluation(_Saved):
     mlm_loss: float  # not finite where the run has diverged
     nsp_accuracy: Number | None
     nsp_loss: float | None
+    at_10: Number | None = None  # with the contrastive objective
+    mrr: Number | None = None
+    alignment: float | None = None
+    uniformity: float | None = None
 
 
 class _Progress(_Saved):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bert_fast.balance.cost import read_cost
 from bert_fast.config import Config
+from bert_fast.config.choices import OBJECTIVES, attribute
 from bert_fast.data.wordpiece import load_vocabulary
 from bert_fast.errors import UserError
 from bert_fast.hardware import machine_memory
@@ -24,9 +25,11 @@ def check_inputs(config: Config) -> None:
                 raise UserError(
                     f"{folder} ({field}) holds stores and is not one itself; set {field}={Path(folder) / split}"
                 )
+            command = attribute(OBJECTIVES[config.train.objective].store).command
+            benchmark = "" if OBJECTIVES[config.train.objective].on_pairs else ", or `make data` for the mini benchmark"
             raise UserError(
-                f"no data at {folder} ({field}); make it with the prepare_data.py command at the top of the "
-                "config file, or `make data` for the mini benchmark"
+                f"no data at {folder} ({field}); make it with the {Path(command).name} command at the top of the config "
+                f"file{benchmark}"
             )
     if config.balance.cost_path is not None:
         read_cost(config.balance.cost_path)

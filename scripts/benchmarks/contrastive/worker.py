@@ -1,7 +1,7 @@
 """One process of the contrastive benchmark: one loss on one batch, its time and the memory beyond inputs and gradients.
 
-Started by `python -m scripts.benchmarks.contrastive.worker` with a JSON object on its standard input: `rivals`, `pairs`, `width`,
-`threads`, `rounds` and `device`. Prints one JSON object. With several rivals they are called in turn, and memory means nothing.
+Started by `python -m scripts.benchmarks.contrastive.worker` with a JSON object on its input: `rivals`, `pairs`, `width`,
+`threads`, `rounds`, `device`. Prints one JSON object. With several rivals they are called in turn, for their times alone.
 """
 
 from __future__ import annotations
