@@ -100,7 +100,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(make_config: Callabl
             changed = with_changes(config, batch)
             chain = chain_of(changed, longest_micro_batch(changed), CPU)
             totals.append(estimate(changed, chain, make_recomputation_plan(changed, chain), on_cpu=True).total)
-        assert totals[0] <= budget * 2**30 < totals[1]
+        assert totals[0] <= budget * 2**30 / 1.01 < totals[1]  # runs take up to a percent more than their estimate
     assert largest_micro_batch(config, 1e-6, CPU) == 0
 
 
