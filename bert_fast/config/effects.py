@@ -94,7 +94,6 @@ _WARMUP_IS_OVER = (
 _MASKED_LM_ALONE = (
     "data.mask_fraction",
     "data.dynamic_masking",
-    "batch.virtual_ranks",
     "model.next_sentence",
     "model.last_layer",
 )

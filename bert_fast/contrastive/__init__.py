@@ -1,1 +1,1 @@
-"""The home of the tile-wise contrastive objective and its data."""
+"""Embeddings from pairs of texts: the loss, its ring over ranks, and an encoder at constant memory (docs/contrastive.md)."""

@@ -24,7 +24,9 @@ from bert_fast.memory.state import num_parameters, num_shards
 _GIB, _MIB = 2**30, 2**20
 _UNITS = {"gib": 1.0, "gb": 1e9 / 2**30, "mib": 2**-10, "": 1.0}  # in GiB
 _HIDDEN = 0.8  # of backward's time, in which messages are on the wire
-_MEASURED = 1.01  # what runs have taken at most over their estimate (results/memory/peaks.json), but for measured stages
+_MEASURED = (
+    1.01  # what runs have taken at most over their estimate (results/memory/peaks.json), but for measured stages
+)
 _MARGIN = 1.03  # of activations: a run measures its stages, and they may be larger than by their shapes
 _LARGEST = 2**13  # samples of a micro-batch that are tried
 _LOSSY_PASSES = 3.0  # passes of a rounded optimizer step over its numbers, of an exact one's

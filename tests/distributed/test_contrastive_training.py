@@ -119,7 +119,7 @@ def test_one_gradient_however_a_batch_is_cut(pool: Pools, pairs: Path, pooling: 
         assert losses == pytest.approx(results[0][0], rel=1e-4)
         # AdamW makes the least differences of small gradients large ones, in a few weights
         difference = np.linalg.norm(weights - results[0][1]) / np.linalg.norm(results[0][1])
-        assert difference < 1e-4
+        assert difference < 1e-3
 
 
 def test_dropout_is_the_same_in_both_passes(pool: Pools, pairs: Path) -> None:

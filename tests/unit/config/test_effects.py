@@ -25,6 +25,7 @@ ONEBIT_LAMB = ["optimizer.name=onebit_lamb", "communication.reduce_dtype=onebit"
 ZERO_ONE = ["optimizer.name=zero_one_adam", "communication.reduce_dtype=zero_one", "communication.exact_steps=2"]
 FSDP = ["communication.engine=fsdp", "communication.clip=none"]
 SPARSE = "optimizer.name=mfac_sparse"
+CONTRASTIVE = "train.objective=contrastive"
 
 # A setting; overrides with which it has an effect; overrides with which it has none, and the reason that is given
 CASES = [
@@ -90,6 +91,20 @@ CASES = [
     ("optimizer.density=0.5", [SPARSE], ["optimizer.name=mfac"], "name=mfac does not read it"),
     ("optimizer.block=200", ["optimizer.name=micro_adam"], ["optimizer.name=ggt"], "name=ggt does not read it"),
     ("optimizer.rank=2", ["optimizer.name=mfac_lowrank"], [SPARSE], "name=mfac_sparse does not read it"),
+    *(
+        (f"contrastive.{setting}", [CONTRASTIVE, *more], [], "train.objective=mlm_nsp compares no pairs")
+        for setting, more in {
+            "pooling=cls": [], "negatives=1": [], "scale=50": [], "learn_scale=true": [], "symmetric=false": [],
+            "query_query=true": [], "key_key=true": [], "margin=0.1": [], "widths=[8, 16]": [], "loss_precision=bf16": [],
+            "tile=[64, 64]": [], "ring_by_node=true": [],
+        }.items()
+    ),
+    ("contrastive.max_scale=50", [CONTRASTIVE, "contrastive.learn_scale=true"], [CONTRASTIVE], "the scale stays as it is"),
+    ("contrastive.width_weights=[1, 2]", [CONTRASTIVE, "contrastive.widths=[8, 16]"], [CONTRASTIVE], "names no widths"),
+    ("data.mask_fraction=0.4", ["data.dynamic_masking=true"], [CONTRASTIVE], "predicts no tokens"),
+    ("data.dynamic_masking=true", [], [CONTRASTIVE], "train.objective=contrastive predicts no tokens"),
+    ("model.next_sentence=false", [], [CONTRASTIVE], "predicts no tokens"),
+    ("model.last_layer=predicted", [], [CONTRASTIVE], "predicts no tokens"),
     ("optimizer.damping=0.1", [SPARSE], ["optimizer.name=ggt_sparse"], "name=ggt_sparse does not read it"),
     ("optimizer.precondition=model", ["optimizer.name=ggt"], [], "name=adamw does not read it"),
     ("optimizer.error_feedback=false", [SPARSE], ["optimizer.name=mfac"], "name=mfac does not read it"),
@@ -116,11 +131,8 @@ ALWAYS = {
     "model": [
         "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "type_vocab_size",
         "hidden_dropout", "attention_dropout", "layer_norm_eps", "initializer_range", "activation", "attention_backend",
-        "next_sentence", "last_layer",
     ],
-    "data": [
-        "train", "max_seq_len", "vocab_sha256", "mask_fraction", "dynamic_masking", "allow_shared_text", "scrub_mb_per_s",
-    ],
+    "data": ["train", "max_seq_len", "vocab_sha256", "allow_shared_text", "scrub_mb_per_s"],
     "batch": ["global_batch_size", "micro_batch_size", "gradient_accumulation_steps", "virtual_ranks", "shape_multiple"],
     "balance": ["strategy", "cost", "prefetch"],
     # At one rank some have nothing to do, but the number of ranks is no reason to refuse a config

@@ -89,5 +89,5 @@ def test_evaluation_equals_one_sample_at_a_time(
     result = Evaluator(store, config.evaluation, config.batch.shape_multiple, CostModel(1.0, 0.0), environment)(model)
     assert model.training, "the mode is put back"
     expected = plain_evaluation(model.eval(), store, count or len(store))
-    for found, other in zip(astuple(result), expected, strict=True):
+    for found, other in zip(astuple(result)[:4], expected, strict=True):
         assert found == (None if other is None else pytest.approx(other, rel=1e-9))

@@ -16,7 +16,7 @@ from bert_fast.communication.bucket_record import ends_of_record
 from bert_fast.communication.buckets import lay_out, order_gradients
 from bert_fast.communication.reducer import BucketReducer
 from bert_fast.config import Config
-from bert_fast.config.choices import ENGINES, OBJECTIVES, Choice, EngineChoice
+from bert_fast.config.choices import ENGINES, OBJECTIVES, EngineChoice, ObjectiveChoice
 from bert_fast.model.objective import MlmNsp
 from bert_fast.train.environment import Environment
 from bert_fast.train.setup.build import bucket_note, build, build_model, make_engine, make_layout
@@ -62,7 +62,7 @@ def test_another_objective_is_one_class_and_one_entry(
     other_module: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(OBJECTIVES, "only_tokens", Choice(f"{other_module}:OnlyTokens", "masked tokens alone"))
+    monkeypatch.setitem(OBJECTIVES, "only_tokens", ObjectiveChoice(f"{other_module}:OnlyTokens", "masked tokens alone"))
     norms, gradients = [], []
     for name in ("mlm_nsp", "only_tokens"):
         config = make_config(f"train.objective={name}", "communication.clip=none")
