@@ -592,7 +592,7 @@ def _pairs_have_their_settings(config: Config) -> str | None:
         return None
     objective, strategy = f"train.objective={config.train.objective}", config.balance.strategy
     if config.batch.virtual_ranks > 1:
-        return f"batch.virtual_ranks={config.batch.virtual_ranks} with {objective}, which compares the pairs of all ranks; set 1"
+        return f"batch.virtual_ranks={config.batch.virtual_ranks} with {objective}, which compares pairs of all ranks; set 1"
     if config.train.cuda_graphs:
         return (
             f"train.cuda_graphs=true with {objective}, whose ranks exchange embeddings inside a step; set it to false"
