@@ -160,6 +160,7 @@ def test_a_run_learns_to_find_pairs(finished: tuple[Workspace, Path]) -> None:
     assert {"alignment", "uniformity"} <= evaluations[-1].keys()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(finished: tuple[Workspace, Path]) -> None:
     space, whole = finished
     code, run = space.run("run.folder=half", "train.max_steps=30", "checkpoint.every_steps=10", "run.name=stopped")

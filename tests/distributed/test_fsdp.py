@@ -190,7 +190,7 @@ def evaluation(rank: int, world: int, config: Config) -> Any:
         evaluator.meet_in_every_batch()
     task.components.model.embeddings.register_forward_hook(count)
     found = evaluator(task.components.model)
-    return astuple(found), len(evaluator.batches), passes
+    return astuple(found)[:4], len(evaluator.batches), passes
 
 
 @pytest.mark.parametrize(("samples", "batches"), [(3, [1, 1, 1, 0]), (9, [3, 2, 2, 2]), (13, [4, 3, 3, 3])])
