@@ -227,7 +227,8 @@ def write_pages(
         ("steps of each", f"{args.steps}, of which the first {_SKIPPED} is not timed"),
         (
             "peak",
-            "torch's allocations on the device; on a CPU, growth of resident memory from before the model was built",
+            "torch's allocations on the device; on a CPU, growth of resident memory from before the model was built, of which "
+            "some 200 MiB are code and tables that libraries load when they are first used",
         ),
         ("predicted", "for the longest micro-batch that the config allows: what was run may hold shorter samples"),
     ]
