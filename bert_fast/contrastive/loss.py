@@ -62,9 +62,7 @@ class ContrastiveLoss(nn.Module):
         """1 / temperature, 0-dim. A learned one that has come to be above `max_scale` is set to that."""
         if self.log_scale is None:
             return torch.tensor(self._scale)
-        with torch.no_grad():
-            self.log_scale.clamp_(max=math.log(self._max_scale))
-        return self.log_scale.exp()
+        return learned_scale(self.log_scale, self._max_scale)
 
     def forward(
         self,
@@ -96,6 +94,13 @@ class ContrastiveLoss(nn.Module):
         """Checked and ready to run, without autograd. A collective."""
         shares = share(pairs, scale, self.options, self.ring)
         return Computation(pairs, shares, self.options, self.ring, self._tile, self._backend)
+
+
+def learned_scale(log_scale: torch.Tensor, max_scale: float) -> torch.Tensor:
+    """The scale whose logarithm is learned; a logarithm that has come to be above that of `max_scale` is set to it."""
+    with torch.no_grad():
+        log_scale.clamp_(max=math.log(max_scale))
+    return log_scale.exp()
 
 
 class _Loss(torch.autograd.Function):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from bert_fast.config import ContrastiveConfig, ModelConfig
-from bert_fast.contrastive.loss import ContrastiveLoss
+from bert_fast.contrastive.loss import ContrastiveLoss, learned_scale
 from bert_fast.contrastive.model import BertForEmbeddings
 from bert_fast.contrastive.options import LossOptions
 
@@ -54,9 +53,7 @@ class Contrastive:
         """1 / temperature, 0-dim; a learned one that has come to be above its bound is set to it."""
         if log_scale is None:
             return torch.tensor(self.config.scale)
-        with torch.no_grad():
-            log_scale.clamp_(max=math.log(self.config.max_scale))
-        return log_scale.exp().squeeze()
+        return learned_scale(log_scale, self.config.max_scale).squeeze()
 
     def split(self, embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [b, d], keys [b x (1 + negatives), d], and each query's key (int64 [b]), of all micro-batches."""

@@ -34,10 +34,6 @@ class Denominators(NamedTuple):
         self.maximum.copy_(maximum)
         self.total.copy_(total)
 
-    def log(self) -> torch.Tensor:
-        """log-sum-exp, fp32 [n]."""
-        return self.total.log() + self.maximum
-
     def with_scores(self, scores: torch.Tensor) -> Denominators:
         """Another one, with one further score in each softmax. `scores`: fp32 [n]."""
         both = Denominators(self.maximum.clone(), self.total.clone())

@@ -76,7 +76,7 @@ class ContrastiveStep(TrainStep):
 def made_up_pairs(batch: Batch, config: Config) -> Batch:
     """Random sequences as pairs: each is cut into texts of about the same length."""
     lengths = np.array(batch.lengths)
-    texts_per_pair = 2 + config.contrastive.negatives
+    texts_per_pair = config.texts_per_sample
     starts = np.asarray(batch.cu_seqlens[:-1], np.int64)[:, None]
     cuts = lengths[:, None] * np.arange(texts_per_pair) // texts_per_pair
     positions = (starts + cuts).ravel()

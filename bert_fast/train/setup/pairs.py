@@ -17,8 +17,7 @@ from bert_fast.errors import UserError
 def check_pairs(store: Store, config: Config) -> None:
     """Refuse a store whose pairs the model or the objective cannot take. Raises UserError."""
     assert isinstance(store, PairStore)
-    wanted = 2 + config.contrastive.negatives
-    if store.texts_per_pair != wanted:
+    if store.texts_per_pair != config.texts_per_sample:
         found = store.texts_per_pair - 2
         raise UserError(
             f"store {store.folder} has {found} hard negative(s) for each pair and contrastive.negatives="
